@@ -1,0 +1,101 @@
+"""What is special about denoising data: mix-up while training, and the layouts of the SIDD and DND benchmarks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from dgunet.data import PairedPatches
+from dgunet.errors import UserError
+
+
+class NoisyPatches(PairedPatches):
+    """Training crops with mix-up: a sample is blended with another one of the data set.
+
+    From epoch ``mixup_from`` on, ``(input, target)`` becomes ``l * (input, target) + (1 - l) * (input', target')`` with
+    l from Beta(alpha, alpha). The original blends within a batch; drawing the partner from the whole data set is the
+    same in distribution and keeps a sample independent of how batches are shared among processes.
+
+    Args:
+        mixup: alpha; 0 switches it off.
+        mixup_from: first epoch with mix-up.
+        **kwargs: see `PairedPatches`.
+    """
+
+    def __init__(self, root: str | Path, patch: int, mixup: float = 0.6, mixup_from: int = 6, **kwargs):
+        super().__init__(root, patch, **kwargs)
+        self.mixup, self.mixup_from = mixup, mixup_from
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = key
+        sample = super().__getitem__(key)
+        if not self.mixup or epoch < self.mixup_from:
+            return sample
+        rng = self.generator(epoch, index, stream=1)
+        share = float(rng.beta(self.mixup, self.mixup))
+        partner = super().__getitem__((epoch, int(rng.integers(len(self)))))
+        return tuple(share * one + (1 - share) * other for one, other in zip(sample, partner, strict=True))
+
+
+def read_mat(path: Path, key: str) -> np.ndarray:
+    """One array of a MATLAB file, version 5 or 7.3, in MATLAB's axis order.
+
+    Raises:
+        UserError: no such file, not a MATLAB file, or without that variable.
+    """
+    import h5py
+    import scipy.io
+
+    if not path.is_file():
+        raise UserError(f"no {path.absolute()}; see Denoising/README.md for where the benchmark's files belong")
+    try:
+        if h5py.is_hdf5(path):
+            with h5py.File(path) as file:
+                return np.array(file[key]).T  # HDF5 holds MATLAB's axes in reverse
+        return scipy.io.loadmat(path, variable_names=[key])[key]
+    except KeyError as error:
+        raise UserError(f"{path} has no variable {key}; it is another file than the benchmark's") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise UserError(f"{path} is not a MATLAB file, or is damaged; download it again") from error
+
+
+def read_sidd(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """SIDD's validation blocks: noisy and clean, each (40, 32, 256, 256, 3) uint8 (any number of pictures and blocks).
+
+    Reads ``ValidationNoisyBlocksSrgb.mat`` and ``ValidationGtBlocksSrgb.mat``, of MATLAB version 5 or 7.3.
+    """
+    blocks = []
+    for key in ("ValidationNoisyBlocksSrgb", "ValidationGtBlocksSrgb"):
+        array = read_mat(folder / f"{key}.mat", key)
+        if array.ndim != 5 or array.shape[-1] != 3 or array.dtype != np.uint8:
+            raise UserError(
+                f"{folder / key}.mat should hold uint8 blocks (pictures, blocks, H, W, 3), "
+                f"got {array.dtype} {array.shape}"
+            )
+        blocks.append(array)
+    if blocks[0].shape != blocks[1].shape:
+        raise UserError(f"noisy and clean SIDD blocks in {folder} differ: {blocks[0].shape} and {blocks[1].shape}")
+    return tuple(blocks)
+
+
+def read_dnd(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """DND's pictures: (file name, (H, W, 3) float32 in [0, 1], boxes).
+
+    Reads ``info.mat`` (boxes by HDF5 references) and ``images_srgb/0001.mat`` ... A row of boxes is (top, left, bottom,
+    right) of a crop to be restored, counted from 1 and inclusive.
+    """
+    import h5py
+
+    info = folder / "info.mat"
+    if not info.is_file():
+        raise UserError(f"no {info.absolute()}; see Denoising/README.md for where the benchmark's files belong")
+    try:
+        with h5py.File(info) as file:
+            references = np.array(file["info"]["boundingboxes"]).ravel()
+            boxes = [np.array(file["info"][reference]).T.astype(int) for reference in references]
+    except Exception as error:
+        raise UserError(f"{info} is not DND's info.mat, or is damaged; download it again") from error
+    for number, picture_boxes in enumerate(boxes, start=1):
+        name = f"{number:04d}.mat"
+        yield name, read_mat(folder / "images_srgb" / name, "InoisySRGB").astype(np.float32), picture_boxes

@@ -1,0 +1,41 @@
+"""Train DGUNet for denoising.
+
+    python Denoising/train.py                                             # the paper's DGUNet on SIDD, every GPU here
+    python Denoising/train.py --config configs/denoising/dgunet_plus.yaml GPU "[0, 1]" OPTIM.BATCH_SIZE 8
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 Denoising/train.py
+    python Denoising/train.py TRAINING.RESUME True                        # continue where it stopped
+
+Config keys are explained in dgunet/config.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset import NoisyPatches
+
+from dgunet.config import parse_args
+from dgunet.data import PairedCentres
+from dgunet.distributed import launch
+from dgunet.engine import train
+from dgunet.errors import run_cli
+
+
+def main():
+    cfg, args = parse_args(__doc__, default_config="denoising/dgunet.yaml")
+    train_set = NoisyPatches(
+        cfg.TRAINING.TRAIN_DIR,
+        cfg.TRAINING.TRAIN_PS,
+        mixup=cfg.AUGMENT.MIXUP,
+        mixup_from=cfg.AUGMENT.MIXUP_FROM_EPOCH,
+        repeat=cfg.TRAINING.REPEAT,
+        flip=cfg.AUGMENT.FLIP,
+        seed=cfg.SEED,
+    )
+    val_set = PairedCentres(cfg.TRAINING.VAL_DIR, cfg.TRAINING.VAL_PS)
+    launch(train, cfg, train_set, val_set, args.dry_run)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,64 @@
+"""Known degradations: linear operators with ``A`` and ``A_adjoint`` (the convention of the deepinv library)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class BlockSampling(nn.Module):
+    """Block compressive sensing: every block of ``block x block`` pixels is measured by the same matrix.
+
+    As an operator it is a convolution with stride ``block`` and its transpose. Always computed in float32 or better:
+    measurements sum a thousand pixels, which bfloat16 does not carry.
+
+    Args:
+        ratio: measurements per pixel, in (0, 1]; the matrix has ceil(ratio * block^2) rows
+            (11, 41, 103, 256, 512 for 1, 4, 10, 25, 50 % of 32x32).
+        block: side of a block in pixels.
+        learned: whether the matrix is trained with the network (the original's code) or fixed (the paper's text).
+        matrix: (M, block^2) values to start from; default Xavier normal if learned, else a Gaussian with
+            orthonormal rows.
+    """
+
+    def __init__(self, ratio: float = 0.25, block: int = 32, learned: bool = True, matrix: Tensor | None = None):
+        super().__init__()
+        if not 0 < ratio <= 1:
+            raise ValueError(f"ratio is the number of measurements per pixel, in (0, 1], got {ratio}")
+        if matrix is None:
+            # round() first: 0.07 * 1600 is 112.00000000000001 in floating point, and must count as 112
+            rows = math.ceil(round(ratio * block**2, 6))
+            matrix = torch.empty(rows, block**2)
+            if learned:
+                nn.init.xavier_normal_(matrix)
+            else:
+                nn.init.orthogonal_(matrix)
+        elif matrix.dim() != 2 or matrix.shape[1] != block**2:
+            raise ValueError(f"a sampling matrix for {block}x{block} blocks is (M, {block**2}), got {tuple(matrix.shape)}")
+        self.block = block
+        matrix = matrix.detach().clone().float()
+        if learned:
+            self.matrix = nn.Parameter(matrix)
+        else:
+            self.register_buffer("matrix", matrix)
+
+    def A(self, x: Tensor) -> Tensor:
+        """Measures images (B, 1, H, W), H and W multiples of ``block``, as (B, M, H/block, W/block)."""
+        if x.dim() != 4 or x.shape[1] != 1 or x.shape[2] % self.block or x.shape[3] % self.block:
+            raise ValueError(
+                f"block sampling measures (B, 1, H, W) with sides that are multiples of {self.block}, "
+                f"got {tuple(x.shape)}"
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x.to(self.matrix.dtype), self._kernels(), stride=self.block)
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        """The adjoint: (B, M, h, w) to images (B, 1, h*block, w*block)."""
+        if y.dim() != 4 or y.shape[1] != self.matrix.shape[0]:
+            raise ValueError(f"measurements are (B, {self.matrix.shape[0]}, h, w), got {tuple(y.shape)}")
+        with torch.autocast(y.device.type, enabled=False):
+            return F.conv_transpose2d(y.to(self.matrix.dtype), self._kernels(), stride=self.block)
+
+    def _kernels(self) -> Tensor:
+        return self.matrix.view(-1, 1, self.block, self.block)

@@ -1,0 +1,490 @@
+"""The training loop, one for all tasks and any number of processes."""
+
+import csv
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dgunet import distributed
+from dgunet.checkpoint import describe_model, load_weights, read_checkpoint, save_checkpoint, weights_of
+from dgunet.config import changed_keys, format_config
+from dgunet.data import EpochBatches, PairedCentres
+from dgunet.errors import UserError
+from dgunet.losses import StageLoss
+from dgunet.metrics import psnr_batch
+from dgunet.model import create_model
+from dgunet.schedule import EpochSchedule, validation_steps
+
+log = logging.getLogger("dgunet")
+
+# Keys that may differ between a run and its continuation without a word.
+_FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
+
+
+def train(cfg, train_set, val_set: PairedCentres, dry_run: bool = False):
+    """Build the config's model and train it; what a task's ``train.py`` launches in every process."""
+    model = create_model(
+        cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **{k: v for k, v in cfg.MODEL.OVERRIDES.items()}
+    )
+    trainer = Trainer(cfg, model, train_set, val_set)
+    trainer.describe()
+    if not dry_run:
+        trainer.fit()
+
+
+class Trainer:
+    """Trains a model as a config says, and keeps everything needed to continue exactly where it stopped.
+
+    In the run's folder, SAVE_DIR/SESSION: ``model_latest.pth`` (the whole training state), ``model_best.pth`` (the same
+    at the best validation), ``model_epoch_N.pth`` (weights of each validation), ``config.yaml``, ``history.csv``,
+    ``curves.png`` and ``train.log``.
+
+    Args:
+        cfg: see `config.py`.
+        model: takes a batch of inputs and returns the estimates of all stages, the final one first.
+        train_set: indexed with (epoch, index), see `data.PairedPatches`.
+        val_set: see `data.PairedCentres`.
+
+    Raises:
+        UserError: impossible batch size, a run of that name exists, a checkpoint that does not fit, ...
+    """
+
+    def __init__(self, cfg, model: nn.Module, train_set, val_set):
+        torch.manual_seed(cfg.SEED)
+        self.cfg = cfg
+        self.device = distributed.pick_device(cfg)
+        self.main = distributed.rank() == 0
+        self.folder = Path(cfg.TRAINING.SAVE_DIR) / cfg.MODEL.SESSION
+        self.amp = autocast_dtype(cfg.SPEED.AMP, self.device)
+        self.train_set, self.val_set = train_set, val_set
+
+        world = distributed.world_size()
+        if cfg.OPTIM.BATCH_SIZE < 1 or cfg.OPTIM.BATCH_SIZE % (world * cfg.OPTIM.ACCUMULATE):
+            raise UserError(
+                f"OPTIM.BATCH_SIZE is the total and must be a multiple of {world} processes times "
+                f"{cfg.OPTIM.ACCUMULATE} accumulation steps, got {cfg.OPTIM.BATCH_SIZE}"
+            )
+        self.batches = EpochBatches(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, distributed.rank(), world)
+
+        if cfg.MODEL.WEIGHTS:
+            load_weights(model, weights_of(read_checkpoint(cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)[0], cfg.MODEL.WEIGHTS)
+        memory_format = torch.channels_last if cfg.SPEED.CHANNELS_LAST else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=memory_format)
+        self.memory_format = memory_format
+        self.loss = StageLoss({name.lower(): w for name, w in cfg.LOSS.items() if name != "CLAMP"}, cfg.LOSS.CLAMP)
+        self.loss.to(self.device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=cfg.OPTIM.LR_INITIAL, betas=(0.9, 0.999), eps=1e-8,
+            weight_decay=cfg.OPTIM.WEIGHT_DECAY, fused=True,
+        )  # fmt: skip
+        self.schedule = EpochSchedule(self.optimizer, cfg.OPTIM)
+        self.ema = None
+        if cfg.OPTIM.EMA_DECAY > 0:
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.OPTIM.EMA_DECAY)
+            self.ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+
+        self.epoch, self.step = 1, 0  # the epoch under way and the steps done in it
+        self.best = {"psnr": float("-inf"), "epoch": 0}
+        self.last_psnr = float("nan")
+        self.history: list[dict] = []
+        # Kept on the device, so that a step need not wait for it: loss sum, steps counted in it, steps skipped in
+        # this epoch, steps skipped in a row.
+        self.totals = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.stop_signal = 0
+        self.last_save = time.monotonic()
+        self._open_folder()
+
+        self.network = self.model  # what runs the forward pass: compiled, distributed
+        if cfg.SPEED.COMPILE:
+            self.model.compile()
+        if world > 1:
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.model, device_ids, gradient_as_bucket_view=True)
+
+    # ---------------------------------------------------------------------------------------------- the run's folder
+
+    def _open_folder(self):
+        """Continue the run in the folder, or make sure that there is none."""
+        latest = self.folder / "model_latest.pth"
+        if self.cfg.TRAINING.RESUME and latest.exists():
+            self._resume(latest)
+        elif any(self.folder.glob("model_*.pth")):
+            raise UserError(
+                f"{self.folder} holds another run; continue it with TRAINING.RESUME True, "
+                "or give this one its own name with MODEL.SESSION NAME"
+            )
+
+    def _resume(self, path: Path):
+        state = read_checkpoint(path, map_location=self.device)
+        missing = {"state_dict", "optimizer", "epoch", "step", "random"} - state.keys()
+        if missing:
+            raise UserError(f"{path} cannot be resumed, it has no {', '.join(sorted(missing))}; use MODEL.WEIGHTS")
+        load_weights(self.model, state.get("raw_state_dict", state["state_dict"]), path)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise UserError(f"{path}: its optimizer state does not fit this model: {error}") from error
+        if self.ema is not None and "raw_state_dict" in state:
+            load_weights(self.ema.module, state["state_dict"], path)
+            self.ema.n_averaged.fill_(state["averaged"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.best, self.history, self.last_psnr = state["best"], state["history"], state["last_psnr"]
+        self.totals = torch.tensor(state["totals"], dtype=torch.float64, device=self.device)
+        torch.set_rng_state(state["random"]["cpu"].cpu())
+        if self.device.type == "cuda" and state["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)
+        self.resumed = path
+        then = type(self.cfg).load_cfg(state["config"])
+        self.changed = [k for k in changed_keys(self.cfg, then) if k not in _FREE_TO_CHANGE]
+
+    resumed, changed = None, ()
+
+    def state(self) -> dict:
+        """Everything needed to continue, in types that load with ``weights_only=True``."""
+        random = {"cpu": torch.get_rng_state(), "cuda": None}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            **self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,  # the schedule is a function of this and the config
+            "step": self.step,
+            "best": self.best,
+            "last_psnr": self.last_psnr,
+            "totals": self.totals.tolist(),
+            "history": self.history,
+            "random": random,
+        }
+        if self.ema is not None:
+            state["raw_state_dict"] = self.model.state_dict()
+            state["averaged"] = int(self.ema.n_averaged)
+        return state
+
+    def weights(self) -> dict:
+        """What using the network needs: its weights (the averaged ones where EMA is on), name and config."""
+        used = self.model if self.ema is None else self.ema.module
+        return {"state_dict": used.state_dict(), "model": describe_model(self.model), "config": self.cfg.dump()}
+
+    def save(self, *names: str, state: dict | None = None):
+        if self.main:
+            state = self.state() if state is None else state
+            for name in names:
+                save_checkpoint(state, self.folder / name)
+        self.last_save = time.monotonic()
+
+    def describe(self):
+        """Print what is about to be done, and why it can be."""
+        cfg, world = self.cfg, distributed.world_size()
+        if not self.main:
+            return
+        count = sum(p.numel() for p in self.model.parameters())
+        hardware = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        share = cfg.OPTIM.BATCH_SIZE // world // cfg.OPTIM.ACCUMULATE
+        epochs = "" if self.resumed is None else f", continuing in epoch {self.epoch} after step {self.step}"
+        precision = "bf16 autocast" if self.amp else "float32"
+        lines = [
+            f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n",
+            f"model       {cfg.MODEL.NAME}, {count:,} parameters, {self.model.stages} stages",
+            f"training    {len(self.train_set.pairs)} pairs in {cfg.TRAINING.TRAIN_DIR}, crops of {cfg.TRAINING.TRAIN_PS}",
+            f"validation  {len(self.val_set)} pairs in {cfg.TRAINING.VAL_DIR}",
+            f"batch       {cfg.OPTIM.BATCH_SIZE} = {world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
+            f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs of {self.batches.steps} steps{epochs}",
+            f"device      {world} x {hardware}, {precision}",
+            f"writes to   {self.folder.absolute()}",
+        ]
+        for line in lines:
+            print(line)
+        if self.changed:
+            print(f"note        these keys differ from the run being continued: {', '.join(self.changed)}")
+        sys.stdout.flush()
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def fit(self):
+        """Train until the last epoch; SIGTERM or Ctrl-C saves and exits with 128 + the signal's number."""
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(format_config(self.cfg) + "\n")
+        distributed.barrier()
+        handlers = self._start_log(), self._catch_signals()
+        loader = self._train_loader()
+        try:
+            if self.step == self.batches.steps:  # saved at the end of an epoch
+                self._next_epoch()
+            while self.epoch <= self.cfg.OPTIM.NUM_EPOCHS:
+                self._run_epoch(loader)
+                self._next_epoch()
+            log.info("done: best PSNR %.2f dB in epoch %d", self.best["psnr"], self.best["epoch"])
+        finally:
+            self._restore(*handlers)
+
+    def _next_epoch(self):
+        self.epoch, self.step = self.epoch + 1, 0
+        self.totals[:3] = 0
+
+    def _run_epoch(self, loader):
+        cfg, steps = self.cfg, self.batches.steps
+        self.schedule.go_to(self.epoch)
+        self.batches.epoch, self.batches.start = self.epoch, self.step
+        validations = validation_steps(self.epoch, steps, cfg)
+        # Reading a value from the GPU makes the CPU wait for it; on the CPU it costs nothing.
+        look_every = 1 if self.device.type == "cpu" else 20
+        started, first = time.monotonic(), self.step
+        bar = tqdm(
+            total=steps, initial=self.step, desc=f"epoch {self.epoch}/{cfg.OPTIM.NUM_EPOCHS}", unit="step",
+            disable=None if self.main else True, leave=False, dynamic_ncols=True,  # None: only on a terminal
+        )  # fmt: skip
+        with bar:
+            for input, target in loader:
+                self.train_step(self._move(input), self._move(target))
+                self.step += 1
+                bar.update()
+                if self.step % look_every == 0 or self.step == steps:
+                    rate = (self.step - first) * cfg.OPTIM.BATCH_SIZE / (time.monotonic() - started)
+                    self._look(bar, rate)
+                if self.step in validations:
+                    self.last_psnr = self.validate()
+                    self._after_validation(rate if self.step % look_every == 0 or self.step == steps else float("nan"))
+                elif time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES:
+                    self.save("model_latest.pth")
+        if steps not in validations:
+            self._record(rate, validated=False)
+            self.save("model_latest.pth")
+
+    def train_step(self, input: torch.Tensor, target: torch.Tensor):
+        """One optimisation step on this process's share of a batch; nothing here waits for the device.
+
+        Where the loss or the gradient is not finite the weights stay as they are and the step is counted as skipped.
+        """
+        passes = self.cfg.OPTIM.ACCUMULATE
+        loss = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for i, (part, part_target) in enumerate(zip(input.chunk(passes), target.chunk(passes), strict=True)):
+            if isinstance(self.network, DistributedDataParallel):
+                self.network.require_backward_grad_sync = i == passes - 1  # gradients travel once, with the last pass
+            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+                estimates = self.network(part)
+            part_loss = self.loss(estimates, part_target) / passes
+            part_loss.backward()
+            loss += part_loss.detach()
+        loss = distributed.sum_over_processes(loss) / distributed.world_size()
+
+        gradients = [p.grad for p in self.parameters]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.cfg.OPTIM.CLIP_NORM > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.OPTIM.CLIP_NORM, norm)
+        finite = torch.isfinite(loss + norm)
+        # The fused optimizer leaves weights and moments alone where found_inf is 1: the skip of torch.amp.GradScaler.
+        self.optimizer.found_inf = (~finite).float()
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+        skipped = (~finite).double()
+        self.totals[0] += torch.where(finite, loss, 0).double()
+        self.totals[1] += 1 - skipped
+        self.totals[2] += skipped
+        self.totals[3] = (self.totals[3] + 1) * skipped
+
+    def _look(self, bar, rate: float):
+        """Read the counters, show them, and act on them: give up after too many bad steps, stop when told to."""
+        loss_sum, counted, _, in_a_row = self.totals.tolist()
+        lr = self.optimizer.param_groups[0]["lr"]
+        psnr = f"{self.last_psnr:.2f}" if self.last_psnr == self.last_psnr else "-"
+        bar.set_postfix_str(f"loss {loss_sum / max(counted, 1):.4f}, PSNR {psnr}, lr {lr:.1e}, {rate:.1f} images/s", refresh=False)
+        if in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:
+            raise UserError(
+                f"loss or gradient was not finite in {int(in_a_row)} steps in a row (epoch {self.epoch}); the last good "
+                f"state is {self.folder / 'model_latest.pth'}. Try a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or "
+                "SPEED.AMP fp32, and check the data for broken pictures"
+            )
+        stop = torch.tensor(float(self.stop_signal), device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # the signal may have reached only some of the processes
+        if stop.item():
+            self.save("model_latest.pth")
+            log.info(
+                "stopped by signal %d in epoch %d after step %d; continue with TRAINING.RESUME True",
+                stop, self.epoch, self.step,
+            )  # fmt: skip
+            distributed.barrier()
+            sys.exit(128 + int(stop))
+
+    # ---------------------------------------------------------------------------------------------------- validation
+
+    @torch.inference_mode()
+    def validate(self) -> float:
+        """Mean PSNR (protocol ``train_rgb``) of the final estimate over the validation set, whatever the processes."""
+        model = self.model if self.ema is None else self.ema.module
+        model.eval()
+        rank, world = distributed.rank(), distributed.world_size()
+        scores = torch.zeros(len(self.val_set), dtype=torch.float64, device=self.device)
+        mine = range(rank, len(self.val_set), world)
+        batch = max(self.cfg.OPTIM.BATCH_SIZE // world, 1) if len(self.val_set.sizes()) == 1 else 1
+        loader = DataLoader(
+            torch.utils.data.Subset(self.val_set, mine), batch, num_workers=self.cfg.TRAINING.WORKERS,
+            worker_init_fn=_init_worker,
+        )  # fmt: skip
+        done = 0
+        for input, target in loader:
+            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+                restored = model(self._move(input))[0]
+            indices = list(mine)[done : done + len(input)]
+            scores[indices] = psnr_batch(restored.float(), self._move(target)).double()
+            done += len(input)
+        model.train()
+        return distributed.sum_over_processes(scores).mean().item()
+
+    def _after_validation(self, rate: float):
+        names = ["model_latest.pth"]
+        if self.last_psnr > self.best["psnr"]:
+            self.best = {"psnr": self.last_psnr, "epoch": self.epoch}
+            names.append("model_best.pth")
+        self._record(rate, validated=True)
+        self.save(*names)
+        if self.cfg.TRAINING.SAVE_EACH_VALIDATION:
+            part = "" if self.step == self.batches.steps else f"_step_{self.step}"
+            self.save(f"model_epoch_{self.epoch}{part}.pth", state=self.weights() if self.main else None)
+
+    def _record(self, rate: float, validated: bool):
+        """One row of the history: at each validation, and at the end of an epoch without one."""
+        loss_sum, counted, skipped, _ = self.totals.tolist()
+        row = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": loss_sum / counted if counted else float("nan"),
+            "psnr": self.last_psnr if validated else None,
+            "best_psnr": self.best["psnr"] if self.best["epoch"] else None,
+            "images_per_second": round(rate, 2),
+            "skipped_steps": int(skipped),
+        }
+        self.history.append(row)
+        if not self.main:
+            return
+        score = f"PSNR {self.last_psnr:.3f} (best {self.best['psnr']:.3f} in epoch {self.best['epoch']})"
+        log.info(
+            "epoch %d/%d  step %d/%d  loss %.5f  lr %.2e  %s%.1f images/s%s",
+            self.epoch, self.cfg.OPTIM.NUM_EPOCHS, self.step, self.batches.steps, row["loss"], row["lr"],
+            f"{score}  " if validated else "", rate, f"  {int(skipped)} steps skipped" if skipped else "",
+        )  # fmt: skip
+        self._write_history()
+        if self.board is not None:
+            done = (self.epoch - 1) * self.batches.steps + self.step
+            for key in ("loss", "lr", "psnr"):
+                if row[key] is not None:
+                    self.board.add_scalar(key, row[key], done)
+
+    def _write_history(self):
+        temporary = self.folder / ".history.csv.tmp"
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.history[0].keys())
+            writer.writeheader()
+            writer.writerows(self.history)
+        os.replace(temporary, self.folder / "history.csv")
+        plot_history(self.history, self.batches.steps, self.folder / "curves.png", self.cfg.MODEL.SESSION)
+
+    # ------------------------------------------------------------------------------------------------------ plumbing
+
+    def _train_loader(self) -> DataLoader:
+        workers = self.cfg.TRAINING.WORKERS
+        return DataLoader(
+            self.train_set, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda", worker_init_fn=_init_worker,
+        )  # fmt: skip
+
+    def _move(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.device, non_blocking=True, memory_format=self.memory_format)
+
+    board = None  # TensorBoard's writer, where it is installed
+
+    def _start_log(self) -> list[logging.Handler]:
+        if not self.main:
+            return []
+        console = _ConsoleHandler()
+        file = logging.FileHandler(self.folder / "train.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.setLevel(logging.INFO)
+        for handler in (console, file):
+            log.addHandler(handler)
+        if self.resumed is not None:
+            log.info("continuing %s: epoch %d, step %d", self.resumed, self.epoch, self.step)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            pass
+        else:
+            self.board = SummaryWriter(self.folder / "tensorboard")
+        return [console, file]
+
+    def _catch_signals(self) -> dict:
+        def remember(number, _):
+            self.stop_signal = number
+
+        return {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _restore(self, log_handlers: list[logging.Handler], signal_handlers: dict):
+        for handler in log_handlers:
+            log.removeHandler(handler)
+            handler.close()
+        for number, handler in signal_handlers.items():
+            signal.signal(number, handler)
+        if self.board is not None:
+            self.board.close()
+
+
+def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+    """bfloat16 or None (float32) for SPEED.AMP; ``auto`` takes bfloat16 where the hardware computes it."""
+    if choice not in ("auto", "bf16", "fp32"):
+        raise UserError(f"SPEED.AMP is auto, bf16 or fp32, got {choice!r}")
+    if choice == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # PyTorch has no public question for this
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        choice = "bf16" if fast else "fp32"
+    return torch.bfloat16 if choice == "bf16" else None
+
+
+def plot_history(history: list[dict], steps: int, path: Path, title: str):
+    """Draw loss, validation PSNR and learning rate over the epochs into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for place, (key, label) in enumerate(
+        (("loss", "training loss"), ("psnr", "validation PSNR [dB]"), ("lr", "learning rate")), start=1
+    ):
+        rows = [row for row in history if row[key] is not None]
+        axes = figure.add_subplot(1, 3, place)
+        axes.plot([row["epoch"] - 1 + row["step"] / steps for row in rows], [row[key] for row in rows], marker=".")
+        axes.set(xlabel="epoch", title=label, yscale="log" if key == "loss" else "linear")
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints above the progress bar instead of through it."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record))
+
+
+def _init_worker(_):
+    import cv2
+
+    cv2.setNumThreads(0)  # the workers are the parallelism
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer ends the workers

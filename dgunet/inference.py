@@ -1,0 +1,198 @@
+"""Restoring pictures of any size: padding, tiles with blended seams, self-ensemble."""
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgunet.errors import UserError
+from dgunet.transforms import dihedral, pad_to, undo_dihedral
+
+# Peak memory of a forward pass, in floats per pixel and unit of width (measured, see estimate_memory).
+_FLOATS_PER_PIXEL_AND_WIDTH = 16
+
+
+def restore(
+    model,
+    image,
+    tile: int | str | None = "auto",
+    tile_overlap: int = 64,
+    self_ensemble: bool = False,
+    bf16: bool = False,
+):
+    """Restore a picture, or a batch of them, of any size.
+
+    Sides are extended to multiples of 8 (by reflection; by replication where the picture is too small for it), the
+    network runs on the device it is on, the result is cropped back and clamped to [0, 1].
+
+    Args:
+        model: a DGUNet with learned degradation, for C channels.
+        image: one of
+            a NumPy array (H, W, C), (B, H, W, C), or for C = 1 also (H, W): uint8, uint16, or floats in [0, 1];
+            a tensor (C, H, W), (B, C, H, W), or for C = 1 also (H, W): uint8, uint16, or floats in [0, 1];
+            a list or tuple of such, of any sizes.
+            It is not modified.
+        tile: side in pixels of the tiles that the picture is restored in; None for the whole picture at once; "auto"
+            for the whole picture where the memory allows it, and else for tiles, with a warning. Tiles do not give
+            exactly the whole picture's result: channel attention, instance norm and subspace projection see only the
+            tile.
+        tile_overlap: pixels that neighbouring tiles share; the seams are blended linearly over them.
+        self_ensemble: mean over the 8 flips and rotations: 8 times the work for some hundredths of a dB.
+        bf16: run the network under bfloat16 autocast.
+
+    Returns:
+        The restored picture(s), of the same type, shape and dtype as ``image``, tensors on the same device.
+
+    Raises:
+        UserError: a shape, type or range that is none of the above, or not-a-number pixels.
+    """
+    if isinstance(image, list | tuple):
+        options = dict(tile=tile, tile_overlap=tile_overlap, self_ensemble=self_ensemble, bf16=bf16)
+        return type(image)(restore(model, one, **options) for one in image)
+    if model.degradation is not None:
+        raise UserError("restore is for networks that learn their degradation; call model(y)[0] with the measurement")
+    if tile not in (None, "auto") and (not isinstance(tile, int) or tile < 16 or not 0 <= tile_overlap <= tile // 2):
+        raise UserError(
+            f"tile must be None, 'auto' or at least 16 pixels, and tile_overlap from 0 to half of it; got tile={tile}, "
+            f"tile_overlap={tile_overlap}"
+        )
+    x, back = _as_batch(image, model.channels)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x = x.to(device)
+            turns = range(8) if self_ensemble else (0,)
+            out = sum(undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap), k) for k in turns)
+            restored = (out / len(turns)).clamp(0, 1)
+    finally:
+        model.train(training)
+    return back(restored)
+
+
+def _restore_tiles(model, x: Tensor, tile: int | str | None, overlap: int) -> Tensor:
+    height, width = x.shape[2:]
+    if tile == "auto":
+        tile = _automatic_tile(model, x)
+    if tile is None or (height <= tile and width <= tile):
+        return _restore_whole(model, x)
+    out = torch.zeros_like(x)
+    weight = x.new_zeros(1, 1, height, width)
+    for top in _tile_starts(height, tile, overlap):
+        for left in _tile_starts(width, tile, overlap):
+            area = (..., slice(top, top + tile), slice(left, left + tile))
+            part = x[area]
+            # Pyramids: falling linearly over the overlap towards the tile's borders, they blend neighbours.
+            ramp = _ramp(part.shape[2], overlap, x)[:, None] * _ramp(part.shape[3], overlap, x)
+            out[area] += ramp * _restore_whole(model, part)
+            weight[area] += ramp
+    return out / weight
+
+
+def _restore_whole(model, x: Tensor) -> Tensor:
+    height, width = x.shape[2:]
+    padded = pad_to(x, -(-height // 8) * 8, -(-width // 8) * 8)
+    return model(padded.to(memory_format=torch.channels_last))[0][..., :height, :width].float()
+
+
+def _tile_starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin: evenly spread, the last one ending with the picture, sharing at least ``overlap``."""
+    if size <= tile:
+        return [0]
+    count = -(-(size - overlap) // (tile - overlap))
+    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
+
+
+def _ramp(size: int, overlap: int, like: Tensor) -> Tensor:
+    position = torch.arange(size, device=like.device, dtype=like.dtype)
+    distance = torch.minimum(position, size - 1 - position) + 1
+    return (distance / (overlap + 1)).clamp(max=1)
+
+
+def estimate_memory(model, pixels: int) -> int:
+    """Rough peak memory in bytes of restoring a picture of so many pixels in float32."""
+    return 4 * _FLOATS_PER_PIXEL_AND_WIDTH * model.arguments["width"] * pixels
+
+
+def _automatic_tile(model, x: Tensor) -> int | None:
+    """None if the whole batch fits into nine tenths of the free memory, else the largest square tile that does."""
+    if x.device.type == "cuda":
+        free = torch.cuda.mem_get_info(x.device)[0]
+        free += torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    batch, _, height, width = x.shape
+    if estimate_memory(model, batch * height * width) <= 0.9 * free:
+        return None
+    side = int((0.9 * free / estimate_memory(model, batch)) ** 0.5) // 64 * 64
+    side = max(min(side, 1024), 128)
+    warnings.warn(
+        f"restoring {width}x{height} pixels at once would need about "
+        f"{estimate_memory(model, batch * height * width) / 2**30:.0f} GiB, {free / 2**30:.0f} are free: "
+        f"using tiles of {side} (tile={side}); tile=None forces the whole picture",
+        stacklevel=4,
+    )
+    return side
+
+
+def _as_batch(image, channels: int):
+    """The picture(s) as a (B, C, H, W) float32 tensor, and a function from such a result to the caller's type."""
+    if isinstance(image, np.ndarray):
+        layout, dtype = "HWC", image.dtype
+        floating = np.issubdtype(dtype, np.floating)
+        scale = 1 if floating else {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(dtype)
+        # np.array copies: the result of from_numpy would share the caller's memory
+        x = torch.from_numpy(np.array(image, dtype=np.float32)) if scale else None
+    elif isinstance(image, Tensor):
+        layout, dtype = "CHW", image.dtype
+        scale = 1 if image.is_floating_point() else {torch.uint8: 255, torch.uint16: 65535}.get(dtype)
+        x = image.detach().to(torch.float32) if scale else None
+    else:
+        raise UserError(f"restore takes a NumPy array, a tensor, or a list of them, not {type(image).__name__}")
+    if scale is None:
+        raise UserError(f"restore takes uint8, uint16 or floats in [0, 1], got {dtype}")
+    shape = tuple(image.shape)
+    grey = x.dim() == 2
+    if grey:
+        x = x[..., None] if layout == "HWC" else x[None]
+    single = x.dim() == 3
+    if single:
+        x = x[None]
+    if x.dim() != 4 or x.numel() == 0:
+        raise UserError(f"restore takes pictures ({', '.join(layout)}) or batches of them, got shape {shape}")
+    if layout == "HWC":
+        x = x.permute(0, 3, 1, 2)
+    if x.shape[1] != channels:
+        kind = {1: "grey", 3: "RGB", 4: "RGBA"}
+        raise UserError(
+            f"the network restores {kind.get(channels, channels)} pictures, got "
+            f"{kind.get(x.shape[1], f'{x.shape[1]} channels')} (shape {shape}); convert the picture first, "
+            "e.g. np.stack([grey] * 3, axis=-1) or rgba[..., :3]"
+        )
+    x = x / scale
+    low, high = x.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise UserError("the picture has pixels that are NaN or infinite; replace them before restoring")
+    if scale == 1 and (high > 2 or low < -1):
+        raise UserError(f"float pictures must be in [0, 1], got {low:.3g} to {high:.3g}; divide by 255 (or 65535)")
+    home = x.device
+
+    def back(restored: Tensor):
+        restored = restored.to(home)
+        if layout == "HWC":
+            restored = restored.permute(0, 2, 3, 1)
+        if single:
+            restored = restored[0]
+        if grey:
+            restored = restored[..., 0] if layout == "HWC" else restored[0]
+        if scale != 1:
+            restored = (restored * scale).round()
+        if layout == "HWC":
+            return np.ascontiguousarray(restored.numpy().astype(dtype))
+        return restored.to(dtype).contiguous()
+
+    return x, back

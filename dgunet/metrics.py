@@ -1,0 +1,371 @@
+"""PSNR and SSIM, one protocol for each way in which the literature on these tasks computes them.
+
+The same two pictures get different numbers from different papers' scripts: luma or RGB, rounded or not, one
+SSIM window or another. A score is therefore asked for by the name of its protocol:
+
+================  ====================================  ===================  =========================
+protocol          used for                              restored, target     as computed by
+================  ====================================  ===================  =========================
+deraining_y       Rain100L/H, Test100, Test1200/2800    uint8, uint8         ``evaluate_PSNR_SSIM.m``
+rgb_matlab        GoPro, HIDE                           uint8, uint8         ``evaluate_GOPRO_HIDE.m``
+sidd_unit_range   SIDD validation blocks                float32 or uint8     ``evaluate_SIDD.m``
+cs_y              Set11, BSD68                          float32 luma, uint8  the test script's own code
+realblur_aligned  RealBlur-J, RealBlur-R                uint8, uint8         ``evaluate_RealBlur.py``
+train_rgb         validation during training            float32 or uint8     ``train.py``
+================  ====================================  ===================  =========================
+
+    psnr, ssim = evaluate_pair(restored, target, "rgb_matlab")
+
+Values are per image; the score of a set is the mean of its images' values (PSNR averaged in dB). For
+deraining the overall figure is the mean of the sets' means, whatever their sizes.
+
+Every SSIM here is the mean, over the image, of
+
+    (2 m_r m_t + C1) (2 c_rt + C2) / ((m_r^2 + m_t^2 + C1) (v_r + v_t + C2))
+
+with C1 = (0.01 L)^2 and C2 = (0.03 L)^2; m, v, c are the means, variances and covariance in a sliding window
+and L the nominal range. The protocols differ in the window, in what happens at the borders and in what they
+call an image.
+"""
+
+import numpy as np
+import torch
+
+# cv2 and skimage are imported where they are used: a model that is only trained or run needs neither.
+
+_GAUSSIAN_TAPS = 11
+_GAUSSIAN_SIGMA = 1.5
+_GAUSSIAN_RADIUS = _GAUSSIAN_TAPS // 2
+
+
+class AlignmentError(ValueError):
+    """The ECC alignment of ``realblur_aligned`` found no warp from the restored image to its target."""
+
+
+def evaluate_pair(restored, target, protocol, *, align=True):
+    """PSNR in dB and SSIM of a restored image against its target, as the named protocol computes them.
+
+    Args:
+        restored, target: NumPy arrays, H x W x 3 in RGB order or H x W, of the same shape. 8-bit pictures are
+            uint8; network outputs that a protocol scores unrounded are float32 with nominal range [0, 1],
+            where uint8 stands for the value divided by 255. For ``cs_y`` a float32 ``restored`` is the luma
+            alone, H x W, of a target that may be a colour picture.
+        protocol: one of ``PROTOCOLS``.
+            ``deraining_y``: uint8. Luma of MATLAB's ``rgb2ycbcr`` (16..235), rounded to integers first; peak
+            255; SSIM with an 11 x 11 Gaussian window where it fits into the image.
+            ``rgb_matlab``: uint8. One mean over all pixels and channels; peak 255; MATLAB's ``ssim`` of an
+            H x W x 3 array, which is three-dimensional: the Gaussian window runs over the channels too, edges
+            replicated.
+            ``sidd_unit_range``: float32 or uint8. The same on the range [0, 1], evaluated in double;
+            ``restored`` is clamped to it.
+            ``cs_y``: ``restored`` float32 luma or uint8, ``target`` uint8. OpenCV's full-range luma (0..255)
+            of the uint8 pictures; the float luma is clamped to [0, 1] and not rounded; exactly 100 dB for
+            equal images; SSIM with a uniform 7 x 7 window.
+            ``realblur_aligned``: uint8. Restored image matched to the target in intensity and aligned by a
+            homography; scored where the two overlap. Not symmetric in the two images.
+            ``train_rgb``: float32 or uint8. Both clamped to [0, 1], arithmetic in float32; no SSIM.
+        align: False makes ``realblur_aligned`` skip the alignment (the intensities are still matched) and
+            score the whole image; the other protocols never align. For pairs on which it fails::
+
+                try:
+                    psnr, ssim = evaluate_pair(restored, target, "realblur_aligned")
+                except AlignmentError:
+                    psnr, ssim = evaluate_pair(restored, target, "realblur_aligned", align=False)
+
+    Returns:
+        ``(psnr, ssim)``, two Python floats. PSNR is ``inf`` for equal images (except in ``cs_y``), SSIM is
+        ``nan`` in ``train_rgb``. A NaN pixel makes both NaN.
+
+    Raises:
+        AlignmentError: ``realblur_aligned`` on images that cannot be aligned (flat, inverted or tiny ones).
+        ValueError: unknown protocol; a dtype that the protocol does not take; shapes that differ or are no
+            picture's; sides below 11 (``deraining_y``, ``realblur_aligned``) or below 7 (``cs_y``).
+
+    >>> white, grey = np.full((16, 16, 3), 255, np.uint8), np.full((16, 16, 3), 230, np.uint8)
+    >>> psnr, ssim = evaluate_pair(white, grey, "rgb_matlab")
+    >>> f"{psnr:.3f} {ssim:.3f}"
+    '20.172 0.995'
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; known are {', '.join(PROTOCOLS)}")
+    score, restored_types, target_types, smallest_side = _PROTOCOL_TABLE[protocol]
+    _check_image("restored", restored, restored_types, protocol)
+    _check_image("target", target, target_types, protocol)
+    _check_shapes(restored, target, protocol, smallest_side)
+
+    # OpenCV does not read every strided view, such as the flipped channels of a picture that it has loaded.
+    restored, target = np.ascontiguousarray(restored), np.ascontiguousarray(target)
+    options = {"align": align} if protocol == "realblur_aligned" else {}
+    psnr, ssim = score(restored, target, **options)
+    return float(psnr), float(ssim)
+
+
+@torch.no_grad()
+def psnr_batch(restored, target):
+    """PSNR of each image of a batch, for validation while training (the protocol ``train_rgb``).
+
+        20 log10(1 / rmse),    rmse over all pixels and channels of one image, both clamped to [0, 1]
+
+    Args:
+        restored, target: floating-point tensors (B, C, H, W) of the same shape and device, nominal range
+            [0, 1].
+
+    Returns:
+        float32 tensor (B,) in dB on the same device, ``inf`` where the images are equal. Nothing is copied to
+        the host.
+
+    Raises:
+        ValueError: integer tensors, other than four dimensions, or two shapes.
+
+    >>> psnr_batch(torch.full((2, 3, 8, 8), 0.6), torch.full((2, 3, 8, 8), 0.5))
+    tensor([20.0000, 20.0000])
+    """
+    if restored.shape != target.shape or restored.ndim != 4:
+        raise ValueError(
+            "psnr_batch needs two tensors of one shape (B, C, H, W), "
+            f"got {tuple(restored.shape)} and {tuple(target.shape)}"
+        )
+    if not (restored.is_floating_point() and target.is_floating_point()):
+        raise ValueError(
+            f"psnr_batch needs floating-point tensors in [0, 1], got {restored.dtype} and {target.dtype}"
+        )
+    difference = restored.float().clamp(0, 1) - target.float().clamp(0, 1)
+    rmse = difference.square().mean(dim=(1, 2, 3)).sqrt()
+    return 20 * torch.log10(1 / rmse)
+
+
+# The protocols: each takes two checked arrays and returns (psnr, ssim).
+
+
+def _deraining_y(restored, target):
+    from skimage.metrics import structural_similarity
+
+    restored, target = _studio_luma(restored), _studio_luma(target)
+    # scikit-image cuts the window's radius off the map before its mean: what is left are the positions at
+    # which the window fits, so its own border rule has no influence.
+    ssim = structural_similarity(
+        restored,
+        target,
+        data_range=255,
+        gaussian_weights=True,
+        sigma=_GAUSSIAN_SIGMA,
+        use_sample_covariance=False,
+    )
+    return _psnr(restored, target, peak=255), ssim
+
+
+def _rgb_matlab(restored, target):
+    restored, target = restored.astype(np.float64), target.astype(np.float64)
+    return _psnr(restored, target, peak=255), _matlab_ssim(restored, target, value_range=255)
+
+
+def _sidd_unit_range(restored, target):
+    # Values are rounded to single, as in the .mat file; MATLAB's arithmetic on them is single too, but how
+    # accurately it sums is unknown: double is the value that it approximates.
+    restored = np.clip(_unit_float32(restored), 0, 1).astype(np.float64)
+    target = _unit_float32(target).astype(np.float64)
+    return _psnr(restored, target, peak=1), _matlab_ssim(restored, target, value_range=1)
+
+
+def _cs_y(restored, target):
+    from skimage.metrics import structural_similarity
+
+    if restored.dtype == np.uint8:
+        restored = _full_luma(restored).astype(np.float64)
+    else:
+        restored = np.clip(restored.astype(np.float64), 0, 1) * 255
+    target = _full_luma(target).astype(np.float64)
+    psnr = 100.0 if np.array_equal(restored, target) else _psnr(restored, target, peak=255)
+    return psnr, structural_similarity(restored, target, data_range=255)
+
+
+def _realblur_aligned(restored, target, align):
+    from skimage.metrics import structural_similarity
+
+    restored, target = _unit_float32(_as_colour(restored)), _unit_float32(_as_colour(target))
+    energy = np.sum(restored * restored)
+    if energy > 0:  # an all-black image has no best factor
+        restored = (np.sum(target * restored) / energy) * restored
+    mask = np.ones_like(target)
+    if align:
+        restored, mask = _align(restored, target)
+        restored, target = restored * mask, target * mask
+
+    squared_error = np.sum((target - restored) ** 2, dtype=np.float64)
+    psnr = _psnr_of_mse(squared_error / np.sum(mask, dtype=np.float64), peak=1)
+
+    _, ssim_map = structural_similarity(
+        target,
+        restored,
+        data_range=1.0,
+        channel_axis=2,
+        full=True,
+        gaussian_weights=True,
+        sigma=_GAUSSIAN_SIGMA,
+        use_sample_covariance=False,
+    )
+    inner = (slice(_GAUSSIAN_RADIUS, -_GAUSSIAN_RADIUS),) * 2
+    ssim_map, mask = (ssim_map * mask)[inner], mask[inner]
+    ssim = np.mean(ssim_map.sum(axis=(0, 1), dtype=np.float64) / mask.sum(axis=(0, 1), dtype=np.float64))
+    return psnr, ssim
+
+
+def _train_rgb(restored, target):
+    restored, target = (
+        torch.from_numpy(np.array(_as_colour(_unit_float32(image)).transpose(2, 0, 1)[None], order="C"))
+        for image in (restored, target)
+    )
+    return psnr_batch(restored, target).item(), float("nan")
+
+
+_UINT8 = (np.uint8,)
+_UNIT_RANGE = (np.float32, np.uint8)
+_PROTOCOL_TABLE = {  # scoring function, dtypes of restored and of target, smallest side
+    "deraining_y": (_deraining_y, _UINT8, _UINT8, _GAUSSIAN_TAPS),
+    "rgb_matlab": (_rgb_matlab, _UINT8, _UINT8, 1),
+    "sidd_unit_range": (_sidd_unit_range, _UNIT_RANGE, _UNIT_RANGE, 1),
+    "cs_y": (_cs_y, _UNIT_RANGE, _UINT8, 7),
+    "realblur_aligned": (_realblur_aligned, _UINT8, _UINT8, _GAUSSIAN_TAPS),
+    "train_rgb": (_train_rgb, _UNIT_RANGE, _UNIT_RANGE, 1),
+}
+PROTOCOLS = tuple(_PROTOCOL_TABLE)
+
+
+# What they are made of
+
+
+def _psnr(restored, target, peak):
+    difference = restored.astype(np.float64) - target
+    return _psnr_of_mse(np.mean(difference * difference), peak)
+
+
+def _psnr_of_mse(mse, peak):
+    return float("inf") if mse == 0 else 10 * np.log10(peak**2 / mse)
+
+
+def _matlab_ssim(restored, target, value_range):
+    """MATLAB's ``ssim`` of two double arrays H x W (2-D) or H x W x 3 (3-D), edges replicated."""
+    mean_r, mean_t = _gaussian_filter(restored), _gaussian_filter(target)
+    variances = _gaussian_filter(restored * restored + target * target) - mean_r * mean_r - mean_t * mean_t
+    covariance = _gaussian_filter(restored * target) - mean_r * mean_t
+    c1, c2 = (0.01 * value_range) ** 2, (0.03 * value_range) ** 2
+    numerator = (2 * mean_r * mean_t + c1) * (2 * covariance + c2)
+    denominator = (mean_r * mean_r + mean_t * mean_t + c1) * (variances + c2)
+    return np.mean(numerator / denominator)
+
+
+def _gaussian_filter(volume):
+    """Separable Gaussian over all axes of a double H x W or H x W x C array, the channel axis included."""
+    import cv2
+
+    taps = cv2.getGaussianKernel(_GAUSSIAN_TAPS, _GAUSSIAN_SIGMA)
+    filtered = cv2.sepFilter2D(volume, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
+    if volume.ndim == 2:
+        return filtered
+
+    # With so few channels most taps fall on a replicated edge, and the third pass is a small matrix.
+    channels = volume.shape[2]
+    mixing = np.zeros((channels, channels))
+    for output in range(channels):
+        for offset, tap in enumerate(taps[:, 0], start=-_GAUSSIAN_RADIUS):
+            mixing[output, np.clip(output + offset, 0, channels - 1)] += tap
+    return cv2.transform(filtered, mixing)
+
+
+def _studio_luma(image):
+    """Y = 16 + (65.481 R + 128.553 G + 24.966 B) / 255, rounded half up to uint8, of MATLAB's ``rgb2ycbcr``.
+
+    Integers, in units of 1/255000, so that no rounding noise decides the 194 colours that fall on a half.
+    """
+    if image.ndim == 2:
+        return image
+    luma = image.astype(np.int32) @ np.array([65481, 128553, 24966], np.int32) + 16 * 255_000
+    return ((luma + 127_500) // 255_000).astype(np.uint8)
+
+
+def _full_luma(image):
+    """OpenCV's full-range luma on uint8: fixed-point, so not always the exact sum rounded."""
+    import cv2
+
+    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[..., 0]
+
+
+def _align(restored, target):
+    """Warp ``restored`` onto ``target``, both float32 H x W x 3.
+
+    Returns the warped image and the mask (0 or 1, same shape) of where it is defined.
+    """
+    import cv2
+
+    height, width = target.shape[:2]
+    # No tolerance, so that always all of the iterations are made.
+    criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 0)
+    try:
+        _, warp = cv2.findTransformECC(
+            cv2.cvtColor(target, cv2.COLOR_RGB2GRAY),
+            cv2.cvtColor(restored, cv2.COLOR_RGB2GRAY),
+            np.eye(3, dtype=np.float32),
+            cv2.MOTION_HOMOGRAPHY,
+            criteria,
+            inputMask=None,
+            gaussFiltSize=5,
+        )
+    except cv2.error as error:
+        raise AlignmentError(
+            f"the {height} x {width} image cannot be aligned to its target ({error.err})"
+        ) from error
+
+    warped = cv2.warpPerspective(
+        restored,
+        warp,
+        (width, height),
+        flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REFLECT,
+    )
+    mask = cv2.warpPerspective(
+        np.ones_like(restored),
+        warp,
+        (width, height),
+        flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=0,
+    )
+    if not mask[_GAUSSIAN_RADIUS:-_GAUSSIAN_RADIUS, _GAUSSIAN_RADIUS:-_GAUSSIAN_RADIUS].any():
+        raise AlignmentError(f"the {height} x {width} image does not overlap its target once it is aligned")
+    return warped, mask
+
+
+def _unit_float32(image):
+    return image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image
+
+
+def _as_colour(image):
+    """A grey picture as three equal channels, which changes neither MSE nor per-channel SSIM."""
+    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+
+
+def _check_image(name, image, types, protocol):
+    wanted = " or ".join(np.dtype(kind).name for kind in types)
+    if not isinstance(image, np.ndarray) or image.dtype not in types:
+        found = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"{protocol} needs {name} as a {wanted} array, got {found}")
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise ValueError(f"{name} must be H x W x 3 (RGB) or H x W, got shape {image.shape}")
+
+
+def _check_shapes(restored, target, protocol, smallest_side):
+    if protocol == "cs_y" and restored.dtype != np.uint8:
+        if restored.ndim != 2:
+            raise ValueError(
+                f"cs_y needs a float restored image as its luma alone, H x W, got shape {restored.shape}"
+            )
+        fits = restored.shape == target.shape[:2]
+    else:
+        fits = restored.shape == target.shape
+    if not fits:
+        raise ValueError(f"restored and target differ in shape: {restored.shape} and {target.shape}")
+    if min(restored.shape[:2]) < smallest_side:
+        raise ValueError(
+            f"{protocol} needs at least {smallest_side} x {smallest_side} pixels, "
+            f"got {restored.shape[0]} x {restored.shape[1]}"
+        )

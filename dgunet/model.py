@@ -1,0 +1,224 @@
+"""DGUNet: proximal gradient descent, unrolled into K stages.
+
+Deep Generalized Unfolding Networks for Image Restoration, C. Mou, Q. Wang, J. Zhang, CVPR 2022.
+
+Restoration of ``x`` from ``y = A x + n`` is ``min_x 1/2 ||A x - y||^2 + lambda J(x)``; stage k computes
+
+    v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)      gradient descent  (FGDM, gradient.py)
+    x_k = prox_k(v_k; features of stage k-1)               proximal mapping  (IPMM, proximal.py)
+
+from x_0 = y when the degradation is unknown and x_0 = A_adjoint(y) when it is known.
+"""
+
+import difflib
+import inspect
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dgunet.degradations import BlockSampling
+from dgunet.errors import UserError
+from dgunet.gradient import LearnedDegradation
+from dgunet.proximal import FinalMapping, Memory, ProximalMapping
+
+
+class Stage(nn.Module):
+    """One proximal gradient step.
+
+    Args:
+        proximal: maps ``(v, memory)`` to ``(x, memory)``.
+        degradation: the stage's own learned degradation, or None where the network's known one is to be used.
+    """
+
+    def __init__(self, proximal: nn.Module, degradation: LearnedDegradation | None):
+        super().__init__()
+        self.rho = nn.Parameter(torch.full((1,), 0.5))
+        self.degradation = degradation
+        self.proximal = proximal
+
+    def gradient_step(self, x: Tensor, y: Tensor, known_degradation) -> Tensor:
+        degradation = self.degradation if known_degradation is None else known_degradation
+        return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
+
+    def forward(self, x: Tensor, y: Tensor, memory: Memory | None, known_degradation) -> tuple[Tensor, Memory | None]:
+        v = self.gradient_step(x, y, known_degradation)
+        return self.proximal(v, memory)
+
+
+class FinalStage(Stage):
+    """Stage K: its mapping predicts a residual to y (unknown degradation) or to v_K (known degradation)."""
+
+    def forward(self, x: Tensor, y: Tensor, memory: Memory | None, known_degradation) -> tuple[Tensor, None]:
+        v = self.gradient_step(x, y, known_degradation)
+        anchor = y if known_degradation is None else v
+        return anchor + self.proximal(v, memory), None
+
+
+class DGUNet(nn.Module):
+    """Deep generalized unfolding network. The defaults are the paper's DGUNet for deblurring and denoising.
+
+    Args:
+        channels: image channels.
+        width, growth: the U-Net of a stage has the widths w, w+g, w+2g, w+3g.
+        stages: number of stages K.
+        shared: the middle stages 2..K-1 share one set of weights (DGUNet) or have their own (DGUNet+).
+        pathways: inter-stage information pathways (ISFF and feature fusion); False is the paper's ablation.
+        fusion: pathways of the stages 2..K-1, ``"subspace"`` (images) or ``"concat"`` (compressive sensing); see
+            `ProximalMapping`.
+        final_fusion: fusion of the last stage, ``"concat"`` (to width + final_growth) or ``"subspace"``.
+        final_growth: see ``final_fusion``.
+        degradation: None to learn it (each stage its own; the middle ones share theirs when ``shared``), or any
+            object with ``A(x)`` and ``A_adjoint(y)``, as in `dgunet.degradations` or deepinv's linear operators.
+        checkpointing: recompute each stage in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: for an impossible combination of arguments.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        width: int = 80,
+        growth: int = 48,
+        stages: int = 7,
+        shared: bool = True,
+        pathways: bool = True,
+        fusion: str = "subspace",
+        final_fusion: str = "concat",
+        final_growth: int = 32,
+        degradation=None,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        if stages < 1:
+            raise ValueError(f"stages must be at least 1, got {stages}")
+        if width < 4 or width % 2 or growth % 2:
+            raise ValueError(f"width (at least 4) and growth must be even, got width={width}, growth={growth}")
+        # What load_model needs to build this network again; a known degradation is recognised by its own weights.
+        self.name = None
+        self.arguments = dict(
+            channels=channels, width=width, growth=growth, stages=stages, shared=shared, pathways=pathways,
+            fusion=fusion, final_fusion=final_fusion, final_growth=final_growth,
+        )  # fmt: skip
+        self.channels, self.stages, self.checkpointing = channels, stages, checkpointing
+        self.degradation = degradation
+
+        def stage(informed: bool) -> Stage:
+            proximal = ProximalMapping(channels, width, growth, fusion, informed, hands_on=pathways)
+            return Stage(proximal, learned_degradation())
+
+        def learned_degradation() -> LearnedDegradation | None:
+            return LearnedDegradation(channels) if degradation is None else None
+
+        middle_stages = max(stages - 2, 0)
+        self.first = stage(informed=False) if stages > 1 else None
+        self.middle = nn.ModuleList(stage(pathways) for _ in range(min(middle_stages, 1) if shared else middle_stages))
+        final_fusion = final_fusion if pathways and stages > 1 else None
+        self.last = FinalStage(
+            FinalMapping(channels, width, final_fusion, width + final_growth), learned_degradation()
+        )
+
+    @classmethod
+    def default_arguments(cls) -> dict:
+        """The constructor's defaults that make up ``arguments``."""
+        parameters = inspect.signature(cls).parameters
+        return {key: p.default for key, p in parameters.items() if key not in ("degradation", "checkpointing")}
+
+    def unrolled(self):
+        """Yields the K stages in order; a shared middle stage is stored once and visited K-2 times."""
+        if self.first is not None:
+            yield self.first
+        for k in range(self.stages - 2):
+            yield self.middle[k % len(self.middle)]
+        yield self.last
+
+    def forward(self, y: Tensor) -> list[Tensor]:
+        """Returns the estimates x_K, ..., x_1, the restored image first.
+
+        Args:
+            y: degraded image (B, C, H, W), range [0, 1], sides multiples of 8; or, for a known degradation, the
+                measurement that its ``A_adjoint`` takes.
+
+        Raises:
+            ValueError: wrong number of channels, or sides that are not multiples of 8.
+        """
+        x = y if self.degradation is None else self.degradation.A_adjoint(y)
+        self._check(x)
+        memory = None
+        estimates = []
+        for stage in self.unrolled():
+            if self.checkpointing and torch.is_grad_enabled():
+                x, memory = checkpoint(stage, x, y, memory, self.degradation, use_reentrant=False)
+            else:
+                x, memory = stage(x, y, memory, self.degradation)
+            estimates.append(x)
+        return estimates[::-1]
+
+    def _check(self, x: Tensor):
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"this DGUNet takes (B, {self.channels}, H, W) images, got shape {tuple(x.shape)}")
+        height, width = x.shape[2:]
+        if height % 8 or width % 8:
+            raise ValueError(
+                f"DGUNet needs height and width that are multiples of 8, got {height}x{width}; "
+                "dgunet.restore(model, image) pads and crops for you"
+            )
+
+
+_DEBLURRING = dict(width=80, growth=48, shared=True, final_fusion="concat", final_growth=32)
+_DERAINING = dict(width=40, growth=20, shared=True, final_fusion="concat", final_growth=16)
+_SENSING = dict(
+    channels=1, width=32, growth=16, shared=True, fusion="concat", final_fusion="concat", final_growth=16
+)
+_PLUS = dict(shared=False, final_fusion="subspace")
+
+VARIANTS = {
+    "deblurring_dgunet": _DEBLURRING,
+    "deblurring_dgunet_plus": _DEBLURRING | _PLUS | dict(width=96, growth=48),
+    "denoising_dgunet": _DEBLURRING,
+    "denoising_dgunet_plus": _DEBLURRING | _PLUS | dict(width=80, growth=40),
+    "deraining_dgunet": _DERAINING,
+    "deraining_dgunet_plus": _DERAINING | _PLUS,
+    "compressive_sensing_dgunet": _SENSING,
+    "compressive_sensing_dgunet_plus": _SENSING | dict(shared=False),
+}
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` knows: the rows of the paper's tables."""
+    return list(VARIANTS)
+
+
+def create_model(name: str, ratio: float | None = None, **overrides) -> DGUNet:
+    """Build a DGUNet of the paper by name.
+
+    Args:
+        name: one of `list_models()`.
+        ratio: compressive sensing only: measurements per pixel in (0, 1], default 0.25. The blocks are 32x32 and
+            the sampling matrix is learned; pass ``degradation=`` for another operator.
+        **overrides: arguments of `DGUNet` that shall differ from the paper's.
+
+    Raises:
+        UserError: unknown name, unknown override, or ``ratio`` for a model that measures nothing.
+    """
+    if name not in VARIANTS:
+        guess = difflib.get_close_matches(name, VARIANTS, n=1)
+        hint = f"did you mean {guess[0]}?" if guess else f"known are {', '.join(VARIANTS)}"
+        raise UserError(f"unknown model {name!r}; {hint}")
+    known = inspect.signature(DGUNet).parameters
+    for key in overrides:
+        if key not in known:
+            raise UserError(f"DGUNet has no argument {key!r}; it takes {', '.join(known)} and ratio")
+    arguments = VARIANTS[name] | overrides
+    if name.startswith("compressive_sensing"):
+        if "degradation" not in overrides:
+            arguments["degradation"] = BlockSampling(0.25 if ratio is None else ratio)
+    elif ratio is not None:
+        raise UserError(f"ratio is for the compressive-sensing models; {name} learns its degradation")
+    try:
+        model = DGUNet(**arguments)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+    model.name = name
+    return model

@@ -1,0 +1,129 @@
+"""Informative proximal mapping module (IPMM): a U-Net informed by the features of the previous stage."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dgunet.layers import ConvBlock, ShallowFeatures, conv3x3
+from dgunet.pathways import ISFF, ConcatFusion, SubspaceFusion
+
+
+class Memory(NamedTuple):
+    """What a stage hands to the next: its features at full resolution and at every scale, finest first."""
+
+    features: Tensor  # (B, width, H, W)
+    encoded: list[Tensor]  # before each downsampling, scales 1, 1/2, 1/4
+    decoded: list[Tensor]  # scales 1, 1/2, 1/4
+
+
+class Encoder(nn.Module):
+    """Widths w, w+g, w+2g, w+3g: block i works at scale 1/2^i, is informed by ISFF, then halves the resolution."""
+
+    def __init__(self, widths: list[int], informed: bool, adaptive: bool):
+        super().__init__()
+        pairs = list(zip(widths, widths[1:], strict=False))
+        self.blocks = nn.ModuleList(ConvBlock(narrow, wide, norm=True) for narrow, wide in pairs)
+        self.downsamples = nn.ModuleList(nn.Conv2d(w, w, 4, stride=2, padding=1, bias=False) for _, w in pairs)
+        self.isff = nn.ModuleList(ISFF(wide, narrow, adaptive) for narrow, wide in pairs) if informed else None
+        self.bottom = ConvBlock(widths[-1], widths[-1], norm=True)
+
+    def forward(self, x: Tensor, memory: Memory | None) -> tuple[Tensor, list[Tensor]]:
+        encoded = []
+        for i, (block, downsample) in enumerate(zip(self.blocks, self.downsamples, strict=True)):
+            x = block(x)
+            if self.isff is not None:
+                x = self.isff[i](x, memory.encoded[i], memory.decoded[i])
+            encoded.append(x)
+            x = downsample(x)
+        return self.bottom(x), encoded
+
+
+class Decoder(nn.Module):
+    """Doubles the resolution three times, each time joining a convolution of the encoder's feature of that scale."""
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        pairs = list(zip(widths, widths[1:], strict=False))
+        self.upsamples = nn.ModuleList(nn.ConvTranspose2d(wide, narrow, 2, stride=2) for narrow, wide in pairs)
+        self.skips = nn.ModuleList(conv3x3(wide, narrow) for narrow, wide in pairs)
+        self.blocks = nn.ModuleList(ConvBlock(2 * narrow, narrow, norm=False) for narrow, _ in pairs)
+
+    def forward(self, x: Tensor, encoded: list[Tensor]) -> list[Tensor]:
+        decoded = []
+        for i in reversed(range(len(self.blocks))):  # coarsest first
+            x = torch.cat([self.upsamples[i](x), self.skips[i](encoded[i])], dim=1)
+            x = self.blocks[i](x)
+            decoded.append(x)
+        return decoded[::-1]
+
+
+class ProximalMapping(nn.Module):
+    """``x_k = prox(v_k; features of stage k-1)`` for the stages 1 to K-1.
+
+    Args:
+        channels: image channels.
+        width, growth: the U-Net has the widths w, w+g, w+2g, w+3g at the scales 1, 1/2, 1/4, 1/8.
+        fusion: the kind of pathway between stages. ``"subspace"``: subspace fusion, adaptive ISFF, and features
+            ``f + conv(f)`` handed on. ``"concat"`` (the original's compressive sensing): fusion of the concatenation,
+            additive ISFF, and features ``f + conv(f) * sigmoid(conv(x))``, attended by the stage's own estimate.
+        informed: whether this stage receives the features of the one before.
+        hands_on: whether the next stage wants this one's features.
+    """
+
+    def __init__(self, channels: int, width: int, growth: int, fusion: str, informed: bool, hands_on: bool):
+        super().__init__()
+        widths = [width + i * growth for i in range(4)]
+        self.shallow = ShallowFeatures(channels, width)
+        self.fusion = make_fusion(fusion, width, width) if informed else None
+        self.encoder = Encoder(widths, informed, adaptive=fusion == "subspace")
+        self.decoder = Decoder(widths)
+        # The supervised head: 1x1 convolutions to the estimate and to the features for the next stage.
+        self.image_conv = nn.Conv2d(width, channels, 1, bias=False)
+        self.features_conv = nn.Conv2d(width, width, 1, bias=False) if hands_on else None
+        attended = hands_on and fusion == "concat"
+        self.attention_conv = nn.Conv2d(channels, width, 1, bias=False) if attended else None
+
+    def forward(self, v: Tensor, memory: Memory | None) -> tuple[Tensor, Memory | None]:
+        features = self.shallow(v)
+        if self.fusion is not None:
+            features = self.fusion(features, memory.features)
+        deepest, encoded = self.encoder(features, memory)
+        decoded = self.decoder(deepest, encoded)
+        features = decoded[0]
+        x = v + self.image_conv(features)
+        if self.features_conv is None:
+            return x, None
+        attended = self.features_conv(features)
+        if self.attention_conv is not None:
+            attended = attended * torch.sigmoid(self.attention_conv(x))
+        return x, Memory(features + attended, encoded, decoded)
+
+
+class FinalMapping(nn.Module):
+    """The last stage's lighter mapping: shallow features, fusion, one conv3x3 (no bias) to the image residual.
+
+    ``fusion`` is ``"concat"`` (to ``out_width`` channels), ``"subspace"`` (stays at ``width``), or None without
+    memory.
+    """
+
+    def __init__(self, channels: int, width: int, fusion: str | None, out_width: int):
+        super().__init__()
+        self.shallow = ShallowFeatures(channels, width)
+        self.fusion = make_fusion(fusion, width, out_width) if fusion is not None else None
+        self.image_conv = conv3x3(out_width if fusion == "concat" else width, channels, bias=False)
+
+    def forward(self, v: Tensor, memory: Memory | None) -> Tensor:
+        features = self.shallow(v)
+        if self.fusion is not None:
+            features = self.fusion(features, memory.features)
+        return self.image_conv(features)
+
+
+def make_fusion(fusion: str, width: int, out_width: int) -> nn.Module:
+    """The module that merges a stage's shallow features with the previous stage's, both ``width`` channels."""
+    if fusion == "subspace":
+        return SubspaceFusion(width)
+    if fusion == "concat":
+        return ConcatFusion(width, out_width)
+    raise ValueError(f"fusion must be 'subspace' or 'concat', got {fusion!r}")

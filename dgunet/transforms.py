@@ -1,0 +1,28 @@
+"""Flips, rotations and padding of (..., H, W) tensors, shared by augmentation and inference."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def dihedral(x: Tensor, k: int) -> Tensor:
+    """The k-th of the 8 flips and rotations of (..., H, W): k % 4 quarter turns, then a left-right flip if k > 3."""
+    x = torch.rot90(x, k % 4, dims=(-2, -1))
+    return x.flip(-1) if k > 3 else x
+
+
+def undo_dihedral(x: Tensor, k: int) -> Tensor:
+    """Inverse of `dihedral` with the same k."""
+    if k > 3:
+        x = x.flip(-1)
+    return torch.rot90(x, -(k % 4), dims=(-2, -1))
+
+
+def pad_to(x: Tensor, height: int, width: int) -> Tensor:
+    """Extend (B, C, H, W) at the right and bottom to the given size: by reflection, by replication where too small."""
+    for size, current, place in ((height, x.shape[2], (0, 0, 0, 1)), (width, x.shape[3], (0, 1, 0, 0))):
+        missing = size - current
+        if missing > 0:
+            mode = "reflect" if missing < current else "replicate"
+            x = F.pad(x, [missing * side for side in place], mode=mode)
+    return x

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="dgunet",
+    version="0.1.0",
+    description="Deep Generalized Unfolding Networks for Image Restoration (CVPR 2022), reimplemented",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=["dgunet"],
+    python_requires=">=3.10",
+    # What building, loading and running a network needs, and nothing else.
+    install_requires=["torch>=2.6", "numpy>=1.24", "natsort>=8", "psutil>=5.9", "PyYAML>=6", "yacs>=0.1.8"],
+    extras_require={
+        # the training and test commands of the task folders
+        "train": [
+            "torchvision>=0.21",
+            "scipy>=1.11",
+            "scikit-image>=0.22",
+            "opencv-python-headless>=4.8",
+            "pillow>=10",
+            "h5py>=3.9",
+            "matplotlib>=3.8",
+            "tqdm>=4.65",
+            "warmup-scheduler>=0.3",
+        ],
+        "tensorboard": ["tensorboard>=2.15"],
+        "dev": ["pytest>=8", "ruff>=0.6"],
+    },
+    classifiers=["License :: OSI Approved :: MIT License", "Topic :: Scientific/Engineering :: Image Processing"],
+)

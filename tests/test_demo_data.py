@@ -1,0 +1,318 @@
+"""scripts/make_demo_data.py: what it writes, what it refuses, and that its degradations do what they say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("skimage")
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import make_demo_data as demo  # noqa: E402
+
+from dgunet.errors import UserError  # noqa: E402
+
+PAIRED = ("denoising", "deraining", "deblurring")
+DEGRADATIONS = {
+    "sensor_noise": (demo.sensor_noise, 19.5, 24.5),
+    "gaussian_noise": (demo.gaussian_noise, 20.0, 21.5),  # sigma 25 is 20.17 dB, a little more with clipping
+    "rain_streaks": (demo.rain_streaks, 19.0, 29.0),
+    "motion_blur": (demo.motion_blur, 17.0, 30.0),
+}
+
+
+def run(task, out, *options):
+    demo.main(["--task", task, "--out", str(out), *map(str, options)])
+
+
+def contents(folder):
+    """{relative path: bytes} of every file below a folder."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def photo(name):
+    split = next(split for split, photos in demo.EMBEDDED.items() if name in photos)
+    return next(p for p in demo.embedded_photos(split) if p.name == name).load()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One finished folder per task: {task: path}."""
+    root = tmp_path_factory.mktemp("demo")
+    for task in demo.TASKS:
+        run(task, root / task, *(["--copies", 1] if task in PAIRED else []))
+    return {task: root / task for task in demo.TASKS}
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A user's folder with seven small pictures, of several formats, one of them grey."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(7):
+        image = cv2.resize(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8), (53, 47))
+        suffix = (".png", ".jpg", ".tif", ".BMP")[k % 4]
+        cv2.imwrite(str(folder / f"p{k + 5}{suffix}"), image if k else image[..., 0])
+    return folder
+
+
+# --- degradations ---
+
+
+@pytest.mark.parametrize("name", DEGRADATIONS)
+def test_degradation_is_plausible_and_pure(name):
+    degradation, low, high = DEGRADATIONS[name]
+    clean = photo("motorcycle_left")[:301, :403].astype(np.float32) / 255
+    before = clean.copy()
+    first, again, other = (degradation(clean, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    assert np.array_equal(clean, before)
+    assert first.shape == clean.shape and first.dtype == np.float32
+    assert first.min() >= 0 and first.max() <= 1
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    psnr = -10 * np.log10(np.mean((first - clean) ** 2))
+    assert low < psnr < high
+
+
+def test_sensor_noise_grows_with_the_signal():
+    rng = np.random.default_rng(0)
+    spread = []
+    for light in (0.1, 0.5):
+        grey = demo.to_srgb(np.full((200, 200, 3), light, np.float32))
+        noisy = demo.sensor_noise(grey, rng, shot=(0.01, 0.01), read=(1e-4, 1e-4))
+        spread.append(demo.to_linear(noisy).std())
+    assert spread == pytest.approx(np.sqrt([0.01 * 0.1 + 1e-4, 0.01 * 0.5 + 1e-4]), rel=0.03)
+
+
+def test_srgb_curve_is_inverted():
+    values = np.linspace(0, 1, 256, dtype=np.float32)
+    assert np.allclose(demo.to_srgb(demo.to_linear(values)), values, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_motion_kernel_keeps_light_and_place(seed):
+    kernel = demo.motion_kernel(np.random.default_rng(seed), extent=(9, 9))
+    size = len(kernel)
+    assert kernel.shape == (size, size) and size % 2 == 1
+    assert kernel.min() >= 0 and kernel.sum() == pytest.approx(1, abs=1e-5)
+    rows, cols = np.nonzero(kernel)
+    assert 9 <= max(np.ptp(rows), np.ptp(cols)) <= 11  # sub-pixel ends touch one more pixel on each side
+    place = np.arange(size) - size // 2
+    assert abs(kernel.sum(1) @ place) < 1e-3 and abs(kernel.sum(0) @ place) < 1e-3
+
+
+def test_motion_blur_of_a_flat_picture_changes_nothing():
+    flat = np.full((40, 50, 3), 0.6, np.float32)
+    assert np.allclose(demo.motion_blur(flat, np.random.default_rng(0)), flat, atol=1e-4)
+
+
+def test_rain_only_brightens_the_dark():
+    black = np.zeros((80, 90, 3), np.float32)
+    rainy = demo.rain_streaks(black, np.random.default_rng(0))
+    assert rainy.min() > 0.02  # the veil
+    assert np.array_equal(rainy[..., 0], rainy[..., 2])  # rain has no colour
+    assert rainy.max() > rainy.min() + 0.3  # a streak
+
+
+# --- what is written ---
+
+
+@pytest.mark.parametrize("task", PAIRED)
+def test_pairs_lie_where_the_task_looks_for_them(made, task):
+    for split in demo.SPLITS:
+        folder = made[task] / ("test/DEMO" if (task, split) == ("deraining", "test") else split)
+        inputs = sorted(p.name for p in (folder / "input").iterdir())
+        assert inputs == sorted(p.name for p in (folder / "target").iterdir())
+        assert len(inputs) == len(demo.EMBEDDED[split])
+        for name in inputs:
+            degraded, clean = (demo.read_rgb(folder / side / name) for side in ("input", "target"))
+            assert degraded.shape == clean.shape and min(clean.shape) == 3
+            assert 256 <= min(clean.shape[:2]) <= 512
+            assert demo.psnr(degraded, clean) < 45
+    assert {p.name for p in made[task].iterdir()} == {*demo.SPLITS, demo.MANIFEST}
+
+
+def test_compressive_sensing_gets_clean_pictures(made):
+    for split in demo.SPLITS:
+        folder = made["compressive_sensing"] / split
+        assert {p.stem for p in folder.iterdir()} == set(demo.EMBEDDED[split])
+    assert np.array_equal(demo.read_rgb(folder / "cat.png"), photo("cat"))
+
+
+@pytest.mark.parametrize(
+    "task, low, high", [("denoising", 20, 23), ("deraining", 22, 26), ("deblurring", 22, 27)]
+)
+def test_mean_input_psnr(made, task, low, high):
+    inputs = sorted((made[task] / "test").rglob("input/*.png"))
+    psnr = [demo.psnr(demo.read_rgb(p), demo.read_rgb(p.parents[1] / "target" / p.name)) for p in inputs]
+    assert low < np.mean(psnr) < high
+
+
+def test_no_scene_is_in_two_splits():
+    files = {split: {file for file, *_ in photos.values()} for split, photos in demo.EMBEDDED.items()}
+    for split in files:  # both views of the motorcycle are one scene
+        files[split] = {"motorcycle" if "motorcycle" in file else file for file in files[split]}
+    assert sum(map(len, files.values())) == len(set.union(*files.values()))
+
+
+def test_the_same_command_writes_the_same_bytes(made, tmp_path):
+    run("deblurring", tmp_path / "again", "--copies", 1)
+    assert contents(tmp_path / "again") == contents(made["deblurring"])
+
+
+def test_copies_and_other_pictures_do_not_change_a_picture(own, tmp_path):
+    run("denoising", tmp_path / "a", "--source", own, "--val_count", 1)
+    (own / "p6.jpg").unlink()
+    run("denoising", tmp_path / "b", "--source", own, "--val_count", 1, "--copies", 2)
+    a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert a["train/input/p5_1.png"] != a["train/input/p5_2.png"]
+    assert a["train/target/p5_1.png"] == a["train/target/p5_2.png"]
+    assert "train/input/p5_3.png" in a and "train/input/p5_3.png" not in b
+    assert all(a[name] == data for name, data in b.items() if name != demo.MANIFEST)
+
+
+def test_own_pictures_are_split_by_natural_order(own, tmp_path, capsys):
+    own_test = tmp_path / "own_test"
+    own_test.mkdir()
+    cv2.imwrite(str(own_test / "mine.jpeg"), np.full((64, 40, 3), 90, np.uint8))
+    run("deraining", tmp_path / "out", "--source", own, "--test_source", own_test, "--val_count", 2)
+    names = {p.stem for p in (tmp_path / "out/train/input").iterdir()}
+    assert names == {f"p{k}_{copy}" for k in (5, 6, 7, 8, 9) for copy in (1, 2, 3)}
+    assert {p.name for p in (tmp_path / "out/val/target").iterdir()} == {"p10.png", "p11.png"}
+    assert {p.name for p in (tmp_path / "out/test/DEMO/target").iterdir()} == {"mine.png"}
+    report = capsys.readouterr().out
+    assert "15 pairs" in report and "dB" in report and str(tmp_path / "out") in report
+
+
+def test_gaussian_noise_on_request(own, tmp_path):
+    run("denoising", tmp_path / "out", "--source", own, "--noise", "gaussian", "--sigma", 10)
+    options = json.loads((tmp_path / "out" / demo.MANIFEST).read_text())["options"]
+    assert options["--noise"] == "gaussian" and options["--sigma"] == 10
+    folder = tmp_path / "out/test"
+    pair = [demo.read_rgb(folder / side / "cat.png").astype(float) for side in ("input", "target")]
+    assert np.std(pair[0] - pair[1]) == pytest.approx(10, abs=0.3)
+
+
+# --- running again, and refusing ---
+
+
+def test_running_again_changes_nothing(made, capsys):
+    out = made["denoising"]
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.*")}
+    (out / ".DS_Store").touch()  # a file browser was here
+    run("denoising", out, "--copies", 1)
+    (out / ".DS_Store").unlink()
+    assert "already complete" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--task", "deraining", "--copies", 1], "--task"),
+        (["--task", "denoising", "--copies", 2], "--copies"),
+        (["--task", "denoising", "--copies", 1, "--seed", 5], "--seed"),
+        (["--task", "denoising", "--copies", 1, "--noise", "gaussian"], "--noise"),
+    ],
+)
+def test_other_options_are_refused(made, options, named):
+    with pytest.raises(UserError, match=f"was made with {named} .*choose another --out"):
+        demo.main([*map(str, options), "--out", str(made["denoising"])])
+
+
+def test_foreign_folder_is_refused_and_left_alone(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="did not write; choose another --out"):
+        run("denoising", out)
+    assert contents(tmp_path) == {"out/thesis.txt": b"mine"}
+
+
+def test_added_changed_and_lost_files_are_noticed(own, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder may be filled
+    run("compressive_sensing", out, "--source", own)
+    (out / "train/extra.png").touch()
+    with pytest.raises(UserError, match=r"extra\.png was not written by this script"):
+        run("compressive_sensing", out, "--source", own)
+    (out / "train/extra.png").rename(out / "train/p5.png")
+    with pytest.raises(UserError, match=r"p5\.png was changed"):
+        run("compressive_sensing", out, "--source", own)
+    (out / "train/p5.png").unlink()
+    with pytest.raises(UserError, match=r"p5\.png was removed"):
+        run("compressive_sensing", out, "--source", own)
+    with pytest.raises(UserError, match="was made from other pictures"):
+        run("compressive_sensing", out)
+
+
+def test_a_failure_half_way_leaves_nothing(own, tmp_path, monkeypatch):
+    (own / "p9.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"p9\.png is not a picture"):
+        run("denoising", tmp_path / "out", "--source", own)
+    monkeypatch.setattr(demo, "encode_png", lambda image: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run("denoising", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["own"]
+
+
+def test_pictures_that_cannot_be_used(own, tmp_path):
+    def refuse(name, image, line):
+        cv2.imwrite(str(own / name), image)
+        with pytest.raises(UserError, match=line):
+            run("denoising", tmp_path / "out", "--source", own)
+        (own / name).unlink()
+
+    refuse("p1.png", np.zeros((40, 40, 3), np.uint16), r"p1\.png is not an 8-bit picture")
+    refuse("p1.png", np.zeros((40, 31, 3), np.uint8), r"p1\.png has 31x40 pixels")
+    refuse("p5.tif", np.zeros((40, 40, 3), np.uint8), "p5.png and p5.tif .*share a name")
+    with pytest.raises(UserError, match="both in train and in test"):
+        run("denoising", tmp_path / "out", "--source", own, "--test_source", own)
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ("", "--task"),
+        ("--task dehazing", "invalid choice"),
+        ("--task deraining --sigma 5", "are for --task denoising"),
+        ("--task denoising --sigma 5", "--sigma needs --noise gaussian"),
+        ("--task denoising --noise gaussian --sigma nan", "--sigma must be above 0"),
+        ("--task denoising --copies 0", "--copies must be at least 1"),
+        ("--task denoising --val_count 3", "--val_count needs --source"),
+        ("--task denoising --seed -1", "--seed must not be negative"),
+        ("--task compressive_sensing --copies 2", "--copies has no meaning"),
+        ("--task denoising --source nowhere", "there is no folder nowhere"),
+        ("--task denoising --source .", "holds no picture"),
+    ],
+)
+def test_mistakes_are_one_line(options, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=line) as error:
+        demo.main([*options.split(), "--out", "out"])
+    assert "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_too_few_pictures(own, tmp_path):
+    with pytest.raises(UserError, match="smaller --val_count"):
+        run("denoising", tmp_path / "out", "--source", own, "--val_count", 7)
+
+
+def test_command_line_exits_with_2(tmp_path):
+    command = [sys.executable, SCRIPTS / "make_demo_data.py", "--task", "denoising", "--source", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: --source: there is no folder nowhere\n"
+
+
+def test_default_folder_does_not_depend_on_where_it_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = demo.parse_args(["--task", "deblurring"])
+    assert args.out == SCRIPTS.parent / "Datasets" / "demo" / "deblurring"
