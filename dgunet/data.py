@@ -89,12 +89,12 @@ def list_images(folder: str | Path) -> list[Path]:
     return natsorted(paths, key=lambda p: p.name)
 
 
-def find_pairs(root: str | Path) -> list[Pair]:
+def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
     """Pairs of ``root/input`` and ``root/target``, matched by file name (without its ending).
 
     Raises:
-        UserError: a missing or empty folder, a picture without partner, two pictures of one name, or a pair whose
-            sizes differ.
+        UserError: a missing or empty folder, a picture without partner, two pictures of one name; with
+            ``check_sizes``, also a pair whose sizes differ or a picture whose header cannot be read.
     """
     root = Path(root)
     sides = []
@@ -112,6 +112,8 @@ def find_pairs(root: str | Path) -> list[Pair]:
             more = f" (and {len(alone) - 1} more like it)" if len(alone) > 1 else ""
             raise UserError(f"{alone[0]} has no partner of the same name in {root / other}{more}; add or remove it")
     pairs = [Pair(name, inputs[name], targets[name]) for name in inputs]
+    if not check_sizes:
+        return pairs
     with ThreadPoolExecutor(16) as pool:
         sizes = pool.map(lambda pair: (image_size(pair.input), image_size(pair.target)), pairs)
         for pair, (a, b) in zip(pairs, sizes, strict=True):

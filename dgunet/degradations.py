@@ -35,7 +35,9 @@ class BlockSampling(nn.Module):
             else:
                 nn.init.orthogonal_(matrix)
         elif matrix.dim() != 2 or matrix.shape[1] != block**2:
-            raise ValueError(f"a sampling matrix for {block}x{block} blocks is (M, {block**2}), got {tuple(matrix.shape)}")
+            raise ValueError(
+                f"a sampling matrix for {block}x{block} blocks is (M, {block**2}), got {tuple(matrix.shape)}"
+            )
         self.block = block
         matrix = matrix.detach().clone().float()
         if learned:

@@ -196,7 +196,7 @@ class Trainer:
         lines = [
             f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n",
             f"model       {cfg.MODEL.NAME}, {count:,} parameters, {self.model.stages} stages",
-            f"training    {len(self.train_set.pairs)} pairs in {cfg.TRAINING.TRAIN_DIR}, crops of {cfg.TRAINING.TRAIN_PS}",
+            f"training    {len(self.train_set.pairs)} pairs in {cfg.TRAINING.TRAIN_DIR}, {cfg.TRAINING.TRAIN_PS} px crops",
             f"validation  {len(self.val_set)} pairs in {cfg.TRAINING.VAL_DIR}",
             f"batch       {cfg.OPTIM.BATCH_SIZE} = {world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
             f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs of {self.batches.steps} steps{epochs}",
@@ -302,11 +302,13 @@ class Trainer:
         loss_sum, counted, _, in_a_row = self.totals.tolist()
         lr = self.optimizer.param_groups[0]["lr"]
         psnr = f"{self.last_psnr:.2f}" if self.last_psnr == self.last_psnr else "-"
-        bar.set_postfix_str(f"loss {loss_sum / max(counted, 1):.4f}, PSNR {psnr}, lr {lr:.1e}, {rate:.1f} images/s", refresh=False)
+        bar.set_postfix_str(
+            f"loss {loss_sum / max(counted, 1):.4f}, PSNR {psnr}, lr {lr:.1e}, {rate:.1f} images/s", refresh=False
+        )
         if in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:
             raise UserError(
-                f"loss or gradient was not finite in {int(in_a_row)} steps in a row (epoch {self.epoch}); the last good "
-                f"state is {self.folder / 'model_latest.pth'}. Try a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or "
+                f"loss or gradient was not finite in {int(in_a_row)} steps in a row (epoch {self.epoch}); the last "
+                f"good state is {self.folder / 'model_latest.pth'}. Try a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or "
                 "SPEED.AMP fp32, and check the data for broken pictures"
             )
         stop = torch.tensor(float(self.stop_signal), device=self.device)

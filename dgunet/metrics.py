@@ -126,9 +126,7 @@ def psnr_batch(restored, target):
             f"got {tuple(restored.shape)} and {tuple(target.shape)}"
         )
     if not (restored.is_floating_point() and target.is_floating_point()):
-        raise ValueError(
-            f"psnr_batch needs floating-point tensors in [0, 1], got {restored.dtype} and {target.dtype}"
-        )
+        raise ValueError(f"psnr_batch needs floating-point tensors in [0, 1], got {restored.dtype} and {target.dtype}")
     difference = restored.float().clamp(0, 1) - target.float().clamp(0, 1)
     rmse = difference.square().mean(dim=(1, 2, 3)).sqrt()
     return 20 * torch.log10(1 / rmse)
@@ -311,9 +309,7 @@ def _align(restored, target):
             gaussFiltSize=5,
         )
     except cv2.error as error:
-        raise AlignmentError(
-            f"the {height} x {width} image cannot be aligned to its target ({error.err})"
-        ) from error
+        raise AlignmentError(f"the {height} x {width} image cannot be aligned to its target ({error.err})") from error
 
     warped = cv2.warpPerspective(
         restored,
@@ -356,9 +352,7 @@ def _check_image(name, image, types, protocol):
 def _check_shapes(restored, target, protocol, smallest_side):
     if protocol == "cs_y" and restored.dtype != np.uint8:
         if restored.ndim != 2:
-            raise ValueError(
-                f"cs_y needs a float restored image as its luma alone, H x W, got shape {restored.shape}"
-            )
+            raise ValueError(f"cs_y needs a float restored image as its luma alone, H x W, got shape {restored.shape}")
         fits = restored.shape == target.shape[:2]
     else:
         fits = restored.shape == target.shape

@@ -115,9 +115,7 @@ class DGUNet(nn.Module):
         self.first = stage(informed=False) if stages > 1 else None
         self.middle = nn.ModuleList(stage(pathways) for _ in range(min(middle_stages, 1) if shared else middle_stages))
         final_fusion = final_fusion if pathways and stages > 1 else None
-        self.last = FinalStage(
-            FinalMapping(channels, width, final_fusion, width + final_growth), learned_degradation()
-        )
+        self.last = FinalStage(FinalMapping(channels, width, final_fusion, width + final_growth), learned_degradation())
 
     @classmethod
     def default_arguments(cls) -> dict:
@@ -168,9 +166,7 @@ class DGUNet(nn.Module):
 
 _DEBLURRING = dict(width=80, growth=48, shared=True, final_fusion="concat", final_growth=32)
 _DERAINING = dict(width=40, growth=20, shared=True, final_fusion="concat", final_growth=16)
-_SENSING = dict(
-    channels=1, width=32, growth=16, shared=True, fusion="concat", final_fusion="concat", final_growth=16
-)
+_SENSING = dict(channels=1, width=32, growth=16, shared=True, fusion="concat", final_fusion="concat", final_growth=16)
 _PLUS = dict(shared=False, final_fusion="subspace")
 
 VARIANTS = {

@@ -496,9 +496,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv=None):
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--task", required=True, choices=TASKS)
     add("--out", type=Path, help="folder to write; default Datasets/demo/TASK in the repository")

@@ -145,9 +145,7 @@ def test_compressive_sensing_gets_clean_pictures(made):
     assert np.array_equal(demo.read_rgb(folder / "cat.png"), photo("cat"))
 
 
-@pytest.mark.parametrize(
-    "task, low, high", [("denoising", 20, 23), ("deraining", 22, 26), ("deblurring", 22, 27)]
-)
+@pytest.mark.parametrize("task, low, high", [("denoising", 20, 23), ("deraining", 22, 26), ("deblurring", 22, 27)])
 def test_mean_input_psnr(made, task, low, high):
     inputs = sorted((made[task] / "test").rglob("input/*.png"))
     psnr = [demo.psnr(demo.read_rgb(p), demo.read_rgb(p.parents[1] / "target" / p.name)) for p in inputs]

@@ -30,9 +30,7 @@ PINNED_ALIGNMENTS = [name for name, row in PAIRS.items() if row["realblur_aligne
 FAILING_ALIGNMENTS = [
     name for name, row in PAIRS.items() if "stops with an error" in row["realblur_aligned"].get("note", "")
 ]
-UNPINNED_ALIGNMENTS = [
-    name for name, row in PAIRS.items() if "not pinned" in row["realblur_aligned"].get("note", "")
-]
+UNPINNED_ALIGNMENTS = [name for name, row in PAIRS.items() if "not pinned" in row["realblur_aligned"].get("note", "")]
 
 
 @cache
@@ -140,9 +138,7 @@ def mean_of(scores):
 
 def test_average_of_sidd_blocks():
     restored, target = read_sidd_blocks()
-    scores = [
-        evaluate_pair(restored[i], target[i], "sidd_unit_range") for i in np.ndindex(restored.shape[:2])
-    ]
+    scores = [evaluate_pair(restored[i], target[i], "sidd_unit_range") for i in np.ndindex(restored.shape[:2])]
     assert_matches(mean_of(scores), FLOATS["sidd_blocks"]["average"])
 
 
@@ -414,10 +410,7 @@ def test_psnr_batch_errors(restored, target):
 
 
 def test_import_is_light():
-    code = (
-        "import sys, dgunet.metrics; "
-        "print([name for name in ('cv2', 'skimage', 'scipy') if name in sys.modules])"
-    )
+    code = "import sys, dgunet.metrics; print([name for name in ('cv2', 'skimage', 'scipy') if name in sys.modules])"
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
