@@ -78,14 +78,17 @@ def parse_args() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="mean over 8 flips and rotations (default: for SIDD only, as in the original)",
     )
-    parser.add_argument(
-        "--tile", type=int, default="auto", help="tile side in pixels (default: only if memory needs it)"
-    )
+    parser.add_argument("--tile", type=tile_side, default="auto", help="tile side in pixels, whole, or auto (default)")
     parser.add_argument("--tile_overlap", type=int, default=64)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster, some thousandths of a dB off")
     parser.add_argument("--save_images", action="store_true", help="write the restored pictures of a test set, too")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser.parse_args()
+
+
+def tile_side(text: str) -> int | str | None:
+    """``auto``, ``whole`` (None) or a number, for `restore`."""
+    return {"auto": "auto", "whole": None}[text] if text in ("auto", "whole") else int(text)
 
 
 def pick_device(name: str) -> torch.device:

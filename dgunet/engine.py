@@ -196,7 +196,7 @@ class Trainer:
         lines = [
             f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n",
             f"model       {cfg.MODEL.NAME}, {count:,} parameters, {self.model.stages} stages",
-            f"training    {len(self.train_set.pairs)} pairs in {cfg.TRAINING.TRAIN_DIR}, {cfg.TRAINING.TRAIN_PS} px crops",
+            f"training    {len(self.train_set.pairs)} pairs in {cfg.TRAINING.TRAIN_DIR}, {cfg.TRAINING.TRAIN_PS} px",
             f"validation  {len(self.val_set)} pairs in {cfg.TRAINING.VAL_DIR}",
             f"batch       {cfg.OPTIM.BATCH_SIZE} = {world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
             f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs of {self.batches.steps} steps{epochs}",
@@ -308,8 +308,8 @@ class Trainer:
         if in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:
             raise UserError(
                 f"loss or gradient was not finite in {int(in_a_row)} steps in a row (epoch {self.epoch}); the last "
-                f"good state is {self.folder / 'model_latest.pth'}. Try a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or "
-                "SPEED.AMP fp32, and check the data for broken pictures"
+                f"good state is {self.folder / 'model_latest.pth'}. Try a lower OPTIM.LR_INITIAL, "
+                "OPTIM.CLIP_NORM 0.01, or SPEED.AMP fp32, and check the data for broken pictures"
             )
         stop = torch.tensor(float(self.stop_signal), device=self.device)
         if dist.is_initialized():

@@ -1,0 +1,87 @@
+"""Show how a picture is restored: degraded, the estimate after each stage, restored, ground truth.
+
+    python scripts/plot_stages.py --weights model_best.pth --pair Datasets/demo/denoising/test astronaut --out stages.png
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from dgunet import load_model
+from dgunet.data import find_pairs, read_image, to_tensor
+from dgunet.errors import UserError, run_cli
+from dgunet.evaluation import to_uint8
+from dgunet.metrics import psnr_batch
+from dgunet.transforms import pad_to
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help="checkpoint of an image network")
+    parser.add_argument("--pair", nargs=2, required=True, metavar=("FOLDER", "NAME"), help="folder with input/, target/")
+    parser.add_argument("--crop", nargs=3, type=int, metavar=("TOP", "LEFT", "SIDE"), help="part shown (default: centre)")
+    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    args = parser.parse_args()
+
+    folder, name = args.pair
+    pairs = {pair.name: pair for pair in find_pairs(folder)}
+    if name not in pairs:
+        raise UserError(f"no picture {name} in {folder}; there are {', '.join(pairs)}")
+    degraded, target = read_image(pairs[name].input), read_image(pairs[name].target)
+    height, width = target.shape[:2]
+    side = min(160, height, width)
+    top, left, side = args.crop or ((height - side) // 2, (width - side) // 2, side)
+    if min(top, left) < 0 or side < 8 or top + side > height or left + side > width:
+        raise UserError(f"the crop does not fit into {name}, which is {width}x{height}")
+
+    estimates = all_estimates(load_model(args.weights), degraded)
+    window = (slice(top, top + side), slice(left, left + side))
+    names = [f"after stage {k}" for k in range(1, len(estimates))] + ["restored"]
+    tiles = [("degraded", degraded), *zip(names, estimates, strict=True), ("ground truth", target)]
+    tiles = [(label, image[window], psnr(image, target)) for label, image in tiles]
+    draw(degraded, (top, left, side), tiles, args.out)
+    print(f"wrote {args.out}")
+
+
+def all_estimates(model, picture: np.ndarray) -> list[np.ndarray]:
+    """The estimates x_1 ... x_K of an (H, W, 3) uint8 picture, as such."""
+    height, width = picture.shape[:2]
+    y = pad_to(to_tensor(picture)[None], -(-height // 8) * 8, -(-width // 8) * 8)
+    with torch.inference_mode():
+        estimates = model(y)[::-1]
+    return [to_uint8(x[0, :, :height, :width].permute(1, 2, 0).numpy()) for x in estimates]
+
+
+def psnr(image: np.ndarray, target: np.ndarray) -> float:
+    return psnr_batch(to_tensor(image)[None], to_tensor(target)[None]).item()
+
+
+def draw(whole: np.ndarray, crop: tuple[int, int, int], tiles: list[tuple[str, np.ndarray, float]], out: Path):
+    """The whole picture with the crop's frame, then the crops, in two rows."""
+    columns = -(-(len(tiles) + 1) // 2)
+    figure = Figure(figsize=(2.3 * columns, 5.6), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
+    axes = figure.subplots(2, columns).ravel()
+    top, left, side = crop
+    axes[0].imshow(whole)
+    axes[0].add_patch(Rectangle((left, top), side, side, fill=False, edgecolor="yellow", linewidth=1.5))
+    axes[0].set_title("the whole picture", fontsize=10)
+    for axis, (label, image, score) in zip(axes[1:], tiles, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(label if np.isinf(score) else f"{label}\n{score:.2f} dB", fontsize=10)
+    for axis in axes:
+        axis.set_axis_off()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(out))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,309 @@
+"""Cut large picture pairs into patches, which training reads many times faster than whole pictures.
+
+    python scripts/prepare_patches.py sidd --source SIDD_Medium_Srgb/Data --out Datasets/SIDD/train
+    python scripts/prepare_patches.py gopro --source Datasets/GoPro/train --out Datasets/GoPro/train_patches
+    python scripts/prepare_patches.py rain --source Datasets/train --out Datasets/train_patches
+
+sidd takes patches at random positions from one folder per scene, as SIDD-Medium comes. gopro and rain take a regular
+grid from SOURCE/input and SOURCE/target; they differ in their defaults alone. Either way OUT/input and OUT/target
+hold the same names, and the two patches of a name show the same place.
+
+The positions in a picture depend on --seed and on its name only: the same command always writes the same files, and
+adding a picture changes no other. OUT must be new or empty; nothing is ever deleted or overwritten.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import sys
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from natsort import natsorted
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dgunet.data import Pair, find_pairs, image_size, read_image, write_image  # noqa: E402
+from dgunet.errors import UserError, run_cli  # noqa: E402
+
+SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)\.png", re.IGNORECASE)
+# Training crops are 256 wide: with an overlap of 256, every crop of the whole picture lies inside some patch.
+GRIDS = {
+    "gopro": {"size": 512, "overlap": 256, "max_side": 800},  # 1280x720 pictures become 4 x 2 patches
+    "rain": {"size": 512, "overlap": 256, "max_side": 640},  # most of Rain13K is smaller and stays whole
+}
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+class Cut(NamedTuple):
+    """A pair of pictures and what to take from it: [(file name without ending, box), ...]."""
+
+    pair: Pair
+    patches: list[tuple[str, Box]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What to cut
+# ------------------------------------------------------------------------------------------------------------
+
+
+def sidd_pairs(source: Path) -> list[Pair]:
+    """Pairs ``NNNN_NOISY_SRGB_010.PNG``, ``NNNN_GT_SRGB_010.PNG`` in the folders of ``source``, one per scene."""
+    hint = "--source is the folder that holds one folder per scene, in SIDD_Medium_Srgb the one named Data"
+    if not source.is_dir():
+        raise UserError(f"no folder {source}; {hint}")
+    scenes = natsorted((p for p in source.iterdir() if p.is_dir() and p.name[0] != "."), key=lambda p: p.name)
+    if not scenes:
+        raise UserError(f"no folders in {source}; {hint}")
+    pairs = []
+    for scene in scenes:
+        sides: dict[str, dict[str, Path]] = {"NOISY": {}, "GT": {}}
+        for path in sorted(scene.iterdir()):
+            if not (match := SIDD_NAME.fullmatch(path.name)):
+                continue
+            side, number = sides[match[1].upper()], match[2]
+            if number in side:
+                raise UserError(f"{side[number]} and {path.name} are the same picture by name; keep one of the two")
+            side[number] = path
+        if not any(sides.values()):
+            raise UserError(f"no *_NOISY_SRGB_*.PNG in {scene}; complete or move this folder ({hint})")
+        for have, lack in (("NOISY", "GT"), ("GT", "NOISY")):
+            for number in natsorted(sides[have].keys() - sides[lack].keys()):
+                path = sides[have][number]
+                partner = re.sub(f"{have}(?=_SRGB)", lack, path.name, flags=re.IGNORECASE)
+                raise UserError(f"{path} has no partner {partner} beside it; add or remove it")
+        pairs += [Pair(f"{scene.name}_{n}", sides["NOISY"][n], sides["GT"][n]) for n in natsorted(sides["NOISY"])]
+    return pairs
+
+
+def random_boxes(height: int, width: int, size: int, count: int, rng: np.random.Generator) -> list[Box]:
+    """``count`` squares anywhere in a picture; the first ones do not depend on how many follow."""
+    draw = [rng.integers([height - size + 1, width - size + 1]) for _ in range(count)]
+    return [(int(top), int(left), size, size) for top, left in draw]
+
+
+def grid_boxes(height: int, width: int, size: int, overlap: int, max_side: int) -> list[Box]:
+    """Overlapping squares that cover a picture, the last ones flush with its border.
+
+    A picture with no side above ``max_side`` is one box; a side shorter than ``size`` is not cut.
+    """
+    if max(height, width) <= max_side:
+        return [(0, 0, height, width)]
+
+    def starts(length):
+        return [*range(0, length - size, size - overlap), length - size] if length > size else [0]
+
+    return [(top, left, min(size, height), min(size, width)) for top in starts(height) for left in starts(width)]
+
+
+def pair_size(pair: Pair) -> tuple[int, int]:
+    """(height, width) of both pictures, from their headers."""
+    a, b = image_size(pair.input), image_size(pair.target)
+    if a != b:
+        raise UserError(f"{pair.input} is {a[1]}x{a[0]} but {pair.target} is {b[1]}x{b[0]}; a pair must have one size")
+    return a
+
+
+def plan_boxes(args, pair: Pair, height: int, width: int) -> list[Box]:
+    if args.task != "sidd":
+        return grid_boxes(height, width, args.size, args.overlap, args.max_side)
+    if min(height, width) < args.size:
+        raise UserError(f"{pair.input} is {width}x{height}, smaller than a patch; choose a --size below {args.size}")
+    rng = np.random.default_rng([args.seed, zlib.crc32(pair.name.encode())])
+    return random_boxes(height, width, args.size, args.patches, rng)
+
+
+def plan(args) -> list[Cut]:
+    """Everything that will be cut; all pairs are found and their sizes checked here."""
+    pairs = sidd_pairs(args.source) if args.task == "sidd" else find_pairs(args.source, check_sizes=False)
+    cuts, owner = [], {}
+    with ThreadPoolExecutor(16) as pool:
+        for pair, (height, width) in zip(pairs, pool.map(pair_size, pairs), strict=True):
+            boxes = plan_boxes(args, pair, height, width)
+            digits = len(str(len(boxes)))
+            names = [f"{pair.name}_{k:0{digits}d}" for k in range(1, len(boxes) + 1)]
+            if boxes == [(0, 0, height, width)]:
+                names = [pair.name]  # the whole picture keeps its name
+            for name in names:
+                if owner.setdefault(name, pair) is not pair:
+                    raise UserError(f"{owner[name].input} and {pair.input} both give a patch {name}.png; rename one")
+            cuts.append(Cut(pair, list(zip(names, boxes, strict=True))))
+    return cuts
+
+
+def estimate_bytes(cuts: list[Cut], samples: int = 3) -> int:
+    """About how much will be written, from a patch of a few pictures."""
+    pixels, encoded = 0, 0
+    for k in np.linspace(0, len(cuts) - 1, min(samples, len(cuts))).round().astype(int):
+        pair, [(_, (top, left, height, width)), *_] = cuts[k]
+        for path in (pair.input, pair.target):
+            encoded += cv2.imencode(".png", read_image(path)[top : top + height, left : left + width])[1].size
+            pixels += height * width
+    total = 2 * sum(height * width for cut in cuts for _, (_, _, height, width) in cut.patches)
+    return total * encoded // pixels
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cutting
+# ------------------------------------------------------------------------------------------------------------
+
+
+def write_patches(cut: Cut, folder: Path) -> int:
+    """Write the patches of one pair; returns the bytes written."""
+    written = 0
+    for side, path in (("input", cut.pair.input), ("target", cut.pair.target)):
+        picture = read_image(path)
+        for name, (top, left, height, width) in cut.patches:
+            file = folder / side / f"{name}.png"
+            # OpenCV's default PNG setting: levels 1 to 3 save 2 to 20 % of the space for two or three times the
+            # writing time, and do not read any faster.
+            write_image(file, picture[top : top + height, left : left + width])
+            written += file.stat().st_size
+    return written
+
+
+def start_worker():
+    cv2.setNumThreads(0)  # the processes share the cores already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
+
+
+def write_all(cuts: list[Cut], out: Path, part: Path, workers: int) -> int:
+    """Write beside ``out`` and rename at the end: ``out`` is complete or not there. Returns the bytes written."""
+    part.mkdir(parents=True)
+    try:
+        with ProcessPoolExecutor(min(workers, len(cuts)), initializer=start_worker) as pool:
+            try:
+                jobs = [pool.submit(write_patches, cut, part) for cut in cuts]
+                done = tqdm(as_completed(jobs), total=len(jobs), desc=out.name, unit="pair", disable=None)
+                written = sum(job.result() for job in done)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        os.replace(part, out)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a process was ended, perhaps for lack of memory; {after(part)} with fewer --workers"
+        ) from error
+    except (UserError, OSError) as error:
+        raise UserError(f"{describe(error)}; {after(part)}") from error
+    return written
+
+
+def after(part: Path) -> str:
+    return f"then remove the unfinished {part} and start again"
+
+
+def describe(error: Exception) -> str:
+    """One line for a UserError or an OSError (no permission, disk full, ...)."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def in_words(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def check_out(out: Path, part: Path):
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out: {out} already holds files; choose another --out, or move that folder away")
+    if part.exists():
+        raise UserError(
+            f"{part} is left from an interrupted run, or another run is writing it now; if none is, remove it"
+        )
+
+
+def prepare_patches(args):
+    out = args.out.resolve()
+    part = out.with_name(f".{out.name}.part")
+    check_out(out, part)
+    cuts = plan(args)
+    total = sum(len(cut.patches) for cut in cuts)
+    whole = sum(cut.patches[0][0] == cut.pair.name for cut in cuts)
+    free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
+    print(f"{args.source}: {len(cuts)} pairs of pictures" + (f", of which {whole} stay whole" if whole else ""))
+    print(f"{total} pairs of patches will be written to {out}")
+    print(f"they will take about {in_words(estimate_bytes(cuts))}; {in_words(free)} are free", flush=True)
+    written = write_all(cuts, out, part, args.workers)
+    print(f"wrote {total} pairs of patches, {in_words(written)}, to {out}/input and {out}/target")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line instead of the whole usage
+        raise UserError(f"{message} (see --help)")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return int(text)
+
+    number.__name__ = "whole number"  # argparse's name for it in "invalid ... value"
+    return number
+
+
+def parse_args(argv=None):
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser(description=__doc__, **raw)
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="{sidd,gopro,rain}")
+    workers = min(os.cpu_count() or 1, 16)
+
+    def add_task(name, about, source, size):
+        add = tasks.add_parser(name, help=about, description=about, allow_abbrev=False).add_argument
+        add("--source", type=Path, required=True, help=source)
+        add("--out", type=Path, required=True, help="folder for input/ and target/; must be new or empty")
+        add("--size", type=at_least(1), default=size, help="side of a patch in pixels; default %(default)s")
+        add("--workers", type=at_least(1), default=workers, help="processes; changes no patch; default %(default)s")
+        return add
+
+    add = add_task("sidd", "random patches from SIDD-Medium's scenes", "SIDD_Medium_Srgb/Data, a folder per scene", 256)
+    add("--patches", type=at_least(1), default=300, help="patches per pair of pictures; default %(default)s")
+    add("--seed", type=at_least(0), default=1234, help="of the positions; default %(default)s")
+
+    for name, default in GRIDS.items():
+        about = f"a grid of patches from {'GoPro' if name == 'gopro' else 'Rain13K'}'s pictures"
+        add = add_task(name, about, "folder with input/ and target/", default["size"])
+        text = (
+            "pixels that neighbours share at least; with the side of the training crops or more (256 in the paper), "
+            "every crop of the whole picture stays possible; default %(default)s"
+        )
+        add("--overlap", type=at_least(0), default=default["overlap"], help=text)
+        text = (
+            "pictures with no side longer than this stay whole; 0 cuts all. A picture counts once per patch "
+            "in an epoch, so large ones weigh more; default %(default)s"
+        )
+        add("--max_side", type=at_least(0), default=default["max_side"], help=text)
+
+    args = parser.parse_args(argv)
+    if args.task in GRIDS and args.overlap >= args.size:
+        raise UserError(f"--overlap {args.overlap} must be less than --size {args.size}")
+    return args
+
+
+def main(argv=None):
+    try:
+        prepare_patches(parse_args(argv))
+    except OSError as error:
+        raise UserError(describe(error)) from error
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,15 @@
+# Sourced by quickstart.sh and test.sh: goes to the repository's root and sets up .venv there, once.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-python3}
+if ! "$PYTHON" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "error: Python 3.10 or newer with venv is needed; set PYTHON to one, as in PYTHON=python3.11 bash $0" >&2
+    exit 2
+fi
+# The stamp is written last: a set-up that was interrupted, or whose requirements have changed, is done again.
+if ! cmp -s requirements.txt .venv/requirements.installed; then
+    echo "setting up .venv (PyTorch is large; this happens once)"
+    "$PYTHON" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+    cp requirements.txt .venv/requirements.installed
+fi

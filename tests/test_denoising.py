@@ -1,0 +1,258 @@
+"""Denoising end to end: its data set, and test.py through the real command line on files in the published formats."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+import torch
+
+from dgunet import create_model, load_model, restore
+from dgunet.checkpoint import describe_model, save_checkpoint
+from dgunet.data import read_image
+from dgunet.metrics import evaluate_pair
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "Denoising"))
+from dataset import NoisyPatches, read_dnd, read_sidd  # noqa: E402
+
+sys.path.remove(str(ROOT / "Denoising"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    model = create_model("denoising_dgunet", width=8, growth=4, final_growth=4, stages=2)
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, path)
+    return path
+
+
+def run_test(weights, *words, cwd, check=0) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "Denoising" / "test.py", "--weights", weights, "--device", "cpu", *words]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=240, cwd=cwd)
+    assert done.returncode == check, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def results(folder) -> list[dict]:
+    with open(folder / "results" / "denoising.csv") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------------------------- mix-up
+
+
+def test_mixup_starts_in_its_epoch_and_blends_two_samples(tmp_path, picture_pairs):
+    picture_pairs(tmp_path, count=4, size=(40, 40))
+    plain, mixed = NoisyPatches(tmp_path, 16, mixup=0), NoisyPatches(tmp_path, 16, mixup=0.6, mixup_from=6)
+    for a, b in zip(plain[5, 1], mixed[5, 1], strict=True):
+        assert torch.equal(a, b)
+    blended = 0
+    for index in range(4):
+        one, out = plain[6, index], mixed[6, index]
+        for partner in (plain[6, other] for other in range(4)):
+            # out = l * one + (1 - l) * partner, with the same l for input and target
+            shares = [
+                ((o - p) * (s - p)).sum() / ((s - p) ** 2).sum().clamp(min=1e-12)
+                for o, s, p in zip(out, one, partner, strict=True)
+            ]
+            fits = all(
+                torch.allclose(o, l * s + (1 - l) * p, atol=1e-5)
+                for o, s, p, l in zip(out, one, partner, shares, strict=True)
+            )
+            if fits and 0 < shares[0] < 1 and abs(shares[0] - shares[1]) < 1e-4:
+                blended += 1
+                break
+    assert blended >= 2  # a sample may draw itself as its partner
+
+
+def test_mixup_shares_follow_the_beta_distribution(tmp_path, picture_pairs):
+    picture_pairs(tmp_path, count=2, size=(16, 16))
+    data = NoisyPatches(tmp_path, 16, mixup=0.6, mixup_from=1)
+    shares = [float(data.generator(1, index, stream=1).beta(0.6, 0.6)) for index in range(4000)]
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.03)
+    assert np.var(shares) == pytest.approx(1 / (4 * 2.2), abs=0.01)  # ab / ((a+b)^2 (a+b+1))
+
+
+# ----------------------------------------------------------------------------------------------------------- SIDD, DND
+
+
+def write_mat(path: Path, key: str, array: np.ndarray, version: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if version == "v5":
+        scipy.io.savemat(path, {key: array})
+    else:  # 7.3 is HDF5 with the axes in reverse
+        with h5py.File(path, "w") as file:
+            file[key] = array.T
+
+
+@pytest.fixture
+def sidd_blocks():
+    rng = np.random.default_rng(0)
+    clean = rng.integers(0, 256, (2, 3, 1, 1, 3)) + np.arange(32)[:, None, None] + np.arange(32)[:, None]
+    clean = clean.clip(0, 255).astype(np.uint8)
+    noisy = (clean + rng.normal(0, 20, clean.shape)).clip(0, 255).astype(np.uint8)
+    return noisy, clean
+
+
+@pytest.mark.parametrize("version", ["v5", "v7.3"])
+def test_sidd(tmp_path, weights, sidd_blocks, version):
+    noisy, clean = sidd_blocks
+    folder = tmp_path / "Datasets" / "SIDD" / "test"
+    write_mat(folder / "ValidationNoisyBlocksSrgb.mat", "ValidationNoisyBlocksSrgb", noisy, version)
+    write_mat(folder / "ValidationGtBlocksSrgb.mat", "ValidationGtBlocksSrgb", clean, version)
+    for read, written in zip(read_sidd(folder), sidd_blocks, strict=True):
+        np.testing.assert_array_equal(read, written)
+
+    done = run_test(weights, "--dataset", "SIDD", "--save_images", cwd=tmp_path)
+    assert "SIDD" in done.stdout and "39.88/0.959" in done.stdout
+    model = load_model(weights)
+    blocks = noisy.reshape(-1, *noisy.shape[2:]).astype(np.float32) / np.float32(255)
+    expected = restore(model, blocks, self_ensemble=True).reshape(noisy.shape)
+    mat = scipy.io.loadmat(tmp_path / "results/denoising/SIDD/Idenoised.mat")["Idenoised"]
+    assert mat.dtype == np.float32 and mat.shape == noisy.shape
+    np.testing.assert_allclose(mat, expected, atol=1e-5)
+    scores = [
+        evaluate_pair(mat[i, j], clean[i, j], "sidd_unit_range") for i, j in np.ndindex(noisy.shape[:2])
+    ]
+    (row,) = results(tmp_path)
+    assert (row["dataset"], row["images"], row["protocol"]) == ("SIDD", "6", "sidd_unit_range")
+    assert "self_ensemble=True" in row["settings"]
+    assert float(row["psnr"]) == pytest.approx(np.mean([psnr for psnr, _ in scores]), abs=1e-3)
+    assert float(row["ssim"]) == pytest.approx(np.mean([ssim for _, ssim in scores]), abs=1e-5)
+    assert len(list((tmp_path / "results/denoising/SIDD").glob("*.png"))) == 6
+
+
+def test_sidd_mistakes(tmp_path, weights, sidd_blocks):
+    assert "ValidationNoisyBlocksSrgb.mat" in run_test(weights, cwd=tmp_path, check=2).stderr
+    folder = tmp_path / "Datasets" / "SIDD" / "test"
+    write_mat(folder / "ValidationNoisyBlocksSrgb.mat", "SomethingElse", sidd_blocks[0], "v5")
+    assert "no variable ValidationNoisyBlocksSrgb" in run_test(weights, cwd=tmp_path, check=2).stderr
+    (folder / "ValidationNoisyBlocksSrgb.mat").write_text("not a MATLAB file")
+    assert "not a MATLAB file" in run_test(weights, cwd=tmp_path, check=2).stderr
+
+
+@pytest.fixture
+def dnd(tmp_path):
+    """Two pictures with three boxes each, as DND comes: info.mat with references, pictures with MATLAB's axes."""
+    folder = tmp_path / "Datasets" / "DND" / "test"
+    (folder / "images_srgb").mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    pictures = rng.random((2, 48, 64, 3), dtype=np.float32)
+    boxes = np.array([[1, 1, 16, 24], [17, 9, 48, 64], [5, 3, 20, 22]], dtype=np.float64)  # 1-based, inclusive
+    with h5py.File(folder / "info.mat", "w") as file:
+        info = file.create_group("info")
+        references = np.empty((1, 2), dtype=h5py.ref_dtype)
+        for i in range(2):
+            info[f"boxes{i}"] = boxes.T
+            references[0, i] = info[f"boxes{i}"].ref
+        info.create_dataset("boundingboxes", data=references, dtype=h5py.ref_dtype)
+    for i, picture in enumerate(pictures, start=1):
+        write_mat(folder / "images_srgb" / f"{i:04d}.mat", "InoisySRGB", picture, "v7.3")
+    return folder, pictures, boxes.astype(int)
+
+
+def test_dnd(tmp_path, weights, dnd):
+    folder, pictures, boxes = dnd
+    for (name, picture, picture_boxes), number in zip(read_dnd(folder), (1, 2), strict=True):
+        assert name == f"{number:04d}.mat"
+        np.testing.assert_array_equal(picture, pictures[number - 1])
+        np.testing.assert_array_equal(picture_boxes, boxes)
+    run_test(weights, "--dataset", "DND", cwd=tmp_path)
+    model = load_model(weights)
+    for number in (1, 2):
+        mat = scipy.io.loadmat(tmp_path / f"results/denoising/DND/matfiles/{number:04d}.mat")
+        assert mat["Idenoised"].shape == (1, 3) and mat["Idenoised"].dtype == object
+        assert not mat["israw"].item() and mat["eval_version"].item() == "1.0"
+        top, left, bottom, right = boxes[1]
+        crop = mat["Idenoised"][0, 1]
+        assert crop.shape == (32, 56, 3) and crop.dtype == np.float32
+        expected = restore(model, pictures[number - 1][top - 1 : bottom, left - 1 : right])
+        np.testing.assert_allclose(crop, expected, atol=1e-6)
+    assert not (tmp_path / "results/denoising.csv").exists()  # DND is scored by its server
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_folder_of_pairs(tmp_path, weights, picture_pairs):
+    picture_pairs(tmp_path / "set", count=3, size=(37, 53))
+    done = run_test(weights, "--dataset", "set", "--save_images", "--tile", "32", "--tile_overlap", "8", cwd=tmp_path)
+    assert "wrote restored pictures" in done.stdout
+    (row,) = results(tmp_path)
+    assert row["images"] == "3" and float(row["input_psnr"]) > 10 and "tile=32" in row["settings"]
+    for path in sorted((tmp_path / "set/input").iterdir()):
+        expected = restore(load_model(weights), read_image(path), tile=32, tile_overlap=8)
+        restored = read_image(tmp_path / "results/denoising/set" / path.name).astype(int)
+        assert np.abs(restored - expected).max() <= 1  # one rounds 255 x + 0.5 in another order
+    run_test(weights, "--dataset", "set", cwd=tmp_path)
+    assert len(results(tmp_path)) == 2  # appended
+
+
+def test_folder_of_pictures_alone(tmp_path, weights):
+    (tmp_path / "photos").mkdir()
+    picture = np.random.default_rng(0).integers(0, 256, (21, 30, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "photos" / "one.png"), picture)
+    run_test(weights, "--dataset", "photos", cwd=tmp_path)
+    assert read_image(tmp_path / "results/denoising/photos/one.png").shape == (21, 30, 3)
+    assert not (tmp_path / "results/denoising.csv").exists()
+
+
+def write(path: Path, image: np.ndarray):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), image)
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros((20, 20), np.uint8), "is grey"),
+        (np.zeros((20, 20, 4), np.uint8), "has transparency"),
+        (np.zeros((20, 20, 3), np.uint16), "has 16 bits per channel"),
+    ],
+)
+def test_unsuitable_picture_is_reported_and_the_others_are_scored(tmp_path, weights, picture_pairs, image, message):
+    picture_pairs(tmp_path / "set", count=2, size=(24, 24))
+    for side in ("input", "target"):
+        write(tmp_path / "set" / side / "unsuitable.png", image)
+    done = run_test(weights, "--dataset", "set", cwd=tmp_path, check=2)
+    assert message in done.stderr and "unsuitable.png" in done.stderr and "convert" in done.stderr
+    assert results(tmp_path)[0]["images"] == "2"
+
+
+def test_data_mistakes(tmp_path, weights, picture_pairs):
+    assert "no folder" in run_test(weights, "--dataset", "nowhere", cwd=tmp_path, check=2).stderr
+    (tmp_path / "empty").mkdir()
+    assert "no pictures in" in run_test(weights, "--dataset", "empty", cwd=tmp_path, check=2).stderr
+    picture_pairs(tmp_path / "set", count=2, size=(24, 24))
+    write(tmp_path / "set/input/alone.png", np.zeros((24, 24, 3), np.uint8))
+    error = run_test(weights, "--dataset", "set", cwd=tmp_path, check=2).stderr
+    assert "alone.png has no partner" in error and error.strip().count("\n") == 0
+    write(tmp_path / "set/target/alone.png", np.zeros((25, 24, 3), np.uint8))
+    assert "differ in size" in run_test(weights, "--dataset", "set", cwd=tmp_path, check=2).stderr
+
+
+def test_weight_mistakes(tmp_path):
+    other = tmp_path / "other.pth"
+    save_checkpoint(create_model("deraining_dgunet", stages=2).state_dict(), other)
+    (tmp_path / "text.pth").write_text("these are no weights")
+    for path, message in (
+        (other, "not a network for denoising"),
+        (tmp_path / "text.pth", "not a PyTorch checkpoint"),
+        (tmp_path / "nowhere.pth", "no checkpoint at"),
+    ):
+        error = run_test(path, cwd=tmp_path, check=2).stderr
+        assert message in error and error.strip().count("\n") == 0
+    (tmp_path / "set").mkdir()
+
+
+def test_device_mistake(tmp_path, weights):
+    done = run_test(weights, "--device", "cuda:99", cwd=tmp_path, check=2)
+    assert "--device cuda:99" in done.stderr and done.stderr.strip().count("\n") == 0

@@ -1,0 +1,348 @@
+"""The training engine, mostly through the real command line on tiny pictures."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dgunet import create_model, load_model
+from dgunet.checkpoint import read_checkpoint, save_checkpoint
+from dgunet.config import load_config
+from dgunet.data import PairedCentres, PairedPatches
+from dgunet.engine import Trainer
+from dgunet.errors import UserError
+
+TRAIN = Path(__file__).resolve().parents[1] / "Denoising" / "train.py"
+OVERRIDES = {"width": 8, "growth": 4, "final_growth": 4, "stages": 3}
+
+
+@pytest.fixture
+def folders(tmp_path, picture_pairs):
+    picture_pairs(tmp_path / "train", count=8, size=(40, 48))
+    picture_pairs(tmp_path / "val", count=2, size=(32, 32))
+    return tmp_path
+
+
+def options(folders, session="run", **changed) -> list[str]:
+    """A tiny run on the CPU in float32: 2 epochs of 4 steps."""
+    values = {
+        "DEVICE": "cpu", "MODEL.SESSION": session, "TRAINING.TRAIN_DIR": folders / "train",
+        "TRAINING.VAL_DIR": folders / "val", "TRAINING.SAVE_DIR": folders / "runs", "TRAINING.WORKERS": 0,
+        "TRAINING.TRAIN_PS": 32, "TRAINING.VAL_PS": 32, "TRAINING.VAL_EPOCHS": "[]", "TRAINING.VAL_FROM_EPOCH": 0,
+        "TRAINING.VAL_TIMES": 1, "OPTIM.BATCH_SIZE": 2, "OPTIM.NUM_EPOCHS": 2, "OPTIM.WARMUP_EPOCHS": 1,
+        "OPTIM.LR_INITIAL": 1e-3, "SPEED.AMP": "fp32", "AUGMENT.MIXUP_FROM_EPOCH": 1,
+        **{f"MODEL.OVERRIDES.{key}": value for key, value in OVERRIDES.items()},
+        **{key.replace("__", "."): value for key, value in changed.items()},
+    }  # fmt: skip
+    return [str(word) for pair in values.items() for word in pair]
+
+
+def train(folders, session="run", check=0, **changed) -> subprocess.CompletedProcess:
+    command = [sys.executable, TRAIN, *options(folders, session, **changed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def history(folders, session="run") -> list[dict]:
+    with open(folders / "runs" / session / "history.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(folders, session="run", name="model_latest.pth") -> dict:
+    return read_checkpoint(folders / "runs" / session / name)["state_dict"]
+
+
+def assert_same_weights(one: dict, other: dict):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
+def make_trainer(folders, **changed) -> Trainer:
+    cfg = load_config(TRAIN.parents[1] / "configs/denoising/dgunet.yaml", options(folders, **changed))
+    model = create_model("denoising_dgunet", **OVERRIDES)
+    sets = PairedPatches(folders / "train", 32, seed=cfg.SEED), PairedCentres(folders / "val", 32)
+    trainer = Trainer(cfg, model, *sets)
+    trainer.schedule.go_to(1)
+    return trainer
+
+
+def batch(trainer, count: int = 2):
+    samples = [trainer.train_set[1, i] for i in range(count)]
+    return [torch.stack(side) for side in zip(*samples, strict=True)]
+
+
+def test_run_writes_everything_and_says_what_it_does(folders):
+    done = train(folders)
+    for words in ("8 pairs", "2 pairs", "denoising_dgunet", "parameters", "2 epochs of 4 steps", "CPU", "batch       2 ="):
+        assert words in done.stdout
+    folder = folders / "runs" / "run"
+    for name in ("model_latest.pth", "model_best.pth", "model_epoch_1.pth", "model_epoch_2.pth", "config.yaml", "train.log"):
+        assert (folder / name).stat().st_size > 0
+    rows = history(folders)
+    assert [(int(row["epoch"]), int(row["step"])) for row in rows] == [(1, 4), (2, 4)]
+    assert all(float(row["psnr"]) > 0 and float(row["loss"]) > 0 for row in rows)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.glob(".*tmp"))
+    model = load_model(folder / "model_epoch_2.pth", task="denoising")
+    assert model.arguments["stages"] == 3 and model.name == "denoising_dgunet"
+    reloaded = load_config(folder / "config.yaml")
+    assert reloaded.OPTIM.BATCH_SIZE == 2
+
+
+def test_training_learns(folders):
+    trainer = make_trainer(folders)
+    input, target = batch(trainer, 4)
+    first = trainer.loss(trainer.model(input), target).item()
+    for _ in range(30):
+        trainer.train_step(input, target)
+    assert trainer.loss(trainer.model(input), target).item() < 0.5 * first
+
+
+def test_killed_run_resumes_to_the_same_bits(folders):
+    """SIGKILL in the middle of an epoch; the continued run ends with the weights of one that was never killed."""
+    settings = dict(OPTIM__NUM_EPOCHS=3, OPTIM__EMA_DECAY=0.9, TRAINING__SAVE_MINUTES=0, SPEED__AMP="bf16")
+    train(folders, "whole", **settings)
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, *options(folders, "killed", **settings)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    latest = folders / "runs" / "killed" / "model_latest.pth"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if latest.exists():
+            state = read_checkpoint(latest)
+            if state["epoch"] == 2 and 0 < state["step"] < 4:
+                break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    state = read_checkpoint(latest)  # whatever was under way, the file under its final name is whole
+    assert (state["epoch"], state["step"]) != (3, 4), "the run was over before it could be killed"
+
+    done = train(folders, "killed", TRAINING__RESUME=True, **settings)
+    assert "continuing" in done.stdout
+    assert_same_weights(weights(folders, "killed"), weights(folders, "whole"))
+    whole, killed = read_checkpoint(folders / "runs/whole/model_latest.pth"), read_checkpoint(latest)
+    assert_same_weights(killed["raw_state_dict"], whole["raw_state_dict"])
+    for one, other in zip(history(folders, "whole"), history(folders, "killed"), strict=True):
+        assert (one["loss"], one["psnr"], one["lr"]) == (other["loss"], other["psnr"], other["lr"])
+
+
+def test_sigterm_saves_and_exits(folders):
+    settings = dict(OPTIM__NUM_EPOCHS=100000, TRAINING__WORKERS=1)
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, *options(folders, **settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    latest = folders / "runs" / "run" / "model_latest.pth"
+    deadline = time.monotonic() + 120
+    while not latest.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    before = latest.stat().st_mtime_ns
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    assert "TRAINING.RESUME True" in out and "Traceback" not in err
+    assert latest.stat().st_mtime_ns > before
+    assert read_checkpoint(latest)["epoch"] >= 1
+
+
+def test_two_processes_give_the_losses_of_one(folders):
+    """Two gloo processes with half the batch each, mix-up included; every epoch is one step, so losses are per step."""
+    settings = dict(OPTIM__BATCH_SIZE=8, OPTIM__NUM_EPOCHS=6)
+    train(folders, "one", **settings)
+    done = train(folders, "two", PROCESSES=2, **settings)
+    assert "8 = 2 processes x 1 passes x 4" in done.stdout
+    one, two = history(folders, "one"), history(folders, "two")
+    assert len(one) == len(two) == 6
+    np.testing.assert_allclose([float(r["loss"]) for r in one], [float(r["loss"]) for r in two], rtol=0, atol=1e-5)
+    np.testing.assert_allclose([float(r["psnr"]) for r in one], [float(r["psnr"]) for r in two], rtol=0, atol=1e-3)
+
+
+def test_torchrun(folders):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *options(folders, OPTIM__NUM_EPOCHS=1)], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 processes" in done.stdout and len(history(folders)) == 1
+
+
+def test_number_of_workers_changes_nothing(folders):
+    train(folders, "none", OPTIM__NUM_EPOCHS=1)
+    train(folders, "two", OPTIM__NUM_EPOCHS=1, TRAINING__WORKERS=2)
+    assert_same_weights(weights(folders, "none"), weights(folders, "two"))
+
+
+def test_accumulation_equals_the_large_batch(folders):
+    whole, parts = make_trainer(folders, OPTIM__BATCH_SIZE=4), make_trainer(
+        folders, OPTIM__BATCH_SIZE=4, OPTIM__ACCUMULATE=2
+    )
+    parts.model.load_state_dict(whole.model.state_dict())
+    for trainer in (whole, parts):
+        for _ in range(3):
+            trainer.train_step(*batch(trainer, 4))
+    assert whole.totals[0].item() == pytest.approx(parts.totals[0].item(), rel=1e-5)
+    for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_activation_checkpointing_changes_no_weight(folders):
+    plain, recomputed = make_trainer(folders), make_trainer(folders)
+    recomputed.model.load_state_dict(plain.model.state_dict())
+    recomputed.model.checkpointing = True
+    for trainer in (plain, recomputed):
+        trainer.train_step(*batch(trainer))
+    for one, other in zip(plain.model.parameters(), recomputed.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_compile_switch_compiles(folders, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
+    trainer = make_trainer(folders, SPEED__COMPILE=True)
+    assert compiled == [trainer.model]
+
+
+def test_clipping_bounds_the_step(folders):
+    trainer = make_trainer(folders, OPTIM__CLIP_NORM=1e-6)
+    trainer.train_step(*batch(trainer))
+    total = torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters])
+    assert total.item() == pytest.approx(1e-6, rel=1e-2)
+
+
+def test_ema_follows_the_weights(folders):
+    trainer = make_trainer(folders, OPTIM__EMA_DECAY=0.5)
+    name = "last.proximal.image_conv.weight"
+    expected = None
+    for _ in range(3):
+        trainer.train_step(*batch(trainer))
+        now = trainer.model.state_dict()[name].clone()
+        expected = now if expected is None else 0.5 * expected + 0.5 * now
+    torch.testing.assert_close(trainer.state()["state_dict"][name], expected)
+    assert not torch.equal(trainer.state()["raw_state_dict"][name], expected)
+
+
+def test_non_finite_step_is_skipped_and_counted(folders):
+    trainer = make_trainer(folders)
+    input, target = batch(trainer)
+    trainer.train_step(input, target)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    moments = {key: value["exp_avg"].clone() for key, value in trainer.optimizer.state_dict()["state"].items()}
+    trainer.train_step(torch.full_like(input, torch.nan), target)
+    assert_same_weights(trainer.model.state_dict(), before)
+    for key, value in trainer.optimizer.state_dict()["state"].items():
+        assert torch.equal(value["exp_avg"], moments[key]) and value["step"].item() == 1
+    assert trainer.totals.tolist()[1:] == [1, 1, 1]
+    trainer.train_step(input, target)
+    assert trainer.totals.tolist()[1:] == [2, 1, 0]
+    assert not torch.equal(trainer.model.last.rho, before["last.rho"])
+
+
+def test_many_non_finite_steps_end_the_run(folders):
+    done = train(folders, check=2, OPTIM__LR_INITIAL=1e30, OPTIM__MAX_BAD_STEPS=3, OPTIM__NUM_EPOCHS=5)
+    assert "not finite in 3 steps" in done.stderr and "LR_INITIAL" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_run_is_never_overwritten(folders):
+    train(folders, OPTIM__NUM_EPOCHS=1)
+    before = weights(folders)
+    done = train(folders, check=2, OPTIM__NUM_EPOCHS=1)
+    assert "holds another run" in done.stderr and "TRAINING.RESUME True" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert_same_weights(weights(folders), before)
+
+
+def test_resuming_a_finished_run_changes_nothing(folders):
+    train(folders, OPTIM__NUM_EPOCHS=1)
+    before = weights(folders)
+    train(folders, OPTIM__NUM_EPOCHS=1, TRAINING__RESUME=True)
+    assert_same_weights(weights(folders), before)
+
+
+def test_best_score_survives_resuming(folders):
+    train(folders, OPTIM__NUM_EPOCHS=1)
+    latest = folders / "runs/run/model_latest.pth"
+    state = read_checkpoint(latest)
+    state["best"] = {"psnr": 99.0, "epoch": 1}
+    save_checkpoint(state, latest)
+    best = (folders / "runs/run/model_best.pth").read_bytes()
+    train(folders, TRAINING__RESUME=True)
+    assert (folders / "runs/run/model_best.pth").read_bytes() == best
+    assert read_checkpoint(latest)["best"]["psnr"] == 99.0
+
+
+def test_resume_with_another_model_is_refused(folders):
+    train(folders, OPTIM__NUM_EPOCHS=1)
+    done = train(folders, check=2, TRAINING__RESUME=True, MODEL__OVERRIDES__width=12)
+    assert "does not fit" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_resume_names_what_changed(folders):
+    train(folders, OPTIM__NUM_EPOCHS=1)
+    done = train(folders, TRAINING__RESUME=True, OPTIM__LR_INITIAL=5e-4)
+    assert "OPTIM.LR_INITIAL" in done.stdout.split("differ from the run being continued")[1]
+
+
+def test_start_from_given_weights(folders):
+    train(folders, "first", OPTIM__NUM_EPOCHS=1)
+    given = folders / "runs/first/model_best.pth"
+    trainer = make_trainer(folders, session="second", MODEL__WEIGHTS=given)
+    assert_same_weights(trainer.model.state_dict(), weights(folders, "first", "model_best.pth"))
+    assert trainer.epoch == 1
+
+
+def test_dry_run_writes_nothing(folders):
+    command = [sys.executable, TRAIN, "--dry_run", *options(folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "epochs of 4 steps" in done.stdout
+    assert not (folders / "runs").exists()
+
+
+def test_validation_within_an_epoch(folders):
+    train(folders, OPTIM__NUM_EPOCHS=1, TRAINING__VAL_TIMES=2)
+    assert [int(row["step"]) for row in history(folders)] == [2, 4]
+    assert (folders / "runs/run/model_epoch_1_step_2.pth").exists()
+
+
+def test_batch_must_fit_the_processes(folders):
+    with pytest.raises(UserError, match="multiple of 1 processes times 3"):
+        make_trainer(folders, OPTIM__ACCUMULATE=3)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["OPTIM.LR_INTIAL", "1e-3"], "did you mean OPTIM.LR_INITIAL"),
+        (["TRAINING.TRAIN_DIR", "/nowhere"], "no folder /nowhere/input"),
+        (["DEVICE", "gpu"], "DEVICE is auto, cuda or cpu"),
+        (["MODEL.NAME", "denoising_dgnet"], "did you mean denoising_dgunet"),
+        (["SPEED.AMP", "fp16"], "SPEED.AMP is auto, bf16 or fp32"),
+        (["OPTIM.SCHEDULE", "linear"], "OPTIM.SCHEDULE is cosine, constant or step"),
+        (["--config", "missing.yaml"], "cannot read the config missing.yaml"),
+        (["MODEL.WEIGHTS", "missing.pth"], "no checkpoint at missing.pth"),
+    ],
+)
+def test_mistakes_are_one_line(folders, words, message):
+    command = [sys.executable, TRAIN, *(words if words[0] == "--config" else []), *options(folders)]
+    command += words if words[0] != "--config" else []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and done.stderr.strip().count("\n") == 0
+    assert not (folders / "runs").exists()
+
+
+def test_mistake_in_a_started_process_is_one_line(folders):
+    done = train(folders, check=2, PROCESSES=2, OPTIM__BATCH_SIZE=3)
+    assert "multiple of 2 processes" in done.stderr and "Traceback" not in done.stderr
