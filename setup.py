@@ -27,7 +27,7 @@ setup(
             "warmup-scheduler>=0.3",
         ],
         "tensorboard": ["tensorboard>=2.15"],
-        "dev": ["pytest>=8", "ruff>=0.6"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
     },
     classifiers=["License :: OSI Approved :: MIT License", "Topic :: Scientific/Engineering :: Image Processing"],
 )

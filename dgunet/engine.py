@@ -33,9 +33,8 @@ _FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WO
 
 def train(cfg, train_set, val_set: PairedCentres, dry_run: bool = False):
     """Build the config's model and train it; what a task's ``train.py`` launches in every process."""
-    model = create_model(
-        cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **{k: v for k, v in cfg.MODEL.OVERRIDES.items()}
-    )
+    torch.manual_seed(cfg.SEED)
+    model = create_model(cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **cfg.MODEL.OVERRIDES)
     trainer = Trainer(cfg, model, train_set, val_set)
     trainer.describe()
     if not dry_run:
@@ -60,7 +59,6 @@ class Trainer:
     """
 
     def __init__(self, cfg, model: nn.Module, train_set, val_set):
-        torch.manual_seed(cfg.SEED)
         self.cfg = cfg
         self.device = distributed.pick_device(cfg)
         self.main = distributed.rank() == 0
@@ -101,7 +99,7 @@ class Trainer:
         # Kept on the device, so that a step need not wait for it: loss sum, steps counted in it, steps skipped in
         # this epoch, steps skipped in a row.
         self.totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-        self.stop_signal = 0
+        self.signal_received = self.stopped = 0  # numbers of signals: this process's, and the one all agree to stop for
         self.last_save = time.monotonic()
         self._open_folder()
 
@@ -222,18 +220,23 @@ class Trainer:
         try:
             if self.step == self.batches.steps:  # saved at the end of an epoch
                 self._next_epoch()
-            while self.epoch <= self.cfg.OPTIM.NUM_EPOCHS:
-                self._run_epoch(loader)
+            while self.epoch <= self.cfg.OPTIM.NUM_EPOCHS and self._run_epoch(loader):
                 self._next_epoch()
-            log.info("done: best PSNR %.2f dB in epoch %d", self.best["psnr"], self.best["epoch"])
+            if not self.stopped:
+                log.info("done: best PSNR %.2f dB in epoch %d", self.best["psnr"], self.best["epoch"])
         finally:
+            del loader  # ends its processes
             self._restore(*handlers)
+        if self.stopped:
+            distributed.barrier()
+            sys.exit(128 + self.stopped)
 
     def _next_epoch(self):
         self.epoch, self.step = self.epoch + 1, 0
         self.totals[:3] = 0
 
-    def _run_epoch(self, loader):
+    def _run_epoch(self, loader) -> bool:
+        """Train to the end of the epoch under way; False if a signal stopped it before."""
         cfg, steps = self.cfg, self.batches.steps
         self.schedule.go_to(self.epoch)
         self.batches.epoch, self.batches.start = self.epoch, self.step
@@ -250,17 +253,24 @@ class Trainer:
                 self.train_step(self._move(input), self._move(target))
                 self.step += 1
                 bar.update()
-                if self.step % look_every == 0 or self.step == steps:
+                if self.step % look_every == 0 or self.step == steps or self.step in validations:
                     rate = (self.step - first) * cfg.OPTIM.BATCH_SIZE / (time.monotonic() - started)
                     self._look(bar, rate)
                 if self.step in validations:
                     self.last_psnr = self.validate()
-                    self._after_validation(rate if self.step % look_every == 0 or self.step == steps else float("nan"))
-                elif time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES:
+                    self._after_validation(rate)
+                elif self.stopped or time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES:
                     self.save("model_latest.pth")
+                if self.stopped:
+                    log.info(
+                        "stopped by signal %d in epoch %d after step %d; continue with TRAINING.RESUME True",
+                        self.stopped, self.epoch, self.step,
+                    )  # fmt: skip
+                    return False
         if steps not in validations:
             self._record(rate, validated=False)
             self.save("model_latest.pth")
+        return True
 
     def train_step(self, input: torch.Tensor, target: torch.Tensor):
         """One optimisation step on this process's share of a batch; nothing here waits for the device.
@@ -311,17 +321,10 @@ class Trainer:
                 f"good state is {self.folder / 'model_latest.pth'}. Try a lower OPTIM.LR_INITIAL, "
                 "OPTIM.CLIP_NORM 0.01, or SPEED.AMP fp32, and check the data for broken pictures"
             )
-        stop = torch.tensor(float(self.stop_signal), device=self.device)
+        signals = torch.tensor(self.signal_received, device=self.device)
         if dist.is_initialized():
-            dist.all_reduce(stop, dist.ReduceOp.MAX)  # the signal may have reached only some of the processes
-        if stop.item():
-            self.save("model_latest.pth")
-            log.info(
-                "stopped by signal %d in epoch %d after step %d; continue with TRAINING.RESUME True",
-                stop, self.epoch, self.step,
-            )  # fmt: skip
-            distributed.barrier()
-            sys.exit(128 + int(stop))
+            dist.all_reduce(signals, dist.ReduceOp.MAX)  # it may have reached only some of the processes
+        self.stopped = signals.item()
 
     # ---------------------------------------------------------------------------------------------------- validation
 
@@ -432,7 +435,7 @@ class Trainer:
 
     def _catch_signals(self) -> dict:
         def remember(number, _):
-            self.stop_signal = number
+            self.signal_received = number
 
         return {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -488,5 +491,7 @@ def _init_worker(_):
     import cv2
 
     cv2.setNumThreads(0)  # the workers are the parallelism
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Schedulers and Ctrl-C signal every process of a job, but the trainer needs its workers to finish the step before
+    # it saves. The first SIGTERM is therefore ignored; a second one, when a worker is not wanted any more, ends it.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

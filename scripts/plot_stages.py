@@ -1,6 +1,6 @@
 """Show how a picture is restored: degraded, the estimate after each stage, restored, ground truth.
 
-    python scripts/plot_stages.py --weights model_best.pth --pair Datasets/demo/denoising/test astronaut --out stages.png
+python scripts/plot_stages.py --weights model_best.pth --pair Datasets/demo/denoising/test astronaut --out stages.png
 """
 
 import argparse
@@ -26,8 +26,12 @@ from dgunet.transforms import pad_to
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="checkpoint of an image network")
-    parser.add_argument("--pair", nargs=2, required=True, metavar=("FOLDER", "NAME"), help="folder with input/, target/")
-    parser.add_argument("--crop", nargs=3, type=int, metavar=("TOP", "LEFT", "SIDE"), help="part shown (default: centre)")
+    parser.add_argument(
+        "--pair", nargs=2, required=True, metavar=("FOLDER", "NAME"), help="folder with input/, target/"
+    )
+    parser.add_argument(
+        "--crop", nargs=3, type=int, metavar=("TOP", "LEFT", "SIDE"), help="part shown (default: centre)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     args = parser.parse_args()
 

@@ -64,8 +64,8 @@ def test_mixup_starts_in_its_epoch_and_blends_two_samples(tmp_path, picture_pair
                 for o, s, p in zip(out, one, partner, strict=True)
             ]
             fits = all(
-                torch.allclose(o, l * s + (1 - l) * p, atol=1e-5)
-                for o, s, p, l in zip(out, one, partner, shares, strict=True)
+                torch.allclose(o, share * s + (1 - share) * p, atol=1e-5)
+                for o, s, p, share in zip(out, one, partner, shares, strict=True)
             )
             if fits and 0 < shares[0] < 1 and abs(shares[0] - shares[1]) < 1e-4:
                 blended += 1
@@ -119,9 +119,7 @@ def test_sidd(tmp_path, weights, sidd_blocks, version):
     mat = scipy.io.loadmat(tmp_path / "results/denoising/SIDD/Idenoised.mat")["Idenoised"]
     assert mat.dtype == np.float32 and mat.shape == noisy.shape
     np.testing.assert_allclose(mat, expected, atol=1e-5)
-    scores = [
-        evaluate_pair(mat[i, j], clean[i, j], "sidd_unit_range") for i, j in np.ndindex(noisy.shape[:2])
-    ]
+    scores = [evaluate_pair(mat[i, j], clean[i, j], "sidd_unit_range") for i, j in np.ndindex(noisy.shape[:2])]
     (row,) = results(tmp_path)
     assert (row["dataset"], row["images"], row["protocol"]) == ("SIDD", "6", "sidd_unit_range")
     assert "self_ensemble=True" in row["settings"]
@@ -241,7 +239,7 @@ def test_data_mistakes(tmp_path, weights, picture_pairs):
 
 def test_weight_mistakes(tmp_path):
     other = tmp_path / "other.pth"
-    save_checkpoint(create_model("deraining_dgunet", stages=2).state_dict(), other)
+    save_checkpoint(create_model("deraining_dgunet").state_dict(), other)
     (tmp_path / "text.pth").write_text("these are no weights")
     for path, message in (
         (other, "not a network for denoising"),
@@ -250,7 +248,6 @@ def test_weight_mistakes(tmp_path):
     ):
         error = run_test(path, cwd=tmp_path, check=2).stderr
         assert message in error and error.strip().count("\n") == 0
-    (tmp_path / "set").mkdir()
 
 
 def test_device_mistake(tmp_path, weights):

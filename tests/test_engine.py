@@ -82,10 +82,25 @@ def batch(trainer, count: int = 2):
 
 def test_run_writes_everything_and_says_what_it_does(folders):
     done = train(folders)
-    for words in ("8 pairs", "2 pairs", "denoising_dgunet", "parameters", "2 epochs of 4 steps", "CPU", "batch       2 ="):
+    for words in (
+        "8 pairs",
+        "2 pairs",
+        "denoising_dgunet",
+        "parameters",
+        "2 epochs of 4 steps",
+        "CPU",
+        "batch       2 =",
+    ):
         assert words in done.stdout
     folder = folders / "runs" / "run"
-    for name in ("model_latest.pth", "model_best.pth", "model_epoch_1.pth", "model_epoch_2.pth", "config.yaml", "train.log"):
+    for name in (
+        "model_latest.pth",
+        "model_best.pth",
+        "model_epoch_1.pth",
+        "model_epoch_2.pth",
+        "config.yaml",
+        "train.log",
+    ):
         assert (folder / name).stat().st_size > 0
     rows = history(folders)
     assert [(int(row["epoch"]), int(row["step"])) for row in rows] == [(1, 4), (2, 4)]
@@ -138,17 +153,23 @@ def test_killed_run_resumes_to_the_same_bits(folders):
         assert (one["loss"], one["psnr"], one["lr"]) == (other["loss"], other["psnr"], other["lr"])
 
 
-def test_sigterm_saves_and_exits(folders):
-    settings = dict(OPTIM__NUM_EPOCHS=100000, TRAINING__WORKERS=1)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_exits(folders, processes):
+    """As a cluster's scheduler sends it: to every process of the job, loading workers included."""
+    settings = dict(OPTIM__NUM_EPOCHS=100000, TRAINING__WORKERS=1, PROCESSES=processes)
     process = subprocess.Popen(
-        [sys.executable, TRAIN, *options(folders, **settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, TRAIN, *options(folders, **settings)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     latest = folders / "runs" / "run" / "model_latest.pth"
     deadline = time.monotonic() + 120
     while not latest.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     before = latest.stat().st_mtime_ns
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, out + err
     assert "TRAINING.RESUME True" in out and "Traceback" not in err
@@ -185,26 +206,27 @@ def test_number_of_workers_changes_nothing(folders):
 
 
 def test_accumulation_equals_the_large_batch(folders):
-    whole, parts = make_trainer(folders, OPTIM__BATCH_SIZE=4), make_trainer(
-        folders, OPTIM__BATCH_SIZE=4, OPTIM__ACCUMULATE=2
+    whole, parts = (
+        make_trainer(folders, OPTIM__BATCH_SIZE=4),
+        make_trainer(folders, OPTIM__BATCH_SIZE=4, OPTIM__ACCUMULATE=2),
     )
     parts.model.load_state_dict(whole.model.state_dict())
     for trainer in (whole, parts):
-        for _ in range(3):
-            trainer.train_step(*batch(trainer, 4))
-    assert whole.totals[0].item() == pytest.approx(parts.totals[0].item(), rel=1e-5)
+        trainer.train_step(*batch(trainer, 4))
+    assert whole.totals[0].item() == pytest.approx(parts.totals[0].item(), rel=1e-6)
+    # Gradients, not weights: Adam blows up the rounding of gradients that are zero, as of biases before a norm.
     for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_activation_checkpointing_changes_no_weight(folders):
+def test_activation_checkpointing_changes_no_gradient(folders):
     plain, recomputed = make_trainer(folders), make_trainer(folders)
     recomputed.model.load_state_dict(plain.model.state_dict())
     recomputed.model.checkpointing = True
     for trainer in (plain, recomputed):
         trainer.train_step(*batch(trainer))
     for one, other in zip(plain.model.parameters(), recomputed.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_compile_switch_compiles(folders, monkeypatch):

@@ -1,0 +1,62 @@
+"""Fixtures that several test modules share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# One thread for each process: the networks here are tiny, and the runs beside each other share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from dgunet import DGUNet, create_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., DGUNet]:
+    """``tiny_model(**overrides)``: a seeded denoising DGUNet of width 8, in evaluation mode."""
+
+    def make(name: str = "denoising_dgunet", seed: int = 0, **overrides) -> DGUNet:
+        torch.manual_seed(seed)
+        return create_model(name, **(dict(width=8, growth=4, final_growth=4) | overrides)).eval()
+
+    return make
+
+
+@pytest.fixture
+def picture_pairs() -> Callable[..., Path]:
+    """``picture_pairs(root, count, size)``: noisy and clean PNGs of one name in ``root/input`` and ``root/target``."""
+
+    def write(root: Path, count: int = 4, size: tuple[int, int] = (40, 48), seed: int = 0) -> Path:
+        rng = np.random.default_rng(seed)
+        for side in ("input", "target"):
+            (root / side).mkdir(parents=True, exist_ok=True)
+        for k in range(1, count + 1):
+            clean = cv2.resize(rng.uniform(40, 215, (4, 5, 3)), size[::-1], interpolation=cv2.INTER_CUBIC)
+            noisy = clean + rng.normal(0, 20, clean.shape)
+            for side, picture in (("input", noisy), ("target", clean)):
+                assert cv2.imwrite(str(root / side / f"img{k}.png"), picture.clip(0, 255).round().astype(np.uint8))
+        return root
+
+    return write
+
+
+@pytest.fixture
+def run_command(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """``run_command(args)``: run a Python script of the repository, or ``-c code``, in an empty folder."""
+
+    def run(args: list, cwd: Path = tmp_path, timeout: float = 240) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment)
+
+    return run

@@ -1,0 +1,477 @@
+"""The model: every variant and option, the subspace projection, and the sampling operator."""
+
+import copy
+import json
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dgunet import DGUNet, UserError, create_model, list_models
+from dgunet.degradations import BlockSampling
+from dgunet.layers import HalfInstanceNorm
+from dgunet.original import is_unused
+from dgunet.pathways import SubspaceFusion, project
+
+SPECS = json.loads((Path(__file__).parent / "parity" / "specs.json").read_text())
+SMALL = dict(width=16, growth=8, final_growth=8)
+
+
+class HalfBrightness:
+    """A user's own degradation, a plain Python object."""
+
+    def A(self, x):
+        return 0.5 * x
+
+    def A_adjoint(self, y):
+        return 0.5 * y
+
+
+class Gain(nn.Module):
+    """A user's own degradation with a weight that is trained along."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([0.5]))
+
+    def A(self, x):
+        return self.gain * x
+
+    def A_adjoint(self, y):
+        return self.gain * y
+
+
+def measured(model: DGUNet, size: int = 16) -> torch.Tensor:
+    """What the model takes for a random picture."""
+    generator = torch.Generator().manual_seed(3)
+    if isinstance(model.degradation, BlockSampling):
+        with torch.no_grad():
+            return model.degradation.A(torch.rand(2, model.channels, 32, 32, generator=generator))
+    return torch.rand(2, model.channels, size, size, generator=generator)
+
+
+def gradients(model: DGUNet, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    sum((x - 0.3).square().mean() for x in model(y)).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_all_receive_gradients(model: DGUNet):
+    for name, gradient in gradients(model, measured(model)).items():
+        assert gradient is not None, f"{name} receives no gradient"
+        assert torch.isfinite(gradient).all(), f"{name} has a gradient that is not finite"
+        assert gradient.abs().max() > 0, f"{name} has a gradient of zero"
+
+
+# ------------------------------------------------------------------------------------------------------------ variants
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_parameter_receives_a_gradient(name):
+    torch.manual_seed(0)
+    sensing = name.startswith("compressive_sensing")
+    assert_all_receive_gradients(create_model(name, **({} if sensing else SMALL)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [dict(stages=k, shared=shared) for k in (1, 2, 3, 7) for shared in (True, False)]
+    + [dict(stages=k, pathways=False, shared=shared) for k in (2, 3) for shared in (True, False)]
+    + [dict(stages=k, fusion="concat") for k in (2, 3)]
+    + [dict(stages=k, final_fusion="subspace") for k in (1, 2, 3)]
+    + [dict(stages=3, fusion="concat", final_fusion="subspace")]
+    + [dict(stages=k, degradation=HalfBrightness()) for k in (1, 3)]
+    + [dict(stages=3, degradation=Gain(), shared=False)]
+    + [dict(stages=3, channels=c) for c in (1, 4)],
+    ids=lambda overrides: "-".join(
+        f"{k}={type(v).__name__ if k == 'degradation' else v}" for k, v in overrides.items()
+    ),
+)
+def test_every_option_trains_every_parameter(overrides):
+    torch.manual_seed(0)
+    model = DGUNet(**(SMALL | overrides))
+    estimates = model(measured(model))
+    assert len(estimates) == overrides["stages"]
+    assert all(x.shape == (2, model.channels, 16, 16) for x in estimates)
+    assert_all_receive_gradients(model)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "options"),
+    [(v, v, {}) for v in SPECS if not v.startswith("cs_")]
+    + [
+        ("cs_dgunet_r10", "compressive_sensing_dgunet", {"ratio": 0.1}),
+        ("cs_dgunet_plus_r10", "compressive_sensing_dgunet_plus", {"ratio": 0.1}),
+        ("cs_dgunet_r25", "compressive_sensing_dgunet", {}),
+    ],
+)
+def test_number_of_parameters_is_that_of_the_original(variant, name, options):
+    with torch.device("meta"):
+        model = create_model(name, **options)
+    used = sum(math.prod(shape) for key, shape in SPECS[variant].items() if not is_unused(key))
+    assert sum(p.numel() for p in model.parameters()) == used
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("deblurring_dgunet", 17_331_512),
+        ("deblurring_dgunet_plus", 69_572_915),
+        ("denoising_dgunet_plus", 48_361_987),
+        ("deraining_dgunet", 3_661_912),
+        ("deraining_dgunet_plus", 12_176_107),
+    ],
+)
+def test_number_of_parameters_as_published(name, published):
+    # The original counts one PReLU of those it shares: the gradient steps' is one, the attention blocks' are one for
+    # the shared middle stage and one for the others.
+    unused = sum(math.prod(shape) for key, shape in SPECS[name].items() if is_unused(key))
+    with torch.device("meta"):
+        model = create_model(name)
+    slopes = [key for key, _ in model.named_parameters() if key.endswith("activation.weight")]
+    groups = len({"degradation" if ".degradation." in key else is_middle(key, model) for key in slopes})
+    ours = sum(p.numel() for p in model.parameters())
+    assert ours - len(slopes) + groups == published - unused
+
+
+def is_middle(key: str, model: DGUNet) -> str:
+    """The group of the original's shared PReLUs that an attention block's belongs to."""
+    return "middle" if key.startswith("middle.") and len(model.middle) == 1 else "network"
+
+
+def test_all_eight_names():
+    tasks = ["deblurring", "denoising", "deraining", "compressive_sensing"]
+    assert set(list_models()) == {f"{task}_dgunet{plus}" for task in tasks for plus in ("", "_plus")}
+
+
+def test_final_estimate_comes_first(tiny_model):
+    model = tiny_model(stages=4)
+    y = torch.rand(1, 3, 16, 16)
+    before = model(y)
+    with torch.no_grad():
+        model.last.proximal.image_conv.weight.add_(0.1)
+    changed = [not torch.equal(a, b) for a, b in zip(before, model(y), strict=True)]
+    assert changed == [True, False, False, False]
+
+
+def test_shared_middle_stages_are_one(tiny_model):
+    shared, own = tiny_model(stages=6), tiny_model(stages=6, shared=False)
+    assert (len(shared.middle), len(own.middle)) == (1, 4)
+    assert list(shared.unrolled())[1:5] == [shared.middle[0]] * 4
+    assert len({id(stage) for stage in own.unrolled()}) == 6
+
+
+def test_first_stage_is_the_proximal_gradient_step(tiny_model):
+    model = tiny_model(stages=2)
+    y = torch.rand(1, 3, 16, 16)
+    first = model.first
+    v = y - 0.5 * first.degradation.A_adjoint(first.degradation.A(y) - y)
+    torch.testing.assert_close(model(y)[-1], first.proximal(v, None)[0])
+    assert [stage.rho.item() for stage in model.unrolled()] == [0.5, 0.5]
+
+
+# -------------------------------------------------------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 37, 53), (1, 3, 16, 20), (1, 3, 4, 8)])
+def test_sides_that_are_no_multiples_of_8(tiny_model, shape):
+    with pytest.raises(ValueError, match=f"multiples of 8, got {shape[2]}x{shape[3]}.*restore"):
+        tiny_model()(torch.rand(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (1, 4, 16, 16), (3, 16, 16)])
+def test_wrong_channels(tiny_model, shape):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+        tiny_model()(torch.rand(shape))
+
+
+def test_smallest_picture(tiny_model):
+    assert all(torch.isfinite(x).all() for x in tiny_model()(torch.rand(2, 3, 8, 8)))
+
+
+def test_images_of_a_batch_do_not_meet(tiny_model):
+    model, y = tiny_model(stages=3), torch.rand(3, 3, 16, 24)
+    alone = torch.cat([model(one[None])[0] for one in y])
+    torch.testing.assert_close(model(y)[0], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_channels_last_gives_the_same(tiny_model):
+    model, y = tiny_model(), torch.rand(2, 3, 16, 24)
+    with torch.no_grad():
+        expected = model(y)
+        found = model.to(memory_format=torch.channels_last)(y.to(memory_format=torch.channels_last))
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- construction
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("denoising_dgunt", {}, "did you mean denoising_dgunet"),
+        ("xyz", {}, "known are deblurring_dgunet"),
+        ("denoising_dgunet", {"widht": 8}, "no argument 'widht'; it takes .*width"),
+        ("denoising_dgunet", {"ratio": 0.25}, "ratio is for the compressive-sensing models"),
+        ("denoising_dgunet", {"stages": 0}, "stages must be at least 1"),
+        ("denoising_dgunet", {"width": 7}, "must be even"),
+        ("denoising_dgunet", {"fusion": "sum"}, "'subspace' or 'concat'"),
+        ("compressive_sensing_dgunet", {"ratio": 0}, "ratio .* got 0"),
+        ("compressive_sensing_dgunet", {"ratio": 25}, "ratio .* got 25"),
+    ],
+)
+def test_mistakes_in_construction(name, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        create_model(name, **options)
+    assert "\n" not in str(error.value)
+    if name not in list_models() or not {"ratio"} & options.keys():
+        assert isinstance(error.value, UserError)
+
+
+def test_pathways_can_be_left_out(tiny_model):
+    names = [name for name, _ in tiny_model(pathways=False).named_parameters()]
+    assert not [name for name in names if "fusion" in name or "isff" in name or "features_conv" in name]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", ["denoising_dgunet", "compressive_sensing_dgunet"])
+def test_copies_are_independent_and_equal(tiny_model, copied, name):
+    model = tiny_model(name)
+    y = measured(model)
+    twin = copied(model)
+    with torch.no_grad():
+        expected = model(y)[0]
+        assert torch.equal(twin(y)[0], expected)
+        twin.last.rho.add_(1)
+        assert torch.equal(model(y)[0], expected)
+        assert not torch.equal(twin(y)[0], expected)
+    assert (twin.name, twin.arguments) == (model.name, model.arguments)
+
+
+@pytest.mark.parametrize("overrides", [{}, dict(shared=False, final_fusion="subspace"), dict(fusion="concat")])
+def test_checkpointing_gives_the_same_gradients(tiny_model, overrides):
+    model = tiny_model(stages=4, **overrides)
+    y = measured(model)
+    expected = {name: g.clone() for name, g in gradients(model, y).items()}
+    model.checkpointing = True
+    for name, gradient in gradients(model, y).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
+
+
+def test_import_is_light(run_command):
+    heavy = ["cv2", "skimage", "h5py", "torchvision", "matplotlib", "scipy", "PIL"]
+    code = f"import dgunet, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = run_command(["-c", code])
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- known degradations
+
+
+@pytest.mark.parametrize("degradation", [HalfBrightness(), Gain()], ids=["object", "module"])
+def test_own_degradation_takes_the_place_of_the_learned_one(degradation):
+    torch.manual_seed(0)
+    model = DGUNet(**SMALL, stages=3, degradation=degradation).eval()
+    assert not [name for name, _ in model.named_modules() if "degradation." in name]
+    y = torch.rand(1, 3, 16, 16)
+    x = 0.5 * y  # the start is A_adjoint(y)
+    v = x - 0.5 * 0.5 * (0.5 * x - y)
+    torch.testing.assert_close(model(y)[-1], model.first.proximal(v, None)[0])
+
+
+def test_last_stage_of_a_known_degradation_is_a_residual_to_v():
+    model = DGUNet(**SMALL, stages=1, degradation=HalfBrightness())
+    nn.init.zeros_(model.last.proximal.image_conv.weight)
+    y = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(model(y)[0], 0.5 * y - 0.25 * (0.25 * y - y))
+    unknown = DGUNet(**SMALL, stages=1)
+    nn.init.zeros_(unknown.last.proximal.image_conv.weight)
+    torch.testing.assert_close(unknown(y)[0], y)
+
+
+@pytest.mark.parametrize(("ratio", "rows"), [(0.01, 11), (0.04, 41), (0.10, 103), (0.25, 256), (0.50, 512)])
+def test_block_sampling_is_adjoint(ratio, rows):
+    torch.manual_seed(0)
+    sampling = BlockSampling(ratio).double()
+    assert sampling.matrix.shape == (rows, 1024)
+    x = torch.randn(2, 1, 64, 96, dtype=torch.float64)
+    y = torch.randn(2, rows, 2, 3, dtype=torch.float64)
+    measured = sampling.A(x)
+    assert measured.shape == y.shape
+    torch.testing.assert_close((measured * y).sum(), (x * sampling.A_adjoint(y)).sum(), rtol=1e-10, atol=0)
+
+
+def test_block_sampling_measures_blocks_by_the_matrix():
+    sampling = BlockSampling(0.04)
+    x = torch.rand(1, 1, 64, 96)
+    block = x[0, 0, 32:64, 64:96].flatten()  # second row, third column
+    torch.testing.assert_close(sampling.A(x)[0, :, 1, 2], sampling.matrix @ block)
+
+
+def test_fixed_matrix_is_orthonormal_and_not_trained():
+    sampling = BlockSampling(0.1, learned=False)
+    assert not list(sampling.parameters())
+    torch.testing.assert_close(sampling.matrix @ sampling.matrix.T, torch.eye(103), atol=1e-5, rtol=0)
+
+
+def test_block_sampling_stays_in_float32_under_autocast():
+    sampling, x = BlockSampling(0.1), torch.rand(1, 1, 64, 64)
+    expected = sampling.A(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sampling.A(x), expected)
+        assert torch.equal(sampling.A_adjoint(expected), sampling.A_adjoint(expected.clone()))
+        assert sampling.A_adjoint(expected).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 40, 64), (1, 3, 64, 64), (64, 64)])
+def test_block_sampling_refuses_other_pictures(shape):
+    with pytest.raises(ValueError, match="multiples of 32"):
+        BlockSampling(0.25).A(torch.rand(shape))
+
+
+def test_measurements_of_another_ratio_are_refused():
+    with pytest.raises(ValueError, match=r"\(B, 256, h, w\)"):
+        create_model("compressive_sensing_dgunet")(torch.rand(1, 103, 2, 2))
+
+
+# -------------------------------------------------------------------------------------------------- subspace projection
+
+
+def random_maps(seed: int = 0, rank: int = 16, channels: int = 6, size: tuple = (12, 10)):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, rank + channels, *size)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).split([rank, channels], dim=1)
+
+
+def least_squares(basis: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    V, target = basis.flatten(2).mT, features.flatten(2).mT
+    return (V @ torch.linalg.lstsq(V, target).solution).mT.reshape(features.shape)
+
+
+def test_projection_is_least_squares():
+    basis, features = random_maps()
+    projected = project(basis.float(), features.float())
+    torch.testing.assert_close(projected.double(), least_squares(basis, features), atol=1e-5, rtol=0)
+
+
+def test_projection_onto_nearly_dependent_maps_is_least_squares():
+    basis, features = random_maps()
+    basis[:, 1] = basis[:, 0] + 1e-2 * basis[:, 1]  # condition number of the Gram matrix: 1e5
+    projected = project(basis.float(), features.float())
+    torch.testing.assert_close(projected.double(), least_squares(basis, features), atol=1e-3, rtol=0)
+
+
+def test_projection_is_idempotent():
+    basis, features = (x.float() for x in random_maps())
+    once = project(basis, features)
+    torch.testing.assert_close(project(basis, once), once, atol=1e-5, rtol=0)
+    assert (once - features).abs().max() > 0.1
+
+
+def test_projection_does_not_see_the_scale_of_a_map():
+    basis, features = (x.float() for x in random_maps())
+    scales = torch.logspace(-12, 12, 16)[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
+    rescaled = project(basis * scales.view(1, -1, 1, 1), features)
+    torch.testing.assert_close(rescaled, project(basis, features), atol=1e-5, rtol=0)
+
+
+def degenerate(kind: str) -> torch.Tensor:
+    basis = random_maps()[0].float()
+    if kind == "constant":
+        basis[:] = 0.7
+    elif kind == "coinciding":
+        basis[:, 1:] = basis[:, :1]
+    elif kind == "opposite":
+        basis[:, 1] = -basis[:, 0]
+    elif kind == "one zero":
+        basis[:, 3] = 0
+    elif kind == "zero":
+        basis[:] = 0
+    elif kind == "more maps than pixels":
+        basis = basis[:, :, :2, :3].contiguous()
+    return basis
+
+
+DEGENERATE = ["constant", "coinciding", "opposite", "one zero", "zero", "more maps than pixels"]
+
+
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projection_survives_degenerate_maps(kind, dtype):
+    basis = degenerate(kind)
+    features = torch.randn(2, 6, *basis.shape[2:], generator=torch.Generator().manual_seed(1)).to(dtype)
+    basis.requires_grad_()
+    features.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        projected = project(basis.to(dtype), features)
+    projected.float().square().sum().backward()
+    assert projected.dtype == dtype
+    for x in (projected, basis.grad, features.grad):
+        assert torch.isfinite(x).all()
+        assert x.abs().max() < 1e3
+    # still a projection onto what span there is
+    expected = least_squares_of_any_rank(basis.detach().to(dtype), features.detach())
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(projected.detach().double(), expected, atol=tolerance, rtol=0)
+
+
+def least_squares_of_any_rank(basis: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    V, target = basis.double().flatten(2).mT, features.double().flatten(2).mT
+    return (V @ (torch.linalg.pinv(V, rtol=1e-6) @ target)).mT.reshape(features.shape)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["constant", "coinciding", "zero"])
+def test_fusion_survives_degenerate_maps(kind, bf16):
+    torch.manual_seed(0)
+    fusion = SubspaceFusion(8)
+    with torch.no_grad():
+        if kind == "coinciding":
+            fusion.basis_conv.weight[:] = fusion.basis_conv.weight[:1].clone()
+            fusion.basis_conv.bias[:] = 0.1
+        else:
+            fusion.basis_conv.weight.zero_()
+            fusion.basis_conv.bias.fill_(0.5 if kind == "constant" else 0)
+    x, bridge = (torch.randn(2, 8, 16, 16, requires_grad=True) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = fusion(x, bridge)
+    out.float().square().mean().backward()
+    for tensor in (out, x.grad, bridge.grad, *(p.grad for p in fusion.parameters())):
+        assert torch.isfinite(tensor).all()
+
+
+def test_model_under_bf16_autocast_is_close_and_trains(tiny_model):
+    model = tiny_model()
+    y = measured(model)
+    with torch.no_grad():
+        expected = model(y)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model, y)
+        with torch.no_grad():
+            assert (model(y)[0] - expected).abs().max() < 0.05
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+
+
+# --------------------------------------------------------------------------------------------------- half instance norm
+
+
+def test_half_instance_norm_normalises_the_first_half():
+    norm, x = HalfInstanceNorm(6), 3 + 2 * torch.randn(2, 6, 8, 8)
+    out = norm(x)
+    torch.testing.assert_close(out[:, :3].mean((2, 3)), torch.zeros(2, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out[:, :3].std((2, 3), unbiased=False), torch.ones(2, 3), atol=1e-4, rtol=0)
+    assert torch.equal(out[:, 3:], x[:, 3:])
+
+
+def test_half_instance_norm_of_one_pixel_is_its_bias():
+    norm, x = HalfInstanceNorm(6), torch.randn(2, 6, 1, 1)
+    nn.init.constant_(norm.norm.bias, 0.25)
+    out = norm(x)
+    assert torch.equal(out[:, :3], torch.full((2, 3, 1, 1), 0.25))
+    assert torch.equal(out[:, 3:], x[:, 3:])
+    # the same limit that two equal pixels have
+    torch.testing.assert_close(norm(x.expand(2, 6, 1, 2))[..., :1], out)
