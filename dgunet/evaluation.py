@@ -1,20 +1,53 @@
-"""What the test scripts share: scoring restored pictures in the background, and telling the outcome."""
+"""What the test scripts share: going through test sets, scoring in the background, and telling the outcome.
 
+A test that is interrupted and started again goes on where it was: the scores of a data set are written as they arrive,
+next to a note of the weights and settings that they belong to.
+"""
+
+import argparse
 import csv
 import datetime
+import hashlib
+import json
+import os
 import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+from natsort import natsorted
+from tqdm import tqdm
 
-from dgunet.metrics import evaluate_pair
+from dgunet.checkpoint import load_model
+from dgunet.data import Pair, find_pairs, list_images, read_image, write_image
+from dgunet.errors import UserError
+from dgunet.inference import restore
+from dgunet.metrics import AlignmentError, evaluate_pair
+
+# Protocols that score the unrounded output; the others score pictures as they are written to disk.
+UNROUNDED = ("sidd_unit_range", "cs_y", "train_rgb")
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
     """Floats in [0, 1] as an 8-bit picture: clamped, times 255, rounded to nearest."""
     return (np.clip(image, 0, 1) * np.float32(255)).round().astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A published test set: where it lies under the data root, how it is scored, what the paper has."""
+
+    folder: str
+    protocol: str
+    paper: dict[str, tuple[float, float]] = field(default_factory=dict)  # by model: PSNR, SSIM
+
+    __test__ = False  # not a test case, whatever pytest thinks of the name
 
 
 @dataclass
@@ -28,42 +61,300 @@ class Result:
     ssim: float
     input_psnr: float  # of the degraded pictures, by the same protocol
     input_ssim: float
-    seconds_per_image: float = float("nan")
     paper: tuple[float, float] | None = None  # PSNR, SSIM
+    seconds_per_image: float = float("nan")  # restoring and scoring, of the pictures of this call
     settings: dict = field(default_factory=dict)
 
 
-class Scorer:
-    """Scores pictures on other threads while the next ones are being restored.
+class ScoreSheet:
+    """The scores of one data set, computed on other threads and kept in ``folder/scores.csv``.
 
     Args:
+        folder: where the sheet and the note of its settings lie.
         protocol: see `metrics.evaluate_pair`.
+        settings: what the scores depend on. A sheet that was begun with the same settings is continued, and `done`
+            knows its pictures; another one is begun anew.
         threads: how many; None for one per core.
     """
 
-    def __init__(self, protocol: str, threads: int | None = None):
-        self.protocol = protocol
-        self.pool = ThreadPoolExecutor(threads)  # the filters behind the metrics work outside of Python's lock
+    COLUMNS = ("name", "psnr", "ssim", "input_psnr", "input_ssim", "note")
+
+    def __init__(self, folder: Path, protocol: str, settings: dict, threads: int | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.protocol = folder / "scores.csv", protocol
+        self.rows: dict[str, tuple] = {}
+        note, settings = folder / "settings.json", json.dumps(settings | {"protocol": protocol}, sort_keys=True)
+        if note.exists() and note.read_text() == settings:
+            self._read()
+        note.write_text(settings)
+        self._write()
+        self.continued = len(self.rows)
+        # The filters behind the metrics work outside of Python's lock, so threads use all cores.
+        self.pool = ThreadPoolExecutor(threads or os.cpu_count())
+        self.lock = threading.Lock()
         self.jobs = []
+        self.failures: list[str] = []
 
-    def add(self, name: str, restored: np.ndarray, target: np.ndarray, degraded: np.ndarray):
-        self.jobs.append((name, self.pool.submit(self._score, restored, target, degraded)))
+    def done(self, name: str) -> bool:
+        return name in self.rows
 
-    def _score(self, restored, target, degraded):
-        return evaluate_pair(restored, target, self.protocol) + evaluate_pair(degraded, target, self.protocol)
+    def add(self, name: str, restored: np.ndarray, target: np.ndarray, degraded: np.ndarray | None):
+        """Score a picture against its target in the background; ``degraded`` for comparison."""
+        self.jobs.append((name, self.pool.submit(self._score, name, restored, target, degraded)))
 
-    def finish(self, dataset: str, per_image_csv: str | Path) -> Result:
-        """Wait for all scores, write one row for each picture, and return the means."""
-        rows = [(name, *job.result()) for name, job in self.jobs]
+    def tick(self, name: str):
+        """Note a picture that has no target as done."""
+        self._append((name, None, None, None, None, ""))
+
+    def finish(self, dataset: str) -> Result | None:
+        """Wait for all scores; their means, or None where nothing was scored."""
+        for name, job in self.jobs:
+            try:
+                job.result()
+            except ValueError as error:  # a picture that the protocol cannot score
+                self.failures.append(f"{name}: {error}")
         self.pool.shutdown()
-        path = Path(per_image_csv)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
+        self.rows = {name: self.rows[name] for name in natsorted(self.rows)}
+        self._write()
+        scored = [row[1:5] for row in self.rows.values() if row[1] is not None]
+        if not scored:
+            return None
+        return Result(dataset, self.protocol, len(scored), *(statistics.fmean(column) for column in zip(*scored)))  # noqa: B905
+
+    def notes(self) -> list[str]:
+        return [f"{name}: {row[5]}" for name, row in self.rows.items() if row[5]]
+
+    def _score(self, name: str, restored: np.ndarray, target: np.ndarray, degraded: np.ndarray | None):
+        note, align = "", True
+        try:
+            scores = evaluate_pair(restored, target, self.protocol)
+        except AlignmentError:
+            note, align = "could not be aligned, scored as it is", False
+            scores = evaluate_pair(restored, target, self.protocol, align=False)
+        try:
+            before = evaluate_pair(degraded, target, self.protocol, align=align)
+        except AlignmentError:
+            before = evaluate_pair(degraded, target, self.protocol, align=False)
+        self._append((name, *scores, *before, note))
+
+    def _append(self, row: tuple):
+        with self.lock:
+            self.rows[row[0]] = row
+            with open(self.path, "a", newline="") as file:
+                csv.writer(file).writerow(row)
+
+    def _read(self):
+        with open(self.path, newline="") as file:
+            for row in csv.DictReader(file):
+                try:
+                    scores = [float(row[key]) if row[key] else None for key in self.COLUMNS[1:5]]
+                except (TypeError, ValueError):
+                    continue  # the line under way when the test was killed
+                if row["note"] is not None:
+                    self.rows[row["name"]] = (row["name"], *scores, row["note"])
+
+    def _write(self):
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["name", "psnr", "ssim", "input_psnr", "input_ssim"])
-            writer.writerows(rows)
-        means = [statistics.fmean(column) for column in list(zip(*rows, strict=True))[1:]]
-        return Result(dataset, self.protocol, len(rows), *means)
+            writer.writerow(self.COLUMNS)
+            writer.writerows(self.rows.values())
+        os.replace(temporary, self.path)
+
+
+class TestRun:
+    """A whole run of a ``test.py``: its command line, its test sets one after the other, its table.
+
+    Args:
+        task: e.g. ``"denoising"``; weights of another task are refused.
+        description: the script's docstring.
+        test_sets: the published ones, by name.
+        protocol: for folders of the user's own.
+        ensembled: test sets that the original scores with the self-ensemble.
+    """
+
+    __test__ = False
+
+    def __init__(self, task: str, description: str, test_sets: dict[str, TestSet], protocol: str, ensembled=()):
+        self.task, self.test_sets, self.protocol, self.ensembled = task, test_sets, protocol, ensembled
+        self.args = self._parse(description)
+        self.results: list[Result] = []
+        self.failures: list[str] = []
+        self.model, self.name = None, "score_only"
+        if self.args.score_only is None:
+            if self.args.weights is None:
+                raise UserError(
+                    "give --weights MODEL.pth, or --score_only FOLDER for pictures that are already restored"
+                )
+            self.model = load_model(self.args.weights, task=task, device=pick_device(self.args.device))
+            self.name = self.model.name or "DGUNet"
+            weights = Path(self.args.weights)
+            self.digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+            self.folder = self.args.results / task / f"{weights.absolute().parent.name}_{weights.stem}"
+            count = sum(p.numel() for p in self.model.parameters())
+            print(f"{self.name}, {count:,} parameters, from {weights}")
+        else:
+            self.folder = self.args.results / task / f"scores_of_{self.args.score_only.absolute().name}"
+
+    def _parse(self, description: str) -> argparse.Namespace:
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        names = ", ".join(self.test_sets)
+        add = parser.add_argument
+        add("--weights", help="checkpoint, this repository's or the original authors'")
+        add("--dataset", nargs="+", default=list(self.test_sets), help=f"{names}, or folders (default: all of these)")
+        add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
+        add("--results", type=Path, default=Path("results"), help="where everything is written (default: results)")
+        add("--score_only", type=Path, metavar="FOLDER", help="score the pictures in FOLDER/DATASET, restore nothing")
+        add("--save_images", action="store_true", help="write restored pictures also where the scores do not need it")
+        add(
+            "--self_ensemble",
+            action=argparse.BooleanOptionalAction,
+            help=f"mean over 8 flips and rotations (default: {', '.join(self.ensembled) or 'no'}, as in the original)",
+        )
+        add("--tile", type=_tile_side, default="auto", help="tile side in pixels, whole, or auto (default)")
+        add("--tile_overlap", type=int, default=64, help="pixels (default: 64)")
+        add("--bf16", action="store_true", help="bfloat16 autocast: faster, some thousandths of a dB off")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+        return parser.parse_args()
+
+    def settings(self, dataset: str) -> dict:
+        """Options of `restore` for a data set."""
+        chosen = self.args.self_ensemble
+        ensemble = dataset in self.ensembled if chosen is None else chosen
+        args = self.args
+        return dict(self_ensemble=ensemble, tile=args.tile, tile_overlap=args.tile_overlap, bf16=args.bf16)
+
+    def restore(self, dataset: str, images):
+        return restore(self.model, images, **self.settings(dataset))
+
+    def sheet(self, dataset: str, folder: Path, protocol: str) -> ScoreSheet:
+        if self.model is None:
+            return ScoreSheet(folder, protocol, {"scored": time.time()})  # never continued: pictures may have changed
+        return ScoreSheet(folder, protocol, self.settings(dataset) | {"weights": self.digest})
+
+    def run(self, special: dict[str, Callable] | None = None) -> None:
+        """Test every data set asked for; ``special`` handles those that are not folders of pairs.
+
+        Raises:
+            UserError: at the end, listing the pictures that could not be tested.
+        """
+        for dataset in self.args.dataset:
+            started = time.monotonic()
+            try:
+                if special and dataset in special:
+                    sheet = special[dataset](self, self.folder / dataset)
+                else:
+                    sheet = self._folder(dataset)
+            except UserError as error:
+                if len(self.args.dataset) == 1:
+                    raise
+                self.failures.append(f"{dataset}: {error}")
+                continue
+            result = sheet.finish(Path(dataset).name)
+            self.failures += sheet.failures
+            for note in sheet.notes():
+                print(f"note: {note}")
+            if result is not None:
+                fresh = len(sheet.jobs)
+                result.seconds_per_image = (time.monotonic() - started) / fresh if fresh else float("nan")
+                result.paper = self.test_sets[dataset].paper.get(self.name) if dataset in self.test_sets else None
+                result.settings = self.settings(dataset) if self.model is not None else {}
+                self.results.append(result)
+        self._report()
+
+    def _folder(self, dataset: str) -> ScoreSheet:
+        """Score the pairs in ``input/`` and ``target/``, or else restore the pictures of a folder."""
+        known = self.test_sets.get(dataset)
+        folder = self.args.data_root / known.folder if known else Path(dataset)
+        protocol = known.protocol if known else self.protocol
+        paired = known is not None or (folder / "input").is_dir()
+        if not paired and self.model is None:
+            raise UserError(f"{folder} has no input/ and target/, so there is nothing to score against")
+        items = (
+            find_pairs(folder, check_sizes=False) if paired else [Pair(p.stem, p, None) for p in list_images(folder)]
+        )
+        out = self.folder / Path(dataset).name
+        sheet = self.sheet(dataset, out, protocol)
+        if sheet.continued:
+            print(f"{dataset}: {sheet.continued} of {len(items)} pictures are done already")
+        for item in tqdm(items, desc=Path(dataset).name, unit="picture", disable=None):
+            if sheet.done(item.name):
+                continue
+            try:
+                self._one(dataset, item, sheet, out)
+            except UserError as error:
+                self.failures.append(str(error))
+        return sheet
+
+    def _one(self, dataset: str, item: Pair, sheet: ScoreSheet, out: Path):
+        degraded = read_image(item.input)
+        target = read_image(item.target) if item.target else None
+        if target is not None and target.shape != degraded.shape:
+            raise UserError(f"{item.input} and {item.target} differ in size: {degraded.shape} and {target.shape}")
+        unrounded = sheet.protocol in UNROUNDED
+        if self.model is None:
+            restored = read_image(self._restored_elsewhere(dataset, item.name))
+            if restored.shape != target.shape:
+                raise UserError(f"{item.name} in {self.args.score_only} has another size than its target")
+        else:
+            degraded = degraded.astype(np.float32) / np.float32(255) if unrounded else degraded
+            restored = self.restore(
+                dataset, degraded.astype(np.float32) / 255 if degraded.dtype == np.uint8 else degraded
+            )
+            picture = to_uint8(restored)
+            if self.args.save_images or target is None or not unrounded:
+                write_image(out / f"{item.name}.png", picture)
+            restored = restored if unrounded else picture
+        if target is None:
+            sheet.tick(item.name)
+        else:
+            sheet.add(item.name, restored, target, degraded)
+
+    def _restored_elsewhere(self, dataset: str, name: str) -> Path:
+        folder = self.args.score_only / Path(dataset).name
+        folder = folder if folder.is_dir() else self.args.score_only
+        found = [p for p in list_images(folder) if p.stem == name]
+        if not found:
+            raise UserError(f"no restored {name} in {folder}")
+        return found[0]
+
+    def _report(self):
+        if self.results:
+            print(format_table(self.results))
+            table = self.args.results / f"{self.task}.csv"
+            source = self.args.weights or self.args.score_only
+            append_results(table, self.results, str(source), self.name)
+            print(f"appended to {table}")
+        if self.model is not None:
+            print(f"pictures and scores of each picture are in {self.folder}")
+        if self.failures:
+            raise UserError(f"{len(self.failures)} not tested, all others were\n" + "\n".join(self.failures))
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` (a GPU where there is one) or a device by PyTorch's name."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _tile_side(text: str) -> int | str | None:
+    """``auto``, ``whole`` (None) or a number, for `restore`."""
+    return {"auto": "auto", "whole": None}[text] if text in ("auto", "whole") else int(text)
+
+
+def average(results: list[Result], names) -> Result | None:
+    """The mean of the named sets' means, each with equal weight; None unless all are there."""
+    chosen = [r for r in results if r.dataset in names]
+    if len(chosen) != len(names):
+        return None
+    means = [statistics.fmean(getattr(r, key) for r in chosen) for key in ("psnr", "ssim", "input_psnr", "input_ssim")]
+    return Result("average", chosen[0].protocol, sum(r.images for r in chosen), *means)
 
 
 def format_table(results: list[Result]) -> str:
@@ -82,9 +373,8 @@ def format_table(results: list[Result]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def append_results(path: str | Path, results: list[Result], weights: str, model: str):
+def append_results(path: Path, results: list[Result], weights: str, model: str):
     """Add a row for each result to a CSV file of all results so far."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="") as file:
@@ -92,12 +382,12 @@ def append_results(path: str | Path, results: list[Result], weights: str, model:
         if new:
             writer.writerow(
                 ["date", "weights", "model", "dataset", "protocol", "images", "psnr", "ssim",
-                 "input_psnr", "input_ssim", "seconds_per_image", "settings"]
+                 "input_psnr", "input_ssim", "seconds_per_image", "settings", "command"]
             )  # fmt: skip
         for r in results:
             settings = " ".join(f"{key}={value}" for key, value in r.settings.items())
             writer.writerow(
                 [datetime.datetime.now().isoformat(timespec="seconds"), weights, model, r.dataset, r.protocol, r.images,
                  f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.input_psnr:.4f}", f"{r.input_ssim:.6f}",
-                 f"{r.seconds_per_image:.3f}", settings]
+                 f"{r.seconds_per_image:.3f}", settings, " ".join(sys.argv)]
             )  # fmt: skip

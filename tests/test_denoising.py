@@ -41,6 +41,10 @@ def run_test(weights, *words, cwd, check=0) -> subprocess.CompletedProcess:
     return done
 
 
+def out(folder: Path, weights: Path) -> Path:
+    return folder / "results" / "denoising" / f"{weights.parent.name}_{weights.stem}"
+
+
 def results(folder) -> list[dict]:
     with open(folder / "results" / "denoising.csv") as file:
         return list(csv.DictReader(file))
@@ -116,7 +120,7 @@ def test_sidd(tmp_path, weights, sidd_blocks, version):
     model = load_model(weights)
     blocks = noisy.reshape(-1, *noisy.shape[2:]).astype(np.float32) / np.float32(255)
     expected = restore(model, blocks, self_ensemble=True).reshape(noisy.shape)
-    mat = scipy.io.loadmat(tmp_path / "results/denoising/SIDD/Idenoised.mat")["Idenoised"]
+    mat = scipy.io.loadmat(out(tmp_path, weights) / "SIDD/Idenoised.mat")["Idenoised"]
     assert mat.dtype == np.float32 and mat.shape == noisy.shape
     np.testing.assert_allclose(mat, expected, atol=1e-5)
     scores = [evaluate_pair(mat[i, j], clean[i, j], "sidd_unit_range") for i, j in np.ndindex(noisy.shape[:2])]
@@ -125,16 +129,18 @@ def test_sidd(tmp_path, weights, sidd_blocks, version):
     assert "self_ensemble=True" in row["settings"]
     assert float(row["psnr"]) == pytest.approx(np.mean([psnr for psnr, _ in scores]), abs=1e-3)
     assert float(row["ssim"]) == pytest.approx(np.mean([ssim for _, ssim in scores]), abs=1e-5)
-    assert len(list((tmp_path / "results/denoising/SIDD").glob("*.png"))) == 6
+    assert len(list((out(tmp_path, weights) / "SIDD").glob("*.png"))) == 6
 
 
 def test_sidd_mistakes(tmp_path, weights, sidd_blocks):
-    assert "ValidationNoisyBlocksSrgb.mat" in run_test(weights, cwd=tmp_path, check=2).stderr
+    assert "ValidationNoisyBlocksSrgb.mat" in run_test(weights, "--dataset", "SIDD", cwd=tmp_path, check=2).stderr
     folder = tmp_path / "Datasets" / "SIDD" / "test"
     write_mat(folder / "ValidationNoisyBlocksSrgb.mat", "SomethingElse", sidd_blocks[0], "v5")
-    assert "no variable ValidationNoisyBlocksSrgb" in run_test(weights, cwd=tmp_path, check=2).stderr
+    assert (
+        "no variable ValidationNoisyBlocksSrgb" in run_test(weights, "--dataset", "SIDD", cwd=tmp_path, check=2).stderr
+    )
     (folder / "ValidationNoisyBlocksSrgb.mat").write_text("not a MATLAB file")
-    assert "not a MATLAB file" in run_test(weights, cwd=tmp_path, check=2).stderr
+    assert "not a MATLAB file" in run_test(weights, "--dataset", "SIDD", cwd=tmp_path, check=2).stderr
 
 
 @pytest.fixture
@@ -166,7 +172,7 @@ def test_dnd(tmp_path, weights, dnd):
     run_test(weights, "--dataset", "DND", cwd=tmp_path)
     model = load_model(weights)
     for number in (1, 2):
-        mat = scipy.io.loadmat(tmp_path / f"results/denoising/DND/matfiles/{number:04d}.mat")
+        mat = scipy.io.loadmat(out(tmp_path, weights) / f"DND/matfiles/{number:04d}.mat")
         assert mat["Idenoised"].shape == (1, 3) and mat["Idenoised"].dtype == object
         assert not mat["israw"].item() and mat["eval_version"].item() == "1.0"
         top, left, bottom, right = boxes[1]
@@ -183,12 +189,12 @@ def test_dnd(tmp_path, weights, dnd):
 def test_folder_of_pairs(tmp_path, weights, picture_pairs):
     picture_pairs(tmp_path / "set", count=3, size=(37, 53))
     done = run_test(weights, "--dataset", "set", "--save_images", "--tile", "32", "--tile_overlap", "8", cwd=tmp_path)
-    assert "wrote restored pictures" in done.stdout
+    assert "pictures and scores" in done.stdout
     (row,) = results(tmp_path)
     assert row["images"] == "3" and float(row["input_psnr"]) > 10 and "tile=32" in row["settings"]
     for path in sorted((tmp_path / "set/input").iterdir()):
         expected = restore(load_model(weights), read_image(path), tile=32, tile_overlap=8)
-        restored = read_image(tmp_path / "results/denoising/set" / path.name).astype(int)
+        restored = read_image(out(tmp_path, weights) / "set" / path.name).astype(int)
         assert np.abs(restored - expected).max() <= 1  # one rounds 255 x + 0.5 in another order
     run_test(weights, "--dataset", "set", cwd=tmp_path)
     assert len(results(tmp_path)) == 2  # appended
@@ -199,7 +205,7 @@ def test_folder_of_pictures_alone(tmp_path, weights):
     picture = np.random.default_rng(0).integers(0, 256, (21, 30, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "photos" / "one.png"), picture)
     run_test(weights, "--dataset", "photos", cwd=tmp_path)
-    assert read_image(tmp_path / "results/denoising/photos/one.png").shape == (21, 30, 3)
+    assert read_image(out(tmp_path, weights) / "photos/one.png").shape == (21, 30, 3)
     assert not (tmp_path / "results/denoising.csv").exists()
 
 
@@ -248,6 +254,45 @@ def test_weight_mistakes(tmp_path):
     ):
         error = run_test(path, cwd=tmp_path, check=2).stderr
         assert message in error and error.strip().count("\n") == 0
+
+
+def test_interrupted_test_goes_on_where_it_was(tmp_path, weights, picture_pairs):
+    picture_pairs(tmp_path / "set", count=3, size=(24, 24))
+    run_test(weights, "--dataset", "set", "--save_images", cwd=tmp_path)
+    folder = out(tmp_path, weights) / "set"
+    complete = (folder / "scores.csv").read_text()
+    lines = complete.splitlines(keepends=True)
+    (folder / "scores.csv").write_text("".join(lines[:3]) + lines[3][:9])  # killed while the third line was written
+    for k in (1, 2, 3):
+        (folder / f"img{k}.png").unlink()
+    done = run_test(weights, "--dataset", "set", "--save_images", cwd=tmp_path)
+    assert "2 of 3 pictures are done already" in done.stdout
+    assert not (folder / "img1.png").exists() and (folder / "img3.png").exists()  # done pictures are not restored again
+    assert (folder / "scores.csv").read_text() == complete
+    assert results(tmp_path)[0]["psnr"] == results(tmp_path)[1]["psnr"]
+    done = run_test(weights, "--dataset", "set", "--tile", "16", "--tile_overlap", "4", cwd=tmp_path)
+    assert "done already" not in done.stdout  # other settings, other scores
+
+
+def test_score_only(tmp_path, weights, picture_pairs):
+    picture_pairs(tmp_path / "set", count=2, size=(24, 24))
+    run_test(weights, "--dataset", "set", "--save_images", cwd=tmp_path)
+    restored = out(tmp_path, weights)
+    command = [sys.executable, ROOT / "Denoising" / "test.py", "--score_only", restored, "--dataset", "set"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = results(tmp_path)
+    assert float(second["psnr"]) == pytest.approx(float(first["psnr"]), abs=0.02)  # now rounded to 8 bits
+    assert second["psnr"] != first["psnr"] and second["input_psnr"] == first["input_psnr"]
+    (restored / "set/img2.png").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 2 and "no restored img2" in done.stderr and results(tmp_path)[2]["images"] == "1"
+
+
+def test_a_missing_data_set_does_not_cost_the_others(tmp_path, weights, picture_pairs):
+    picture_pairs(tmp_path / "set", count=2, size=(24, 24))
+    done = run_test(weights, "--dataset", "SIDD", "set", cwd=tmp_path, check=2)
+    assert "SIDD: no " in done.stderr and results(tmp_path)[0]["dataset"] == "set"
 
 
 def test_device_mistake(tmp_path, weights):
