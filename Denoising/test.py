@@ -34,7 +34,7 @@ TEST_SETS = {
 
 
 def main():
-    run = TestRun("denoising", __doc__, TEST_SETS, protocol="sidd_unit_range", ensembled=["SIDD"])
+    run = TestRun("denoising", __doc__, TEST_SETS, protocol="sidd_unit_range", ensembled=("SIDD",))
     run.run({"SIDD": test_sidd, "DND": test_dnd})
 
 

@@ -15,17 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset import NoisyPatches
 
-from dgunet.config import parse_args
-from dgunet.data import PairedCentres
-from dgunet.distributed import launch
-from dgunet.engine import train
+from dgunet.engine import train_command
 from dgunet.errors import run_cli
 
 
-def main():
-    cfg, args = parse_args(__doc__, default_config="denoising/dgunet.yaml")
-    train_set = NoisyPatches(
-        cfg.TRAINING.TRAIN_DIR,
+def train_set(cfg, pairs) -> NoisyPatches:
+    return NoisyPatches(
+        pairs,
         cfg.TRAINING.TRAIN_PS,
         mixup=cfg.AUGMENT.MIXUP,
         mixup_from=cfg.AUGMENT.MIXUP_FROM_EPOCH,
@@ -33,9 +29,7 @@ def main():
         flip=cfg.AUGMENT.FLIP,
         seed=cfg.SEED,
     )
-    val_set = PairedCentres(cfg.TRAINING.VAL_DIR, cfg.TRAINING.VAL_PS)
-    launch(train, cfg, train_set, val_set, args.dry_run)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: train_command(__doc__, "denoising/dgunet.yaml", train_set))

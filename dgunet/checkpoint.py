@@ -12,6 +12,7 @@ checkpoint never runs code.
 import os
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -52,9 +53,12 @@ def read_checkpoint(path: str | Path, map_location="cpu") -> dict:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; check the path (it is relative to {Path.cwd()})")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols, of files refused anyway
+            content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a file of another kind makes the reader fail in any way there is
-        if isinstance(error, pickle.UnpicklingError) and re.search("GLOBAL|not an allowed|Unsupported", str(error)):
+        refused = "GLOBAL|not an allowed|Unsupported (?!operand)"  # an unknown operand is what a text file has
+        if isinstance(error, pickle.UnpicklingError) and re.search(refused, str(error)):
             raise UserError(
                 f"{path} holds Python objects that would run code when loaded, which is refused; "
                 "save the plain state dict, torch.save(model.state_dict(), path), and use that"
@@ -67,15 +71,18 @@ def read_checkpoint(path: str | Path, map_location="cpu") -> dict:
 
 def describe_model(model: DGUNet) -> dict:
     """The ``model`` entry of a checkpoint: what `load_model` needs to build the network again."""
-    return {"name": model.name, "arguments": dict(model.arguments)}
+    description = {"name": model.name, "arguments": dict(model.arguments)}
+    if isinstance(model.degradation, BlockSampling):
+        description["learned_matrix"] = isinstance(model.degradation.matrix, torch.nn.Parameter)
+    return description
 
 
 def load_model(path: str | Path, task: str | None = None, device="cpu", degradation=None) -> DGUNet:
     """Build the network that a checkpoint was made by and load its weights.
 
     The file may be one of ours or in the original authors' layout, a training checkpoint or a bare state dict, with
-    or without ``module.`` before its names: the variant is found from names and shapes. (Only the number of stages
-    of a bare state dict with shared stages cannot be: it is taken to be the paper's 7.)
+    or without ``module.`` before its names: the variant is found from names and shapes. (A bare state dict with one
+    middle stage does not say how often that is applied: it is taken to be a shared one, of the paper's 7 stages.)
 
     Args:
         path: the checkpoint file.
@@ -92,29 +99,32 @@ def load_model(path: str | Path, task: str | None = None, device="cpu", degradat
     """
     content = read_checkpoint(path, map_location="cpu")
     description = content.get("model") if isinstance(content.get("model"), dict) else {}
-    state_dict, original = weights_of(content, path)
-    arguments = _infer_arguments(state_dict, path) | description.get("arguments", {})
-    if degradation is None:
-        degradation = _infer_degradation(state_dict, description, path)
+    state_dict = weights_of(content, path)
+    arguments = _infer_arguments(state_dict, path)
     try:
+        arguments |= description.get("arguments", {})
+        if degradation is None:
+            degradation = _infer_degradation(state_dict, description, path)
         model = DGUNet(**arguments, degradation=degradation)
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot build the network it describes: {error}") from error
-    names = [description["name"]] if description.get("name") else _matching_variants(arguments, degradation)
+    names = [description["name"]] if description.get("name") in VARIANTS else _matching_variants(arguments, degradation)
     if task is not None and names and not any(name.startswith(task) for name in names):
         raise UserError(
             f"{path} holds a {' or '.join(names)}, not a network for {task.replace('_', ' ')}; "
             f"give weights trained for {task.replace('_', ' ')}"
         )
     model.name = names[0] if names else None
-    if original and len(names) > 1 and task is not None:
+    if len(names) > 1 and task is not None:
         model.name = next(name for name in names if name.startswith(task))
     load_weights(model, state_dict, path)
     return model.eval().to(device, memory_format=torch.channels_last)  # faster wherever it runs
 
 
-def weights_of(content: dict, path="the checkpoint") -> tuple[dict[str, Tensor], bool]:
-    """The weights in a checkpoint's content, under our names; and whether they came in the original layout."""
+def weights_of(content: dict, path="the checkpoint") -> dict[str, Tensor]:
+    """The weights in a checkpoint's content, under our names, whichever layout they came in."""
     state_dict = content
     for key in ("state_dict", "params"):
         if isinstance(content.get(key), dict):
@@ -124,10 +134,10 @@ def weights_of(content: dict, path="the checkpoint") -> tuple[dict[str, Tensor],
     if state_dict and all(name.startswith("module.") for name in state_dict):
         state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     if is_original(state_dict):
-        return convert_original(state_dict), True
-    if "last.rho" not in state_dict:
+        return convert_original(state_dict)
+    if not any(name.startswith("last.") for name in state_dict):
         raise UserError(f"{path} holds no DGUNet: none of the names that its weights have is there")
-    return state_dict, False
+    return state_dict
 
 
 def load_weights(model: DGUNet, state_dict: dict[str, Tensor], path="the checkpoint"):
@@ -162,11 +172,12 @@ def _infer_arguments(state_dict: dict[str, Tensor], path) -> dict:
         arguments = dict(channels=channels, width=width)
         middle = {name.split(".")[1] for name in state_dict if name.startswith("middle.")}
         arguments["shared"] = len(middle) < 2
-        arguments["stages"] = STAGES if len(middle) == 1 else len(middle) + 1 + ("first.rho" in state_dict)
-        if "first.rho" in state_dict:
+        has_first = any(name.startswith("first.") for name in state_dict)
+        arguments["stages"] = STAGES if len(middle) == 1 else len(middle) + 1 + has_first
+        if has_first:
             wider = state_dict["first.proximal.encoder.blocks.0.conv1.weight"].shape[0]
             arguments["growth"] = wider - width
-            arguments["pathways"] = "first.proximal.features_conv.weight" in state_dict
+            arguments["pathways"] = any(".proximal.fusion." in name for name in state_dict)
             concat = "first.proximal.attention_conv.weight" in state_dict
             arguments["fusion"] = "concat" if concat else "subspace"
         if "last.proximal.fusion.conv.weight" in state_dict:
@@ -180,7 +191,7 @@ def _infer_arguments(state_dict: dict[str, Tensor], path) -> dict:
 
 
 def _infer_degradation(state_dict: dict[str, Tensor], description: dict, path) -> BlockSampling | None:
-    if "last.degradation.A.conv1.weight" in state_dict:
+    if any(name.startswith("last.degradation.") for name in state_dict):
         return None
     matrix = state_dict.get("degradation.matrix")
     if matrix is None or matrix.dim() != 2:
@@ -188,7 +199,8 @@ def _infer_degradation(state_dict: dict[str, Tensor], description: dict, path) -
             f"{path} was trained with a known degradation that is not in the file; "
             "pass it as load_model(path, degradation=...)"
         )
-    return BlockSampling(block=round(matrix.shape[1] ** 0.5), matrix=matrix)
+    learned = bool(description.get("learned_matrix", True))
+    return BlockSampling(block=round(matrix.shape[1] ** 0.5), matrix=matrix, learned=learned)
 
 
 def _matching_variants(arguments: dict, degradation) -> list[str]:

@@ -5,6 +5,7 @@ relative to the current folder.
 """
 
 import argparse
+import datetime
 import difflib
 from pathlib import Path
 
@@ -23,6 +24,8 @@ _C.MODEL = CN()
 _C.MODEL.NAME = "deblurring_dgunet"  # see dgunet.list_models()
 _C.MODEL.SESSION = "DGUNet"  # name of the run: its files go to TRAINING.SAVE_DIR/SESSION
 _C.MODEL.OVERRIDES = CN(new_allowed=True)  # arguments of DGUNet that differ from the paper's, e.g. {width: 16}
+_C.MODEL.RATIO = 0.25  # compressive sensing: measurements per pixel
+_C.MODEL.MATRIX = "learned"  # compressive sensing: learned, fixed (Gaussian with orthonormal rows), or a .npy file
 _C.MODEL.WEIGHTS = ""  # checkpoint whose weights to start from (ours or the authors'); empty: from scratch
 
 _C.OPTIM = CN()
@@ -49,7 +52,8 @@ _C.LOSS.CLAMP = False  # clamp the estimates to [0, 1] before the loss
 
 _C.TRAINING = CN()
 _C.TRAINING.TRAIN_DIR = ""  # folder with input/ and target/
-_C.TRAINING.VAL_DIR = ""
+_C.TRAINING.VAL_DIR = ""  # the same for validation; empty: VAL_HOLD_BACK of TRAIN_DIR
+_C.TRAINING.VAL_HOLD_BACK = 32  # without VAL_DIR: so many, the last by name, are not trained on but validated with
 _C.TRAINING.SAVE_DIR = "checkpoints"
 _C.TRAINING.RESUME = False  # continue SAVE_DIR/SESSION where it stopped
 _C.TRAINING.TRAIN_PS = 256  # side of the random training crops, pixels
@@ -64,7 +68,8 @@ _C.TRAINING.SAVE_MINUTES = 15.0  # model_latest.pth is also written this often w
 _C.TRAINING.WORKERS = 4  # data loading processes of each training process
 
 _C.AUGMENT = CN()
-_C.AUGMENT.FLIP = True  # random flips and rotations by 90 degrees
+_C.AUGMENT.FLIP = True  # random flips and rotations by 90 degrees (compressive sensing: flips and transposition)
+_C.AUGMENT.SATURATION = 0.0  # s: a third of the pairs gets its saturation scaled by U(1 - s, 1 + s); 0: off
 _C.AUGMENT.MIXUP = 0.0  # alpha of the Beta distribution that mixes two pairs (denoising: 0.6); 0: off
 _C.AUGMENT.MIXUP_FROM_EPOCH = 6
 
@@ -92,6 +97,8 @@ def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
         if not isinstance(content, dict | None):
             raise UserError(f"{path} is not a config: it should hold KEY: value lines, see configs/")
         for key, value in _flatten(content or {}, cfg):
+            if value is None and isinstance(cfg.get(key), CN):
+                continue  # a section with nothing in it
             _assign(cfg, key, value, source=str(path))
     if len(options) % 2:
         raise UserError(f"options come in pairs, KEY VALUE, as in OPTIM.BATCH_SIZE 8; got {' '.join(options)}")
@@ -99,6 +106,8 @@ def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
+            value = text
+        if isinstance(value, datetime.date):  # 2026-01-05 may well be the name of a run
             value = text
         _assign(cfg, key, value, source="command line")
     cfg.freeze()
@@ -115,7 +124,7 @@ def format_config(cfg: CN) -> str:
     """The whole config as YAML, keys that differ from the defaults marked with ``# *``."""
     changed = set(changed_keys(cfg, _C))
     lines, path = [], []
-    for line in cfg.dump(default_flow_style=False, sort_keys=False).splitlines():
+    for line in cfg.dump(default_flow_style=False, sort_keys=False, width=float("inf")).splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
         path = path[:depth] + [line.strip().split(":")[0]]
         lines.append(line + ("  # *" if ".".join(path) in changed else ""))

@@ -124,6 +124,19 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
     return pairs
 
 
+def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
+    """Split pictures or pairs for training and validation: the last ``count`` in natural order are held back.
+
+    Neighbours in that order are often frames of one scene, which should not be on both sides.
+    """
+    if not 0 < count < len(items):
+        raise UserError(
+            f"cannot hold {count} of the {len(items)} in {source} back for validation; set TRAINING.VAL_HOLD_BACK, or "
+            "TRAINING.VAL_DIR to a folder for validation"
+        )
+    return items[:-count], items[-count:]
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of an upright picture, from its header alone."""
     from PIL import Image
@@ -149,15 +162,15 @@ class PairedPatches(Dataset):
     smaller than the crop are extended by reflection. A task changes `augment`, or adds to `__getitem__`.
 
     Args:
-        root: folder with ``input/`` and ``target/``; every pair is checked now.
+        root: folder with ``input/`` and ``target/``, every pair of which is checked now; or pairs.
         patch: side of the crops in pixels.
         repeat: how often each picture counts in an epoch.
         flip: random flips and rotations.
         seed: of all randomness.
     """
 
-    def __init__(self, root: str | Path, patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234):
-        self.pairs = find_pairs(root)
+    def __init__(self, root: str | Path | list[Pair], patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234):
+        self.pairs = root if isinstance(root, list) else find_pairs(root)
         self.patch, self.repeat, self.flip, self.seed = patch, repeat, flip, seed
 
     def __len__(self) -> int:
@@ -189,34 +202,34 @@ class PairedCentres(Dataset):
     """Central crops of picture pairs, for validation: ``dataset[index]`` is ``(input, target)``.
 
     Args:
-        root: folder with ``input/`` and ``target/``.
+        root: folder with ``input/`` and ``target/``, or pairs.
         patch: side of the crops in pixels, 0 for whole pictures. Crops are cut to multiples of 8.
     """
 
-    def __init__(self, root: str | Path, patch: int):
-        self.pairs = find_pairs(root)
+    def __init__(self, root: str | Path | list[Pair], patch: int):
+        self.pairs = root if isinstance(root, list) else find_pairs(root)
         self.patch = patch
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def crop_size(self, height: int, width: int) -> tuple[int, int]:
+    def crop_size(self, height: int, width: int, path: Path) -> tuple[int, int]:
         if self.patch:
             height, width = min(height, self.patch), min(width, self.patch)
         if min(height, width) < 8:
-            raise UserError("pictures for validation must be at least 8 pixels high and wide")
+            raise UserError(f"{path} is smaller than 8x8 pixels, too small to validate with; remove it")
         return height - height % 8, width - width % 8
 
     def sizes(self) -> set[tuple[int, int]]:
         """The sizes that occur; crops of one size can be batched."""
-        return {self.crop_size(*image_size(pair.input)) for pair in self.pairs}
+        return {self.crop_size(*image_size(pair.input), pair.input) for pair in self.pairs}
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
         crops = []
         for path in (pair.input, pair.target):
             picture = read_image(path)
-            height, width = self.crop_size(*picture.shape[:2])
+            height, width = self.crop_size(*picture.shape[:2], path)
             top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
             crops.append(to_tensor(picture[top : top + height, left : left + width]))
         return tuple(crops)

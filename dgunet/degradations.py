@@ -1,10 +1,14 @@
 """Known degradations: linear operators with ``A`` and ``A_adjoint`` (the convention of the deepinv library)."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dgunet.errors import UserError
 
 
 class BlockSampling(nn.Module):
@@ -64,3 +68,23 @@ class BlockSampling(nn.Module):
 
     def _kernels(self) -> Tensor:
         return self.matrix.view(-1, 1, self.block, self.block)
+
+
+def sampling_operator(ratio: float, matrix: str = "learned") -> BlockSampling:
+    """The block sampling that a config asks for.
+
+    Args:
+        ratio: measurements per pixel, in (0, 1].
+        matrix: ``"learned"``, ``"fixed"`` (Gaussian with orthonormal rows), or a .npy file with (M, 1024) values, which
+            stay fixed and set the ratio.
+
+    Raises:
+        UserError: an impossible ratio, or a file that holds no such matrix.
+    """
+    try:
+        if matrix in ("learned", "fixed"):
+            return BlockSampling(ratio, learned=matrix == "learned")
+        values = torch.from_numpy(np.load(Path(matrix), allow_pickle=False).astype(np.float32))
+        return BlockSampling(learned=False, matrix=values)
+    except (OSError, ValueError) as error:
+        raise UserError(f"MODEL.RATIO {ratio}, MODEL.MATRIX {matrix}: {error}") from error

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,12 +18,14 @@ from tqdm import tqdm
 
 from dgunet import distributed
 from dgunet.checkpoint import describe_model, load_weights, read_checkpoint, save_checkpoint, weights_of
-from dgunet.config import changed_keys, format_config
-from dgunet.data import EpochBatches, PairedCentres
+from dgunet.config import changed_keys, format_config, parse_args
+from dgunet.data import EpochBatches, PairedCentres, find_pairs, hold_back
+from dgunet.degradations import sampling_operator
+from dgunet.distributed import launch
 from dgunet.errors import UserError
 from dgunet.losses import StageLoss
 from dgunet.metrics import psnr_batch
-from dgunet.model import create_model
+from dgunet.model import Measured, create_model
 from dgunet.schedule import EpochSchedule, validation_steps
 
 log = logging.getLogger("dgunet")
@@ -31,10 +34,39 @@ log = logging.getLogger("dgunet")
 _FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
 
 
-def train(cfg, train_set, val_set: PairedCentres, dry_run: bool = False):
-    """Build the config's model and train it; what a task's ``train.py`` launches in every process."""
+def train_command(
+    description: str,
+    default_config: str,
+    make_train_set: Callable,
+    make_val_set: Callable = lambda cfg, pairs: PairedCentres(pairs, cfg.TRAINING.VAL_PS),
+    find: Callable = find_pairs,
+):
+    """A task's ``train.py``: read the command line, open the data, train in every process.
+
+    Args:
+        description: for ``--help``.
+        default_config: file under ``configs/``.
+        make_train_set: from the config and what ``find`` found to a data set indexed with (epoch, index).
+        make_val_set: likewise to one for validation.
+        find: lists a folder's pairs, or its pictures.
+    """
+    cfg, args = parse_args(description, default_config)
+    training = cfg.TRAINING
+    items = find(training.TRAIN_DIR)
+    if training.VAL_DIR:
+        val_items = find(training.VAL_DIR)
+    else:
+        items, val_items = hold_back(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)
+    launch(train, cfg, make_train_set(cfg, items), make_val_set(cfg, val_items), args.dry_run)
+
+
+def train(cfg, train_set, val_set, dry_run: bool = False):
+    """Build the config's model and train it; what is launched in every process."""
     torch.manual_seed(cfg.SEED)
-    model = create_model(cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **cfg.MODEL.OVERRIDES)
+    overrides = dict(cfg.MODEL.OVERRIDES)
+    if cfg.MODEL.NAME.startswith("compressive_sensing"):
+        overrides["degradation"] = sampling_operator(cfg.MODEL.RATIO, cfg.MODEL.MATRIX)
+    model = create_model(cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **overrides)
     trainer = Trainer(cfg, model, train_set, val_set)
     trainer.describe()
     if not dry_run:
@@ -50,8 +82,8 @@ class Trainer:
 
     Args:
         cfg: see `config.py`.
-        model: takes a batch of inputs and returns the estimates of all stages, the final one first.
-        train_set: indexed with (epoch, index), see `data.PairedPatches`.
+        model: a DGUNet. One with a known degradation is trained on clean pictures, which it is given measured.
+        train_set: of (input, target), indexed with (epoch, index), see `data.PairedPatches`.
         val_set: see `data.PairedCentres`.
 
     Raises:
@@ -75,7 +107,8 @@ class Trainer:
         self.batches = EpochBatches(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, distributed.rank(), world)
 
         if cfg.MODEL.WEIGHTS:
-            load_weights(model, weights_of(read_checkpoint(cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)[0], cfg.MODEL.WEIGHTS)
+            path = cfg.MODEL.WEIGHTS
+            load_weights(model, weights_of(read_checkpoint(path), path), path)
         memory_format = torch.channels_last if cfg.SPEED.CHANNELS_LAST else torch.contiguous_format
         self.model = model.to(self.device, memory_format=memory_format)
         self.memory_format = memory_format
@@ -103,12 +136,12 @@ class Trainer:
         self.last_save = time.monotonic()
         self._open_folder()
 
-        self.network = self.model  # what runs the forward pass: compiled, distributed
         if cfg.SPEED.COMPILE:
             self.model.compile()
+        self.network = self._takes_images(self.model)  # what runs the forward pass: measuring, distributed
         if world > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.model, device_ids, gradient_as_bucket_view=True)
+            self.network = DistributedDataParallel(self.network, device_ids, gradient_as_bucket_view=True)
 
     # ---------------------------------------------------------------------------------------------- the run's folder
 
@@ -194,8 +227,9 @@ class Trainer:
         lines = [
             f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n",
             f"model       {cfg.MODEL.NAME}, {count:,} parameters, {self.model.stages} stages",
-            f"training    {len(self.train_set.pairs)} pairs in {cfg.TRAINING.TRAIN_DIR}, {cfg.TRAINING.TRAIN_PS} px",
-            f"validation  {len(self.val_set)} pairs in {cfg.TRAINING.VAL_DIR}",
+            f"training    {len(self.train_set) // self.train_set.repeat} pictures of {cfg.TRAINING.TRAIN_DIR}, "
+            f"{self.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
+            f"validation  {len(self.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, held back'}",
             f"batch       {cfg.OPTIM.BATCH_SIZE} = {world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
             f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs of {self.batches.steps} steps{epochs}",
             f"device      {world} x {hardware}, {precision}",
@@ -331,7 +365,7 @@ class Trainer:
     @torch.inference_mode()
     def validate(self) -> float:
         """Mean PSNR (protocol ``train_rgb``) of the final estimate over the validation set, whatever the processes."""
-        model = self.model if self.ema is None else self.ema.module
+        model = self._takes_images(self.model if self.ema is None else self.ema.module)
         model.eval()
         rank, world = distributed.rank(), distributed.world_size()
         scores = torch.zeros(len(self.val_set), dtype=torch.float64, device=self.device)
@@ -408,6 +442,11 @@ class Trainer:
             self.train_set, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda", worker_init_fn=_init_worker,
         )  # fmt: skip
+
+    @staticmethod
+    def _takes_images(model: nn.Module) -> nn.Module:
+        """With a known degradation the data are clean pictures, which are measured on the way into the network."""
+        return model if model.degradation is None else Measured(model)
 
     def _move(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.device, non_blocking=True, memory_format=self.memory_format)

@@ -171,12 +171,22 @@ class TestRun:
         test_sets: the published ones, by name.
         protocol: for folders of the user's own.
         ensembled: test sets that the original scores with the self-ensemble.
+        average: where the mean over all test sets is a row of its own: the paper's, by model.
     """
 
     __test__ = False
 
-    def __init__(self, task: str, description: str, test_sets: dict[str, TestSet], protocol: str, ensembled=()):
-        self.task, self.test_sets, self.protocol, self.ensembled = task, test_sets, protocol, ensembled
+    def __init__(
+        self,
+        task: str,
+        description: str,
+        test_sets: dict[str, TestSet],
+        protocol: str,
+        ensembled: tuple[str, ...] = (),
+        average: dict[str, tuple[float, float]] | None = None,
+    ):
+        self.task, self.test_sets, self.protocol = task, test_sets, protocol
+        self.ensembled, self.average = ensembled, average
         self.args = self._parse(description)
         self.results: list[Result] = []
         self.failures: list[str] = []
@@ -198,31 +208,39 @@ class TestRun:
 
     def _parse(self, description: str) -> argparse.Namespace:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        names = ", ".join(self.test_sets)
         add = parser.add_argument
+        names = ", ".join(self.test_sets)
         add("--weights", help="checkpoint, this repository's or the original authors'")
         add("--dataset", nargs="+", default=list(self.test_sets), help=f"{names}, or folders (default: all of these)")
         add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
         add("--results", type=Path, default=Path("results"), help="where everything is written (default: results)")
         add("--score_only", type=Path, metavar="FOLDER", help="score the pictures in FOLDER/DATASET, restore nothing")
         add("--save_images", action="store_true", help="write restored pictures also where the scores do not need it")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+        self.add_arguments(add)
+        return parser.parse_args()
+
+    def add_arguments(self, add: Callable):
+        """Options of how to restore; a task with others changes these three methods."""
         add(
             "--self_ensemble",
             action=argparse.BooleanOptionalAction,
             help=f"mean over 8 flips and rotations (default: {', '.join(self.ensembled) or 'no'}, as in the original)",
         )
         add("--tile", type=_tile_side, default="auto", help="tile side in pixels, whole, or auto (default)")
-        add("--tile_overlap", type=int, default=64, help="pixels (default: 64)")
+        add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter of the tile, at most 64)")
         add("--bf16", action="store_true", help="bfloat16 autocast: faster, some thousandths of a dB off")
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-        return parser.parse_args()
 
     def settings(self, dataset: str) -> dict:
-        """Options of `restore` for a data set."""
+        """Options of `restore` for a data set; scores computed with others are not continued."""
         chosen = self.args.self_ensemble
         ensemble = dataset in self.ensembled if chosen is None else chosen
         args = self.args
         return dict(self_ensemble=ensemble, tile=args.tile, tile_overlap=args.tile_overlap, bf16=args.bf16)
+
+    def paper_key(self) -> str:
+        """Under which name the paper's values for this network stand in the test sets."""
+        return self.name
 
     def restore(self, dataset: str, images):
         return restore(self.model, images, **self.settings(dataset))
@@ -257,22 +275,26 @@ class TestRun:
             if result is not None:
                 fresh = len(sheet.jobs)
                 result.seconds_per_image = (time.monotonic() - started) / fresh if fresh else float("nan")
-                result.paper = self.test_sets[dataset].paper.get(self.name) if dataset in self.test_sets else None
+                result.paper = (
+                    self.test_sets[dataset].paper.get(self.paper_key()) if dataset in self.test_sets else None
+                )
                 result.settings = self.settings(dataset) if self.model is not None else {}
                 self.results.append(result)
         self._report()
 
-    def _folder(self, dataset: str) -> ScoreSheet:
-        """Score the pairs in ``input/`` and ``target/``, or else restore the pictures of a folder."""
+    def items(self, dataset: str) -> list[Pair]:
+        """What a data set consists of: pairs in ``input/`` and ``target/``, or pictures without targets."""
         known = self.test_sets.get(dataset)
         folder = self.args.data_root / known.folder if known else Path(dataset)
-        protocol = known.protocol if known else self.protocol
-        paired = known is not None or (folder / "input").is_dir()
-        if not paired and self.model is None:
+        if known is not None or (folder / "input").is_dir():
+            return find_pairs(folder, check_sizes=False)
+        if self.model is None:
             raise UserError(f"{folder} has no input/ and target/, so there is nothing to score against")
-        items = (
-            find_pairs(folder, check_sizes=False) if paired else [Pair(p.stem, p, None) for p in list_images(folder)]
-        )
+        return [Pair(path.stem, path, None) for path in list_images(folder)]
+
+    def _folder(self, dataset: str) -> ScoreSheet:
+        protocol = self.test_sets[dataset].protocol if dataset in self.test_sets else self.protocol
+        items = self.items(dataset)
         out = self.folder / Path(dataset).name
         sheet = self.sheet(dataset, out, protocol)
         if sheet.continued:
@@ -281,26 +303,24 @@ class TestRun:
             if sheet.done(item.name):
                 continue
             try:
-                self._one(dataset, item, sheet, out)
+                self.test_one(dataset, item, sheet, out)
             except UserError as error:
                 self.failures.append(str(error))
         return sheet
 
-    def _one(self, dataset: str, item: Pair, sheet: ScoreSheet, out: Path):
+    def test_one(self, dataset: str, item: Pair, sheet: ScoreSheet, out: Path):
+        """Restore a picture, or read it from where it has been restored, and hand it to the sheet."""
         degraded = read_image(item.input)
         target = read_image(item.target) if item.target else None
         if target is not None and target.shape != degraded.shape:
             raise UserError(f"{item.input} and {item.target} differ in size: {degraded.shape} and {target.shape}")
         unrounded = sheet.protocol in UNROUNDED
         if self.model is None:
-            restored = read_image(self._restored_elsewhere(dataset, item.name))
+            restored = read_image(self.restored_elsewhere(dataset, item.name))
             if restored.shape != target.shape:
                 raise UserError(f"{item.name} in {self.args.score_only} has another size than its target")
         else:
-            degraded = degraded.astype(np.float32) / np.float32(255) if unrounded else degraded
-            restored = self.restore(
-                dataset, degraded.astype(np.float32) / 255 if degraded.dtype == np.uint8 else degraded
-            )
+            restored = self.restore(dataset, degraded.astype(np.float32) / np.float32(255))
             picture = to_uint8(restored)
             if self.args.save_images or target is None or not unrounded:
                 write_image(out / f"{item.name}.png", picture)
@@ -310,7 +330,7 @@ class TestRun:
         else:
             sheet.add(item.name, restored, target, degraded)
 
-    def _restored_elsewhere(self, dataset: str, name: str) -> Path:
+    def restored_elsewhere(self, dataset: str, name: str) -> Path:
         folder = self.args.score_only / Path(dataset).name
         folder = folder if folder.is_dir() else self.args.score_only
         found = [p for p in list_images(folder) if p.stem == name]
@@ -319,6 +339,11 @@ class TestRun:
         return found[0]
 
     def _report(self):
+        scored = {result.dataset for result in self.results}
+        if self.average is not None and scored >= self.test_sets.keys():
+            mean = average([r for r in self.results if r.dataset in self.test_sets])
+            mean.paper = self.average.get(self.name)
+            self.results.append(mean)
         if self.results:
             print(format_table(self.results))
             table = self.args.results / f"{self.task}.csv"
@@ -348,13 +373,10 @@ def _tile_side(text: str) -> int | str | None:
     return {"auto": "auto", "whole": None}[text] if text in ("auto", "whole") else int(text)
 
 
-def average(results: list[Result], names) -> Result | None:
-    """The mean of the named sets' means, each with equal weight; None unless all are there."""
-    chosen = [r for r in results if r.dataset in names]
-    if len(chosen) != len(names):
-        return None
-    means = [statistics.fmean(getattr(r, key) for r in chosen) for key in ("psnr", "ssim", "input_psnr", "input_ssim")]
-    return Result("average", chosen[0].protocol, sum(r.images for r in chosen), *means)
+def average(results: list[Result]) -> Result:
+    """The mean of the sets' means, each with equal weight whatever its size."""
+    means = [statistics.fmean(getattr(r, key) for r in results) for key in ("psnr", "ssim", "input_psnr", "input_ssim")]
+    return Result("average", results[0].protocol, sum(r.images for r in results), *means, settings=results[0].settings)
 
 
 def format_table(results: list[Result]) -> str:

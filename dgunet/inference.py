@@ -1,5 +1,6 @@
 """Restoring pictures of any size: padding, tiles with blended seams, self-ensemble."""
 
+import math
 import warnings
 
 import numpy as np
@@ -17,7 +18,7 @@ def restore(
     model,
     image,
     tile: int | str | None = "auto",
-    tile_overlap: int = 64,
+    tile_overlap: int | None = None,
     self_ensemble: bool = False,
     bf16: bool = False,
 ):
@@ -37,7 +38,8 @@ def restore(
             for the whole picture where the memory allows it, and else for tiles, with a warning. Tiles do not give
             exactly the whole picture's result: channel attention, instance norm and subspace projection see only the
             tile.
-        tile_overlap: pixels that neighbouring tiles share; the seams are blended linearly over them.
+        tile_overlap: pixels that neighbouring tiles share; the seams are blended linearly over them. None for a quarter
+            of the tile, at most 64.
         self_ensemble: mean over the 8 flips and rotations: 8 times the work for some hundredths of a dB.
         bf16: run the network under bfloat16 autocast.
 
@@ -52,6 +54,8 @@ def restore(
         return type(image)(restore(model, one, **options) for one in image)
     if model.degradation is not None:
         raise UserError("restore is for networks that learn their degradation; call model(y)[0] with the measurement")
+    if isinstance(tile, int) and tile_overlap is None:
+        tile_overlap = min(tile // 4, 64)
     if tile not in (None, "auto") and (not isinstance(tile, int) or tile < 16 or not 0 <= tile_overlap <= tile // 2):
         raise UserError(
             f"tile must be None, 'auto' or at least 16 pixels, and tile_overlap from 0 to half of it; got tile={tile}, "
@@ -62,8 +66,11 @@ def restore(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x = x.to(device)
+            if tile == "auto":
+                tile = _automatic_tile(model, x)
+                tile_overlap = 0 if tile is None else min(tile // 4, 64)
             turns = range(8) if self_ensemble else (0,)
             out = sum(undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap), k) for k in turns)
             restored = (out / len(turns)).clamp(0, 1)
@@ -72,12 +79,12 @@ def restore(
     return back(restored)
 
 
-def _restore_tiles(model, x: Tensor, tile: int | str | None, overlap: int) -> Tensor:
+def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int) -> Tensor:
     height, width = x.shape[2:]
-    if tile == "auto":
-        tile = _automatic_tile(model, x)
     if tile is None or (height <= tile and width <= tile):
         return _restore_whole(model, x)
+    # On multiples of 8 a tile's scales lie on the same grid as the whole picture's.
+    tile, overlap = tile // 8 * 8, -(-overlap // 8) * 8
     out = torch.zeros_like(x)
     weight = x.new_zeros(1, 1, height, width)
     for top in _tile_starts(height, tile, overlap):
@@ -98,17 +105,19 @@ def _restore_whole(model, x: Tensor) -> Tensor:
 
 
 def _tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin: evenly spread, the last one ending with the picture, sharing at least ``overlap``."""
+    """Where tiles begin: multiples of 8, evenly spread, sharing at least ``overlap`` (``tile``, ``overlap`` too)."""
     if size <= tile:
         return [0]
     count = -(-(size - overlap) // (tile - overlap))
-    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
+    return [math.ceil(i * (size - tile) / (count - 1) / 8) * 8 for i in range(count)]
 
 
 def _ramp(size: int, overlap: int, like: Tensor) -> Tensor:
+    # The outermost quarter of the overlap, which the tile's border has spoilt, counts only where no other tile is.
     position = torch.arange(size, device=like.device, dtype=like.dtype)
     distance = torch.minimum(position, size - 1 - position) + 1
-    return (distance / (overlap + 1)).clamp(max=1)
+    margin = overlap // 4
+    return ((distance - margin) / (overlap + 1 - 2 * margin)).clamp(1e-6, 1)
 
 
 def estimate_memory(model, pixels: int) -> int:
@@ -134,7 +143,7 @@ def _automatic_tile(model, x: Tensor) -> int | None:
         f"restoring {width}x{height} pixels at once would need about "
         f"{estimate_memory(model, batch * height * width) / 2**30:.0f} GiB, {free / 2**30:.0f} are free: "
         f"using tiles of {side} (tile={side}); tile=None forces the whole picture",
-        stacklevel=4,
+        stacklevel=3,
     )
     return side
 

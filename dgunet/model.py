@@ -164,6 +164,17 @@ class DGUNet(nn.Module):
             )
 
 
+class Measured(nn.Module):
+    """A network of a known degradation together with it: clean images in, estimates from their measurements out."""
+
+    def __init__(self, model: DGUNet):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.model(self.model.degradation.A(x))
+
+
 _DEBLURRING = dict(width=80, growth=48, shared=True, final_fusion="concat", final_growth=32)
 _DERAINING = dict(width=40, growth=20, shared=True, final_fusion="concat", final_growth=16)
 _SENSING = dict(channels=1, width=32, growth=16, shared=True, fusion="concat", final_fusion="concat", final_growth=16)

@@ -104,7 +104,7 @@ def our_name(name: str) -> str | None:
 
 def is_original(state_dict: dict[str, Tensor]) -> bool:
     """Whether the keys are in the original authors' layout."""
-    return "shallow_feat1.0.weight" in state_dict
+    return any(re.match(r"(shallow_feat1|stage1_encoder|tail)\.", name) for name in state_dict)
 
 
 def convert_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

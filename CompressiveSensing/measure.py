@@ -1,0 +1,52 @@
+"""Measure a picture block by block: picture in, measurements out.
+
+    python CompressiveSensing/measure.py photo.png --weights model.pth --out photo.npz     # with a network's matrix
+    python CompressiveSensing/measure.py photo.png --matrix matrix.npy --out photo.npz     # with one of your own
+
+The .npz holds ``y`` (M, rows, columns) float32, one column of M measurements for each 32x32 block; ``matrix`` (M, 1024)
+float32, which measures a block's pixels row by row, in [0, 1]; and the picture's ``height`` and ``width``, to which
+zeros were added at the right and bottom to fill the last blocks. A file of the same kind from a real camera can be
+reconstructed just so.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from dataset import read_luma
+from sensing import pad_to_blocks
+
+from dgunet import load_model
+from dgunet.degradations import sampling_operator
+from dgunet.errors import run_cli
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", help="checkpoint whose sampling matrix to use")
+    source.add_argument("--matrix", help=".npy file with an (M, 1024) matrix")
+    parser.add_argument("--out", type=Path, required=True, help=".npz file to write")
+    args = parser.parse_args()
+
+    luma = read_luma(args.picture)
+    if args.weights:
+        operator = load_model(args.weights, task="compressive_sensing").degradation
+    else:
+        operator = sampling_operator(ratio=0.25, matrix=args.matrix)
+    with torch.inference_mode():
+        y = operator.A(pad_to_blocks(luma, operator.block))[0].numpy()
+    height, width = luma.shape
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "wb") as file:
+        np.savez(file, y=y, matrix=operator.matrix.detach().numpy(), height=height, width=width)
+    print(f"wrote {args.out}: {y.size:,} measurements of {luma.size:,} pixels")
+
+
+if __name__ == "__main__":
+    run_cli(main)

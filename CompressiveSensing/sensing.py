@@ -1,0 +1,52 @@
+"""Measuring pictures block by block and reconstructing them, for test.py, measure.py and reconstruct.py."""
+
+import numpy as np
+import torch
+from dataset import to_tensor
+from torch.nn import functional as F
+
+from dgunet import DGUNet
+
+
+def pad_to_blocks(luma: np.ndarray, block: int) -> torch.Tensor:
+    """(H, W) uint8 to a (1, 1, h, w) tensor in [0, 1], zeros added right and bottom up to multiples of ``block``."""
+    x = to_tensor(luma)[None]
+    height, width = luma.shape
+    return F.pad(x, (0, -width % block, 0, -height % block))
+
+
+@torch.inference_mode()
+def reconstruct_whole(model: DGUNet, luma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Measure a whole picture and reconstruct it at once: x_K and x_0 = A_adjoint(y), (H, W) float32, not clipped."""
+    height, width = luma.shape
+    operator = model.degradation
+    y = operator.A(pad_to_blocks(luma, operator.block).to(operator.matrix.device))
+    results = model(y)[0], operator.A_adjoint(y)
+    return tuple(x[0, 0, :height, :width].float().cpu().numpy() for x in results)
+
+
+@torch.inference_mode()
+def reconstruct_tiles(
+    model: DGUNet, luma: np.ndarray, tile: int = 128, batch: int = 16
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same in tiles that know nothing of each other, as the original tests.
+
+    Zeros are added to the next multiple of ``tile``; a side that is one already gets another whole tile of them, as in
+    the original. (They change nothing: what is added is cropped again.)
+    """
+    height, width = luma.shape
+    operator = model.degradation
+    padded = F.pad(to_tensor(luma), (0, tile - width % tile, 0, tile - height % tile))
+    rows, columns = (side // tile for side in padded.shape[1:])
+    tiles = padded.view(rows, tile, columns, tile).transpose(1, 2).reshape(-1, 1, tile, tile)
+    finals, initials = [], []
+    for part in tiles.to(operator.matrix.device).split(batch):
+        y = operator.A(part)
+        finals.append(model(y)[0].float().cpu())
+        initials.append(operator.A_adjoint(y).cpu())
+
+    def stitch(parts: list[torch.Tensor]) -> np.ndarray:
+        whole = torch.cat(parts).view(rows, columns, tile, tile).transpose(1, 2).reshape(rows * tile, columns * tile)
+        return whole[:height, :width].numpy().copy()
+
+    return stitch(finals), stitch(initials)

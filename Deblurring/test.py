@@ -1,0 +1,42 @@
+"""Test DGUNet for motion deblurring, or deblur pictures.
+
+    python Deblurring/test.py --weights model.pth --dataset GoPro HIDE       # the paper's table
+    python Deblurring/test.py --weights model.pth --dataset RealBlur_J RealBlur_R
+    python Deblurring/test.py --weights model.pth --dataset path/to/folder   # pairs in input/ and target/, or pictures
+    python Deblurring/test.py --score_only restored                          # score what lies in restored/GoPro/...
+
+GoPro and HIDE: PSNR and SSIM of MATLAB on 8-bit RGB, SSIM over three dimensions. RealBlur: after alignment to the
+target; a picture that cannot be aligned is scored as it is, and said so. A test that was interrupted goes on where it
+was.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dgunet.errors import run_cli
+from dgunet.evaluation import TestRun, TestSet
+
+TEST_SETS = {
+    "GoPro": TestSet(
+        "GoPro/test",
+        "rgb_matlab",
+        {"deblurring_dgunet": (32.71, 0.960), "deblurring_dgunet_plus": (33.17, 0.963)},
+    ),
+    "HIDE": TestSet(
+        "HIDE/test",
+        "rgb_matlab",
+        {"deblurring_dgunet": (30.96, 0.940), "deblurring_dgunet_plus": (31.40, 0.944)},
+    ),
+    "RealBlur_J": TestSet("RealBlur_J/test", "realblur_aligned"),
+    "RealBlur_R": TestSet("RealBlur_R/test", "realblur_aligned"),
+}
+
+
+def main():
+    TestRun("deblurring", __doc__, TEST_SETS, protocol="rgb_matlab").run()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,34 @@
+"""Train DGUNet for deblurring.
+
+    python Deblurring/train.py                                             # the paper's DGUNet on GoPro, every GPU here
+    python Deblurring/train.py --config configs/deblurring/dgunet_plus.yaml GPU "[0, 1]" OPTIM.BATCH_SIZE 8
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 Deblurring/train.py
+    python Deblurring/train.py TRAINING.RESUME True                        # continue where it stopped
+
+Config keys are explained in dgunet/config.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset import BlurredPatches
+
+from dgunet.engine import train_command
+from dgunet.errors import run_cli
+
+
+def train_set(cfg, pairs) -> BlurredPatches:
+    return BlurredPatches(
+        pairs,
+        cfg.TRAINING.TRAIN_PS,
+        saturation=cfg.AUGMENT.SATURATION,
+        repeat=cfg.TRAINING.REPEAT,
+        flip=cfg.AUGMENT.FLIP,
+        seed=cfg.SEED,
+    )
+
+
+if __name__ == "__main__":
+    run_cli(lambda: train_command(__doc__, "deblurring/dgunet.yaml", train_set))

@@ -1,0 +1,27 @@
+"""Train DGUNet for deraining.
+
+    python Deraining/train.py                                             # the paper's DGUNet on Rain13K, all GPUs
+    python Deraining/train.py --config configs/deraining/dgunet_plus.yaml GPU "[0, 1]" OPTIM.BATCH_SIZE 8
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 Deraining/train.py
+    python Deraining/train.py TRAINING.RESUME True                        # continue where it stopped
+
+Config keys are explained in dgunet/config.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dgunet.data import PairedPatches
+from dgunet.engine import train_command
+from dgunet.errors import run_cli
+
+
+def train_set(cfg, pairs) -> PairedPatches:
+    training = cfg.TRAINING
+    return PairedPatches(pairs, training.TRAIN_PS, repeat=training.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: train_command(__doc__, "deraining/dgunet.yaml", train_set))

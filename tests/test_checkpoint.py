@@ -1,0 +1,351 @@
+"""Checkpoints: written atomically, recognised by themselves, and refused in one line where they do not fit."""
+
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dgunet import DGUNet, UserError, create_model, list_models, load_model
+from dgunet import checkpoint as checkpoint_module
+from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
+from dgunet.degradations import BlockSampling
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module):
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def refusal(path, **options) -> str:
+    """The message with which load_model refuses a file: one line that names the file."""
+    with pytest.raises(UserError) as error:
+        load_model(path, **options)
+    message = str(error.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_saved_content_comes_back(tmp_path):
+    content = {"epoch": 3, "state_dict": {"a": torch.arange(3.0)}, "history": [1.5, None, "x"]}
+    save_checkpoint(content, tmp_path / "a.pth")
+    found = read_checkpoint(tmp_path / "a.pth")
+    assert torch.equal(found.pop("state_dict")["a"], torch.arange(3.0))
+    assert found == {"epoch": 3, "history": [1.5, None, "x"]}
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def half_a_save(content, file):
+    whole = io.BytesIO()
+    REAL_SAVE(content, whole)
+    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    raise OSError("no space left on device")
+
+
+REAL_SAVE = torch.save
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "rename"])
+def test_failing_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    path = tmp_path / "a.pth"
+    save_checkpoint({"epoch": 1}, path)
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    if failing == "write":
+        monkeypatch.setattr(checkpoint_module.torch, "save", half_a_save)
+    else:
+        monkeypatch.setattr(checkpoint_module.os, "fsync" if failing == "fsync" else "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint({"epoch": 2}, path)
+    monkeypatch.undo()
+    assert read_checkpoint(path) == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+KILLED = """
+import io, sys, time, torch
+from dgunet import checkpoint
+real = torch.save
+checkpoint.save_checkpoint({"epoch": 1, "x": torch.zeros(1000)}, sys.argv[1])
+
+def slow(content, file):
+    whole = io.BytesIO()
+    real(content, whole)
+    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    file.flush()
+    print("half written", flush=True)
+    time.sleep(600)
+
+torch.save = slow
+checkpoint.save_checkpoint({"epoch": 2, "x": torch.zeros(1000)}, sys.argv[1])
+"""
+
+
+def test_killed_while_saving_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.pth"
+    command = [sys.executable, "-c", KILLED, str(path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as run:
+        assert run.stdout.readline() == "half written\n"
+        assert len(os.listdir(tmp_path)) == 2  # the old file, and the new one under another name
+        run.send_signal(signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
+    assert read_checkpoint(path)["epoch"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("layout", ["checkpoint", "bare", "module.", "params"])
+def test_small_network_round_trip(tmp_path, tiny_model, layout):
+    model = tiny_model(growth=6, final_growth=10)
+    weights = model.state_dict()
+    if layout == "checkpoint":
+        content = {"state_dict": weights, "model": describe_model(model), "epoch": 4}
+    elif layout == "module.":
+        content = {"state_dict": {f"module.{name}": value for name, value in weights.items()}}
+    else:
+        content = {"params": weights} if layout == "params" else weights
+    torch.save(content, tmp_path / "a.pth")
+    loaded = load_model(tmp_path / "a.pth")
+    assert_same_weights(loaded, model)
+    assert not loaded.training
+    assert loaded.arguments == model.arguments
+    y = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(y)[0], model(y)[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [dict(stages=k) for k in (1, 2, 3, 5)]
+    + [dict(shared=False, stages=4), dict(pathways=False, stages=3), dict(channels=1)]
+    + [dict(fusion="concat", stages=3), dict(final_fusion="subspace", stages=5)],
+    ids=str,
+)
+def test_options_are_stored_with_the_weights(tmp_path, tiny_model, overrides):
+    model = tiny_model(**overrides)
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "a.pth")
+    loaded = load_model(tmp_path / "a.pth", task="denoising")
+    assert (loaded.name, loaded.arguments) == (model.name, model.arguments)
+    assert_same_weights(loaded, model)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_bare_weights_of_every_variant_are_recognised(tmp_path, name, monkeypatch):
+    with torch.device("meta"):
+        model = create_model(name)
+    # Names and shapes alone decide: one number stands for all of a weight.
+    weights = {key: torch.zeros(()).expand(value.shape) for key, value in model.state_dict().items()}
+    torch.save(weights, tmp_path / "a.pth")
+    assert (tmp_path / "a.pth").stat().st_size < 1e6
+    monkeypatch.setattr(checkpoint_module, "load_weights", lambda *args: None)
+    with torch.device("meta"):
+        loaded = load_model(tmp_path / "a.pth", device="meta")
+    assert {loaded.name, name} in ({name}, {"denoising_dgunet", "deblurring_dgunet"})
+    shapes = {key: value.shape for key, value in loaded.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("task", ["denoising", "deblurring"])
+def test_bare_weights_get_the_name_of_the_task(tmp_path, task, monkeypatch):
+    with torch.device("meta"):
+        weights = create_model("denoising_dgunet").state_dict()
+    torch.save({key: torch.zeros(()).expand(value.shape) for key, value in weights.items()}, tmp_path / "a.pth")
+    monkeypatch.setattr(checkpoint_module, "load_weights", lambda *args: None)
+    with torch.device("meta"):
+        assert load_model(tmp_path / "a.pth", task=task, device="meta").name == f"{task}_dgunet"
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.25])
+def test_sampling_matrix_comes_with_the_weights(tmp_path, tiny_model, ratio):
+    model = tiny_model("compressive_sensing_dgunet", ratio=ratio)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    loaded = load_model(tmp_path / "a.pth")
+    assert_same_weights(loaded, model)
+    x = torch.rand(1, 1, 32, 32)
+    assert torch.equal(loaded.degradation.A(x), model.degradation.A(x))
+
+
+class HalfBrightness:
+    def A(self, x):
+        return 0.5 * x
+
+    def A_adjoint(self, y):
+        return 0.5 * y
+
+
+def test_own_degradation_has_to_be_given(tmp_path):
+    model = DGUNet(width=8, growth=4, final_growth=4, degradation=HalfBrightness())
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    assert "load_model(path, degradation=...)" in refusal(tmp_path / "a.pth")
+    assert_same_weights(load_model(tmp_path / "a.pth", degradation=HalfBrightness()), model)
+
+
+def test_own_degradation_with_weights_has_to_be_given(tmp_path):
+    class Operator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(torch.rand(5, 7))  # like a sampling matrix, but of no square block
+
+        A = A_adjoint = lambda self, x: x
+
+    model = DGUNet(width=8, growth=4, final_growth=4, degradation=Operator())
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    refusal(tmp_path / "a.pth")
+    assert_same_weights(load_model(tmp_path / "a.pth", degradation=Operator()), model)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_no_file(tmp_path):
+    assert "no checkpoint at" in refusal(tmp_path / "a.pth")
+
+
+def test_folder(tmp_path):
+    assert "is a folder; give the checkpoint file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello world\n", b"# notes\n", b'{"a": 1}\n', b"<html>404</html>", b"version https://git-lfs.github.com\n"]
+    + [b"weights", bytes(range(256)) * 5, b"PK\x03\x04 and so on"],
+    ids=lambda content: repr(content[:12]),
+)
+def test_file_that_is_no_checkpoint(tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content)
+    assert "is not a PyTorch checkpoint, or is damaged" in refusal(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_truncated_file(tmp_path, tiny_model, share):
+    torch.save(tiny_model().state_dict(), tmp_path / "whole.pth")
+    content = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "a.pth").write_bytes(content[: int(share * len(content))])
+    assert "is not a PyTorch checkpoint, or is damaged" in refusal(tmp_path / "a.pth")
+
+
+class Malicious:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def write_malicious(path: Path, trace: Path, layout: str):
+    content = {"state_dict": {"last.rho": torch.zeros(1)}, "model": Malicious(trace)}
+    if layout == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=layout == "zip")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("layout", ["zip", "legacy", "pickle"])
+def test_malicious_file_is_refused_and_does_nothing(tmp_path, layout):
+    trace = tmp_path / "trace"
+    write_malicious(tmp_path / "a.pth", trace, layout)
+    message = refusal(tmp_path / "a.pth")
+    assert not trace.exists()
+    if layout != "pickle":  # PyTorch cannot read a plain pickle at all
+        assert "would run code when loaded" in message
+    # and the file would have done it
+    if layout == "pickle":
+        pickle.loads((tmp_path / "a.pth").read_bytes())
+    else:
+        torch.load(tmp_path / "a.pth", weights_only=False)
+    assert trace.exists()
+
+
+def test_whole_pickled_model_says_what_to_save_instead(tmp_path, tiny_model):
+    torch.save(tiny_model(), tmp_path / "a.pth")
+    assert "torch.save(model.state_dict(), path)" in refusal(tmp_path / "a.pth")
+
+
+# --------------------------------------------------------------------------------------------- contents that do not fit
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], "text"], ids=["tensor", "list", "text"])
+def test_content_without_names(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    assert f"holds a {type(content).__name__}, not a checkpoint" in refusal(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 1}, {"state_dict": {}}, nn.Conv2d(3, 3, 3).state_dict()])
+def test_weights_of_another_network(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    assert "holds no DGUNet" in refusal(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "description",
+    [{"arguments": {"widht": 8}}, {"arguments": {"width": "wide"}}, {"arguments": 3}, {"arguments": {"stages": 0}}],
+    ids=str,
+)
+def test_damaged_description(tmp_path, tiny_model, description):
+    torch.save({"state_dict": tiny_model().state_dict(), "model": description}, tmp_path / "a.pth")
+    refusal(tmp_path / "a.pth")
+
+
+def test_checkpoint_of_another_task(tmp_path, tiny_model):
+    model = tiny_model("deraining_dgunet")
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "a.pth")
+    message = refusal(tmp_path / "a.pth", task="denoising")
+    assert "holds a deraining_dgunet, not a network for denoising" in message
+    assert load_model(tmp_path / "a.pth", task="deraining").name == "deraining_dgunet"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["first.rho", "last.rho", "middle.0.rho", "last.degradation.A.conv1.weight", "first.proximal.features_conv.weight"]
+    + ["middle.0.proximal.fusion.basis_conv.bias", "last.proximal.fusion.conv.weight"]
+    + ["first.proximal.encoder.blocks.0.conv1.weight", "last.proximal.shallow.conv.weight"],
+)
+def test_missing_weight_is_listed(tmp_path, tiny_model, name):
+    weights = tiny_model().state_dict()
+    del weights[name]
+    torch.save(weights, tmp_path / "a.pth")
+    message = refusal(tmp_path / "a.pth")
+    assert "missing" in message
+    assert name in message
+
+
+def test_unknown_and_reshaped_weights_are_listed(tmp_path, tiny_model):
+    weights = tiny_model().state_dict()
+    weights |= {"first.fancy": torch.zeros(1), "last.rho": torch.zeros(2)}
+    torch.save(weights, tmp_path / "a.pth")
+    message = refusal(tmp_path / "a.pth")
+    assert "unknown: first.fancy" in message
+    assert "last.rho (2,) instead of (1,)" in message
+    assert "missing" not in message
+
+
+def test_many_missing_weights_are_counted(tmp_path, tiny_model):
+    weights = {name: value for name, value in tiny_model().state_dict().items() if "decoder" not in name}
+    gone = len(tiny_model().state_dict()) - len(weights)
+    torch.save(weights, tmp_path / "a.pth")
+    assert f"and {gone - 6} more" in refusal(tmp_path / "a.pth")
+
+
+def test_matrix_of_another_ratio_does_not_fit(tmp_path, tiny_model):
+    torch.save(tiny_model("compressive_sensing_dgunet", ratio=0.1).state_dict(), tmp_path / "a.pth")
+    message = refusal(tmp_path / "a.pth", degradation=BlockSampling(0.25))
+    assert "degradation.matrix (103, 1024) instead of (256, 1024)" in message

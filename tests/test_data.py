@@ -1,0 +1,382 @@
+"""Pictures on disk: what is read, what is refused, and which crops training sees."""
+
+import collections
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dgunet import UserError
+from dgunet.data import (
+    EpochBatches,
+    PairedCentres,
+    PairedPatches,
+    find_pairs,
+    image_size,
+    list_images,
+    read_image,
+    write_image,
+)
+from dgunet.transforms import dihedral, pad_to, undo_dihedral
+
+
+def random_picture(height=40, width=48, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def smooth_picture(height=40, width=64) -> np.ndarray:
+    """Dark left, bright right; red grows downwards: every turn of it looks different."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([255 * y / height, 255 * x / width, 0 * x], axis=-1).astype(np.uint8)
+
+
+def refusal(call, *args) -> str:
+    with pytest.raises(UserError) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("ending", [".png", ".bmp", ".tif"])
+def test_written_picture_comes_back(tmp_path, ending):
+    path = tmp_path / "new folder" / f"a{ending}"
+    write_image(path, random_picture())
+    assert np.array_equal(read_image(path), random_picture())
+    assert np.array_equal(np.asarray(Image.open(path)), random_picture())  # RGB to others, too
+    assert image_size(path) == (40, 48)
+
+
+def test_palette_picture_is_read_as_rgb(tmp_path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:4] = 255, 0, 10
+    Image.fromarray(picture).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), picture)
+
+
+def test_path_that_is_not_ascii(tmp_path):
+    write_image(tmp_path / "Bühne 1 雨.png", random_picture())
+    assert np.array_equal(read_image(tmp_path / "Bühne 1 雨.png"), random_picture())
+
+
+def save_unsuitable(path: Path, kind: str):
+    picture = Image.fromarray(random_picture())
+    if kind == "16 bits":
+        cv2.imwrite(str(path), random_picture().astype(np.uint16) * 257)
+    elif kind == "32 bits":
+        cv2.imwrite(str(path), random_picture().astype(np.float32))
+    else:
+        picture.convert(kind).save(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("a.png", "L", "is grey"),
+        ("a.jpg", "L", "is grey"),
+        ("a.png", "1", "is grey"),
+        ("a.png", "RGBA", "has transparency (RGBA)"),
+        ("a.png", "LA", "has transparency (RGBA)"),
+        ("a.png", "16 bits", "has 16 bits per channel"),
+        ("a.tif", "32 bits", "has 32 bits per channel"),
+        ("a.jpg", "CMYK", "is CMYK"),
+    ],
+)
+def test_picture_of_another_kind(tmp_path, name, kind, message):
+    save_unsuitable(tmp_path / name, kind)
+    found = refusal(read_image, tmp_path / name)
+    assert found.startswith(f"{tmp_path / name} {message}, but 8-bit RGB is needed; convert it")
+    assert "a_rgb.png" in found
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg"])
+@pytest.mark.parametrize("share", [0, 0.02, 0.5])
+def test_damaged_picture(tmp_path, ending, share):
+    path = tmp_path / f"a{ending}"
+    write_image(path, random_picture())
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert refusal(read_image, path) == f"{path} is not a picture that can be read, or is damaged; replace or remove it"
+
+
+def test_text_named_like_a_picture(tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    for call in (read_image, image_size):
+        assert str(tmp_path / "a.png") in refusal(call, tmp_path / "a.png")
+
+
+def test_missing_picture(tmp_path):
+    assert refusal(read_image, tmp_path / "a.png") == f"cannot read {tmp_path / 'a.png'}: No such file or directory"
+    assert str(tmp_path / "a.png") in refusal(image_size, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photograph_is_turned_upright(tmp_path, orientation):
+    upright = smooth_picture()
+    # as a camera held otherwise stores it: the inverse of what the tag asks for
+    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of PIL's transpositions
+    stored = Image.fromarray(upright)
+    if orientation > 1:
+        stored = stored.transpose(Image.Transpose(inverse[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    picture = read_image(tmp_path / "a.jpg")
+    assert image_size(tmp_path / "a.jpg") == picture.shape[:2] == (40, 64)
+    assert np.abs(picture.astype(int) - upright).mean() < 3
+
+
+# ------------------------------------------------------------------------------------------------------------- pairing
+
+
+def test_pairs_are_naturally_sorted(tmp_path, picture_pairs):
+    pairs = find_pairs(picture_pairs(tmp_path, count=11))
+    assert [pair.name for pair in pairs] == [f"img{k}" for k in range(1, 12)]
+    assert all((p.input.parent.name, p.target.parent.name) == ("input", "target") for p in pairs)
+    assert all(p.input.name == p.target.name for p in pairs)
+
+
+def test_partners_may_differ_in_format_and_other_files_are_ignored(tmp_path, picture_pairs):
+    picture_pairs(tmp_path, count=2)
+    (tmp_path / "target" / "img1.png").rename(tmp_path / "target" / "img1.PNG")
+    write_image(tmp_path / "target" / "img2.bmp", random_picture())
+    (tmp_path / "target" / "img2.png").unlink()
+    (tmp_path / "input" / "notes.txt").write_text("no picture")
+    (tmp_path / "input" / ".hidden.png").write_text("no picture")
+    assert [p.target.name for p in find_pairs(tmp_path)] == ["img1.PNG", "img2.bmp"]
+
+
+@pytest.mark.parametrize(("side", "other"), [("input", "target"), ("target", "input")])
+def test_missing_partner(tmp_path, picture_pairs, side, other):
+    picture_pairs(tmp_path, count=4)
+    (tmp_path / other / "img2.png").unlink()
+    message = refusal(find_pairs, tmp_path)
+    assert message.startswith(f"{tmp_path / side / 'img2.png'} has no partner of the same name in {tmp_path / other}")
+    assert "more" not in message
+    (tmp_path / other / "img3.png").unlink()
+    assert "(and 1 more like it)" in refusal(find_pairs, tmp_path)
+
+
+def test_partner_of_another_size(tmp_path, picture_pairs):
+    picture_pairs(tmp_path, count=3, size=(40, 48))
+    write_image(tmp_path / "target" / "img2.png", random_picture(48, 40))
+    message = refusal(find_pairs, tmp_path)
+    assert f"{tmp_path / 'input' / 'img2.png'} is 48x40 but {tmp_path / 'target' / 'img2.png'} is 40x48" in message
+    assert len(find_pairs(tmp_path, check_sizes=False)) == 3
+
+
+def test_unreadable_partner(tmp_path, picture_pairs):
+    picture_pairs(tmp_path, count=3)
+    (tmp_path / "target" / "img3.png").write_bytes(b"")
+    assert str(tmp_path / "target" / "img3.png") in refusal(find_pairs, tmp_path)
+
+
+def test_empty_and_missing_folders(tmp_path, picture_pairs):
+    assert f"no folder {tmp_path / 'input'}" in refusal(find_pairs, tmp_path)
+    (tmp_path / "input").mkdir()
+    assert f"no pictures in {tmp_path / 'input'}" in refusal(find_pairs, tmp_path)
+    write_image(tmp_path / "input" / "a.png", random_picture())
+    assert f"no folder {tmp_path / 'target'}" in refusal(find_pairs, tmp_path)
+    assert f"no folder {tmp_path / 'none'}" in refusal(list_images, tmp_path / "none")
+
+
+def test_two_pictures_of_one_name(tmp_path, picture_pairs):
+    picture_pairs(tmp_path, count=2)
+    write_image(tmp_path / "input" / "img1.bmp", random_picture())
+    message = refusal(find_pairs, tmp_path)
+    assert "img1.bmp" in message
+    assert "img1.png" in message
+    assert "have the same name" in message
+
+
+# ------------------------------------------------------------------------------------------------------ training crops
+
+
+@pytest.fixture
+def shifted(tmp_path) -> Path:
+    """Three pairs whose target is the input plus 16."""
+    for k in range(3):
+        picture = np.random.default_rng(k).integers(0, 200, (40, 56, 3)).astype(np.uint8)
+        write_image(tmp_path / "input" / f"{k}.png", picture)
+        write_image(tmp_path / "target" / f"{k}.png", picture + 16)
+    return tmp_path
+
+
+def test_sample_is_a_function_of_seed_epoch_and_index(shifted):
+    first, second = (PairedPatches(shifted, 16, seed=5) for _ in range(2))
+    second[9, 2], second[1, 1]  # what was drawn before does not matter
+    for key in ((1, 0), (1, 2), (7, 1)):
+        for a, b in zip(first[key], second[key], strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(first[1, 0][0], first[2, 0][0])
+    assert not torch.equal(first[1, 0][0], first[1, 1][0])
+    assert not torch.equal(first[1, 0][0], PairedPatches(shifted, 16, seed=6)[1, 0][0])
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_crops_are_aligned(shifted, flip):
+    patches = PairedPatches(shifted, 16, flip=flip)
+    for epoch in range(1, 12):
+        degraded, target = patches[epoch, epoch % 3]
+        assert degraded.shape == target.shape == (3, 16, 16)
+        assert degraded.dtype == torch.float32
+        torch.testing.assert_close(target - degraded, torch.full_like(target, 16 / 255), atol=1e-6, rtol=0)
+
+
+def test_crops_are_taken_from_everywhere(tmp_path):
+    # the value of a pixel says where it is
+    y, x = np.mgrid[0:20, 0:24]
+    picture = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
+    for side in ("input", "target"):
+        write_image(tmp_path / side / "a.png", picture)
+    patches = PairedPatches(tmp_path, 16, flip=False)
+    corners = {tuple((patches[epoch, 0][0][:2, 0, 0] * 255).round().int().tolist()) for epoch in range(600)}
+    assert corners == {(top, left) for top in range(5) for left in range(9)}
+
+
+@pytest.mark.parametrize("size", [(10, 12), (5, 40), (40, 5), (1, 1)])
+def test_small_pictures_are_extended(tmp_path, size):
+    picture = random_picture(*size)
+    for side in ("input", "target"):
+        write_image(tmp_path / side / "a.png", picture)
+    degraded, target = PairedPatches(tmp_path, 16, flip=False)[1, 0]
+    assert degraded.shape == (3, 16, 16)
+    assert torch.equal(degraded, target)
+    present = {tuple(pixel) for pixel in picture.reshape(-1, 3)}
+    assert {
+        tuple(pixel) for pixel in (degraded * 255).round().byte().permute(1, 2, 0).reshape(-1, 3).numpy()
+    } <= present
+
+
+def test_repeat(shifted):
+    patches = PairedPatches(shifted, 16, repeat=4)
+    assert len(patches) == 12
+    once, again = patches[1, 0][0], patches[1, 3][0]  # the same picture, another crop
+    assert not torch.equal(once, again)
+    whole = [PairedPatches(shifted, 64, repeat=4, flip=False)[1, k][0] for k in (0, 3, 1)]
+    assert torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole[0], whole[2])
+
+
+def test_of_nine_augmentations_two_change_nothing(shifted):
+    patches = PairedPatches(shifted, 16)
+    crop = torch.rand(3, 16, 16)
+    turned = [dihedral(crop, k) for k in range(8)]
+    counts = collections.Counter()
+    for epoch in range(3600):
+        found, same = patches.augment(patches.generator(epoch, 0), crop, crop)
+        assert torch.equal(found, same)
+        counts[next(k for k in range(8) if torch.equal(found, turned[k]))] += 1
+    assert counts[0] == pytest.approx(800, abs=100)  # 4 standard deviations
+    assert all(counts[k] == pytest.approx(400, abs=76) for k in range(1, 8))
+
+
+def test_streams_are_independent(shifted):
+    patches = PairedPatches(shifted, 16)
+    values = [patches.generator(*key).random() for key in ((1, 2), (1, 2, 1), (2, 1), (1, 3))]
+    assert len(set(values)) == 4
+    assert patches.generator(1, 2).random() == values[0]
+
+
+# -------------------------------------------------------------------------------------------------- flips and padding
+
+
+def test_dihedral_has_eight_elements_and_inverses():
+    x = torch.rand(2, 3, 5, 5)
+    turned = [dihedral(x, k) for k in range(8)]
+    assert sum(torch.equal(a, b) for a in turned for b in turned) == 8
+    for k in range(8):
+        rectangle = torch.rand(2, 3, 4, 7)
+        assert torch.equal(undo_dihedral(dihedral(rectangle, k), k), rectangle)
+
+
+def test_pad_to_reflects_and_replicates():
+    x = torch.arange(6.0).view(1, 1, 2, 3)
+    assert pad_to(x, 2, 5)[0, 0].tolist() == [[0, 1, 2, 1, 0], [3, 4, 5, 4, 3]]
+    assert pad_to(x, 2, 6)[0, 0, 0].tolist() == [0, 1, 2, 2, 2, 2]  # too narrow to reflect
+    assert pad_to(x, 3, 3)[0, 0, :, 0].tolist() == [0, 3, 0]
+    assert pad_to(x, 4, 3)[0, 0, :, 0].tolist() == [0, 3, 3, 3]
+    assert pad_to(x, 1, 1) is x
+
+
+# ---------------------------------------------------------------------------------------------------- validation crops
+
+
+def test_centres(tmp_path):
+    for name, size in (("a", (41, 50)), ("b", (20, 64)), ("c", (13, 9))):
+        for side in ("input", "target"):
+            write_image(tmp_path / side / f"{name}.png", random_picture(*size, seed=len(side)))
+    centres = PairedCentres(tmp_path, 32)
+    assert centres.sizes() == {(32, 32), (16, 32), (8, 8)}
+    assert len(centres) == 3
+    for k, side in enumerate(("input", "target")):
+        expected = read_image(tmp_path / side / "a.png")[4:36, 9:41]
+        assert np.array_equal((centres[0][k] * 255).round().byte().permute(1, 2, 0).numpy(), expected)
+    whole = PairedCentres(tmp_path, 0)
+    assert whole.sizes() == {(40, 48), (16, 64), (8, 8)}
+    assert {tuple(whole[k][0].shape) for k in range(3)} == {(3, 40, 48), (3, 16, 64), (3, 8, 8)}
+
+
+@pytest.mark.parametrize("patch", [0, 32])
+def test_picture_too_small_for_validation(tmp_path, picture_pairs, patch):
+    picture_pairs(tmp_path, count=1, size=(7, 40))
+    centres = PairedCentres(tmp_path, patch)
+    assert str(tmp_path / "input" / "img1.png") in refusal(centres.sizes)
+    assert str(tmp_path / "input" / "img1.png") in refusal(centres.__getitem__, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def batches(size, batch, epoch=1, start=0, seed=3, rank=0, world=1) -> list[list[tuple[int, int]]]:
+    sampler = EpochBatches(size, batch, seed, rank, world)
+    sampler.epoch, sampler.start = epoch, start
+    found = list(sampler)
+    assert len(found) == len(sampler)
+    return found
+
+
+def test_epoch_is_a_permutation():
+    found = [key for batch in batches(20, 4) for key in batch]
+    assert [epoch for epoch, _ in found] == [1] * 20
+    assert sorted(index for _, index in found) == list(range(20))
+    assert [index for _, index in found] != list(range(20))
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    indices = [[k for b in batches(20, 4, **o) for _, k in b] for o in ({}, {}, {"epoch": 2}, {"seed": 4})]
+    assert indices[0] == indices[1]
+    assert indices[0] != indices[2]
+    assert indices[0] != indices[3]
+
+
+def test_incomplete_batch_is_left_out():
+    found = batches(23, 4)
+    assert len(found) == 5
+    assert {len(batch) for batch in found} == {4}
+    assert len({index for batch in found for _, index in batch}) == 20
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_batches_of_one_process(world):
+    shares = [batches(24, 8, rank=rank, world=world) for rank in range(world)]
+    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == batches(24, 8)
+
+
+def test_start_skips_what_is_done():
+    assert batches(24, 4, start=2) == batches(24, 4)[2:]
+    assert batches(24, 4, start=6) == []
+
+
+def test_few_pictures_fill_one_batch(shifted):
+    found = batches(3, 8)
+    assert len(found) == 1
+    assert len({index for _, index in found[0]}) == 8  # eight different crops
+    patches = PairedPatches(shifted, 16)
+    crops = [patches[key][0] for key in found[0]]
+    assert not any(torch.equal(a, b) for k, a in enumerate(crops) for b in crops[:k])
+    assert collections.Counter(index % 3 for _, index in found[0]).most_common()[-1][1] >= 2

@@ -1,0 +1,384 @@
+"""restore: any size and type in, the same out; tiles, self-ensemble, and what it refuses."""
+
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dgunet import UserError, restore
+from dgunet.gradient import ResidualBlock
+
+
+@pytest.fixture
+def model(tiny_model):
+    """Three stages whose output layers are scaled up: what they change is visible in 8 bits."""
+    model = tiny_model(stages=3)
+    with torch.no_grad():
+        model.last.proximal.image_conv.weight.mul_(5)
+    return model
+
+
+class Local(nn.Module):
+    """A stand-in without global operations: what a pixel becomes depends on ``radius`` pixels around it alone."""
+
+    channels, degradation, arguments, radius = 3, None, {"width": 8}, 4
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(self.radius)))
+
+    def forward(self, x):
+        return [0.5 * x + 0.5 * torch.sigmoid(4 * self.convs(x))]
+
+
+class Pooling(Local):
+    """A stand-in whose result depends on where the grid of 8x8 blocks lies, as that of the network's scales does."""
+
+    def forward(self, x):
+        return [0.5 * x + 0.5 * F.interpolate(F.avg_pool2d(x, 8), scale_factor=8)]
+
+
+def picture(height, width, channels=3, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).random((height, width, channels)).astype(np.float32)
+
+
+def directly(model, image: np.ndarray) -> np.ndarray:
+    """The network's result, not clamped, for a (H, W, C) float picture with sides that are multiples of 8."""
+    with torch.no_grad():
+        x = torch.from_numpy(image.transpose(2, 0, 1))[None]
+        return model(x)[0][0].numpy().transpose(1, 2, 0)
+
+
+def refusal(*args, **options) -> str:
+    with pytest.raises(UserError) as error:
+        restore(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------------------- types
+
+
+def test_equals_the_network_on_multiples_of_8(model):
+    image = picture(24, 40)
+    restored = restore(model, image)
+    np.testing.assert_allclose(restored, directly(model, image).clip(0, 1), atol=1e-6)
+    assert np.abs(restored - image).mean() > 0.01
+
+
+TYPES = [
+    (np.uint8, 255, 0.5),
+    (np.uint16, 65535, 0.5),
+    (np.float16, 1, 1e-3),
+    (np.float32, 1, 0),
+    (np.float64, 1, 0),
+]
+
+
+@pytest.mark.parametrize(("dtype", "scale", "rounding"), TYPES)
+@pytest.mark.parametrize("shape", [(13, 20, 3), (2, 13, 20, 3)])
+def test_arrays(model, dtype, scale, rounding, shape):
+    image = (picture(1, 1, int(np.prod(shape))).reshape(shape) * scale).astype(dtype)
+    before = image.copy()
+    restored = restore(model, image)
+    assert (type(restored), restored.dtype, restored.shape) == (np.ndarray, np.dtype(dtype), shape)
+    assert np.array_equal(image, before)
+    assert not np.shares_memory(image, restored)
+    exact = restore(model, (image.astype(np.float64) / scale).astype(np.float32)) * scale
+    assert np.abs(restored.astype(np.float64) - exact).max() <= rounding + 1e-6 * scale
+    assert np.abs(restored.astype(np.float64) - image).mean() > 0.01 * scale
+
+
+TENSOR_TYPES = [
+    (torch.uint8, 255, 0.5),
+    (torch.uint16, 65535, 0.5),
+    (torch.float16, 1, 1e-3),
+    (torch.bfloat16, 1, 5e-3),
+    (torch.float32, 1, 0),
+    (torch.float64, 1, 0),
+]
+
+
+@pytest.mark.parametrize(("dtype", "scale", "rounding"), TENSOR_TYPES)
+@pytest.mark.parametrize("shape", [(3, 13, 20), (2, 3, 13, 20)])
+def test_tensors(model, dtype, scale, rounding, shape):
+    image = torch.from_numpy(picture(1, 1, int(np.prod(shape))).reshape(shape) * scale).to(dtype)
+    before = image.clone()
+    restored = restore(model, image)
+    assert (type(restored), restored.dtype, restored.shape) == (torch.Tensor, dtype, torch.Size(shape))
+    assert torch.equal(image, before)
+    exact = restore(model, (image.double() / scale).float()) * scale
+    assert (restored.double() - exact).abs().max() <= rounding + 1e-6 * scale
+
+
+def test_array_and_tensor_agree(model):
+    image = picture(13, 20)
+    restored = restore(model, torch.from_numpy(image.transpose(2, 0, 1).copy()))
+    np.testing.assert_allclose(restore(model, image), restored.permute(1, 2, 0).numpy(), atol=1e-6)
+
+
+def test_restored_tensor_is_an_ordinary_one(model):
+    for height in (16, 13):
+        restored = restore(model, torch.rand(3, height, 16))
+        restored.mul_(2)
+        (restored * torch.ones(1, requires_grad=True)).sum().backward()  # may take part in training
+
+
+def test_tensor_that_requires_gradients(model):
+    assert not restore(model, torch.rand(3, 16, 16, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize("shape", [(13, 20), (13, 20, 1), (2, 13, 20, 1)])
+def test_grey_pictures_of_a_grey_model(tiny_model, shape):
+    grey_model = tiny_model(channels=1, stages=2)
+    image = picture(1, 1, int(np.prod(shape))).reshape(shape)
+    restored = restore(grey_model, image)
+    assert restored.shape == shape
+    flat = restored.reshape(-1, 13, 20)[0]
+    np.testing.assert_allclose(flat, restore(grey_model, image.reshape(-1, 13, 20)[0]), atol=1e-6)
+    tensor = torch.from_numpy(image.reshape(-1, 13, 20)[0])
+    np.testing.assert_allclose(flat, restore(grey_model, tensor).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_pictures_of_several_sizes_and_types(model, kind):
+    images = kind([picture(13, 20), (picture(24, 16) * 255).astype(np.uint8), torch.rand(3, 9, 9)])
+    restored = restore(model, images)
+    assert type(restored) is kind
+    for one, image in zip(restored, images, strict=True):
+        assert (type(one), one.dtype, one.shape) == (type(image), image.dtype, image.shape)
+        assert bool((one == restore(model, image)).all())
+
+
+def test_views_and_read_only_arrays(model):
+    image = picture(20, 26)
+    image.setflags(write=False)
+    np.testing.assert_array_equal(restore(model, image[::-1, ::2]), restore(model, image[::-1, ::2].copy()))
+
+
+def test_result_is_within_the_range(model):
+    with torch.no_grad():
+        model.last.proximal.image_conv.weight.mul_(100)
+    restored = restore(model, picture(16, 16))
+    assert (restored.min(), restored.max()) == (0, 1)
+    restored = restore(model, (picture(16, 16) * 255).astype(np.uint8))
+    assert (restored.min(), restored.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_of_the_model_is_kept(model, training):
+    model.train(training)
+    restore(model, picture(8, 8))
+    refusal(model, np.full((8, 8, 3), np.nan))
+    assert model.training == training
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+def extended(image: np.ndarray) -> np.ndarray:
+    for axis in (0, 1):
+        missing = -image.shape[axis] % 8
+        widths = [(0, missing if a == axis else 0) for a in range(3)]
+        image = np.pad(image, widths, mode="reflect" if missing < image.shape[axis] else "edge")
+    return image
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (37, 53), (1, 400), (400, 1), (4, 9), (8, 8), (16, 20)])
+def test_any_size(model, size):
+    image = picture(*size)
+    expected = directly(model, extended(image))[: size[0], : size[1]].clip(0, 1)
+    np.testing.assert_allclose(restore(model, image), expected, atol=1e-6)
+    as_bytes = restore(model, (image * 255).astype(np.uint8))
+    assert (as_bytes.shape, as_bytes.dtype) == (image.shape, np.uint8)
+
+
+def test_large_photograph(tiny_model):
+    model = tiny_model(width=4, growth=2, final_growth=2, stages=2)
+    for stage in model.unrolled():  # as many pixels with less to compute for each
+        stage.degradation.A, stage.degradation.A_adjoint = ResidualBlock(3, hidden=2), ResidualBlock(3, hidden=2)
+    image = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), dtype=np.uint8)
+    restored = restore(model, image, tile=512, tile_overlap=64)
+    assert (restored.shape, restored.dtype) == (image.shape, np.uint8)
+    # the corners belong to one tile each
+    corners = {(0, 0): (slice(0, 360), slice(0, 400)), (1488, 2488): (slice(-360, None), slice(-400, None))}
+    for (top, left), area in corners.items():
+        alone = restore(model, image[top : top + 512, left : left + 512], tile=None)
+        difference = np.abs(restored[area].astype(int) - alone[area])
+        assert difference.max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------------- self-ensemble
+
+
+TURNS = [lambda x, k=k, flip=flip: np.rot90(x[:, ::-1] if flip else x, k) for flip in (0, 1) for k in range(4)]
+UNDO = [
+    lambda x, k=k, flip=flip: np.rot90(x, -k)[:, ::-1] if flip else np.rot90(x, -k) for flip in (0, 1) for k in range(4)
+]
+
+
+def test_self_ensemble_is_the_mean_over_eight(model):
+    image = picture(16, 24)
+    parts = [undo(directly(model, turn(image).copy())) for turn, undo in zip(TURNS, UNDO, strict=True)]
+    restored = restore(model, image, self_ensemble=True)
+    np.testing.assert_allclose(restored, np.mean(parts, axis=0).clip(0, 1), atol=1e-5)
+    assert max(np.abs(a - b).max() for a in parts for b in parts) > 0.01
+
+
+def test_self_ensemble_commutes_with_turns(model):
+    image = picture(16, 24)
+    restored = restore(model, image, self_ensemble=True)
+    for turn in TURNS:
+        again = restore(model, turn(image), self_ensemble=True)
+        np.testing.assert_allclose(again, turn(restored), atol=1e-5)
+
+
+def test_self_ensemble_of_any_size(model):
+    assert restore(model, picture(7, 13), self_ensemble=True).shape == (7, 13, 3)
+
+
+# --------------------------------------------------------------------------------------------------------------- tiles
+
+
+@pytest.mark.parametrize("size", [(104, 136), (48, 136), (104, 40), (48, 48), (40, 200)])
+@pytest.mark.parametrize("overlap", [16, 24])
+def test_tiles_of_a_local_network_leave_no_seams(size, overlap):
+    image = picture(*size)
+    assert overlap >= 2 * Local.radius + 1  # the receptive field
+    whole = restore(Local(), image, tile=None)
+    np.testing.assert_allclose(restore(Local(), image, tile=48, tile_overlap=overlap), whole, atol=1e-5)
+
+
+def test_seams_are_seen_without_overlap():
+    image = picture(104, 136)
+    whole = restore(Local(), image, tile=None)
+    assert np.abs(restore(Local(), image, tile=48, tile_overlap=0) - whole).max() > 1e-3
+
+
+@pytest.mark.parametrize("tile", [48, 50])
+@pytest.mark.parametrize("overlap", [0, 5, 16, 24])
+def test_tiles_lie_on_the_grid_of_the_whole(tile, overlap):
+    image = picture(104, 136)
+    whole = restore(Pooling(), image, tile=None)
+    np.testing.assert_allclose(restore(Pooling(), image, tile=tile, tile_overlap=overlap), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [16, 17, 31, 64])
+@pytest.mark.parametrize("overlap", [0, 3, 8])
+def test_tiles_cover_every_pixel(tile, overlap):
+    class Identity(Local):
+        def forward(self, x):
+            return [x]
+
+    for size in ((1, 1), (17, 16), (65, 33), (37, 130)):
+        image = picture(*size)
+        restored = restore(Identity(), image, tile=tile, tile_overlap=overlap)
+        np.testing.assert_allclose(restored, image, atol=1e-6)
+
+
+def test_tiles_are_not_larger_than_asked():
+    seen = []
+
+    class Watching(Local):
+        def forward(self, x):
+            seen.append(tuple(x.shape[2:]))
+            return [x]
+
+    restore(Watching(), picture(200, 150), tile=64, tile_overlap=16)
+    assert len(seen) >= 12
+    assert max(max(size) for size in seen) <= 64
+
+
+def test_tiles_of_a_small_picture_are_the_whole(model):
+    image = picture(40, 48)
+    np.testing.assert_array_equal(restore(model, image, tile=64, tile_overlap=16), restore(model, image))
+
+
+def test_tiles_of_the_network_are_close(model):
+    image = np.tile(picture(16, 16), (6, 8, 1))
+    tiled = restore(model, image, tile=64, tile_overlap=32)
+    assert np.abs(tiled - restore(model, image, tile=None)).mean() < 0.1 * np.abs(tiled - image).mean()
+
+
+def test_automatic_tiles_where_memory_is_short(model, monkeypatch):
+    image = picture(160, 256)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 2**20))
+    with pytest.warns(UserWarning, match="tile=128.*tile=None forces") as caught:
+        restored = restore(model, image)
+    assert caught[0].filename == __file__
+    np.testing.assert_array_equal(restored, restore(model, image, tile=128))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = restore(model, image, tile=None)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
+        np.testing.assert_array_equal(restore(model, image), whole)
+    assert not np.array_equal(restored, whole)
+
+
+def test_bf16_is_close(model):
+    image = picture(24, 24)
+    restored = restore(model, image, bf16=True)
+    assert restored.dtype == np.float32
+    difference = np.abs(restored - restore(model, image))
+    assert 0 < difference.max() < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def with_value(value) -> np.ndarray:
+    image = picture(8, 8)
+    image[3, 4, 1] = value
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (with_value(np.nan), "NaN or infinite"),
+        (with_value(np.inf), "NaN or infinite"),
+        (torch.full((3, 8, 8), torch.nan), "NaN or infinite"),
+        (picture(8, 8) * 255, r"must be in \[0, 1\].*divide by 255"),
+        (picture(8, 8) * 2 - 5, r"must be in \[0, 1\]"),
+        (picture(8, 8, 4), r"restores RGB pictures, got RGBA.*rgba\[..., :3\]"),
+        (picture(8, 8, 1), "restores RGB pictures, got grey.*np.stack"),
+        (picture(8, 8)[..., 0], "restores RGB pictures, got grey"),
+        (torch.rand(8, 8, 3), r"restores RGB pictures, got 8 channels \(shape \(8, 8, 3\)\)"),
+        (np.zeros((8, 8, 3), np.int64), "uint8, uint16 or floats.*got int64"),
+        (np.zeros((8, 8, 3), bool), "uint8, uint16 or floats.*got bool"),
+        (np.zeros((8, 8, 3), complex), "uint8, uint16 or floats.*got complex"),
+        (np.array([["a"]]), "uint8, uint16 or floats"),
+        (torch.zeros(3, 8, 8, dtype=torch.int32), "uint8, uint16 or floats.*got torch.int32"),
+        (np.zeros((0, 8, 3), np.uint8), "got shape"),
+        (np.zeros((8, 3), np.uint8)[:0], "got shape"),
+        (np.zeros(8, np.uint8), "got shape"),
+        (np.zeros((1, 1, 8, 8, 3), np.uint8), "got shape"),
+        ("photo.png", "takes a NumPy array, a tensor, or a list of them, not str"),
+        (None, "not NoneType"),
+    ],
+)
+def test_unsuitable_picture(model, image, message):
+    with pytest.raises(UserError, match=message):
+        restore(model, image)
+    assert "\n" not in refusal(model, image)
+
+
+def test_colour_picture_for_a_grey_model(tiny_model):
+    assert "restores grey pictures, got RGB" in refusal(tiny_model(channels=1, stages=2), picture(8, 8))
+
+
+@pytest.mark.parametrize("options", [dict(tile=8), dict(tile="large"), dict(tile=64.5), dict(tile=64, tile_overlap=40)])
+def test_unsuitable_tiles(model, options):
+    assert "tile must be None, 'auto' or at least 16" in refusal(model, picture(8, 8), **options)
+    assert "tile must be" in refusal(model, picture(8, 8), **(dict(tile=64, tile_overlap=-1)))
+
+
+def test_network_of_a_known_degradation(tiny_model):
+    model = tiny_model("compressive_sensing_dgunet")
+    assert "call model(y)[0] with the measurement" in refusal(model, picture(32, 32, 1))
