@@ -386,8 +386,9 @@ def format_table(results: list[Result]) -> str:
     for r in results:
         paper = difference = "-"
         if r.paper is not None:
-            paper = f"{r.paper[0]:.2f}/{r.paper[1]:.3f}"
-            difference = f"{r.psnr - r.paper[0]:+.2f}/{r.ssim - r.paper[1]:+.3f}"
+            digits = 3 if round(r.paper[1], 3) == r.paper[1] else 4  # as many as the paper has
+            paper = f"{r.paper[0]:.2f}/{r.paper[1]:.{digits}f}"
+            difference = f"{r.psnr - r.paper[0]:+.2f}/{r.ssim - r.paper[1]:+.{digits}f}"
         degraded, restored = f"{r.input_psnr:.2f}/{r.input_ssim:.4f}", f"{r.psnr:.2f}/{r.ssim:.4f}"
         rows.append([r.dataset, str(r.images), degraded, restored, paper, difference])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]

@@ -50,7 +50,7 @@ def results(folder) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-# ------------------------------------------------------------------------------------------------------------- mix-up
+# --------------------------------------------------------------------- mix-up
 
 
 def test_mixup_starts_in_its_epoch_and_blends_two_samples(tmp_path, picture_pairs):
@@ -85,7 +85,7 @@ def test_mixup_shares_follow_the_beta_distribution(tmp_path, picture_pairs):
     assert np.var(shares) == pytest.approx(1 / (4 * 2.2), abs=0.01)  # ab / ((a+b)^2 (a+b+1))
 
 
-# ----------------------------------------------------------------------------------------------------------- SIDD, DND
+# --------------------------------------------------------------------- SIDD, DND
 
 
 def write_mat(path: Path, key: str, array: np.ndarray, version: str):
@@ -183,7 +183,7 @@ def test_dnd(tmp_path, weights, dnd):
     assert not (tmp_path / "results/denoising.csv").exists()  # DND is scored by its server
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
+# --------------------------------------------------------------------- folders
 
 
 def test_folder_of_pairs(tmp_path, weights, picture_pairs):

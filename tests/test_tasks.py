@@ -1,0 +1,380 @@
+"""Deraining, deblurring and compressive sensing end to end, through the real command lines and published formats."""
+
+import csv
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dgunet import create_model, load_model, restore
+from dgunet.checkpoint import describe_model, save_checkpoint
+from dgunet.data import find_pairs, read_image
+from dgunet.metrics import evaluate_pair
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {
+    "deraining": "Deraining",
+    "deblurring": "Deblurring",
+    "denoising": "Denoising",
+    "compressive_sensing": "CompressiveSensing",
+}
+
+
+def task_module(task: str, name: str, monkeypatch):
+    """Import a task folder's module; the folders all call theirs ``dataset``, so none stays in sys.modules."""
+    monkeypatch.syspath_prepend(ROOT / FOLDERS[task])
+    for other in ("dataset", "sensing"):
+        monkeypatch.delitem(sys.modules, other, raising=False)
+    module = importlib.import_module(name)
+    for other in ("dataset", "sensing"):
+        monkeypatch.delitem(sys.modules, other, raising=False)
+    return module
+
+
+def run(task: str, script: str, *words, cwd: Path, check: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / FOLDERS[task] / script, *words]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, cwd=cwd)
+    assert done.returncode == check, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def rows(folder: Path, task: str) -> list[dict]:
+    with open(folder / "results" / f"{task}.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> dict[str, Path]:
+    """Small networks of random weights, for each task."""
+    paths = {}
+    for task in ("deraining", "deblurring", "compressive_sensing"):
+        torch.manual_seed(0)
+        model = create_model(f"{task}_dgunet", width=8, growth=4, final_growth=4, stages=2)
+        paths[task] = tmp_path_factory.mktemp(task) / "small.pth"
+        save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, paths[task])
+    return paths
+
+
+# --------------------------------------------------------------------- from embedded photographs to a score
+
+
+@pytest.mark.parametrize("task", FOLDERS)
+def test_demo_data_training_and_test(tmp_path, task):
+    """The README's commands, at a size that takes seconds: the trained network is better than the first weights."""
+    data = tmp_path / "demo"
+    make = [sys.executable, ROOT / "scripts" / "make_demo_data.py", "--task", task, "--out", data]
+    subprocess.run(make + ([] if task == "compressive_sensing" else ["--copies", "1"]), check=True, capture_output=True)
+    words = [
+        "--config", ROOT / "configs" / task / "quickstart.yaml", "TRAINING.TRAIN_DIR", data / "train",
+        "TRAINING.VAL_DIR", data / "val", "TRAINING.SAVE_DIR", tmp_path / "runs", "TRAINING.VAL_PS", 64,
+        "TRAINING.TRAIN_PS", 32, "TRAINING.REPEAT", 4, "TRAINING.WORKERS", 0, "OPTIM.NUM_EPOCHS", 4, "DEVICE", "cpu",
+        "OPTIM.LR_INITIAL", 3e-3, "OPTIM.EMA_DECAY", 0.8, "MODEL.OVERRIDES.stages", 2, "MODEL.OVERRIDES.width", 8,
+        "MODEL.OVERRIDES.growth", 4,
+    ]  # fmt: skip
+    run(task, "train.py", *words, cwd=tmp_path)
+    with open(tmp_path / "runs/quickstart/history.csv") as file:
+        history = list(csv.DictReader(file))
+    assert float(history[-1]["psnr"]) > float(history[0]["psnr"])
+
+    test = data / "test"
+    if task == "deraining":
+        test = test / "DEMO"
+    # a corner of each photograph is enough
+    for path in test.rglob("*.png"):
+        cv2.imwrite(str(path), cv2.imread(str(path))[:96, :96])
+    best = tmp_path / "runs/quickstart/model_best.pth"
+    run(task, "test.py", "--weights", best, "--dataset", test, "--device", "cpu", cwd=tmp_path)
+    (row,) = rows(tmp_path, task)
+    assert row["images"] == "3" and float(row["psnr"]) > 10
+    if task == "denoising":
+        assert float(row["psnr"]) > float(row["input_psnr"])
+
+
+# --------------------------------------------------------------------- published data trees
+
+
+def make_tree(root: Path, names: list[str], picture_pairs, size=(32, 40)):
+    for name in names:
+        picture_pairs(root / name, count=2, size=size)
+
+
+def test_all_deraining_sets_and_their_average(tmp_path, weights, picture_pairs):
+    names = ["Test100", "Rain100H", "Rain100L", "Test2800", "Test1200"]
+    make_tree(tmp_path / "Datasets/test", names, picture_pairs)
+    done = run("deraining", "test.py", "--weights", weights["deraining"], "--device", "cpu", cwd=tmp_path)
+    table = rows(tmp_path, "deraining")
+    assert [row["dataset"] for row in table] == [*names, "average"]
+    assert "33.06/0.923" in done.stdout and "37.42/0.969" in done.stdout
+    assert float(table[-1]["psnr"]) == pytest.approx(np.mean([float(row["psnr"]) for row in table[:-1]]), abs=1e-3)
+
+    # the score is that of the 8-bit picture on disk, by the protocol of the deraining literature
+    folder = next((tmp_path / "results/deraining").glob("*/Rain100L"))
+    scores = [
+        evaluate_pair(read_image(folder / f"{pair.name}.png"), read_image(pair.target), "deraining_y")
+        for pair in find_pairs(tmp_path / "Datasets/test/Rain100L")
+    ]
+    assert float(table[2]["psnr"]) == pytest.approx(np.mean([psnr for psnr, _ in scores]), abs=1e-3)
+    assert float(table[2]["ssim"]) == pytest.approx(np.mean([ssim for _, ssim in scores]), abs=1e-5)
+
+    # all of it is there already: nothing is restored again
+    restored = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.png")}
+    done = run("deraining", "test.py", "--weights", weights["deraining"], "--device", "cpu", cwd=tmp_path)
+    assert "Test1200: 2 of 2 pictures are done already" in done.stdout
+    assert restored == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.png")}
+
+
+def test_gopro_and_hide(tmp_path, weights, picture_pairs):
+    make_tree(tmp_path / "Datasets", ["GoPro/test", "HIDE/test"], picture_pairs)
+    words = ["--weights", weights["deblurring"], "--dataset", "GoPro", "HIDE", "--device", "cpu"]
+    done = run("deblurring", "test.py", *words, cwd=tmp_path)
+    assert "32.71/0.960" in done.stdout and "30.96/0.940" in done.stdout
+    assert [row["protocol"] for row in rows(tmp_path, "deblurring")] == ["rgb_matlab", "rgb_matlab"]
+
+
+def test_realblur_picture_that_cannot_be_aligned_is_not_lost(tmp_path, weights):
+    """Photographs align; a flat picture does not: it is named, counted and scored as it is."""
+    photograph = cv2.imread(str(ROOT / "tests/golden/metrics/pairs/coffee_blur_target.png"))
+    for name in ("RealBlur_J", "RealBlur_R"):
+        for side in ("input", "target"):
+            folder = tmp_path / "Datasets" / name / "test" / side
+            folder.mkdir(parents=True)
+            blurred = cv2.GaussianBlur(photograph, (0, 0), 1.0) if side == "input" else photograph
+            cv2.imwrite(str(folder / "scene.png"), blurred)
+            cv2.imwrite(str(folder / "flat.png"), np.full((64, 64, 3), 128, np.uint8))
+    words = ["--weights", weights["deblurring"], "--dataset", "RealBlur_J", "RealBlur_R", "--device", "cpu"]
+    done = run("deblurring", "test.py", *words, cwd=tmp_path)
+    assert done.stdout.count("note: flat: could not be aligned") == 2
+    assert [row["images"] for row in rows(tmp_path, "deblurring")] == ["2", "2"]
+
+
+def test_unreadable_picture_is_reported_and_the_others_are_scored(tmp_path, weights, picture_pairs):
+    picture_pairs(tmp_path / "set", count=3, size=(32, 32))
+    (tmp_path / "set/input/img2.png").write_bytes(b"\x89PNG and nothing more")
+    words = ["--weights", weights["deblurring"], "--dataset", "set", "--device", "cpu"]
+    done = run("deblurring", "test.py", *words, cwd=tmp_path, check=2)
+    assert "1 not tested" in done.stderr and "img2.png" in done.stderr
+    assert rows(tmp_path, "deblurring")[0]["images"] == "2"
+
+
+def test_score_only_scores_pictures_of_other_methods(tmp_path, picture_pairs):
+    picture_pairs(tmp_path / "Datasets/test/Rain100L", count=2, size=(32, 32))
+    elsewhere = tmp_path / "elsewhere" / "Rain100L"
+    elsewhere.mkdir(parents=True)
+    expected = []
+    for pair in find_pairs(tmp_path / "Datasets/test/Rain100L"):
+        picture = cv2.blur(cv2.imread(str(pair.input)), (3, 3))
+        cv2.imwrite(str(elsewhere / f"{pair.name}.png"), picture)
+        expected.append(evaluate_pair(picture[..., ::-1], read_image(pair.target), "deraining_y")[0])
+    run("deraining", "test.py", "--score_only", tmp_path / "elsewhere", "--dataset", "Rain100L", cwd=tmp_path)
+    assert float(rows(tmp_path, "deraining")[0]["psnr"]) == pytest.approx(np.mean(expected), abs=1e-3)
+
+
+def test_original_checkpoints_need_only_their_path(tmp_path, picture_pairs, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "parity")
+    fill = importlib.import_module("weights").fill
+    specs = json.loads((ROOT / "tests/parity/specs.json").read_text())
+    picture_pairs(tmp_path / "set", count=1, size=(16, 16))
+    for variant, task in (
+        ("deraining_dgunet", "deraining"),
+        ("deraining_dgunet_plus", "deraining"),
+        ("deblurring_dgunet", "deblurring"),
+        ("denoising_dgunet", "denoising"),
+    ):
+        path = tmp_path / f"{variant}.pth"
+        torch.save({"state_dict": {f"module.{k}": v for k, v in fill(specs[variant], 7).items()}}, path)
+        done = run(task, "test.py", "--weights", path, "--dataset", "set", "--device", "cpu", cwd=tmp_path)
+        assert done.stdout.startswith(variant + ",")
+    # another task's weights are refused, wherever the layout tells them apart
+    words = ["--dataset", "set", "--device", "cpu"]
+    done = run("deblurring", "test.py", "--weights", tmp_path / "deraining_dgunet.pth", *words, cwd=tmp_path, check=2)
+    assert "not a network for deblurring" in done.stderr
+    done = run("compressive_sensing", "test.py", "--weights", tmp_path / "deraining_dgunet.pth", cwd=tmp_path, check=2)
+    assert "not a network for compressive sensing" in done.stderr
+    torch.save(fill(specs["cs_dgunet_r10"], 7), tmp_path / "cs.pth")
+    for k in range(2):
+        (tmp_path / "Datasets/Set11").mkdir(parents=True, exist_ok=True)
+        picture = np.random.default_rng(k).integers(0, 256, (40, 70), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"Datasets/Set11/{k}.tif")
+    words = ["--weights", tmp_path / "cs.pth", "--dataset", "Set11", "--device", "cpu"]
+    assert "31.07/0.912" in run("compressive_sensing", "test.py", *words, cwd=tmp_path).stdout
+    done = run("deraining", "test.py", "--weights", tmp_path / "cs.pth", "--dataset", "set", cwd=tmp_path, check=2)
+    assert "not a network for deraining" in done.stderr
+
+
+# --------------------------------------------------------------------- deblurring
+
+
+def test_saturation_changes_a_third_and_both_alike(tmp_path, picture_pairs, monkeypatch):
+    BlurredPatches = task_module("deblurring", "dataset", monkeypatch).BlurredPatches
+    picture_pairs(tmp_path, count=2, size=(24, 24))
+    plain = BlurredPatches(tmp_path, 16, saturation=0, repeat=150)
+    changed = BlurredPatches(tmp_path, 16, saturation=0.2, repeat=150)
+    grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    count = 0
+    for index in range(len(plain)):
+        before, after = plain[1, index], changed[1, index]
+        assert torch.equal(before[0], after[0]) == torch.equal(before[1], after[1])
+        if torch.equal(before[0], after[0]):
+            continue
+        count += 1
+        factors = []
+        for b, a in zip(before, after, strict=True):
+            colour = b - (b * grey).sum(0)  # saturation scales the distance from grey
+            inside = (a > 0.01) & (a < 0.99) & (colour.abs() > 0.05)
+            factors.append((((a - (b * grey).sum(0)) / colour)[inside]).median())
+        assert 0.8 <= factors[0] <= 1.2 and abs(factors[0] - factors[1]) < 0.02
+    assert count / len(plain) == pytest.approx(1 / 3, abs=0.09)
+
+
+# --------------------------------------------------------------------- compressive sensing
+
+
+def test_luma_of_every_kind_of_picture(tmp_path, monkeypatch):
+    dataset = task_module("compressive_sensing", "dataset", monkeypatch)
+    rng = np.random.default_rng(0)
+    colour = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    grey = rng.integers(0, 256, (20, 30), dtype=np.uint8)
+    r, g, b = (colour[..., i].astype(int) for i in range(3))
+    luma = (4899 * r + 9617 * g + 1868 * b + 8192) >> 14
+    for suffix in ("png", "tif"):
+        Image.fromarray(colour).save(tmp_path / f"colour.{suffix}")
+        Image.fromarray(grey).save(tmp_path / f"grey.{suffix}")
+        np.testing.assert_array_equal(dataset.read_luma(tmp_path / f"colour.{suffix}"), luma)
+        np.testing.assert_array_equal(dataset.read_luma(tmp_path / f"grey.{suffix}"), grey)
+    palette = Image.fromarray(colour).quantize(16)
+    palette.save(tmp_path / "palette.png")
+    expected = cv2.cvtColor(np.asarray(palette.convert("RGB")), cv2.COLOR_RGB2YCrCb)[..., 0]
+    np.testing.assert_array_equal(dataset.read_luma(tmp_path / "palette.png"), expected)
+    cv2.imwrite(str(tmp_path / "deep.png"), grey.astype(np.uint16))
+    with pytest.raises(ValueError, match="16 bits per channel"):
+        dataset.read_luma(tmp_path / "deep.png")
+
+
+def test_luma_patches(tmp_path, monkeypatch):
+    dataset = task_module("compressive_sensing", "dataset", monkeypatch)
+    ramp = np.arange(32 * 32).reshape(32, 32) % 251
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "ramp.png")
+    data = dataset.LumaPatches([tmp_path / "ramp.png"], 32, repeat=400)
+    assert len(data) == 400
+    base = torch.from_numpy(ramp).float()[None] / 255
+    variants = [v for x in (base, base.mT) for v in (x, x.flip(-1), x.flip(-2), x.flip(-1, -2))]
+    seen = np.zeros(8)
+    for index in range(400):
+        x, target = data[1, index]
+        assert torch.equal(x, target) and x.shape == (1, 32, 32)
+        seen += [torch.equal(x, v) for v in variants]
+    assert seen.sum() == 400 and seen.min() > 25  # all eight, equally likely
+    assert all(torch.equal(a, b) for a, b in zip(data[3, 7], data[3, 7], strict=True))
+    with pytest.raises(ValueError, match="multiple of the 32-pixel blocks"):
+        dataset.LumaPatches([tmp_path / "ramp.png"], 33)
+
+
+def test_tiles_follow_the_original_and_whole_does_not(monkeypatch, weights):
+    """Sides 128 and 130: a full tile of zeros is added to the first, as in the original; results are cropped again."""
+    sensing = task_module("compressive_sensing", "sensing", monkeypatch)
+    model = load_model(weights["compressive_sensing"])
+    luma = np.random.default_rng(0).integers(0, 256, (128, 130), dtype=np.uint8)
+    restored, initial = sensing.reconstruct_tiles(model, luma)
+    assert restored.shape == initial.shape == luma.shape and restored.dtype == np.float32
+    x = torch.from_numpy(luma[:, :128].astype(np.float32) / 255)[None, None]
+    with torch.no_grad():
+        y = model.degradation.A(x)
+        np.testing.assert_allclose(restored[:, :128], model(y)[0][0, 0], atol=1e-5)
+        np.testing.assert_allclose(initial[:, :128], model.degradation.A_adjoint(y)[0, 0], atol=1e-5)
+    whole, _ = sensing.reconstruct_whole(model, luma)
+    assert whole.shape == luma.shape and np.abs(whole - restored).max() > 1e-4
+
+
+def test_sets_are_scored_by_the_original_protocol(tmp_path, weights, monkeypatch):
+    sensing = task_module("compressive_sensing", "sensing", monkeypatch)
+    rng = np.random.default_rng(0)
+    pictures = {name: rng.integers(0, 256, (40, 70), dtype=np.uint8) for name in ("Set11/a.tif", "BSD68/b.png")}
+    for name, picture in pictures.items():
+        (tmp_path / "Datasets" / name).parent.mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / "Datasets" / name)
+    words = ["--weights", weights["compressive_sensing"], "--device", "cpu", "--save_images"]
+    done = run("compressive_sensing", "test.py", *words, cwd=tmp_path)
+    assert "36.11/0.961" in done.stdout and "31.90/0.91" in done.stdout
+    model = load_model(weights["compressive_sensing"])
+    for row, picture in zip(rows(tmp_path, "compressive_sensing"), pictures.values(), strict=True):
+        psnr, ssim = evaluate_pair(sensing.reconstruct_tiles(model, picture)[0], picture, "cs_y")
+        assert float(row["psnr"]) == pytest.approx(psnr, abs=1e-3) and float(row["ssim"]) == pytest.approx(
+            ssim, abs=1e-5
+        )
+    run("compressive_sensing", "test.py", *words, "--whole", cwd=tmp_path)
+    assert len(rows(tmp_path, "compressive_sensing")) == 4
+
+
+def test_measuring_and_reconstructing_apart(tmp_path, weights, monkeypatch):
+    path = weights["compressive_sensing"]
+    picture = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (45, 70), dtype=np.uint8), (0, 0), 3)
+    cv2.imwrite(str(tmp_path / "photo.png"), picture)
+    run("compressive_sensing", "measure.py", "photo.png", "--weights", path, "--out", "photo.npz", cwd=tmp_path)
+    with np.load(tmp_path / "photo.npz") as file:
+        content = dict(file)
+    assert content["y"].shape == (256, 2, 3) and content["matrix"].shape == (256, 1024)
+    block = np.zeros((32, 32))
+    block[:13, :32] = picture[32:45, 32:64] / 255  # the second row's second block, zeros below the picture
+    np.testing.assert_allclose(content["y"][:, 1, 1], content["matrix"] @ block.ravel(), atol=1e-4)
+
+    words = ["photo.npz", "--weights", path, "--out", "back.png", "--device", "cpu"]
+    run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path)
+    sensing = task_module("compressive_sensing", "sensing", monkeypatch)
+    expected = sensing.reconstruct_whole(load_model(path), picture)[0].clip(0, 1) * 255
+    back = cv2.imread(str(tmp_path / "back.png"), cv2.IMREAD_UNCHANGED)
+    assert back.shape == picture.shape and np.abs(back - expected).max() <= 0.51
+
+    # measurements by another matrix are not reconstructed as if they were ours
+    np.save(tmp_path / "other.npy", np.random.default_rng(1).normal(size=(256, 1024)).astype(np.float32))
+    run("compressive_sensing", "measure.py", "photo.png", "--matrix", "other.npy", "--out", "photo.npz", cwd=tmp_path)
+    done = run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path, check=2)
+    assert "another matrix" in done.stderr and done.stderr.strip().count("\n") == 0
+    (tmp_path / "photo.npz").write_text("no measurements")
+    done = run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path, check=2)
+    assert "not an .npz file" in done.stderr
+
+
+@pytest.mark.parametrize("matrix", ["learned", "fixed", "matrix.npy"])
+def test_sensing_in_two_steps_with_either_matrix(tmp_path, matrix):
+    """Step 1 on blocks, step 2 from its weights on larger crops; a fixed matrix does not move, a learned one does."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for k in range(4):
+        Image.fromarray(rng.integers(0, 256, (70, 80), dtype=np.uint8)).save(tmp_path / f"pictures/{k}.png")
+    np.save(tmp_path / "matrix.npy", rng.normal(size=(103, 1024)).astype(np.float32) / 32)
+    common = [
+        "MODEL.RATIO", 0.1, "MODEL.MATRIX", matrix, "TRAINING.TRAIN_DIR", "pictures", "TRAINING.VAL_HOLD_BACK", 1,
+        "TRAINING.REPEAT", 2, "TRAINING.VAL_PS", 32, "TRAINING.WORKERS", 0, "TRAINING.SAVE_DIR", "runs",
+        "OPTIM.BATCH_SIZE", 2, "OPTIM.NUM_EPOCHS", 1, "OPTIM.LR_INITIAL", 1e-3, "DEVICE", "cpu", "SPEED.AMP", "fp32",
+        "MODEL.OVERRIDES.width", 8, "MODEL.OVERRIDES.growth", 4, "MODEL.OVERRIDES.final_growth", 4,
+        "MODEL.OVERRIDES.stages", 2,
+    ]  # fmt: skip
+    done = run("compressive_sensing", "train.py", *common, "MODEL.SESSION", "one", cwd=tmp_path)
+    assert "training    3 pictures" in done.stdout and "held back" in done.stdout
+    config = ROOT / "configs/compressive_sensing/dgunet_step2.yaml"
+    words = ["--config", config, *common, "TRAINING.TRAIN_PS", 64, "MODEL.WEIGHTS", "runs/one/model_latest.pth"]
+    run("compressive_sensing", "train.py", *words, "MODEL.SESSION", "two", cwd=tmp_path)
+    first, second = (load_model(tmp_path / f"runs/{name}/model_latest.pth").degradation for name in ("one", "two"))
+    assert first.matrix.shape == (103, 1024)
+    learned = matrix == "learned"
+    assert isinstance(first.matrix, torch.nn.Parameter) == learned
+    assert torch.equal(first.matrix, second.matrix) != learned
+    if matrix == "matrix.npy":
+        np.testing.assert_array_equal(first.matrix, np.load(tmp_path / "matrix.npy"))
+
+
+def test_tasks_read_their_weights_through_restore(weights):
+    """The networks for pictures restore through the package; the sensing one says what to call instead."""
+    picture = np.zeros((20, 20, 3), np.uint8)
+    for task in ("deraining", "deblurring"):
+        assert restore(load_model(weights[task], task=task), picture).shape == picture.shape
+    with pytest.raises(ValueError, match="model\\(y\\)"):
+        restore(load_model(weights["compressive_sensing"]), picture)
