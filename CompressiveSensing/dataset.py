@@ -40,7 +40,7 @@ def _luma(rgb: np.ndarray) -> np.ndarray:
 
 def to_tensor(luma: np.ndarray) -> Tensor:
     """(H, W) uint8 to a (1, H, W) float32 tensor in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(luma)).float().div_(255)[None]
+    return torch.from_numpy(np.array(luma)).float().div_(255)[None]
 
 
 class LumaPatches(Dataset):
