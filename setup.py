@@ -26,6 +26,7 @@ setup(
             "tqdm>=4.65",
             "warmup-scheduler>=0.3",
         ],
+        "data": ["gdown>=5.2"],  # scripts/download_data.py
         "tensorboard": ["tensorboard>=2.15"],
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
     },

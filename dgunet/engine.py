@@ -259,7 +259,8 @@ class Trainer:
             if not self.stopped:
                 log.info("done: best PSNR %.2f dB in epoch %d", self.best["psnr"], self.best["epoch"])
         finally:
-            del loader  # ends its processes
+            if loader._iterator is not None:  # persistent workers would live until the interpreter ends
+                loader._iterator._shutdown_workers()
             self._restore(*handlers)
         if self.stopped:
             distributed.barrier()
@@ -531,6 +532,11 @@ def _init_worker(_):
 
     cv2.setNumThreads(0)  # the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Schedulers and Ctrl-C signal every process of a job, but the trainer needs its workers to finish the step before
-    # it saves. The first SIGTERM is therefore ignored; a second one, when a worker is not wanted any more, ends it.
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    # A cluster's scheduler signals every process of a job, but the trainer needs its workers to finish the step before
+    # it saves. A worker therefore outlives its first SIGTERM: until the trainer ends it, a second one, or a minute.
+    signal.signal(signal.SIGTERM, _outlive_sigterm)
+
+
+def _outlive_sigterm(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(60)

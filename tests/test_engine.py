@@ -44,9 +44,9 @@ def options(folders, session="run", **changed) -> list[str]:
     return [str(word) for pair in values.items() for word in pair]
 
 
-def train(folders, session="run", check=0, **changed) -> subprocess.CompletedProcess:
+def train(folders, session="run", check=0, timeout=240, **changed) -> subprocess.CompletedProcess:
     command = [sys.executable, TRAIN, *options(folders, session, **changed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == check, done.stdout + done.stderr
     return done
 
@@ -203,7 +203,9 @@ def test_torchrun(folders):
 
 def test_number_of_workers_changes_nothing(folders):
     train(folders, "none", OPTIM__NUM_EPOCHS=1)
-    train(folders, "two", OPTIM__NUM_EPOCHS=1, TRAINING__WORKERS=2)
+    train(
+        folders, "two", OPTIM__NUM_EPOCHS=1, TRAINING__WORKERS=2, timeout=50
+    )  # its workers do not keep it from ending
     assert_same_weights(weights(folders, "none"), weights(folders, "two"))
 
 

@@ -1,0 +1,339 @@
+"""Download the published data sets and the authors' weights, and put them where the task folders read them.
+
+    python scripts/download_data.py --list                    # names, groups, and where each goes
+    python scripts/download_data.py deraining                 # what a task trains and tests on
+    python scripts/download_data.py gopro-test hide weights
+
+What is in place is skipped, nothing that is there is overwritten, and an interrupted download goes on where it
+stopped. Archives wait in ROOT/downloads and are removed once unpacked and checked. Where Google refuses to serve one,
+fetch it with a browser, put it there under the name that the message gives, and start again.
+"""
+
+import argparse
+import errno
+import os
+import shutil
+import sys
+import tarfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+from tqdm import tqdm
+
+SCRIPTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(SCRIPTS.parent), str(SCRIPTS)]
+
+from prepare_patches import Parser, describe, sidd_pairs  # noqa: E402
+
+from dgunet.data import IMAGE_SUFFIXES, find_pairs  # noqa: E402
+from dgunet.errors import UserError, run_cli  # noqa: E402
+
+SIDES = {"input": ("input", "input_crops"), "target": ("target", "target_crops", "groundtruth", "gt")}
+CS = "compressive_sensing"
+UNITS = {"pairs": "pairs", "scenes": "pairs", "mat": "files", "pictures": "pictures", "weights": "files"}
+DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS}  # no browser would help
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file on Google Drive (of weights, perhaps a folder), and what is in it.
+
+    ``folders`` maps each folder it fills, below --root (weights: below --weights_root), to the number of things in it,
+    None where that is not known. Kinds: pairs (input/ and target/), scenes (SIDD-Medium's folders), mat (the
+    ``files``), pictures (several downloads share a folder, so names get a prefix), weights.
+    """
+
+    name: str
+    group: str
+    id: str
+    kind: str
+    folders: dict[str, int | None]
+    files: tuple[str, ...] = ()
+    exact: bool = True  # whether another number is an error; otherwise there is a warning
+    then: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """All that it may be asked for by."""
+        tests = ["all-test"] if any("test" in folder for folder in self.folders) else []
+        return [self.name, self.group, *tests, "all"]
+
+
+RAIN = {"test/Test100": 100, "test/Rain100H": 100, "test/Rain100L": 100, "test/Test2800": 2800, "test/Test1200": 1200}
+SIDD = ("ValidationNoisyBlocksSrgb.mat", "ValidationGtBlocksSrgb.mat")
+DND = ("info.mat", *(f"images_srgb/{k:04d}.mat" for k in range(1, 51)))
+CUT = "python scripts/prepare_patches.py sidd --source {root}/SIDD_Medium_Srgb/Data --out {root}/SIDD/train"
+# fmt: off
+DOWNLOADS = [
+    Download("gopro-train", "deblurring", "1zgALzrLCC_tcXKu_iHQTHukKUVT1aodI", "pairs", {"GoPro/train": 2103}),
+    Download("gopro-test", "deblurring", "1k6DTSHu4saUgrGTYkkZXTptILyG9RRll", "pairs", {"GoPro/test": 1111}),
+    Download("hide", "deblurring", "1XRomKYJF1H92g1EuD06pCQe4o6HlwB7A", "pairs", {"HIDE/test": 2025}),
+    Download("realblur-r", "deblurring", "1glgeWXCy7Y0qWDc0MXBTUlZYJf8984hS", "pairs", {"RealBlur_R/test": 980}),
+    Download("realblur-j", "deblurring", "1Rb1DhhXmX7IXfilQ-zL9aGjQfAAvQTrW", "pairs", {"RealBlur_J/test": 980}),
+    Download("rain13k-train", "deraining", "14BidJeG4nSNuFNFDf99K-7eErCq4i47t", "pairs", {"train": 13712},
+             exact=False),  # some copies have a pair less
+    Download("rain13k-test", "deraining", "1P_-RAvltEoEhfT-9GrWRdpEi6NSswTs8", "pairs", RAIN),
+    Download("sidd-train", "denoising", "1UHjWZzLPGweA9ZczmV8lFSRcIxqiOVJw", "scenes",
+             {"SIDD_Medium_Srgb/Data": None}, then=f"now cut it into patches: {CUT}"),
+    Download("sidd-val", "denoising", "1Fw6Ey1R-nCHN9WEpxv0MnMqxij-ECQYJ", "pairs", {"SIDD/val": None}),
+    Download("sidd-test", "denoising", "11vfqV-lqousZTuAit1Qkqghiv_taY0KZ", "mat", {"SIDD/test": 2}, SIDD),
+    Download("dnd", "denoising", "1CYCDhaVxYYcXhSfEVDUwkvJDtGxeQ10G", "mat", {"DND/test": 51}, DND),
+    Download("bsd400", CS, "1idKFDkAHJGAFDn1OyXZxsTbOSBx9GS8N", "pictures", {"train/DIV2K_BSD400": 400}),
+    Download("div2k", CS, "13wLWWXvFkuYYVZMMAYiMVdSA7iVEf2fM", "pictures", {"train/DIV2K_BSD400": None}),
+    Download("weights", "all-weights", "1bitvtmJAE1iKpFmdGx3OrN6Xti0JRPLc", "weights", {"restoration": None}),
+    Download("weights-cs", "all-weights", "1euV8SnXHuYswwbm9FaV1y5RQRLd58ou_", "weights", {CS: None}),
+]
+# fmt: on
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def side(folder: Path, name: str) -> Path | None:
+    """The folder of inputs or targets in ``folder``, whatever the publisher calls it."""
+    return next((folder / alias for alias in SIDES[name] if (folder / alias).is_dir()), None)
+
+
+def own_pictures(item: Download, folder: Path) -> int:
+    return sum(path.name.startswith(f"{item.name}_") for path in pictures_in(folder))
+
+
+def marker(item: Download, folder: Path) -> Path:
+    return folder / f".{item.name}.complete"  # holds the number of pictures; several downloads share their folder
+
+
+def check(item: Download, folder: Path, expected: int | None) -> int:
+    """How many things are in a folder; a ``UserError`` if they are not what they should be."""
+    if item.kind == "pairs":
+        found = len(find_pairs(folder, check_sizes=False))
+    elif item.kind == "scenes":
+        found = len(sidd_pairs(folder))
+    elif item.kind == "mat":
+        found = sum((folder / name).is_file() for name in item.files)
+    elif item.kind == "pictures":
+        found = own_pictures(item, folder)
+    else:
+        found = sum(path.suffix in {".pth", ".pt", ".pkl"} for path in folder.rglob("*"))
+    if found == 0 or (item.exact and expected not in (None, found)):
+        raise UserError(f"{folder} has {found} {UNITS[item.kind]} instead of {expected or 'some'}")
+    if expected not in (None, found):
+        print(f"warning: {item.name} has {found} {UNITS[item.kind]}, expected were {expected}", file=sys.stderr)
+    return found
+
+
+def in_place(item: Download, folder: Path, expected: int | None) -> bool:
+    """Whether a folder is complete, rather than empty; a ``UserError`` if it is neither."""
+    if item.kind == "pictures":
+        note = marker(item, folder)
+        done = note.exists() and note.read_text() == str(own_pictures(item, folder))
+        ours = tuple(f"{other.name}_" for other in DOWNLOADS if other.kind == "pictures")
+        if not done and (strange := [path for path in pictures_in(folder) if not path.name.startswith(ours)]):
+            raise UserError(f"{strange[0]} is of unknown origin; move the pictures there away, or train on them as is")
+        return done
+    # Datasets/train holds the data of two tasks: of pairs, only their own folders matter.
+    own = [folder / name for name in SIDES] if item.kind == "pairs" else [folder]
+    if not any(path.exists() and (not path.is_dir() or any(path.iterdir())) for path in own):
+        return False
+    try:
+        check(item, folder, expected)
+    except UserError as error:
+        away = " and ".join(map(str, own))
+        raise UserError(f"{item.name} is there but incomplete: {error}. Move {away} away, and start again") from error
+    return True
+
+
+def web_page(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(512).lstrip().lower().startswith((b"<!doctype html", b"<html"))
+
+
+def fetch(item: Download, downloads: Path) -> Path:
+    """The archive, downloaded if it is not there yet; of weights, perhaps a folder of files."""
+    archive = downloads / f"{item.name}.zip"  # whatever its format
+    if archive.exists():
+        print(f"{item.name}: {archive} is there already")
+        return archive
+    url = f"https://drive.google.com/open?id={item.id}"  # of a file or a folder
+    by_hand = f"open {url} in a browser, save the file as {archive}, and start again"
+    try:
+        import gdown
+    except ImportError as error:
+        raise UserError(f"downloading needs gdown: pip install gdown (or {by_hand})") from error
+    downloads.mkdir(parents=True, exist_ok=True)
+    print(f"{item.name}: downloading {url}", flush=True)
+    ways, reasons = [(gdown.download, archive)], []
+    if item.kind == "weights":  # the id does not tell a folder from a file
+        ways.insert(0, (gdown.download_folder, archive.with_suffix("")))
+    for download, output in ways:
+        try:
+            if not download(id=item.id, output=str(output), resume=True):
+                raise ValueError("no file was sent")
+            if output.is_file() and web_page(output):
+                output.unlink()  # or the next run would take it for the archive
+                raise ValueError("Google sent a web page, not the file")
+            return output
+        except Exception as error:  # of gdown, requests, urllib3, ...
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            offline = "ConnectionError" in type(error).__name__  # whose own words fill five lines
+            reasons.append("no connection to Google Drive" if offline else " ".join(str(error).split())[:200])
+    raise UserError(f"cannot download {item.name} ({'; '.join(dict.fromkeys(reasons))}); {by_hand}")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a PyTorch file: a pickle, or a zip file with one in it."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith("/data.pkl") for name in file.namelist())
+    with open(path, "rb") as file:
+        return file.read(1) == b"\x80"
+
+
+def unpack(item: Download, archive: Path, folder: Path):
+    """Unpack into a new folder; nothing is written outside it."""
+    if archive.is_dir():
+        shutil.copytree(archive, folder)
+        return
+    folder.mkdir(parents=True)
+    retry = "remove it and start again, or unpack it yourself and put a zip of its contents in its place"
+    try:
+        if item.kind == "weights" and is_checkpoint(archive):
+            shutil.copyfile(archive, folder / f"{item.name}.pth")
+        elif zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                names = [name for name in file.namelist() if not name.startswith("__MACOSX/")]
+                for path in map(PureWindowsPath, names):  # both / and \ separate its parts
+                    if path.drive or path.root or ".." in path.parts:
+                        raise UserError(f"{archive} is unsafe: it would write to {path.as_posix()}; remove it")
+                for name in tqdm(names, desc=item.name, unit="file", disable=None):
+                    file.extract(name, folder)
+        elif tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as file:
+                file.extractall(folder, filter="data")
+        else:
+            with open(archive, "rb") as file:
+                head = file.read(4)
+            kinds = {b"PK\3\4": "an incomplete zip file", b"7z\xbc\xaf": "a 7z file", b"Rar!": "a RAR file"}
+            what = "a web page" if web_page(archive) else kinds.get(head, "of an unknown format")
+            raise UserError(f"{archive} is {what}, which cannot be unpacked here; {retry}")
+    except tarfile.FilterError as error:
+        raise UserError(f"{archive} is unsafe: {error}; remove it") from error
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError) as error:
+        raise UserError(f"{archive} cannot be unpacked, it may be damaged ({error}); {retry}") from error
+
+
+def holds(item: Download, folder: Path) -> bool:
+    """Whether the item's files are directly in this folder of the archive."""
+    if item.kind == "pairs":
+        return all(side(folder, name) for name in SIDES)
+    if item.kind == "scenes":
+        return any("_SRGB_" in path.name.upper() for path in folder.glob("[!.]*/[!.]*"))
+    if item.kind == "mat":
+        return (folder / item.files[0]).is_file()
+    return bool(pictures_in(folder))
+
+
+def locate(item: Download, tree: Path, folder: Path) -> Path:
+    """Where in the unpacked ``tree``, however nested, the contents of ``folder`` are; their names become ours."""
+    if item.kind == "weights":
+        return tree
+    found = [path for path in [tree, *sorted(tree.rglob("*"))] if path.is_dir() and holds(item, path)]
+    if len(item.folders) > 1 or len(found) > 1:
+        found = [path for path in found if path.name.lower() == folder.name.lower()]
+    if len(found) != 1:
+        what = "more than one folder" if found else "no folder"
+        raise UserError(f"{tree} has {what} that may be {item.name}'s {folder.name}")
+    if item.kind == "pairs":
+        for name in SIDES:
+            side(found[0], name).rename(found[0] / name)
+    elif item.kind == "pictures":
+        for path in pictures_in(found[0]):
+            path.rename(path.with_name(f"{item.name}_{path.name}"))
+    return found[0]
+
+
+def put(item: Download, source: Path, folder: Path):
+    """Move what is complete into place, by renaming within the file system."""
+    if item.kind not in ("pairs", "pictures"):
+        os.rename(source, folder)  # refused unless that is empty or not there
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [source / name for name in SIDES] if item.kind == "pairs" else pictures_in(source):
+        if item.kind == "pairs" or not (folder / path.name).exists():  # there if a run was ended just here
+            os.rename(path, folder / path.name)
+    if item.kind == "pictures":
+        marker(item, folder).write_text(str(own_pictures(item, folder)))
+
+
+def install(item: Download, folders: dict[Path, int | None], downloads: Path, keep_archives: bool):
+    archive = fetch(item, downloads)
+    part = next(iter(folders)).resolve().with_name(f".{item.name}.part")  # where a link leads, not where it is
+    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
+    try:
+        unpack(item, archive, part)
+        try:
+            sources = {folder: locate(item, part, folder) for folder in folders}
+            counts = {folder: check(item, source, folders[folder]) for folder, source in sources.items()}
+        except UserError as error:
+            told = str(error).replace(str(part), str(archive))
+            by_hand = f"unpack it yourself to {', '.join(map(str, folders))}"
+            raise UserError(f"{told}. Remove {archive} and start again, or {by_hand}") from error
+        for folder, source in sources.items():
+            put(item, source, folder.resolve())
+            print(f"{item.name}: {counts[folder]} {UNITS[item.kind]} in {folder}")
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    if not keep_archives:
+        shutil.rmtree(archive) if archive.is_dir() else archive.unlink()
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="data sets or groups of them, see --list")
+    add("--list", action="store_true", help="show what there is, and where it goes")
+    add("--root", type=Path, default=Path("Datasets"), help="folder for data (default: %(default)s)")
+    add("--weights_root", type=Path, default=Path("checkpoints/authors"), help="for weights (default: %(default)s)")
+    add("--keep_archives", action="store_true", help="do not remove the archives")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if not any(name in item.names for item in DOWNLOADS):
+            raise UserError(f"nothing is named {name} (see --list)")
+    if not args.names and not args.list:
+        raise UserError("name what to download (see --list)")
+    return args
+
+
+def download_data(args):
+    todo = []
+    for item in DOWNLOADS:  # all are looked at before the first long download
+        if not args.list and not set(item.names) & set(args.names):
+            continue
+        base = args.weights_root if item.kind == "weights" else args.root
+        folders = {base / folder: expected for folder, expected in item.folders.items()}
+        where = ", ".join(map(str, folders))
+        if args.list:
+            amount = " + ".join(str(n or "?") for n in folders.values())
+            print(f"{item.name:14}{', '.join(item.names[1:]):32}{amount} {UNITS[item.kind]} in {where}")
+        elif missing := {folder: n for folder, n in folders.items() if not in_place(item, folder, n)}:
+            todo.append((item, missing, base / "downloads"))
+        else:
+            print(f"{item.name}: already in {where}")
+    for item, missing, downloads in todo:
+        install(item, missing, downloads, args.keep_archives)
+        if item.then:
+            print(f"{item.name}: {item.then.format(root=args.root)}")
+
+
+def main(argv=None):
+    try:
+        download_data(parse_args(argv))
+    except OSError as error:
+        raise UserError(describe(error)) from error
+
+
+if __name__ == "__main__":
+    run_cli(main)
