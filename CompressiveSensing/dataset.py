@@ -87,13 +87,10 @@ class LumaCentres(Dataset):
 
     def __init__(self, paths: list[Path], patch: int):
         self.paths, self.patch = paths, patch
+        self.sizes = {tuple(self[index][0].shape[1:]) for index in range(len(self))}  # those of one can be batched
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def sizes(self) -> set[tuple[int, int]]:
-        """The sizes that occur; crops of one size can be batched."""
-        return {tuple(self[index][0].shape[1:]) for index in range(len(self))}
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         picture = read_luma(self.paths[index])

@@ -9,6 +9,7 @@ for SIDD: RGB in [0, 1], not rounded to 8 bits, SSIM over three dimensions. A te
 was.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -41,14 +42,16 @@ def main():
 def test_sidd(run: TestRun, out: Path) -> ScoreSheet:
     """Score the validation blocks and write the restored ones as the benchmark's ``Idenoised.mat`` (single)."""
     require_model(run, "SIDD")
-    noisy, clean = read_sidd(run.args.data_root / "SIDD" / "test")
-    sheet = run.sheet("SIDD", out, "sidd_unit_range")
+    folder = run.args.data_root / "SIDD" / "test"
+    noisy, clean = read_sidd(folder)
+    sheet = run.sheet("SIDD", out, "sidd_unit_range", sorted(folder.glob("*.mat")))
     parts = out / "parts"  # restored blocks of each picture, so that an interrupted test need not do them again
     parts.mkdir(exist_ok=True)
     for i in tqdm(range(len(noisy)), desc="SIDD", unit="picture", disable=None):
         names = [f"{i + 1:04d}_{j + 1:02d}" for j in range(noisy.shape[1])]
         part = parts / f"{i + 1:04d}.npy"
-        if part.exists() and all(map(sheet.done, names)):
+        pictures = [out / f"{name}.png" for name in names] if run.args.save_images else []
+        if part.exists() and all(map(sheet.done, names)) and all(path.exists() for path in pictures):
             continue
         restored = np.empty(noisy.shape[1:], dtype=np.float32)
         for j in range(0, len(names), 8):  # blocks at a time
@@ -58,7 +61,8 @@ def test_sidd(run: TestRun, out: Path) -> ScoreSheet:
                 sheet.add(names[k], restored[k], clean[i, k], block)
                 if run.args.save_images:
                     write_image(out / f"{names[k]}.png", to_uint8(restored[k]))
-        np.save(part, restored)
+        np.save(part.with_name("unfinished.npy"), restored)
+        os.replace(part.with_name("unfinished.npy"), part)
     restored = np.stack([np.load(parts / f"{i + 1:04d}.npy") for i in range(len(noisy))])
     scipy.io.savemat(out / "Idenoised.mat", {"Idenoised": restored})
     print(f"wrote {out / 'Idenoised.mat'}")
@@ -68,11 +72,12 @@ def test_sidd(run: TestRun, out: Path) -> ScoreSheet:
 def test_dnd(run: TestRun, out: Path) -> ScoreSheet:
     """Write the benchmark's submission: for each picture a .mat file with its 20 restored crops (1-based boxes)."""
     require_model(run, "DND")
-    sheet = run.sheet("DND", out, "none")
+    source = run.args.data_root / "DND" / "test"
+    sheet = run.sheet("DND", out, "none", sorted(source.glob("**/*.mat")))
     folder = out / "matfiles"
     folder.mkdir(exist_ok=True)
-    for name, picture, boxes in tqdm(read_dnd(run.args.data_root / "DND" / "test"), desc="DND", disable=None):
-        if sheet.done(name) and (folder / name).exists():
+    for name, picture, boxes in tqdm(read_dnd(source), desc="DND", disable=None):
+        if sheet.done(name) and (folder / name).exists() and not run.args.save_images:
             continue
         crops = np.empty((1, len(boxes)), dtype=object)
         for k, (top, left, bottom, right) in enumerate(boxes):

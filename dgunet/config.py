@@ -139,7 +139,7 @@ def parse_args(description: str, default_config: str) -> tuple[CN, argparse.Name
     parser.add_argument("--config", default=str(default), help=f"YAML file (default: configs/{default_config})")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, then stop")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, OPTIM.BATCH_SIZE 8")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     return load_config(args.config, args.options), args
 
 
@@ -161,6 +161,10 @@ def _assign(cfg: CN, key: str, value, source: str):
         node = node.get(section) if isinstance(node, dict) else None
     if isinstance(node, CN) and leaf not in node and node.is_new_allowed():
         node[leaf] = value
+        return
+    if isinstance(node, CN) and isinstance(value, dict) and isinstance(node.get(leaf), CN):
+        for name, part in value.items():  # MODEL.OVERRIDES "{width: 16}" on the command line
+            _assign(cfg, f"{key}.{name}", part, source)
         return
     if not isinstance(node, CN) or leaf not in node or isinstance(node[leaf], CN):
         names = [name for name, _ in _flatten(_C)]

@@ -67,6 +67,8 @@ def write_image(path: str | Path, image: np.ndarray):
     import cv2
 
     path = Path(path)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise UserError(f"{path}: give it an ending that says the format, such as {path.name}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     ok, encoded = cv2.imencode(path.suffix, image[..., ::-1] if image.ndim == 3 else image)
     if not ok:
@@ -94,7 +96,7 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
 
     Raises:
         UserError: a missing or empty folder, a picture without partner, two pictures of one name; with
-            ``check_sizes``, also a pair whose sizes differ or a picture whose header cannot be read.
+            ``check_sizes``, also a pair whose sizes differ or a picture whose header shows that it is unsuitable.
     """
     root = Path(root)
     sides = []
@@ -138,15 +140,18 @@ def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an upright picture, from its header alone."""
+    """(height, width) of an upright picture, from its header alone; raises as `read_image` does."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             width, height = image.size
+            suitable = image.mode in ("RGB", "P")
             turned = image.format == "JPEG" and image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
     except Exception as error:  # a damaged header fails in many ways
         raise UserError(f"{path} is not a picture that can be read, or is damaged; replace or remove it") from error
+    if not suitable:
+        read_image(path)  # says what is wrong with it
     return (width, height) if turned else (height, width)
 
 
@@ -170,6 +175,8 @@ class PairedPatches(Dataset):
     """
 
     def __init__(self, root: str | Path | list[Pair], patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234):
+        if patch < 8 or patch % 8:
+            raise UserError(f"TRAINING.TRAIN_PS must be a multiple of the network's 8 pixels, got {patch}")
         self.pairs = root if isinstance(root, list) else find_pairs(root)
         self.patch, self.repeat, self.flip, self.seed = patch, repeat, flip, seed
 
@@ -209,6 +216,8 @@ class PairedCentres(Dataset):
     def __init__(self, root: str | Path | list[Pair], patch: int):
         self.pairs = root if isinstance(root, list) else find_pairs(root)
         self.patch = patch
+        # that occur; crops of one size can be batched
+        self.sizes = {self.crop_size(*image_size(pair.input), pair.input) for pair in self.pairs}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -219,10 +228,6 @@ class PairedCentres(Dataset):
         if min(height, width) < 8:
             raise UserError(f"{path} is smaller than 8x8 pixels, too small to validate with; remove it")
         return height - height % 8, width - width % 8
-
-    def sizes(self) -> set[tuple[int, int]]:
-        """The sizes that occur; crops of one size can be batched."""
-        return {self.crop_size(*image_size(pair.input), pair.input) for pair in self.pairs}
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dgunet.errors import UserError
 
@@ -14,8 +13,9 @@ from dgunet.errors import UserError
 class BlockSampling(nn.Module):
     """Block compressive sensing: every block of ``block x block`` pixels is measured by the same matrix.
 
-    As an operator it is a convolution with stride ``block`` and its transpose. Always computed in float32 or better:
-    measurements sum a thousand pixels, which bfloat16 does not carry.
+    As an operator it is a convolution with stride ``block`` and its transpose, written as the matrix product it is
+    (cuDNN would round a convolution's inputs to TF32). Always computed in float32, whatever autocast says: measurements
+    sum a thousand pixels, which bfloat16 does not carry.
 
     Args:
         ratio: measurements per pixel, in (0, 1]; the matrix has ceil(ratio * block^2) rows
@@ -57,17 +57,19 @@ class BlockSampling(nn.Module):
                 f"got {tuple(x.shape)}"
             )
         with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x.to(self.matrix.dtype), self._kernels(), stride=self.block)
+            b, (height, width) = self.block, x.shape[2:]
+            blocks = x.to(self.matrix.dtype).reshape(-1, height // b, b, width // b, b).transpose(2, 3).flatten(3)
+            return (blocks @ self.matrix.mT).permute(0, 3, 1, 2)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         """The adjoint: (B, M, h, w) to images (B, 1, h*block, w*block)."""
         if y.dim() != 4 or y.shape[1] != self.matrix.shape[0]:
             raise ValueError(f"measurements are (B, {self.matrix.shape[0]}, h, w), got {tuple(y.shape)}")
         with torch.autocast(y.device.type, enabled=False):
-            return F.conv_transpose2d(y.to(self.matrix.dtype), self._kernels(), stride=self.block)
-
-    def _kernels(self) -> Tensor:
-        return self.matrix.view(-1, 1, self.block, self.block)
+            b, (rows, columns) = self.block, y.shape[2:]
+            blocks = y.to(self.matrix.dtype).permute(0, 2, 3, 1) @ self.matrix
+            blocks = blocks.view(-1, rows, columns, b, b).transpose(2, 3)
+            return blocks.reshape(-1, 1, rows * b, columns * b)
 
 
 def sampling_operator(ratio: float, matrix: str = "learned") -> BlockSampling:

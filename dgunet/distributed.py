@@ -22,9 +22,13 @@ def launch(function: Callable, cfg, *args):
     Under torchrun the processes are there already. Otherwise one process is started for each GPU (or, on the CPU,
     PROCESSES of them); a single one runs here. SIGTERM and Ctrl-C reach all of them.
     """
-    if "WORLD_SIZE" in os.environ:
-        return _run(function, cfg, args)
     processes = _count(cfg)
+    if os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}:
+        gpus = 0 if pick_device(cfg).type == "cpu" else processes
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if gpus and here > gpus:
+            raise UserError(f"torchrun starts {here} processes here for {gpus} GPUs; use --nproc_per_node {gpus}")
+        return _run(function, cfg, args)
     if processes == 1:
         return _run(function, cfg, args)
     with socket.socket() as probe:
@@ -76,12 +80,13 @@ def _child(local_rank: int, processes: int, port: int, function: Callable, cfg, 
 
 
 def _run(function: Callable, cfg, args):
-    group = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    group = os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"}
     device = pick_device(cfg)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if group:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     try:
         function(cfg, *args)
     finally:
@@ -94,7 +99,7 @@ def pick_device(cfg) -> torch.device:
     if cfg.DEVICE == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     listed = list(cfg.GPU) or list(range(torch.cuda.device_count()))
-    return torch.device("cuda", listed[int(os.environ.get("LOCAL_RANK", 0)) % len(listed)])
+    return torch.device("cuda", listed[int(os.environ.get("LOCAL_RANK", 0))])
 
 
 def rank() -> int:

@@ -51,6 +51,9 @@ def train_command(
         find: lists a folder's pairs, or its pictures.
     """
     cfg, args = parse_args(description, default_config)
+    sensing = "compressive_sensing"
+    if cfg.MODEL.NAME.startswith(sensing) != default_config.startswith(sensing):
+        raise UserError(f"{cfg.MODEL.NAME} is not a network for this task; see MODEL.NAME in configs/{default_config}")
     training = cfg.TRAINING
     items = find(training.TRAIN_DIR)
     if training.VAL_DIR:
@@ -69,8 +72,14 @@ def train(cfg, train_set, val_set, dry_run: bool = False):
     model = create_model(cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **overrides)
     trainer = Trainer(cfg, model, train_set, val_set)
     trainer.describe()
-    if not dry_run:
+    if dry_run:
+        return
+    try:
         trainer.fit()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of GPU memory; try OPTIM.ACCUMULATE 2 (4, 8), SPEED.CHECKPOINTING True, or a smaller OPTIM.BATCH_SIZE"
+        ) from error
 
 
 class Trainer:
@@ -106,7 +115,8 @@ class Trainer:
             )
         self.batches = EpochBatches(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, distributed.rank(), world)
 
-        if cfg.MODEL.WEIGHTS:
+        resume = self._found_to_resume()
+        if cfg.MODEL.WEIGHTS and not resume:
             path = cfg.MODEL.WEIGHTS
             load_weights(model, weights_of(read_checkpoint(path), path), path)
         memory_format = torch.channels_last if cfg.SPEED.CHANNELS_LAST else torch.contiguous_format
@@ -134,7 +144,8 @@ class Trainer:
         self.totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         self.signal_received = self.stopped = 0  # numbers of signals: this process's, and the one all agree to stop for
         self.last_save = time.monotonic()
-        self._open_folder()
+        if resume:
+            self._resume(self.folder / "model_latest.pth")
 
         if cfg.SPEED.COMPILE:
             self.model.compile()
@@ -145,16 +156,22 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------- the run's folder
 
-    def _open_folder(self):
-        """Continue the run in the folder, or make sure that there is none."""
+    def _found_to_resume(self) -> bool:
+        """Whether there is a run to continue in the folder; a run that shall not be continued must not be there."""
         latest = self.folder / "model_latest.pth"
-        if self.cfg.TRAINING.RESUME and latest.exists():
-            self._resume(latest)
-        elif any(self.folder.glob("model_*.pth")):
+        found = self.cfg.TRAINING.RESUME and latest.exists()
+        everywhere = distributed.sum_over_processes(torch.tensor(float(found), device=self.device)).item()
+        if everywhere not in (0, distributed.world_size()):
+            raise UserError(
+                f"only {everywhere:.0f} of {distributed.world_size()} processes see {latest}; "
+                "TRAINING.SAVE_DIR must be on a disk that all machines share"
+            )
+        if not found and self.main and any(self.folder.glob("model_*.pth")):
             raise UserError(
                 f"{self.folder} holds another run; continue it with TRAINING.RESUME True, "
                 "or give this one its own name with MODEL.SESSION NAME"
             )
+        return found
 
     def _resume(self, path: Path):
         state = read_checkpoint(path, map_location=self.device)
@@ -177,6 +194,11 @@ class Trainer:
             torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)
         self.resumed = path
         then = type(self.cfg).load_cfg(state["config"])
+        if then.OPTIM.BATCH_SIZE != self.cfg.OPTIM.BATCH_SIZE:  # the same share of the epoch is done
+            self.step = self.step * then.OPTIM.BATCH_SIZE // self.cfg.OPTIM.BATCH_SIZE
+        self.step = min(self.step, self.batches.steps)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.cfg.OPTIM.WEIGHT_DECAY
         self.changed = [k for k in changed_keys(self.cfg, then) if k not in _FREE_TO_CHANGE]
 
     resumed, changed = None, ()
@@ -259,8 +281,7 @@ class Trainer:
             if not self.stopped:
                 log.info("done: best PSNR %.2f dB in epoch %d", self.best["psnr"], self.best["epoch"])
         finally:
-            if loader._iterator is not None:  # persistent workers would live until the interpreter ends
-                loader._iterator._shutdown_workers()
+            _end_workers(loader._iterator)  # persistent ones would live until the interpreter ends
             self._restore(*handlers)
         if self.stopped:
             distributed.barrier()
@@ -276,9 +297,7 @@ class Trainer:
         self.schedule.go_to(self.epoch)
         self.batches.epoch, self.batches.start = self.epoch, self.step
         validations = validation_steps(self.epoch, steps, cfg)
-        # Reading a value from the GPU makes the CPU wait for it; on the CPU it costs nothing.
-        look_every = 1 if self.device.type == "cpu" else 20
-        started, first = time.monotonic(), self.step
+        started, first, rate = time.monotonic(), self.step, float("nan")
         bar = tqdm(
             total=steps, initial=self.step, desc=f"epoch {self.epoch}/{cfg.OPTIM.NUM_EPOCHS}", unit="step",
             disable=None if self.main else True, leave=False, dynamic_ncols=True,  # None: only on a terminal
@@ -288,15 +307,17 @@ class Trainer:
                 self.train_step(self._move(input), self._move(target))
                 self.step += 1
                 bar.update()
-                if self.step % look_every == 0 or self.step == steps or self.step in validations:
-                    rate = (self.step - first) * cfg.OPTIM.BATCH_SIZE / (time.monotonic() - started)
-                    self._look(bar, rate)
+                if self.step % self.look_every == 0 or self.step == steps or self.step in validations:
+                    seconds = (time.monotonic() - started) / (self.step - first)
+                    rate = cfg.OPTIM.BATCH_SIZE / seconds
+                    self._look(bar, rate, seconds)
                 if self.step in validations:
                     self.last_psnr = self.validate()
                     self._after_validation(rate)
-                elif self.stopped or time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES:
+                elif time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES:
                     self.save("model_latest.pth")
-                if self.stopped:
+                if self.stopped and self.step < steps:
+                    self.save("model_latest.pth")
                     log.info(
                         "stopped by signal %d in epoch %d after step %d; continue with TRAINING.RESUME True",
                         self.stopped, self.epoch, self.step,
@@ -305,7 +326,11 @@ class Trainer:
         if steps not in validations:
             self._record(rate, validated=False)
             self.save("model_latest.pth")
-        return True
+        if self.stopped:
+            log.info(
+                "stopped by signal %d after epoch %d; continue with TRAINING.RESUME True", self.stopped, self.epoch
+            )
+        return not self.stopped
 
     def train_step(self, input: torch.Tensor, target: torch.Tensor):
         """One optimisation step on this process's share of a batch; nothing here waits for the device.
@@ -342,7 +367,9 @@ class Trainer:
         self.totals[2] += skipped
         self.totals[3] = (self.totals[3] + 1) * skipped
 
-    def _look(self, bar, rate: float):
+    look_every = 1  # steps between two looks at the device's counters, which make the CPU wait for it
+
+    def _look(self, bar, rate: float, seconds: float):
         """Read the counters, show them, and act on them: give up after too many bad steps, stop when told to."""
         loss_sum, counted, _, in_a_row = self.totals.tolist()
         lr = self.optimizer.param_groups[0]["lr"]
@@ -356,10 +383,12 @@ class Trainer:
                 f"good state is {self.folder / 'model_latest.pth'}. Try a lower OPTIM.LR_INITIAL, "
                 "OPTIM.CLIP_NORM 0.01, or SPEED.AMP fp32, and check the data for broken pictures"
             )
-        signals = torch.tensor(self.signal_received, device=self.device)
+        agreed = torch.tensor([self.signal_received, seconds], dtype=torch.float64, device=self.device)
         if dist.is_initialized():
-            dist.all_reduce(signals, dist.ReduceOp.MAX)  # it may have reached only some of the processes
-        self.stopped = signals.item()
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)  # a signal may have reached only some of the processes
+        self.stopped, seconds = int(agreed[0]), agreed[1].item()
+        # Often enough to stop within some seconds; on the CPU a look costs nothing.
+        self.look_every = 1 if self.device.type == "cpu" else max(1, min(20, int(3 / seconds)))
 
     # ---------------------------------------------------------------------------------------------------- validation
 
@@ -371,20 +400,32 @@ class Trainer:
         rank, world = distributed.rank(), distributed.world_size()
         scores = torch.zeros(len(self.val_set), dtype=torch.float64, device=self.device)
         mine = range(rank, len(self.val_set), world)
-        batch = max(self.cfg.OPTIM.BATCH_SIZE // world, 1) if len(self.val_set.sizes()) == 1 else 1
         loader = DataLoader(
-            torch.utils.data.Subset(self.val_set, mine), batch, num_workers=self.cfg.TRAINING.WORKERS,
-            worker_init_fn=_init_worker,
+            torch.utils.data.Subset(self.val_set, mine), self._validation_batch(), worker_init_fn=_init_worker,
+            num_workers=self.cfg.TRAINING.WORKERS,
         )  # fmt: skip
         done = 0
-        for input, target in loader:
-            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-                restored = model(self._move(input))[0]
-            indices = list(mine)[done : done + len(input)]
-            scores[indices] = psnr_batch(restored.float(), self._move(target)).double()
-            done += len(input)
+        batches = iter(loader)
+        try:
+            for input, target in batches:
+                with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+                    restored = model(self._move(input))[0]
+                indices = list(mine)[done : done + len(input)]
+                scores[indices] = psnr_batch(restored.float(), self._move(target)).double()
+                done += len(input)
+        finally:
+            _end_workers(batches)
         model.train()
         return distributed.sum_over_processes(scores).mean().item()
+
+    def _validation_batch(self) -> int:
+        """Pictures at once: no more pixels than in a training pass, as far as they are of one size."""
+        sizes = self.val_set.sizes
+        if len(sizes) > 1:
+            return 1
+        pixels = max(height * width for height, width in sizes)
+        share = self.cfg.OPTIM.BATCH_SIZE // distributed.world_size() // self.cfg.OPTIM.ACCUMULATE
+        return max(1, share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
 
     def _after_validation(self, rate: float):
         names = ["model_latest.pth"]
@@ -525,6 +566,12 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record):
         tqdm.write(self.format(record))
+
+
+def _end_workers(batches):
+    """End a loader's processes now, also while an exception holds on to its iterator."""
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
 
 
 def _init_worker(_):

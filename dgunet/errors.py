@@ -6,6 +6,12 @@ import sys
 class UserError(ValueError):
     """A mistake of the user's: its message is one line saying what is wrong and what to do."""
 
+    def __init__(self, message: str):
+        # A loading process hands its error on with the whole traceback as the message.
+        if "\nOriginal Traceback" in message:
+            message = message.strip().splitlines()[-1].split(f"{__name__}.UserError: ")[-1]
+        super().__init__(message)
+
 
 def run_cli(main):
     """Run ``main()`` as a command: a ``UserError`` becomes one line on stderr and exit status 2."""

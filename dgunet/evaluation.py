@@ -90,7 +90,9 @@ class ScoreSheet:
         self._write()
         self.continued = len(self.rows)
         # The filters behind the metrics work outside of Python's lock, so threads use all cores.
-        self.pool = ThreadPoolExecutor(threads or os.cpu_count())
+        threads = threads or os.cpu_count()
+        self.pool = ThreadPoolExecutor(threads)
+        self.slots = threading.BoundedSemaphore(2 * threads)  # pictures that wait take memory
         self.lock = threading.Lock()
         self.jobs = []
         self.failures: list[str] = []
@@ -100,7 +102,10 @@ class ScoreSheet:
 
     def add(self, name: str, restored: np.ndarray, target: np.ndarray, degraded: np.ndarray | None):
         """Score a picture against its target in the background; ``degraded`` for comparison."""
-        self.jobs.append((name, self.pool.submit(self._score, name, restored, target, degraded)))
+        self.slots.acquire()
+        job = self.pool.submit(self._score, name, restored, target, degraded)
+        job.add_done_callback(lambda _: self.slots.release())
+        self.jobs.append((name, job))
 
     def tick(self, name: str):
         """Note a picture that has no target as done."""
@@ -191,6 +196,7 @@ class TestRun:
         self.results: list[Result] = []
         self.failures: list[str] = []
         self.model, self.name = None, "score_only"
+        torch.backends.cudnn.allow_tf32 = False  # digits before speed; for speed there is --bf16
         if self.args.score_only is None:
             if self.args.weights is None:
                 raise UserError(
@@ -204,6 +210,9 @@ class TestRun:
             count = sum(p.numel() for p in self.model.parameters())
             print(f"{self.name}, {count:,} parameters, from {weights}")
         else:
+            if not self.args.score_only.is_dir():
+                raise UserError(f"no folder {self.args.score_only.absolute()} with restored pictures")
+            self.listings: dict[Path, dict[str, Path]] = {}
             self.folder = self.args.results / task / f"scores_of_{self.args.score_only.absolute().name}"
 
     def _parse(self, description: str) -> argparse.Namespace:
@@ -245,10 +254,17 @@ class TestRun:
     def restore(self, dataset: str, images):
         return restore(self.model, images, **self.settings(dataset))
 
-    def sheet(self, dataset: str, folder: Path, protocol: str) -> ScoreSheet:
+    def label(self, dataset: str) -> str:
+        """Name of a data set in tables and of its folder; of the user's own folders, so many are called ``test``."""
+        return dataset if dataset in self.test_sets else "_".join(Path(dataset).absolute().parts[-2:])
+
+    def sheet(self, dataset: str, folder: Path, protocol: str, files: list[Path]) -> ScoreSheet:
+        """The data set's scores so far: those of the same weights, settings and ``files``, as they are now."""
         if self.model is None:
             return ScoreSheet(folder, protocol, {"scored": time.time()})  # never continued: pictures may have changed
-        return ScoreSheet(folder, protocol, self.settings(dataset) | {"weights": self.digest})
+        stamps = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
+        data = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+        return ScoreSheet(folder, protocol, self.settings(dataset) | {"weights": self.digest, "data": data})
 
     def run(self, special: dict[str, Callable] | None = None) -> None:
         """Test every data set asked for; ``special`` handles those that are not folders of pairs.
@@ -268,10 +284,11 @@ class TestRun:
                     raise
                 self.failures.append(f"{dataset}: {error}")
                 continue
-            result = sheet.finish(Path(dataset).name)
+            result = sheet.finish(self.label(dataset))
             self.failures += sheet.failures
-            for note in sheet.notes():
-                print(f"note: {note}")
+            notes = sheet.notes()
+            if notes:
+                print(f"note: {len(notes)} of {len(sheet.rows)} in {self.label(dataset)}:", *notes, sep="\n  ")
             if result is not None:
                 fresh = len(sheet.jobs)
                 result.seconds_per_image = (time.monotonic() - started) / fresh if fresh else float("nan")
@@ -295,17 +312,23 @@ class TestRun:
     def _folder(self, dataset: str) -> ScoreSheet:
         protocol = self.test_sets[dataset].protocol if dataset in self.test_sets else self.protocol
         items = self.items(dataset)
-        out = self.folder / Path(dataset).name
-        sheet = self.sheet(dataset, out, protocol)
+        out = self.folder / self.label(dataset)
+        files = [path for item in items for path in (item.input, item.target) if path is not None]
+        sheet = self.sheet(dataset, out, protocol, files)
+        pictures = self.model is not None and (self.args.save_images or protocol not in UNROUNDED)
         if sheet.continued:
             print(f"{dataset}: {sheet.continued} of {len(items)} pictures are done already")
         for item in tqdm(items, desc=Path(dataset).name, unit="picture", disable=None):
-            if sheet.done(item.name):
+            needed = pictures or item.target is None
+            if sheet.done(item.name) and ((out / f"{item.name}.png").exists() or not needed):
                 continue
             try:
                 self.test_one(dataset, item, sheet, out)
             except UserError as error:
                 self.failures.append(str(error))
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                self.failures.append(f"{item.input}: out of GPU memory; restore it in tiles, --tile 512")
         return sheet
 
     def test_one(self, dataset: str, item: Pair, sheet: ScoreSheet, out: Path):
@@ -331,12 +354,16 @@ class TestRun:
             sheet.add(item.name, restored, target, degraded)
 
     def restored_elsewhere(self, dataset: str, name: str) -> Path:
-        folder = self.args.score_only / Path(dataset).name
+        """Where --score_only finds a picture: in FOLDER/DATASET, or in FOLDER itself."""
+        folder = self.args.score_only / self.label(dataset)
+        if not folder.is_dir():
+            folder = self.args.score_only / Path(dataset).name
         folder = folder if folder.is_dir() else self.args.score_only
-        found = [p for p in list_images(folder) if p.stem == name]
-        if not found:
+        if folder not in self.listings:
+            self.listings[folder] = {path.stem: path for path in list_images(folder)}
+        if name not in self.listings[folder]:
             raise UserError(f"no restored {name} in {folder}")
-        return found[0]
+        return self.listings[folder][name]
 
     def _report(self):
         scored = {result.dataset for result in self.results}

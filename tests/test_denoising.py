@@ -194,7 +194,7 @@ def test_folder_of_pairs(tmp_path, weights, picture_pairs):
     assert row["images"] == "3" and float(row["input_psnr"]) > 10 and "tile=32" in row["settings"]
     for path in sorted((tmp_path / "set/input").iterdir()):
         expected = restore(load_model(weights), read_image(path), tile=32, tile_overlap=8)
-        restored = read_image(out(tmp_path, weights) / "set" / path.name).astype(int)
+        restored = read_image(out(tmp_path, weights) / f"{tmp_path.name}_set" / path.name).astype(int)
         assert np.abs(restored - expected).max() <= 1  # one rounds 255 x + 0.5 in another order
     run_test(weights, "--dataset", "set", cwd=tmp_path)
     assert len(results(tmp_path)) == 2  # appended
@@ -205,7 +205,7 @@ def test_folder_of_pictures_alone(tmp_path, weights):
     picture = np.random.default_rng(0).integers(0, 256, (21, 30, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "photos" / "one.png"), picture)
     run_test(weights, "--dataset", "photos", cwd=tmp_path)
-    assert read_image(out(tmp_path, weights) / "photos/one.png").shape == (21, 30, 3)
+    assert read_image(out(tmp_path, weights) / f"{tmp_path.name}_photos/one.png").shape == (21, 30, 3)
     assert not (tmp_path / "results/denoising.csv").exists()
 
 
@@ -259,15 +259,17 @@ def test_weight_mistakes(tmp_path):
 def test_interrupted_test_goes_on_where_it_was(tmp_path, weights, picture_pairs):
     picture_pairs(tmp_path / "set", count=3, size=(24, 24))
     run_test(weights, "--dataset", "set", "--save_images", cwd=tmp_path)
-    folder = out(tmp_path, weights) / "set"
+    folder = out(tmp_path, weights) / f"{tmp_path.name}_set"
     complete = (folder / "scores.csv").read_text()
     lines = complete.splitlines(keepends=True)
     (folder / "scores.csv").write_text("".join(lines[:3]) + lines[3][:9])  # killed while the third line was written
-    for k in (1, 2, 3):
+    stamp = (folder / "img1.png").stat().st_mtime_ns
+    for k in (2, 3):
         (folder / f"img{k}.png").unlink()
     done = run_test(weights, "--dataset", "set", "--save_images", cwd=tmp_path)
     assert "2 of 3 pictures are done already" in done.stdout
-    assert not (folder / "img1.png").exists() and (folder / "img3.png").exists()  # done pictures are not restored again
+    assert stamp == (folder / "img1.png").stat().st_mtime_ns  # done pictures are not restored again
+    assert (folder / "img2.png").exists() and (folder / "img3.png").exists()
     assert (folder / "scores.csv").read_text() == complete
     assert results(tmp_path)[0]["psnr"] == results(tmp_path)[1]["psnr"]
     done = run_test(weights, "--dataset", "set", "--tile", "16", "--tile_overlap", "4", cwd=tmp_path)
@@ -284,15 +286,26 @@ def test_score_only(tmp_path, weights, picture_pairs):
     first, second = results(tmp_path)
     assert float(second["psnr"]) == pytest.approx(float(first["psnr"]), abs=0.02)  # now rounded to 8 bits
     assert second["psnr"] != first["psnr"] and second["input_psnr"] == first["input_psnr"]
-    (restored / "set/img2.png").unlink()
+    (restored / f"{tmp_path.name}_set/img2.png").unlink()
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 2 and "no restored img2" in done.stderr and results(tmp_path)[2]["images"] == "1"
+
+
+def test_folders_of_one_name_and_changed_pictures_are_told_apart(tmp_path, weights, picture_pairs):
+    for seed, name in enumerate(("a", "b")):
+        picture_pairs(tmp_path / name / "test", count=2, size=(24, 24), seed=seed)
+    run_test(weights, "--dataset", "a/test", "b/test", cwd=tmp_path)
+    first, second = results(tmp_path)
+    assert (first["dataset"], second["dataset"]) == ("a_test", "b_test") and first["psnr"] != second["psnr"]
+    picture_pairs(tmp_path / "a" / "test", count=1, size=(24, 24), seed=7)
+    done = run_test(weights, "--dataset", "a/test", cwd=tmp_path)
+    assert "done already" not in done.stdout and results(tmp_path)[2]["psnr"] != first["psnr"]
 
 
 def test_a_missing_data_set_does_not_cost_the_others(tmp_path, weights, picture_pairs):
     picture_pairs(tmp_path / "set", count=2, size=(24, 24))
     done = run_test(weights, "--dataset", "SIDD", "set", cwd=tmp_path, check=2)
-    assert "SIDD: no " in done.stderr and results(tmp_path)[0]["dataset"] == "set"
+    assert "SIDD: no " in done.stderr and results(tmp_path)[0]["dataset"] == f"{tmp_path.name}_set"
 
 
 def test_device_mistake(tmp_path, weights):

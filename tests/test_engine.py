@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -358,6 +359,8 @@ def test_batch_must_fit_the_processes(folders):
         (["OPTIM.SCHEDULE", "linear"], "OPTIM.SCHEDULE is cosine, constant or step"),
         (["--config", "missing.yaml"], "cannot read the config missing.yaml"),
         (["MODEL.WEIGHTS", "missing.pth"], "no checkpoint at missing.pth"),
+        (["TRAINING.TRAIN_PS", "100"], "multiple of the network's 8 pixels"),
+        (["MODEL.NAME", "compressive_sensing_dgunet"], "not a network for this task"),
     ],
 )
 def test_mistakes_are_one_line(folders, words, message):
@@ -367,6 +370,34 @@ def test_mistakes_are_one_line(folders, words, message):
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and done.stderr.strip().count("\n") == 0
     assert not (folders / "runs").exists()
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_unsuitable_picture_in_a_loading_process_is_one_line(folders, side):
+    """16 bits do not show in the header. The process that loads the picture ends the run, and the run its processes."""
+    cv2.imwrite(str(folders / side / "input" / "img1.png"), np.zeros((40, 48, 3), np.uint16))
+    cv2.imwrite(str(folders / side / "target" / "img1.png"), np.zeros((40, 48, 3), np.uint16))
+    done = train(folders, check=2, timeout=50, TRAINING__WORKERS=1)
+    assert "img1.png has 16 bits per channel" in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def test_overrides_may_be_given_as_one(folders):
+    train(folders, OPTIM__NUM_EPOCHS=1, MODEL__OVERRIDES="{width: 12}")
+    assert load_model(folders / "runs/run/model_best.pth").arguments["width"] == 12
+
+
+def test_resuming_with_another_batch_size(folders):
+    train(folders, OPTIM__NUM_EPOCHS=1, TRAINING__SAVE_MINUTES=0)
+    latest = folders / "runs/run/model_latest.pth"
+    save_checkpoint(read_checkpoint(latest) | {"step": 3}, latest)  # as if stopped after 3 of 4 steps
+    train(folders, OPTIM__NUM_EPOCHS=2, OPTIM__BATCH_SIZE=4, TRAINING__RESUME=True)
+    assert [(int(row["epoch"]), int(row["step"])) for row in history(folders)][1:] == [(1, 2), (2, 2)]
+
+
+def test_environment_of_a_cluster_does_not_pass_for_torchrun(folders, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    train(folders, OPTIM__NUM_EPOCHS=1)
+    assert len(history(folders)) == 1
 
 
 def test_mistake_in_a_started_process_is_one_line(folders):
