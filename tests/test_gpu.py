@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_engine import assert_same_weights, batch, history, make_trainer, train
 from test_parity import OURS, SPECS, write_original
 
 from dgunet import load_model, restore
@@ -95,3 +96,36 @@ def test_restore_is_that_of_the_cpu(tiny_model, options):
     assert restore(model, tensor).device.type == "cpu"
     assert restore(model, tensor.to(DEVICE)).device.type == DEVICE
     assert np.abs(restore(model, image, bf16=True, **options) - expected).max() < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture
+def folders(tmp_path, picture_pairs):
+    picture_pairs(tmp_path / "train", count=8, size=(40, 48))
+    picture_pairs(tmp_path / "val", count=2, size=(32, 32))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"SPEED__AMP": "bf16"}, {"SPEED__COMPILE": True}, {"SPEED__CHECKPOINTING": True}]
+)
+def test_training_and_resuming(folders, extra):
+    """Through the command line, on every GPU there is: NCCL where there are several."""
+    settings = dict(DEVICE="cuda", OPTIM__BATCH_SIZE=8, OPTIM__EMA_DECAY=0.9, TRAINING__WORKERS=1, **extra)
+    train(folders, OPTIM__NUM_EPOCHS=2, **settings)
+    train(folders, OPTIM__NUM_EPOCHS=4, TRAINING__RESUME=True, **settings)
+    rows = history(folders)
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert all(float(row["loss"]) < 10 and row["skipped_steps"] == "0" for row in rows)
+
+
+def test_non_finite_step_leaves_the_weights_alone(folders):
+    trainer = make_trainer(folders, DEVICE="cuda")
+    input, target = (side.to("cuda") for side in batch(trainer))
+    trainer.train_step(input, target)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.train_step(torch.full_like(input, torch.nan), target)
+    assert_same_weights(trainer.model.state_dict(), before)
+    assert trainer.totals.tolist()[1:] == [1, 1, 1]
