@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -129,6 +130,27 @@ def test_all_deraining_sets_and_their_average(tmp_path, weights, picture_pairs):
     done = run("deraining", "test.py", "--weights", weights["deraining"], "--device", "cpu", cwd=tmp_path)
     assert "Test1200: 2 of 2 pictures are done already" in done.stdout
     assert restored == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.png")}
+
+
+def test_killed_test_goes_on(tmp_path, weights, picture_pairs):
+    picture_pairs(tmp_path / "Datasets/test/Rain100L", count=40, size=(64, 64))
+    words = ["--weights", weights["deraining"], "--dataset", "Rain100L", "--device", "cpu"]
+    command = [sys.executable, ROOT / "Deraining" / "test.py", *words]
+    process = subprocess.Popen([str(word) for word in command], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        sheets = list((tmp_path / "results").rglob("scores.csv"))
+        if sheets and sheets[0].read_text().count("\n") > 5:
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.png")}
+    assert 5 <= len(before) < 40
+    done = run("deraining", "test.py", *words, cwd=tmp_path)
+    kept = sum(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    assert f"Rain100L: {kept} of 40 pictures are done already" in done.stdout and kept >= 5
+    assert rows(tmp_path, "deraining")[0]["images"] == "40"
 
 
 def test_gopro_and_hide(tmp_path, weights, picture_pairs):
