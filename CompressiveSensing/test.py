@@ -15,13 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 from dataset import read_luma
 from sensing import reconstruct_tiles, reconstruct_whole
 
 from dgunet.data import Pair, list_images, write_image
 from dgunet.errors import UserError, run_cli
-from dgunet.evaluation import ScoreSheet, TestRun, TestSet
+from dgunet.evaluation import ScoreSheet, TestRun, TestSet, to_uint8
 
 RATIOS = (1, 4, 10, 25, 50)  # percent
 
@@ -82,8 +81,8 @@ class SensingRun(TestRun):
         else:
             reconstruct = reconstruct_whole if self.args.whole else reconstruct_tiles
             restored, initial = reconstruct(self.model, luma)
-            if self.args.save_images:
-                write_image(out / f"{item.name}.png", (restored.clip(0, 1) * 255).round().astype(np.uint8))
+            if self.writes(item, sheet):
+                write_image(out / f"{item.name}.png", to_uint8(restored))
         sheet.add(item.name, restored, luma, initial)
 
 

@@ -315,12 +315,10 @@ class TestRun:
         out = self.folder / self.label(dataset)
         files = [path for item in items for path in (item.input, item.target) if path is not None]
         sheet = self.sheet(dataset, out, protocol, files)
-        pictures = self.model is not None and (self.args.save_images or protocol not in UNROUNDED)
         if sheet.continued:
             print(f"{dataset}: {sheet.continued} of {len(items)} pictures are done already")
         for item in tqdm(items, desc=Path(dataset).name, unit="picture", disable=None):
-            needed = pictures or item.target is None
-            if sheet.done(item.name) and ((out / f"{item.name}.png").exists() or not needed):
+            if sheet.done(item.name) and ((out / f"{item.name}.png").exists() or not self.writes(item, sheet)):
                 continue
             try:
                 self.test_one(dataset, item, sheet, out)
@@ -330,6 +328,12 @@ class TestRun:
                 torch.cuda.empty_cache()
                 self.failures.append(f"{item.input}: out of GPU memory; restore it in tiles, --tile 512")
         return sheet
+
+    def writes(self, item: Pair, sheet: ScoreSheet) -> bool:
+        """Whether the restored picture goes to disk: asked for, scored as it lies there, or all that is wanted."""
+        if self.model is None:
+            return False
+        return self.args.save_images or item.target is None or sheet.protocol not in UNROUNDED
 
     def test_one(self, dataset: str, item: Pair, sheet: ScoreSheet, out: Path):
         """Restore a picture, or read it from where it has been restored, and hand it to the sheet."""
@@ -345,7 +349,7 @@ class TestRun:
         else:
             restored = self.restore(dataset, degraded.astype(np.float32) / np.float32(255))
             picture = to_uint8(restored)
-            if self.args.save_images or target is None or not unrounded:
+            if self.writes(item, sheet):
                 write_image(out / f"{item.name}.png", picture)
             restored = restored if unrounded else picture
         if target is None:
