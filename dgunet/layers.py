@@ -15,7 +15,7 @@ def conv3x3(in_channels: int, out_channels: int, bias: bool = True) -> nn.Conv2d
 
 
 class ChannelAttention(nn.Module):
-    """Scales every channel by a weight in (0, 1) computed from the channel means of the whole picture."""
+    """A weight in (0, 1) for every channel, computed from the channel means of the whole picture: (B, C, 1, 1)."""
 
     def __init__(self, channels: int, reduction: int = 4):
         super().__init__()
@@ -23,9 +23,8 @@ class ChannelAttention(nn.Module):
         self.excite = nn.Conv2d(channels // reduction, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = x.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
-        weights = torch.sigmoid(self.excite(F.relu(self.squeeze(weights))))
-        return x * weights
+        means = x.mean(dim=(2, 3), keepdim=True)
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(means))))
 
 
 class ChannelAttentionBlock(nn.Module):
@@ -39,7 +38,8 @@ class ChannelAttentionBlock(nn.Module):
         self.attention = ChannelAttention(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.attention(self.conv2(self.activation(self.conv1(x))))
+        out = self.conv2(self.activation(self.conv1(x)))
+        return torch.addcmul(x, out, self.attention(out))
 
 
 class ShallowFeatures(nn.Module):
@@ -59,15 +59,51 @@ class HalfInstanceNorm(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = nn.InstanceNorm2d(channels // 2, affine=True)
+        self.norm = nn.InstanceNorm2d(channels // 2, affine=True)  # holds the parameters
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=1)
-        if x.shape[2] * x.shape[3] > 1:
-            first = self.norm(first)
-        else:  # the norm of one value is its bias; torch refuses to compute it
-            first = torch.zeros_like(first) + self.norm.bias.to(first.dtype).view(1, -1, 1, 1)
-        return torch.cat([first, second], dim=1)
+        return _HalfInstanceNorm.apply(x, self.norm.weight, self.norm.bias, self.norm.eps)
+
+
+class _HalfInstanceNorm(torch.autograd.Function):
+    """``scale * x + shift`` with a scale and a shift for each channel, those of the second half 1 and 0.
+
+    Split, normalised and concatenated, the maps would be read and written twice as often, and their memory format lost.
+    Statistics are computed in float32 at least.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        first = x[:, : weight.numel()]
+        mean = first.mean(dim=(2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        variance = (first - mean).square_().mean(dim=(2, 3), keepdim=True)
+        rstd = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        scale = (weight.view(1, -1, 1, 1) * rstd).to(x.dtype)
+        shift = bias.view(1, -1, 1, 1) - mean * scale  # of the rounded scale, so that its rounding does not move the mean
+        return torch.addcmul(_extend(shift.to(x.dtype), 0), x, _extend(scale, 1))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        # With x^ = (x - mean) * rstd, the gradient of x is scale * (g - mean(g) - x^ * mean(g * x^)): linear in g and x.
+        x, weight, mean, rstd = ctx.saved_tensors
+        half, pixels = weight.numel(), x.shape[2] * x.shape[3]
+        first, g = x[:, :half], gradient[:, :half]
+        sum_g = g.sum(dim=(2, 3), keepdim=True, dtype=mean.dtype)
+        sum_gx = (g * first).sum(dim=(2, 3), keepdim=True, dtype=mean.dtype)
+        sum_gx = (sum_gx - mean * sum_g) * rstd  # of g * x^
+        scale = weight.view(1, -1, 1, 1) * rstd
+        slope = -scale * rstd * sum_gx / pixels
+        shift = -scale * sum_g / pixels - slope * mean
+        x_gradient = gradient * _extend(scale.to(g.dtype), 1)
+        x_gradient[:, :half].add_(torch.addcmul(shift.to(g.dtype), first, slope.to(g.dtype)))
+        return x_gradient, sum_gx.sum(dim=(0, 2, 3)), sum_g.sum(dim=(0, 2, 3)), None
+
+
+def _extend(first: Tensor, value: float) -> Tensor:
+    """Factors (B, C/2, 1, 1) of the first half of the channels, extended to all by a constant."""
+    return torch.cat([first, torch.full_like(first, value)], dim=1)
 
 
 class ConvBlock(nn.Module):
@@ -81,6 +117,6 @@ class ConvBlock(nn.Module):
         self.identity = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.leaky_relu(self.norm(self.conv1(x)), 0.2)
-        out = F.leaky_relu(self.conv2(out), 0.2)
-        return out + self.identity(x)
+        out = F.leaky_relu(self.norm(self.conv1(x)), 0.2, inplace=True)
+        out = F.leaky_relu(self.conv2(out), 0.2, inplace=True)
+        return self.identity(x).add_(out)

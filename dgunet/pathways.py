@@ -33,11 +33,12 @@ class ISFF(nn.Module):
             self.shift_conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor, encoded: Tensor, decoded: Tensor) -> Tensor:
-        shared = self.encoder_conv(encoded) + self.decoder_conv(decoded)
+        shared = self.encoder_conv(encoded).add_(self.decoder_conv(decoded))
         if not self.adaptive:
-            return x + shared
-        shared = F.leaky_relu(shared, 0.1)
-        return x * torch.sigmoid(self.scale_conv(shared)) + self.shift_conv(shared) + x
+            return shared.add_(x)
+        shared = F.leaky_relu(shared, 0.1, inplace=True)
+        scale = self.scale_conv(shared).sigmoid_()
+        return self.shift_conv(shared).add_(x).addcmul_(x, scale)
 
 
 class ConcatFusion(nn.Module):
@@ -66,16 +67,15 @@ class SubspaceFusion(nn.Module):
     def forward(self, x: Tensor, bridge: Tensor) -> Tensor:
         basis = self.basis_conv(torch.cat([x, bridge], dim=1))
         projected = project(basis, bridge)
-        return self.merge_conv(torch.cat([x, projected], dim=1)) + x
+        return self.merge_conv(torch.cat([x, projected], dim=1)).add_(x)
 
 
 def project(basis: Tensor, features: Tensor, ridge: float = 1e-8) -> Tensor:
     """Orthogonal projection of feature maps onto the span of basis maps, ``V (V^T V)^-1 V^T features``.
 
-    The projection does not change when a basis map is rescaled, so the maps are first brought to unit length: the
-    Gram matrix then has a unit diagonal, and ``ridge`` on it bounds its condition number whatever the maps are.
-    Coinciding, constant and zero maps are therefore harmless. Runs in float32 with the small Gram matrix in float64,
-    whatever autocast says.
+    The projection does not change when a basis map is rescaled, so the Gram matrix is brought to a unit diagonal, as
+    if the maps had unit length: ``ridge`` on it bounds its condition number whatever the maps are. Coinciding, constant
+    and zero maps are therefore harmless. Runs in float32 with the small Gram matrix in float64, whatever autocast says.
 
     Args:
         basis: (B, rank, H, W).
@@ -86,12 +86,20 @@ def project(basis: Tensor, features: Tensor, ridge: float = 1e-8) -> Tensor:
         (B, C, H, W), dtype of ``features``.
     """
     with torch.autocast(features.device.type, enabled=False):
-        V = basis.float().flatten(2)  # (B, rank, HW)
-        V = V / (torch.linalg.vector_norm(V, dim=2, keepdim=True) + 1e-20)
-        target = features.float().flatten(2)  # (B, C, HW)
+        V = _columns(basis.float())  # (B, HW, rank)
         V64 = V.double()
-        gram = V64 @ V64.mT + ridge * torch.eye(V.shape[1], dtype=V64.dtype, device=V.device)
+        gram = V64.mT @ V64
+        unit = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-30).rsqrt()[..., None]  # (B, rank, 1): 1 / length
+        gram = unit * gram * unit.mT + ridge * torch.eye(V.shape[2], dtype=V64.dtype, device=V.device)
         factor, _ = torch.linalg.cholesky_ex(gram)  # the _ex form does not wait for the device to report success
-        coefficients = torch.cholesky_solve((V @ target.mT).double(), factor).float()  # (B, rank, C)
-        projected = coefficients.mT @ V
-    return projected.reshape(features.shape).to(features.dtype)
+        products = (V.mT @ _columns(features.float())).double()  # (B, rank, C)
+        coefficients = unit * torch.cholesky_solve(unit * products, factor)
+        projected = (V @ coefficients.float()).to(features.dtype)  # (B, HW, C)
+    return projected.unflatten(1, features.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _columns(maps: Tensor) -> Tensor:
+    """Maps (B, C, H, W) as the columns of matrices (B, HW, C); no copy in either memory format."""
+    if maps.is_contiguous():
+        return maps.flatten(2).mT
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)

@@ -95,9 +95,10 @@ class ProximalMapping(nn.Module):
         if self.features_conv is None:
             return x, None
         attended = self.features_conv(features)
-        if self.attention_conv is not None:
-            attended = attended * torch.sigmoid(self.attention_conv(x))
-        return x, Memory(features + attended, encoded, decoded)
+        if self.attention_conv is None:
+            return x, Memory(attended.add_(features), encoded, decoded)
+        scale = self.attention_conv(x).sigmoid_()
+        return x, Memory(torch.addcmul(features, attended, scale), encoded, decoded)
 
 
 class FinalMapping(nn.Module):

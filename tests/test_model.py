@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dgunet import DGUNet, UserError, create_model, list_models
 from dgunet.degradations import BlockSampling
@@ -471,11 +472,40 @@ def test_half_instance_norm_normalises_the_first_half():
     assert torch.equal(out[:, 3:], x[:, 3:])
 
 
+def split_and_concatenated(x, norm):
+    """As papers write it: split, normalise, concatenate."""
+    first, second = x.chunk(2, dim=1)
+    normalised = F.instance_norm(first, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    return torch.cat([normalised, second], dim=1)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_half_instance_norm_and_its_gradients(memory_format):
+    norm = HalfInstanceNorm(6).double()
+    nn.init.normal_(norm.norm.weight), nn.init.normal_(norm.norm.bias)
+    x = (3 + 2 * torch.randn(2, 6, 8, 10, dtype=torch.float64)).to(memory_format=memory_format).requires_grad_()
+    torch.testing.assert_close(norm(x), split_and_concatenated(x, norm.norm))
+    assert norm(x).is_contiguous(memory_format=memory_format)
+    weights = torch.randn_like(x)
+    inputs = (x, norm.norm.weight, norm.norm.bias)
+    found = torch.autograd.grad((weights * norm(x).square()).sum(), inputs)
+    expected = torch.autograd.grad((weights * split_and_concatenated(x, norm.norm).square()).sum(), inputs)
+    torch.testing.assert_close(found, expected)
+
+
+def test_half_instance_norm_of_bf16_keeps_the_mean():
+    norm, x = HalfInstanceNorm(6), 3 + torch.randn(2, 6, 64, 64)  # means of three standard deviations
+    out = norm(x.bfloat16()).float()
+    expected = split_and_concatenated(x.bfloat16().float(), norm.norm)
+    assert (out - expected)[:, :3].mean((2, 3)).abs().max() < 0.01
+    assert (out - expected)[:, :3].std() < 0.02
+
+
 def test_half_instance_norm_of_one_pixel_is_its_bias():
     norm, x = HalfInstanceNorm(6), torch.randn(2, 6, 1, 1)
     nn.init.constant_(norm.norm.bias, 0.25)
     out = norm(x)
-    assert torch.equal(out[:, :3], torch.full((2, 3, 1, 1), 0.25))
+    torch.testing.assert_close(out[:, :3], torch.full((2, 3, 1, 1), 0.25), atol=1e-4, rtol=0)
     assert torch.equal(out[:, 3:], x[:, 3:])
     # the same limit that two equal pixels have
     torch.testing.assert_close(norm(x.expand(2, 6, 1, 2))[..., :1], out, atol=1e-3, rtol=0)
