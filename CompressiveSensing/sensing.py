@@ -2,15 +2,16 @@
 
 import numpy as np
 import torch
-from dataset import to_tensor
 from torch.nn import functional as F
 
 from dgunet import DGUNet
+from dgunet.data import to_tensor
+from dgunet.transforms import unit_range
 
 
 def pad_to_blocks(luma: np.ndarray, block: int) -> torch.Tensor:
     """(H, W) uint8 to a (1, 1, h, w) tensor in [0, 1], zeros added right and bottom up to multiples of ``block``."""
-    x = to_tensor(luma)[None]
+    x = unit_range(to_tensor(luma)[None])
     height, width = luma.shape
     return F.pad(x, (0, -width % block, 0, -height % block))
 
@@ -36,7 +37,7 @@ def reconstruct_tiles(
     """
     height, width = luma.shape
     operator = model.degradation
-    padded = F.pad(to_tensor(luma), (0, tile - width % tile, 0, tile - height % tile))
+    padded = F.pad(unit_range(to_tensor(luma)), (0, tile - width % tile, 0, tile - height % tile))
     rows, columns = (side // tile for side in padded.shape[1:])
     tiles = padded.view(rows, tile, columns, tile).transpose(1, 2).reshape(-1, 1, tile, tile)
     finals, initials = [], []

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset import LumaCentres, LumaPatches
 
-from dgunet.data import list_images
+from dgunet.data import find_images
 from dgunet.engine import train_command
 from dgunet.errors import run_cli
 
@@ -32,4 +32,4 @@ def val_set(cfg, paths) -> LumaCentres:
 
 
 if __name__ == "__main__":
-    run_cli(lambda: train_command(__doc__, "compressive_sensing/dgunet.yaml", train_set, val_set, find=list_images))
+    run_cli(lambda: train_command(__doc__, "compressive_sensing/dgunet.yaml", train_set, val_set, find=find_images))

@@ -4,6 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from dgunet.data import PairedPatches
+from dgunet.transforms import unit_range
 
 
 class BlurredPatches(PairedPatches):
@@ -22,7 +23,10 @@ class BlurredPatches(PairedPatches):
         from torchvision.transforms.functional import adjust_saturation
 
         input, target = super().augment(rng, input, target)
-        if self.saturation and rng.integers(3) == 0:
+        if not self.saturation:
+            return input, target
+        input, target = unit_range(input), unit_range(target)
+        if rng.integers(3) == 0:
             factor = rng.uniform(1 - self.saturation, 1 + self.saturation)
             input, target = adjust_saturation(input, factor), adjust_saturation(target, factor)
         return input, target

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dgunet.data import PairedPatches
 from dgunet.errors import UserError
+from dgunet.transforms import unit_range
 
 
 class NoisyPatches(PairedPatches):
@@ -35,7 +36,10 @@ class NoisyPatches(PairedPatches):
         rng = self.generator(epoch, index, stream=1)
         share = float(rng.beta(self.mixup, self.mixup))
         partner = super().__getitem__((epoch, int(rng.integers(len(self)))))
-        return tuple(share * one + (1 - share) * other for one, other in zip(sample, partner, strict=True))
+        return tuple(
+            share * unit_range(one) + (1 - share) * unit_range(other)
+            for one, other in zip(sample, partner, strict=True)
+        )
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:

@@ -1,10 +1,14 @@
-"""Pictures on disk: reading, pairing, cropping, and the order in which training sees them.
+"""Pictures on disk: reading, pairing, packing, cropping, and the order in which training sees them.
 
 A training sample is a function of (seed, epoch, index) alone: datasets are indexed with (epoch, index), and draw
 from a generator seeded with these numbers. Neither the number of loading workers nor that of training processes
 changes a sample, and a resumed epoch sees what the first one would have seen.
 """
 
+import functools
+import os
+import struct
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,35 +23,106 @@ from torch.utils.data import Dataset, Sampler
 from dgunet.errors import UserError
 from dgunet.transforms import dihedral, pad_to
 
+PACK_FORMAT = "dgunet pictures 1"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+class Packed(NamedTuple):
+    """A picture in a file that scripts/pack_dataset.py wrote."""
+
+    file: Path
+    key: str  # of the HDF5 dataset: NAME, input/NAME or target/NAME
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.key}"
 
 
 class Pair(NamedTuple):
     """A degraded picture and its ground truth."""
 
     name: str
-    input: Path
-    target: Path
+    input: Path | Packed
+    target: Path | Packed
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(source: str | Path | Packed) -> np.ndarray:
     """Read an 8-bit RGB picture as (H, W, 3) uint8, turned upright where its EXIF data says so.
 
     Raises:
         UserError: unreadable, grey, with transparency, or not 8 bits per channel: the network would be given
             something else than the user sees, so the message says how to convert the picture.
     """
+    return open_image(source)[:, :]
+
+
+def open_image(source: str | Path | Packed):
+    """A picture to take a crop from: has ``.shape``, and ``[top:bottom, left:right]`` gives what `read_image` would.
+
+    Of a packed picture only the crop is read, of a PNG only what lies above its last row is decoded.
+
+    Raises:
+        UserError: as `read_image`; about a damaged PNG when a crop is taken.
+    """
+    if isinstance(source, Packed):
+        return _open_packed(source)
+    try:
+        encoded = np.fromfile(source, dtype=np.uint8)
+    except OSError as error:
+        raise UserError(f"cannot read {source}: {error.strerror}") from error
+    return _TopDownPng(source, encoded) if _TopDownPng.takes(encoded) else _decode(source, encoded)
+
+
+class _TopDownPng:
+    """A PNG of the usual kind, decoded no further down than needed.
+
+    A decoder stops after the rows that the header announces: it is given a header that announces the rows wanted.
+    """
+
+    HEADER = struct.Struct(">8sI4sIIBBBBBI")  # signature, length, "IHDR", width, height, depth, colour, ..., CRC
+
+    @classmethod
+    def takes(cls, encoded: np.ndarray) -> bool:
+        """Whether it is 8-bit RGB, top to bottom, without a transparent colour."""
+        if encoded.size < cls.HEADER.size:
+            return False
+        signature, _, kind, _, _, *form, _ = cls.HEADER.unpack_from(encoded)
+        if (signature, kind, form) != (b"\x89PNG\r\n\x1a\n", b"IHDR", [8, 2, 0, 0, 0]):
+            return False
+        head = encoded[:65536].tobytes()
+        return b"tRNS" not in head[: head.find(b"IDAT")]
+
+    def __init__(self, path, encoded: np.ndarray):
+        self.path, self.encoded = path, encoded
+        width, height = self.HEADER.unpack_from(encoded)[3:5]
+        self.shape = height, width, 3
+
+    def __getitem__(self, area: tuple[slice, slice]) -> np.ndarray:
+        import pyspng
+
+        bottom = area[0].indices(self.shape[0])[1]
+        fields = list(self.HEADER.unpack_from(self.encoded))
+        fields[4] = bottom
+        header = bytearray(self.HEADER.pack(*fields))
+        header[-4:] = struct.pack(">I", zlib.crc32(header[12:-4]))
+        try:
+            rows = pyspng.load(bytes(header) + self.encoded[self.HEADER.size :].tobytes())
+        except Exception as error:
+            raise UserError(_damaged(self.path)) from error
+        return rows[area]
+
+
+def _damaged(path) -> str:
+    return f"{path} is not a picture that can be read, or is damaged; replace or remove it"
+
+
+def _decode(path, encoded: np.ndarray) -> np.ndarray:
     import cv2
 
-    try:
-        encoded = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     # UNCHANGED shows what is in the file but leaves rotated photographs rotated; only JPEGs are, and they are 8-bit.
     jpeg = encoded[:2].tobytes() == b"\xff\xd8"
     image = cv2.imdecode(encoded, cv2.IMREAD_ANYCOLOR if jpeg else cv2.IMREAD_UNCHANGED) if encoded.size else None
     if image is None:
-        raise UserError(f"{path} is not a picture that can be read, or is damaged; replace or remove it")
+        raise UserError(_damaged(path))
     kind = None
     if image.dtype != np.uint8:
         kind = f"has {8 * image.itemsize} bits per channel"
@@ -94,11 +169,18 @@ def list_images(folder: str | Path) -> list[Path]:
 def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
     """Pairs of ``root/input`` and ``root/target``, matched by file name (without its ending).
 
+    Args:
+        root: the folder, or a file that scripts/pack_dataset.py made of it.
+        check_sizes: open all headers and compare the sizes.
+
     Raises:
         UserError: a missing or empty folder, a picture without partner, two pictures of one name; with
             ``check_sizes``, also a pair whose sizes differ or a picture whose header shows that it is unsuitable.
     """
     root = Path(root)
+    if root.is_file():
+        names = list_packed(root, "input")
+        return [Pair(name, Packed(root, f"input/{name}"), Packed(root, f"target/{name}")) for name in names]
     sides = []
     for side in ("input", "target"):
         by_name: dict[str, Path] = {}
@@ -139,65 +221,129 @@ def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
     return items[:-count], items[-count:]
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def find_images(root: str | Path) -> list[Path | Packed]:
+    """The pictures of a folder, or of a file that scripts/pack_dataset.py made of it; raises as `list_images` does."""
+    root = Path(root)
+    return [Packed(root, name) for name in list_packed(root, "/")] if root.is_file() else list_images(root)
+
+
+def list_packed(file: Path, group: str) -> list[str]:
+    """Names in one group of a packed file (``input``, or ``/`` for pictures without a partner), naturally sorted.
+
+    Raises:
+        UserError: not such a file, or one of the other kind.
+    """
+    content = _packed_file(file, os.getpid())
+    if ("input" in content) != (group == "input"):
+        kind = "picture pairs" if "input" in content else "single pictures"
+        raise UserError(f"{file} holds {kind}, which is not what this task trains on; see scripts/pack_dataset.py")
+    return natsorted(content[group])
+
+
+def _open_packed(source: Packed):
+    try:
+        return _packed_file(source.file, os.getpid())[source.key]
+    except KeyError as error:
+        raise UserError(f"there is no {source.key} in {source.file}; pack the folder again") from error
+
+
+@functools.cache
+def _packed_file(file: Path, process: int):
+    """The open file; each process opens its own, since HDF5's state does not survive a fork."""
+    import h5py
+
+    try:
+        content = h5py.File(file)
+    except OSError as error:
+        raise UserError(f"{file} is not a packed data set, or is damaged; see scripts/pack_dataset.py") from error
+    if content.attrs.get("format") != PACK_FORMAT:
+        raise UserError(f"{file} was not written by scripts/pack_dataset.py")
+    return content
+
+
+def image_size(path: str | Path | Packed) -> tuple[int, int]:
     """(height, width) of an upright picture, from its header alone; raises as `read_image` does."""
     from PIL import Image
 
+    if isinstance(path, Packed):
+        return open_image(path).shape[:2]
     try:
         with Image.open(path) as image:
             width, height = image.size
             suitable = image.mode in ("RGB", "P")
             turned = image.format == "JPEG" and image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
     except Exception as error:  # a damaged header fails in many ways
-        raise UserError(f"{path} is not a picture that can be read, or is damaged; replace or remove it") from error
+        raise UserError(_damaged(path)) from error
     if not suitable:
         read_image(path)  # says what is wrong with it
     return (width, height) if turned else (height, width)
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, C) uint8 to a (C, H, W) float32 tensor in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
+    """(H, W, C) or (H, W) to a contiguous (C, H, W) tensor of the same type; see `transforms.unit_range`."""
+    return torch.from_numpy(np.array(image if image.ndim == 2 else image.transpose(2, 0, 1))).view(-1, *image.shape[:2])
 
 
-class PairedPatches(Dataset):
-    """Random aligned crops of picture pairs, for training.
+class RandomPatches(Dataset):
+    """What training data sets share: crops that are a function of (seed, epoch, index).
 
-    ``dataset[epoch, index]`` is ``(input, target)``, two (3, patch, patch) float32 tensors in [0, 1]. Pictures
-    smaller than the crop are extended by reflection. A task changes `augment`, or adds to `__getitem__`.
+    Crops are uint8, and become floats on the device (`transforms.unit_range`): a fourth of the way for the bytes.
 
     Args:
-        root: folder with ``input/`` and ``target/``, every pair of which is checked now; or pairs.
-        patch: side of the crops in pixels.
-        repeat: how often each picture counts in an epoch.
-        flip: random flips and rotations.
+        items: pictures or pairs.
+        patch: side of the crops in pixels, a multiple of ``multiple``.
+        repeat: how often each item counts in an epoch.
+        flip: whether to augment by flips and rotations.
         seed: of all randomness.
     """
 
-    def __init__(self, root: str | Path | list[Pair], patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234):
-        if patch < 8 or patch % 8:
-            raise UserError(f"TRAINING.TRAIN_PS must be a multiple of the network's 8 pixels, got {patch}")
-        self.pairs = root if isinstance(root, list) else find_pairs(root)
-        self.patch, self.repeat, self.flip, self.seed = patch, repeat, flip, seed
+    multiple = 8
+
+    def __init__(self, items: list, patch: int, repeat: int, flip: bool, seed: int):
+        if patch < self.multiple or patch % self.multiple:
+            raise UserError(f"TRAINING.TRAIN_PS must be a multiple of {self.multiple} pixels, got {patch}")
+        self.items, self.patch, self.repeat, self.flip, self.seed = items, patch, repeat, flip, seed
 
     def __len__(self) -> int:
-        return len(self.pairs) * self.repeat
+        return len(self.items) * self.repeat
 
     def generator(self, epoch: int, index: int, stream: int = 0) -> np.random.Generator:
         """The generator of one sample; another ``stream`` is independent of the crop and augmentation."""
         return np.random.default_rng([self.seed, epoch, index, stream])
 
+    def crop(self, rng: np.random.Generator, *pictures) -> list[np.ndarray]:
+        """The same random area of each picture, smaller than ``patch`` where the pictures are."""
+        height, width = pictures[0].shape[:2]
+        top = int(rng.integers(max(height - self.patch, 0) + 1))
+        left = int(rng.integers(max(width - self.patch, 0) + 1))
+        return [p[top : min(top + self.patch, height), left : min(left + self.patch, width)] for p in pictures]
+
+    def extend(self, crop: np.ndarray) -> Tensor:
+        """A crop as a (C, patch, patch) tensor, extended by reflection where it is too small."""
+        return pad_to(to_tensor(crop)[None], self.patch, self.patch)[0]
+
+
+class PairedPatches(RandomPatches):
+    """Random aligned crops of picture pairs, for training.
+
+    ``dataset[epoch, index]`` is ``(input, target)``, two (3, patch, patch) tensors: uint8, or float32 in [0, 1] where a
+    task's augmentation computes with them. Pictures smaller than the crop are extended by reflection. A task changes
+    `augment`, or adds to `__getitem__`.
+
+    Args:
+        root: folder with ``input/`` and ``target/``, every pair of which is checked now, its packed file, or pairs.
+        patch, repeat, flip, seed: see `RandomPatches`.
+    """
+
+    def __init__(self, root: str | Path | list[Pair], patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234):
+        super().__init__(root if isinstance(root, list) else find_pairs(root), patch, repeat, flip, seed)
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = key
         rng = self.generator(epoch, index)
-        pair = self.pairs[index % len(self.pairs)]
-        pictures = [read_image(pair.input), read_image(pair.target)]
-        height, width = pictures[0].shape[:2]
-        top = rng.integers(max(height - self.patch, 0) + 1)
-        left = rng.integers(max(width - self.patch, 0) + 1)
-        crops = [to_tensor(p[top : top + self.patch, left : left + self.patch]) for p in pictures]
-        crops = [pad_to(crop[None], self.patch, self.patch)[0] for crop in crops]
-        return self.augment(rng, *crops)
+        pair = self.items[index % len(self.items)]
+        crops = self.crop(rng, open_image(pair.input), open_image(pair.target))
+        return self.augment(rng, *map(self.extend, crops))
 
     def augment(self, rng: np.random.Generator, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The original's flips and rotations: of 9 equally likely choices, two leave the crop as it is."""
@@ -206,7 +352,7 @@ class PairedPatches(Dataset):
 
 
 class PairedCentres(Dataset):
-    """Central crops of picture pairs, for validation: ``dataset[index]`` is ``(input, target)``.
+    """Central crops of picture pairs, for validation: ``dataset[index]`` is ``(input, target)``, (3, H, W) uint8.
 
     Args:
         root: folder with ``input/`` and ``target/``, or pairs.
@@ -222,7 +368,7 @@ class PairedCentres(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def crop_size(self, height: int, width: int, path: Path) -> tuple[int, int]:
+    def crop_size(self, height: int, width: int, path: Path | Packed) -> tuple[int, int]:
         if self.patch:
             height, width = min(height, self.patch), min(width, self.patch)
         if min(height, width) < 8:
@@ -233,7 +379,7 @@ class PairedCentres(Dataset):
         pair = self.pairs[index]
         crops = []
         for path in (pair.input, pair.target):
-            picture = read_image(path)
+            picture = open_image(path)
             height, width = self.crop_size(*picture.shape[:2], path)
             top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
             crops.append(to_tensor(picture[top : top + height, left : left + width]))

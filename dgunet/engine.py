@@ -27,6 +27,7 @@ from dgunet.losses import StageLoss
 from dgunet.metrics import psnr_batch
 from dgunet.model import Measured, create_model
 from dgunet.schedule import EpochSchedule, validation_steps
+from dgunet.transforms import unit_range
 
 log = logging.getLogger("dgunet")
 
@@ -48,7 +49,7 @@ def train_command(
         default_config: file under ``configs/``.
         make_train_set: from the config and what ``find`` found to a data set indexed with (epoch, index).
         make_val_set: likewise to one for validation.
-        find: lists a folder's pairs, or its pictures.
+        find: lists the pairs, or the pictures, of a folder or of a packed file.
     """
     cfg, args = parse_args(description, default_config)
     sensing = "compressive_sensing"
@@ -491,7 +492,7 @@ class Trainer:
         return model if model.degradation is None else Measured(model)
 
     def _move(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        return unit_range(x.to(self.device, non_blocking=True)).contiguous(memory_format=self.memory_format)
 
     board = None  # TensorBoard's writer, where it is installed
 

@@ -80,13 +80,13 @@ class _HalfInstanceNorm(torch.autograd.Function):
         rstd = torch.rsqrt(variance + eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         scale = (weight.view(1, -1, 1, 1) * rstd).to(x.dtype)
-        shift = bias.view(1, -1, 1, 1) - mean * scale  # of the rounded scale, so that its rounding does not move the mean
+        shift = bias.view(1, -1, 1, 1) - mean * scale  # with the rounded scale, whose rounding then moves no mean
         return torch.addcmul(_extend(shift.to(x.dtype), 0), x, _extend(scale, 1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
-        # With x^ = (x - mean) * rstd, the gradient of x is scale * (g - mean(g) - x^ * mean(g * x^)): linear in g and x.
+        # With x^ = (x - mean) * rstd, x has the gradient scale * (g - mean(g) - x^ * mean(g * x^)), linear in g and x.
         x, weight, mean, rstd = ctx.saved_tensors
         half, pixels = weight.numel(), x.shape[2] * x.shape[3]
         first, g = x[:, :half], gradient[:, :half]

@@ -1,4 +1,4 @@
-"""Flips, rotations and padding of (..., H, W) tensors, shared by augmentation and inference."""
+"""Flips, rotations, padding and range of (..., H, W) tensors, shared by training and inference."""
 
 import torch
 from torch import Tensor
@@ -20,9 +20,16 @@ def undo_dihedral(x: Tensor, k: int) -> Tensor:
 
 def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     """Extend (B, C, H, W) at the right and bottom to the given size: by reflection, by replication where too small."""
+    if x.dtype == torch.uint8 and (x.shape[2] < height or x.shape[3] < width):
+        return pad_to(x.float(), height, width).to(x.dtype)  # torch pads floats only
     for size, current, place in ((height, x.shape[2], (0, 0, 0, 1)), (width, x.shape[3], (0, 1, 0, 0))):
         missing = size - current
         if missing > 0:
             mode = "reflect" if missing < current else "replicate"
             x = F.pad(x, [missing * side for side in place], mode=mode)
     return x
+
+
+def unit_range(x: Tensor) -> Tensor:
+    """8-bit values as float32 in [0, 1]; floats as they are."""
+    return x.float().div_(255) if x.dtype == torch.uint8 else x

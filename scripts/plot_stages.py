@@ -20,7 +20,7 @@ from dgunet.data import find_pairs, read_image, to_tensor
 from dgunet.errors import UserError, run_cli
 from dgunet.evaluation import to_uint8
 from dgunet.metrics import psnr_batch
-from dgunet.transforms import pad_to
+from dgunet.transforms import pad_to, unit_range
 
 
 def main():
@@ -58,14 +58,14 @@ def main():
 def all_estimates(model, picture: np.ndarray) -> list[np.ndarray]:
     """The estimates x_1 ... x_K of an (H, W, 3) uint8 picture, as such."""
     height, width = picture.shape[:2]
-    y = pad_to(to_tensor(picture)[None], -(-height // 8) * 8, -(-width // 8) * 8)
+    y = pad_to(unit_range(to_tensor(picture)[None]), -(-height // 8) * 8, -(-width // 8) * 8)
     with torch.inference_mode():
         estimates = model(y)[::-1]
     return [to_uint8(x[0, :, :height, :width].permute(1, 2, 0).numpy()) for x in estimates]
 
 
 def psnr(image: np.ndarray, target: np.ndarray) -> float:
-    return psnr_batch(to_tensor(image)[None], to_tensor(target)[None]).item()
+    return psnr_batch(*(unit_range(to_tensor(picture)[None]) for picture in (image, target))).item()
 
 
 def draw(whole: np.ndarray, crop: tuple[int, int, int], tiles: list[tuple[str, np.ndarray, float]], out: Path):

@@ -1,9 +1,14 @@
 """Pictures on disk: what is read, what is refused, and which crops training sees."""
 
 import collections
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -14,13 +19,15 @@ from dgunet.data import (
     EpochBatches,
     PairedCentres,
     PairedPatches,
+    find_images,
     find_pairs,
     image_size,
     list_images,
+    open_image,
     read_image,
     write_image,
 )
-from dgunet.transforms import dihedral, pad_to, undo_dihedral
+from dgunet.transforms import dihedral, pad_to, undo_dihedral, unit_range
 
 
 def random_picture(height=40, width=48, seed=0) -> np.ndarray:
@@ -130,6 +137,53 @@ def test_photograph_is_turned_upright(tmp_path, orientation):
     assert np.abs(picture.astype(int) - upright).mean() < 3
 
 
+@pytest.mark.parametrize("kind", ["plain", "interlaced", "transparent colour", "palette"])
+def test_crop_of_png_is_that_of_the_whole(tmp_path, kind):
+    path, picture = tmp_path / "a.png", smooth_picture(50, 70)
+    options = {"plain": {}, "interlaced": {}, "transparent colour": {"transparency": (1, 2, 3)}, "palette": {}}[kind]
+    image = Image.fromarray(picture)
+    if kind == "palette":
+        image = image.convert("P", palette=Image.Palette.ADAPTIVE)
+    image.save(path, **options)
+    if kind == "interlaced":
+        path.write_bytes(interlaced_png(picture))
+    if kind == "transparent colour":
+        assert "transparency" in refusal(open_image, path)
+        return
+    opened = open_image(path)
+    assert isinstance(opened, np.ndarray) == (kind != "plain")  # only the plain kind is decoded from the top down
+    picture = np.asarray(image.convert("RGB"))
+    assert opened.shape == picture.shape and np.array_equal(read_image(path), picture)
+    for area in ((slice(0, 8), slice(3, 30)), (slice(17, 41), slice(0, 70)), (slice(30, 50), slice(60, 70))):
+        assert np.array_equal(opened[area], picture[area])
+
+
+def interlaced_png(picture: np.ndarray) -> bytes:
+    """Adam7, which no encoder at hand writes: seven passes of unfiltered rows."""
+    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    rows = b"".join(
+        b"\0" + row.tobytes()
+        for top, left, down, right in passes
+        for row in picture[top::down, left::right]
+        if row.size
+    )
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", picture.shape[1], picture.shape[0], 8, 2, 0, 0, 1)
+    end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
+
+
+def test_damage_below_a_crop_does_not_matter_to_it(tmp_path):
+    path, picture = tmp_path / "a.png", random_picture(200, 80)
+    write_image(path, picture)
+    path.write_bytes(path.read_bytes()[:-2000])
+    assert np.array_equal(open_image(path)[0:64, 0:64], picture[:64, :64])
+    assert "is damaged" in refusal(read_image, path)
+
+
 # ------------------------------------------------------------------------------------------------------------- pairing
 
 
@@ -223,8 +277,8 @@ def test_crops_are_aligned(shifted, flip):
     for epoch in range(1, 12):
         degraded, target = patches[epoch, epoch % 3]
         assert degraded.shape == target.shape == (3, 16, 16)
-        assert degraded.dtype == torch.float32
-        torch.testing.assert_close(target - degraded, torch.full_like(target, 16 / 255), atol=1e-6, rtol=0)
+        assert degraded.dtype == target.dtype == torch.uint8
+        assert torch.equal(target, degraded + 16)
 
 
 def test_crops_are_taken_from_everywhere(tmp_path):
@@ -234,7 +288,7 @@ def test_crops_are_taken_from_everywhere(tmp_path):
     for side in ("input", "target"):
         write_image(tmp_path / side / "a.png", picture)
     patches = PairedPatches(tmp_path, 16, flip=False)
-    corners = {tuple((patches[epoch, 0][0][:2, 0, 0] * 255).round().int().tolist()) for epoch in range(600)}
+    corners = {tuple(patches[epoch, 0][0][:2, 0, 0].tolist()) for epoch in range(600)}
     assert corners == {(top, left) for top in range(5) for left in range(9)}
 
 
@@ -247,9 +301,7 @@ def test_small_pictures_are_extended(tmp_path, size):
     assert degraded.shape == (3, 16, 16)
     assert torch.equal(degraded, target)
     present = {tuple(pixel) for pixel in picture.reshape(-1, 3)}
-    assert {
-        tuple(pixel) for pixel in (degraded * 255).round().byte().permute(1, 2, 0).reshape(-1, 3).numpy()
-    } <= present
+    assert {tuple(pixel) for pixel in degraded.permute(1, 2, 0).reshape(-1, 3).numpy()} <= present
 
 
 def test_repeat(shifted):
@@ -282,6 +334,82 @@ def test_streams_are_independent(shifted):
     assert patches.generator(1, 2).random() == values[0]
 
 
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+def pack(*arguments) -> subprocess.CompletedProcess:
+    script = Path(__file__).parents[1] / "scripts" / "pack_dataset.py"
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture
+def packed(shifted) -> Path:
+    """The same pairs, of several sizes, in one file."""
+    for side in ("input", "target"):
+        write_image(shifted / side / "large.png", random_picture(300, 250, seed=len(side)))
+        write_image(shifted / side / "small.png", random_picture(10, 12, seed=len(side)))
+    done = pack(shifted, "--out", shifted / "all.h5")
+    assert done.returncode == 0, done.stderr
+    return shifted / "all.h5"
+
+
+def test_packed_samples_are_those_of_the_folder(packed):
+    folder, file = (PairedPatches(root, 64, repeat=3) for root in (packed.parent, packed))
+    assert len(folder) == len(file) == 15
+    for key in [(epoch, index) for epoch in (1, 7) for index in range(15)]:
+        for a, b in zip(folder[key], file[key], strict=True):
+            assert torch.equal(a, b)
+    centres = PairedCentres(packed.parent, 32), PairedCentres(packed, 32)
+    assert centres[0].sizes == centres[1].sizes
+    for k in range(5):
+        for a, b in zip(centres[0][k], centres[1][k], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_packed_file_in_loading_processes(packed):
+    """A file that is already open here is opened anew by each forked worker."""
+    patches = PairedPatches(packed, 32)
+    keys = [[(1, index)] for index in range(5)]
+    here = [patches[key[0]][0] for key in keys]
+    loader = torch.utils.data.DataLoader(patches, batch_sampler=keys, num_workers=1)
+    assert all(torch.equal(batch[0][0], expected) for batch, expected in zip(loader, here, strict=True))
+
+
+def test_packing_refuses(packed, tmp_path):
+    again = pack(packed.parent, "--out", packed)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "exists; remove it" in again.stderr
+    (tmp_path / "target" / "small.png").write_bytes(b"no picture")
+    failed = pack(tmp_path, "--out", tmp_path / "other.h5")
+    assert failed.returncode == 2 and str(tmp_path / "target" / "small.png") in failed.stderr
+    assert not list(tmp_path.glob("*other.h5*"))  # nothing half-written is left
+
+
+def test_unsuitable_packed_file(packed, tmp_path):
+    (tmp_path / "text.h5").write_text("no data set")
+    assert refusal(find_pairs, tmp_path / "text.h5").startswith(f"{tmp_path / 'text.h5'} is not a packed data set")
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["input"] = 1
+    assert "was not written by scripts/pack_dataset.py" in refusal(find_pairs, tmp_path / "foreign.h5")
+    assert "holds picture pairs" in refusal(find_images, packed)
+
+
+def test_packed_luminance(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "CompressiveSensing")
+    monkeypatch.delitem(sys.modules, "dataset", raising=False)
+    from dataset import LumaCentres, LumaPatches
+
+    write_image(tmp_path / "photos" / "a.png", random_picture(80, 100))
+    write_image(tmp_path / "photos" / "b.jpg", smooth_picture(64, 64)[:, :, 0])
+    done = pack(tmp_path / "photos", "--luma")
+    assert done.returncode == 0, done.stderr
+    folder, file = (find_images(root) for root in (tmp_path / "photos", tmp_path / "photos.h5"))
+    for k in range(2):
+        assert torch.equal(LumaPatches(folder, 32, 1)[3, k][0], LumaPatches(file, 32, 1)[3, k][0])
+        assert torch.equal(LumaCentres(folder, 64)[k][0], LumaCentres(file, 64)[k][0])
+    assert "holds single pictures" in refusal(find_pairs, tmp_path / "photos.h5")
+    monkeypatch.delitem(sys.modules, "dataset")
+
+
 # -------------------------------------------------------------------------------------------------- flips and padding
 
 
@@ -301,6 +429,15 @@ def test_pad_to_reflects_and_replicates():
     assert pad_to(x, 3, 3)[0, 0, :, 0].tolist() == [0, 3, 0]
     assert pad_to(x, 4, 3)[0, 0, :, 0].tolist() == [0, 3, 3, 3]
     assert pad_to(x, 1, 1) is x
+    assert torch.equal(pad_to(x.byte(), 4, 6), pad_to(x, 4, 6).byte())
+
+
+def test_unit_range():
+    x = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(unit_range(x), torch.arange(256.0) / 255)
+    assert unit_range(unit_range(x)).max() == 1
+    floats = torch.rand(3)
+    assert unit_range(floats) is floats
 
 
 # ---------------------------------------------------------------------------------------------------- validation crops
@@ -315,7 +452,7 @@ def test_centres(tmp_path):
     assert len(centres) == 3
     for k, side in enumerate(("input", "target")):
         expected = read_image(tmp_path / side / "a.png")[4:36, 9:41]
-        assert np.array_equal((centres[0][k] * 255).round().byte().permute(1, 2, 0).numpy(), expected)
+        assert np.array_equal(centres[0][k].permute(1, 2, 0).numpy(), expected)
     whole = PairedCentres(tmp_path, 0)
     assert whole.sizes == {(40, 48), (16, 64), (8, 8)}
     assert {tuple(whole[k][0].shape) for k in range(3)} == {(3, 40, 48), (3, 16, 64), (3, 8, 8)}

@@ -16,6 +16,7 @@ from dgunet import create_model, load_model, restore
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.data import read_image
 from dgunet.metrics import evaluate_pair
+from dgunet.transforms import unit_range
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "Denoising"))
@@ -60,8 +61,8 @@ def test_mixup_starts_in_its_epoch_and_blends_two_samples(tmp_path, picture_pair
         assert torch.equal(a, b)
     blended = 0
     for index in range(4):
-        one, out = plain[6, index], mixed[6, index]
-        for partner in (plain[6, other] for other in range(4)):
+        one, out = [unit_range(x) for x in plain[6, index]], mixed[6, index]
+        for partner in ([unit_range(x) for x in plain[6, other]] for other in range(4)):
             # out = l * one + (1 - l) * partner, with the same l for input and target
             shares = [
                 ((o - p) * (s - p)).sum() / ((s - p) ** 2).sum().clamp(min=1e-12)

@@ -19,6 +19,7 @@ from dgunet.config import load_config
 from dgunet.data import PairedCentres, PairedPatches
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
+from dgunet.transforms import unit_range
 
 TRAIN = Path(__file__).resolve().parents[1] / "Denoising" / "train.py"
 OVERRIDES = {"width": 8, "growth": 4, "final_growth": 4, "stages": 3}
@@ -79,7 +80,7 @@ def make_trainer(folders, **changed) -> Trainer:
 
 def batch(trainer, count: int = 2):
     samples = [trainer.train_set[1, i] for i in range(count)]
-    return [torch.stack(side) for side in zip(*samples, strict=True)]
+    return [unit_range(torch.stack(side)) for side in zip(*samples, strict=True)]
 
 
 def test_run_writes_everything_and_says_what_it_does(folders):
@@ -359,7 +360,7 @@ def test_batch_must_fit_the_processes(folders):
         (["OPTIM.SCHEDULE", "linear"], "OPTIM.SCHEDULE is cosine, constant or step"),
         (["--config", "missing.yaml"], "cannot read the config missing.yaml"),
         (["MODEL.WEIGHTS", "missing.pth"], "no checkpoint at missing.pth"),
-        (["TRAINING.TRAIN_PS", "100"], "multiple of the network's 8 pixels"),
+        (["TRAINING.TRAIN_PS", "100"], "multiple of 8 pixels"),
         (["MODEL.NAME", "compressive_sensing_dgunet"], "not a network for this task"),
     ],
 )

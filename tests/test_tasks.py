@@ -18,6 +18,7 @@ from dgunet import create_model, load_model, restore
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.data import find_pairs, read_image
 from dgunet.metrics import evaluate_pair
+from dgunet.transforms import unit_range
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {
@@ -242,7 +243,8 @@ def test_saturation_changes_a_third_and_both_alike(tmp_path, picture_pairs, monk
     grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     count = 0
     for index in range(len(plain)):
-        before, after = plain[1, index], changed[1, index]
+        assert plain[1, index][0].dtype == torch.uint8 and changed[1, index][0].dtype == torch.float32
+        before, after = [unit_range(x) for x in plain[1, index]], changed[1, index]
         assert torch.equal(before[0], after[0]) == torch.equal(before[1], after[1])
         if torch.equal(before[0], after[0]):
             continue
@@ -286,7 +288,7 @@ def test_luma_patches(tmp_path, monkeypatch):
     Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "ramp.png")
     data = dataset.LumaPatches([tmp_path / "ramp.png"], 32, repeat=400)
     assert len(data) == 400
-    base = torch.from_numpy(ramp).float()[None] / 255
+    base = torch.from_numpy(ramp).byte()[None]
     variants = [v for x in (base, base.mT) for v in (x, x.flip(-1), x.flip(-2), x.flip(-1, -2))]
     seen = np.zeros(8)
     for index in range(400):
@@ -295,7 +297,7 @@ def test_luma_patches(tmp_path, monkeypatch):
         seen += [torch.equal(x, v) for v in variants]
     assert seen.sum() == 400 and seen.min() > 25  # all eight, equally likely
     assert all(torch.equal(a, b) for a, b in zip(data[3, 7], data[3, 7], strict=True))
-    with pytest.raises(ValueError, match="multiple of the 32-pixel blocks"):
+    with pytest.raises(ValueError, match="multiple of 32 pixels"):
         dataset.LumaPatches([tmp_path / "ramp.png"], 33)
 
 

@@ -1,0 +1,546 @@
+"""Time the network, training, data loading and evaluation, each beside the same thing as the original code runs it.
+
+    python scripts/benchmark.py                                                   # all of it, in some minutes
+    python scripts/benchmark.py forward train --variants deblurring_dgunet deraining_dgunet --batch 16 --crop 256
+    python scripts/benchmark.py forward --sizes 1280x720 --compile --profile
+    python scripts/benchmark.py data --pictures Datasets/GoPro/train
+
+The baseline is the same network in the original's form: float32, NCHW, eager; half instance norm by splitting and
+concatenating, subspace fusion with an explicit inverse; Adam parameter by parameter, the loss read after each step;
+pictures decoded, converted and augmented whole, then cropped; three-dimensional SSIM with its 11x11x11 window.
+
+Every case runs in a process of its own, so that its peak memory is its own. On a CPU the cases of a table take turns,
+so that whatever else the machine does meets all of them; times are medians. Weights and pictures are never zeros.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "Deblurring")]
+
+from dgunet.config import load_config  # noqa: E402
+from dgunet.errors import UserError, run_cli  # noqa: E402
+from dgunet.layers import ChannelAttentionBlock, ConvBlock, HalfInstanceNorm  # noqa: E402
+from dgunet.model import Measured, create_model, list_models  # noqa: E402
+from dgunet.pathways import ISFF, SubspaceFusion  # noqa: E402
+
+SECTIONS = ("forward", "train", "data", "evaluate", "startup")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One line of a table."""
+
+    section: str
+    name: str
+    variant: str = ""
+    batch: int = 1
+    height: int = 256
+    width: int = 256
+    baseline: bool = False
+    bf16: bool = False
+    compile: bool = False
+    checkpointing: bool = False
+    pictures: str = ""  # data: folder with input/ and target/, or packed file
+    device: str = "cpu"
+    threads: int = 0
+    profile: bool = False
+
+
+# ------------------------------------------------------------------------------------------- the original's form
+
+
+class _SplitNorm(HalfInstanceNorm):
+    def forward(self, x):
+        first, second = torch.chunk(x, 2, dim=1)
+        return torch.cat([self.norm(first), second], dim=1)
+
+
+class _PlainConvBlock(ConvBlock):
+    def forward(self, x):
+        out = F.leaky_relu(self.norm(self.conv1(x)), 0.2)
+        return F.leaky_relu(self.conv2(out), 0.2) + self.identity(x)
+
+
+class _PlainAttentionBlock(ChannelAttentionBlock):
+    def forward(self, x):
+        out = self.conv2(self.activation(self.conv1(x)))
+        return out * self.attention(out) + x
+
+
+class _PlainISFF(ISFF):
+    def forward(self, x, encoded, decoded):
+        shared = self.encoder_conv(encoded) + self.decoder_conv(decoded)
+        if not self.adaptive:
+            return x + shared
+        shared = F.leaky_relu(shared, 0.1)
+        return x * torch.sigmoid(self.scale_conv(shared)) + self.shift_conv(shared) + x
+
+
+class _InverseFusion(SubspaceFusion):
+    def forward(self, x, bridge):
+        basis = self.basis_conv(torch.cat([x, bridge], dim=1)).flatten(2)
+        basis = basis / (1e-6 + basis.abs().sum(dim=2, keepdim=True))
+        transposed = basis.permute(0, 2, 1)
+        projection = torch.inverse(basis @ transposed) @ basis
+        projected = (transposed @ (projection @ bridge.flatten(2).permute(0, 2, 1))).permute(0, 2, 1)
+        return self.merge_conv(torch.cat([x, projected.reshape(bridge.shape)], dim=1)) + x
+
+
+def as_original(model: nn.Module) -> nn.Module:
+    """The same weights, computed with as the original does."""
+    plain = {
+        HalfInstanceNorm: _SplitNorm,
+        ConvBlock: _PlainConvBlock,
+        ChannelAttentionBlock: _PlainAttentionBlock,
+        ISFF: _PlainISFF,
+        SubspaceFusion: _InverseFusion,
+    }
+    for module in model.modules():
+        module.__class__ = plain.get(type(module), type(module))
+    return model
+
+
+# ------------------------------------------------------------------------------------------- what is timed
+
+
+def prepare(case: Case) -> Callable:
+    """The function whose calls are timed; it returns something that must not be all zeros."""
+    return {"forward": _forward, "train": _train, "data": _data, "evaluate": _evaluate}[case.section](case)
+
+
+def _pictures(case: Case, channels: int) -> torch.Tensor:
+    """Smooth random pictures with some noise, in [0, 1]."""
+    coarse = torch.rand(case.batch, channels, case.height // 8, case.width // 8)
+    smooth = F.interpolate(coarse, (case.height, case.width), mode="bicubic", align_corners=False)
+    return (smooth + 0.05 * torch.randn_like(smooth)).clamp(0, 1).to(case.device)
+
+
+def _network(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    model = create_model(case.variant, checkpointing=case.checkpointing).to(case.device)
+    if case.baseline:
+        return as_original(model)
+    return model.to(memory_format=torch.channels_last)
+
+
+def _forward(case: Case) -> Callable:
+    model = _network(case).eval()
+    y = _pictures(case, model.channels)
+    if not case.baseline:
+        y = y.contiguous(memory_format=torch.channels_last)
+    if case.compile:
+        model.compile()
+    network = model if model.degradation is None else Measured(model)
+
+    def run():
+        with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, enabled=case.bf16):
+            return network(y)[0] - y
+
+    return run
+
+
+def _train(case: Case) -> Callable:
+    from dgunet.engine import Trainer
+
+    task = case.variant.removesuffix("_plus").removesuffix("_dgunet")
+    options = ["DEVICE", case.device, "OPTIM.BATCH_SIZE", str(case.batch), "SPEED.COMPILE", str(case.compile)]
+    options += ["SPEED.AMP", "bf16" if case.bf16 else "fp32", "SPEED.CHANNELS_LAST", str(not case.baseline)]
+    cfg = load_config(ROOT / "configs" / task / "dgunet.yaml", [*options, "TRAINING.SAVE_DIR", tempfile.mkdtemp()])
+    model = _network(case)
+    trainer = Trainer(cfg, model, train_set=range(case.batch), val_set=None)
+    target = _pictures(case, model.channels)
+    input = target if model.degradation is not None else (target + 0.1 * torch.randn_like(target)).clamp(0, 1)
+    input, target = trainer._move(input), trainer._move(target)
+    weight = next(model.parameters())
+    if not case.baseline:
+
+        def run():
+            trainer.train_step(input, target)
+            return weight.grad
+
+        return run
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, foreach=False, fused=False)
+    network = trainer.network
+
+    def run():
+        optimizer.zero_grad()
+        loss = trainer.loss(network(input), target)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        return weight.grad
+
+    return run
+
+
+def _data(case: Case) -> Callable:
+    import cv2
+    from dataset import BlurredPatches
+
+    from dgunet.data import find_pairs
+
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    if case.baseline:
+        pairs, rng = find_pairs(case.pictures), np.random.default_rng(0)
+        return lambda: _whole_pictures(pairs[rng.integers(len(pairs))], case.height, rng)
+    patches = BlurredPatches(case.pictures, case.height, saturation=0.2)
+    index = iter(range(10**9))
+    return lambda: patches[1, next(index)][0].float()
+
+
+def _whole_pictures(pair, patch: int, rng: np.random.Generator) -> torch.Tensor:
+    """A sample of the original's deblurring loader."""
+    import torchvision.transforms.functional as TF
+    from PIL import Image
+
+    pictures = [Image.open(path).convert("RGB") for path in (pair.input, pair.target)]
+    if rng.integers(3) == 1:
+        factor = rng.uniform(0.8, 1.2)
+        pictures = [TF.adjust_saturation(picture, factor) for picture in pictures]
+    pictures = [TF.to_tensor(picture) for picture in pictures]
+    height, width = pictures[0].shape[1:]
+    top, left = int(rng.integers(height - patch + 1)), int(rng.integers(width - patch + 1))
+    pictures = [picture[:, top : top + patch, left : left + patch] for picture in pictures]
+    turns = int(rng.integers(9))
+    return [torch.rot90(picture, turns % 4, dims=(1, 2)).contiguous() for picture in pictures][0]
+
+
+def _evaluate(case: Case) -> Callable:
+    import cv2
+
+    from dgunet.metrics import evaluate_pair
+
+    cv2.setNumThreads(1)
+    rng = np.random.default_rng(0)
+    target = (255 * _pictures(dataclasses.replace(case, device="cpu"), 3)[0].permute(1, 2, 0).numpy()).astype(np.uint8)
+    restored = np.clip(target + rng.normal(0, 5, target.shape), 0, 255).astype(np.uint8)
+    score = _direct_ssim if case.baseline else lambda r, t: evaluate_pair(r, t, "rgb_matlab")[1]
+    return lambda: torch.tensor(score(restored, target))
+
+
+def _direct_ssim(restored: np.ndarray, target: np.ndarray) -> float:
+    """MATLAB's SSIM of an RGB array with all 11^3 taps of the window at each pixel."""
+    import cv2
+    from scipy.ndimage import correlate
+
+    taps = cv2.getGaussianKernel(11, 1.5)[:, 0]
+    window = np.einsum("i,j,k->ijk", taps, taps, taps)
+    x, y = restored.astype(np.float64), target.astype(np.float64)
+    mean_x, mean_y, xx, yy, xy = (correlate(v, window, mode="nearest") for v in (x, y, x * x, y * y, x * y))
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    numerator = (2 * mean_x * mean_y + c1) * (2 * (xy - mean_x * mean_y) + c2)
+    variances = xx - mean_x**2 + yy - mean_y**2
+    return float(np.mean(numerator / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))))
+
+
+# ------------------------------------------------------------------------------------------- timing
+
+
+def measure(cases: list[Case], runs: int, seconds: float) -> list[dict]:
+    """Median seconds and peak memory in bytes of each case."""
+    groups = [[case] for case in cases] if cases[0].device.startswith("cuda") else [cases]
+    return [result for group in groups for result in _measure_in_turn(group, runs, seconds)]
+
+
+def _measure_in_turn(cases: list[Case], runs: int, seconds: float) -> list[dict]:
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    workers, results = [], []
+    for case in cases:
+        pipe, end = context.Pipe()
+        worker = context.Process(target=_work, args=(case, end), daemon=True)
+        worker.start()
+        end.close()
+        workers.append((worker, pipe))
+        try:
+            results.append(pipe.recv() | {"times": []})  # after it has warmed up
+        except EOFError as error:
+            raise UserError(f"{case.name} failed; its message is above") from error
+    started = time.monotonic()
+    for turn in range(runs):
+        if turn and time.monotonic() - started > seconds:
+            break
+        for (_, pipe), result in zip(workers, results, strict=True):
+            pipe.send(True)
+            result["times"].append(pipe.recv())
+    for worker, pipe in workers:
+        pipe.send(False)
+        worker.join()
+    return [result | {"seconds": statistics.median(result["times"])} for result in results]
+
+
+def _work(case: Case, pipe):
+    if case.threads:
+        torch.set_num_threads(case.threads)
+    cuda = case.device.startswith("cuda")
+    before = resident_memory(start=True)
+    run = prepare(case)
+    for _ in range(3 if cuda or case.compile else 1):
+        out = run()
+    if not torch.isfinite(out).all() or not out.any():
+        raise ValueError(f"{case.name} computes zeros or NaN, which other values may not be as fast as")
+    del out
+    if case.profile:
+        _profile(case, run)
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resident_memory() - before
+    pipe.send({"peak_memory": peak})
+    calls = 20 if case.section == "data" else 1  # crops differ, and so does the work for them
+    while pipe.recv():
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        if cuda:
+            torch.cuda.synchronize()
+        pipe.send((time.perf_counter() - started) / calls)
+
+
+def resident_memory(start: bool = False) -> int:
+    """Largest resident memory of this process in bytes, since the last call with ``start``; 0 where not on Linux."""
+    try:
+        if start:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def _profile(case: Case, run: Callable):
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * case.device.startswith("cuda")
+    with profile(activities=activities, acc_events=True) as profiler:
+        run()
+    key = "self_cuda_time_total" if case.device.startswith("cuda") else "self_cpu_time_total"
+    print(f"\n{case.name}\n{profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=50)}")
+
+
+def operations(case: Case) -> int:
+    """Floating-point operations of a case's matrix products and convolutions, recomputation not counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = create_model(case.variant)
+    network = model if model.degradation is None else Measured(model)
+    y = torch.rand(1, model.channels, 64, 64)  # the count is proportional to the pixels
+    with FlopCounterMode(display=False) as counter:
+        estimates = network(y)
+        if case.section == "train":
+            sum(x.sum() for x in estimates).backward()
+    return counter.get_total_flops() * case.batch * case.height * case.width // 64**2
+
+
+def matrix_peak(device: str, threads: int) -> dict[bool, float]:
+    """Floating-point operations per second of large matrix products: in bfloat16 (True) and float32 (False)."""
+    if threads:
+        torch.set_num_threads(threads)
+    peaks = {}
+    for bf16 in (True, False):
+        size = 8192 if device.startswith("cuda") else 3072
+        a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else None) for _ in range(2))
+        times = []
+        for _ in range(6):
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            a @ b
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        peaks[bf16] = 2 * size**3 / min(times)
+    return peaks
+
+
+# ------------------------------------------------------------------------------------------- the tables
+
+
+def network_cases(args, section: str, variant: str, height: int, width: int, batch: int) -> list[Case]:
+    common = dict(
+        section=section, variant=variant, height=height, width=width, batch=batch, device=args.device,
+        threads=args.threads,
+    )  # fmt: skip
+    cases = [
+        Case(name="baseline", baseline=True, **common),
+        Case(name="float32", **common, profile=args.profile),
+        Case(name="bfloat16", bf16=True, **common, profile=args.profile),
+    ]
+    if section == "train":
+        cases.append(Case(name="bfloat16, checkpointing", bf16=True, checkpointing=True, **common))
+    if args.compile:
+        cases.append(Case(name="bfloat16, compiled", bf16=True, compile=True, **common, profile=args.profile))
+    return cases
+
+
+def network_table(args, cases: list[Case], peaks: dict) -> list[dict]:
+    case = cases[0]
+    title = f"{case.section}: {case.variant}, {case.batch} x {case.height}x{case.width}"
+    operations_ = operations(case)
+    rows = []
+    for case, result in zip(cases, measure(cases, args.runs, args.seconds), strict=True):
+        share = operations_ / result["seconds"] / peaks[case.bf16]
+        rows.append(result | {"images_per_second": case.batch / result["seconds"], "share_of_peak": share})
+    return finish(title, cases, rows)
+
+
+def data_table(args) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(args.pictures or make_pictures(Path(folder) / "pictures"))
+        packed = Path(folder) / "packed.h5"
+        subprocess.run([sys.executable, ROOT / "scripts/pack_dataset.py", source, "--out", packed], check=True)
+        common = dict(section="data", height=256, width=256)
+        cases = [
+            Case(name="baseline: PNG", baseline=True, pictures=str(source), **common),
+            Case(name="PNG", pictures=str(source), **common),
+            Case(name="packed", pictures=str(packed), **common),
+        ]
+        rows = measure(cases, args.runs, args.seconds)
+    rows = [row | {"images_per_second": 1 / row["seconds"]} for row in rows]
+    return finish("data: deblurring samples of 256x256 from pairs of 1280x720, one core", cases, rows)
+
+
+def make_pictures(folder: Path) -> Path:
+    """Pairs of 1280x720 PNGs: scikit-image's photographs, enlarged, with sensor noise; the inputs blurred before it."""
+    import cv2
+    import skimage.data
+
+    from dgunet.data import write_image
+
+    rng = np.random.default_rng(0)
+    for name in ("astronaut", "coffee", "chelsea", "rocket"):
+        sharp = cv2.resize(getattr(skimage.data, name)(), (1280, 720), interpolation=cv2.INTER_CUBIC)
+        for side, picture in (("input", cv2.blur(sharp, (15, 3))), ("target", sharp)):
+            noisy = np.clip(picture + rng.normal(0, 1.5, picture.shape), 0, 255).round().astype(np.uint8)
+            write_image(folder / side / f"{name}.png", noisy)
+    return folder
+
+
+def evaluate_table(args) -> list[dict]:
+    common = dict(section="evaluate", height=256, width=256)
+    cases = [Case(name="baseline: direct", baseline=True, **common), Case(name="separable", **common)]
+    rows = [row | {"images_per_second": 1 / row["seconds"]} for row in measure(cases, args.runs, args.seconds)]
+    return finish("evaluate: three-dimensional SSIM of 256x256, one core", cases, rows)
+
+
+def startup_table(args) -> list[dict]:
+    commands = {
+        "import torch": ["-c", "import torch"],
+        "import dgunet": ["-c", "import dgunet"],
+        "Deraining/test.py --help": [str(ROOT / "Deraining/test.py"), "--help"],
+    }
+    rows = []
+    for command in commands.values():
+        times = []
+        for _ in range(args.runs):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+            times.append(time.perf_counter() - started)
+        rows.append({"seconds": statistics.median(times), "times": times})
+    return finish("startup", [Case("startup", name) for name in commands], rows)
+
+
+def finish(title: str, cases: list[Case], rows: list[dict]) -> list[dict]:
+    """Print a table, with ratios to its first row; the rows with all that is known, for the JSON file."""
+    first = rows[0]
+    speed = title.split(":")[0] != "startup"
+    print(f"\n{title}\n{'':28} {'time':>10} {'images/s':>9} {'speed':>7} {'memory':>10} {'memory':>7} {'of peak':>8}")
+    finished = []
+    for case, row in zip(cases, rows, strict=True):
+        row = {"table": title, **dataclasses.asdict(case), **row}
+        line = f"{case.name:28} {row['seconds'] * 1000:7.1f} ms"
+        if speed:
+            row["speed_ratio"] = first["seconds"] / row["seconds"]
+            line += f" {row['images_per_second']:9.2f} {row['speed_ratio']:6.2f}x"
+        if "share_of_peak" in row:
+            row["memory_ratio"] = row["peak_memory"] / (first["peak_memory"] or float("nan"))
+            line += f" {row['peak_memory'] / 2**20:6.0f} MiB {row['memory_ratio']:6.2f}x {row['share_of_peak']:8.1%}"
+        print(line, flush=True)
+        finished.append(row)
+    return finished
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all)")
+    add("--variants", nargs="+", default=["deraining_dgunet"], help=f"of {', '.join(list_models())}")
+    add("--sizes", nargs="+", default=["256x256", "1280x720"], help="forward: WIDTHxHEIGHT")
+    add("--batch", type=int, default=2, help="training: pictures in a step (default: 2; the paper's is 16)")
+    add("--crop", type=int, default=128, help="training: side of the crops (default: 128; the paper's is 256)")
+    add("--compile", action="store_true", help="also torch.compile")
+    add("--pictures", help="data: folder of 1280x720 pairs (default: enlarged photographs of scikit-image)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=0, help="of the CPU (default: PyTorch's choice)")
+    add("--runs", type=int, default=7, help="medians are of so many runs")
+    add("--seconds", type=float, default=60, help="but no new round after this long")
+    add("--profile", action="store_true", help="also print where the time of this repository's networks goes")
+    add("--out", type=Path, default=Path("benchmark.json"), help="JSON file to write (default: benchmark.json)")
+    args = parser.parse_args()
+    unknown = set(args.sections) - set(SECTIONS)
+    if unknown:
+        raise UserError(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    sections = args.sections or SECTIONS
+
+    cuda = args.device.startswith("cuda")
+    machine = torch.cuda.get_device_name(args.device) if cuda else cpu_name()
+    threads = args.threads or torch.get_num_threads()
+    print(f"{time.strftime('%Y-%m-%d')}, {machine}, {threads} CPU threads, PyTorch {torch.__version__}")
+    rows, peaks = [], {}
+    if {"forward", "train"} & set(sections):
+        peaks = matrix_peak(args.device, args.threads)
+        print(f"matrix products: {peaks[True] / 1e12:.2f} Tflop/s in bfloat16, {peaks[False] / 1e12:.2f} in float32")
+    for section in sections:
+        if section == "forward":
+            for variant in args.variants:
+                for size in args.sizes:
+                    width, height = map(int, size.lower().split("x"))
+                    rows += network_table(args, network_cases(args, section, variant, height, width, 1), peaks)
+        elif section == "train":
+            for variant in args.variants:
+                cases = network_cases(args, section, variant, args.crop, args.crop, args.batch)
+                rows += network_table(args, cases, peaks)
+        else:
+            rows += {"data": data_table, "evaluate": evaluate_table, "startup": startup_table}[section](args)
+    note = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine,
+        "threads": threads,
+        "torch": torch.__version__,
+        "matrix_peak": {"bfloat16": peaks.get(True), "float32": peaks.get(False)},
+    }
+    args.out.write_text(json.dumps(note | {"rows": rows}, indent=1) + "\n")
+    print(f"\nwrote {args.out}")
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    run_cli(main)
