@@ -21,7 +21,7 @@ setup(
             "scikit-image>=0.22",
             "opencv-python-headless>=4.8",
             "pillow>=10",
-            "pyspng>=0.1.3",  # decodes PNG faster than OpenCV and Pillow
+            "kornia_rs>=0.2,<0.3",  # decodes PNG three times faster than OpenCV and Pillow
             "h5py>=3.9",
             "matplotlib>=3.8",
             "tqdm>=4.65",

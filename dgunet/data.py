@@ -8,7 +8,6 @@ changes a sample, and a resumed epoch sees what the first one would have seen.
 import functools
 import os
 import struct
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,10 +57,10 @@ def read_image(source: str | Path | Packed) -> np.ndarray:
 def open_image(source: str | Path | Packed):
     """A picture to take a crop from: has ``.shape``, and ``[top:bottom, left:right]`` gives what `read_image` would.
 
-    Of a packed picture only the crop is read, of a PNG only what lies above its last row is decoded.
+    Of a packed picture only the crop is read.
 
     Raises:
-        UserError: as `read_image`; about a damaged PNG when a crop is taken.
+        UserError: as `read_image`.
     """
     if isinstance(source, Packed):
         return _open_packed(source)
@@ -69,46 +68,30 @@ def open_image(source: str | Path | Packed):
         encoded = np.fromfile(source, dtype=np.uint8)
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}") from error
-    return _TopDownPng(source, encoded) if _TopDownPng.takes(encoded) else _decode(source, encoded)
+    size = _plain_png_size(encoded)
+    return _decode(source, encoded) if size is None else _decode_png(source, encoded, size)
 
 
-class _TopDownPng:
-    """A PNG of the usual kind, decoded no further down than needed.
+def _plain_png_size(encoded: np.ndarray) -> tuple[int, int] | None:
+    """(height, width) of a PNG of the usual kind: 8-bit RGB, without a transparent colour. None for any other file."""
+    header = struct.Struct(">8s4x4sIIBB3x")
+    if encoded.size < header.size:
+        return None
+    signature, kind, width, height, depth, colour = header.unpack_from(encoded)
+    if (signature, kind, depth, colour) != (b"\x89PNG\r\n\x1a\n", b"IHDR", 8, 2):
+        return None
+    head = encoded[:65536].tobytes()
+    return None if b"tRNS" in head[: head.find(b"IDAT")] else (height, width)
 
-    A decoder stops after the rows that the header announces: it is given a header that announces the rows wanted.
-    """
 
-    HEADER = struct.Struct(">8sI4sIIBBBBBI")  # signature, length, "IHDR", width, height, depth, colour, ..., CRC
+def _decode_png(path, encoded: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The pixels that OpenCV and Pillow give, in a third of their time."""
+    from kornia_rs.io import decode_image_png_u8
 
-    @classmethod
-    def takes(cls, encoded: np.ndarray) -> bool:
-        """Whether it is 8-bit RGB, top to bottom, without a transparent colour."""
-        if encoded.size < cls.HEADER.size:
-            return False
-        signature, _, kind, _, _, *form, _ = cls.HEADER.unpack_from(encoded)
-        if (signature, kind, form) != (b"\x89PNG\r\n\x1a\n", b"IHDR", [8, 2, 0, 0, 0]):
-            return False
-        head = encoded[:65536].tobytes()
-        return b"tRNS" not in head[: head.find(b"IDAT")]
-
-    def __init__(self, path, encoded: np.ndarray):
-        self.path, self.encoded = path, encoded
-        width, height = self.HEADER.unpack_from(encoded)[3:5]
-        self.shape = height, width, 3
-
-    def __getitem__(self, area: tuple[slice, slice]) -> np.ndarray:
-        import pyspng
-
-        bottom = area[0].indices(self.shape[0])[1]
-        fields = list(self.HEADER.unpack_from(self.encoded))
-        fields[4] = bottom
-        header = bytearray(self.HEADER.pack(*fields))
-        header[-4:] = struct.pack(">I", zlib.crc32(header[12:-4]))
-        try:
-            rows = pyspng.load(bytes(header) + self.encoded[self.HEADER.size :].tobytes())
-        except Exception as error:
-            raise UserError(_damaged(self.path)) from error
-        return rows[area]
+    try:
+        return decode_image_png_u8(encoded.tobytes(), size, "rgb")
+    except Exception as error:  # it has no class of its own
+        raise UserError(_damaged(path)) from error
 
 
 def _damaged(path) -> str:
