@@ -76,7 +76,8 @@ _C.AUGMENT.MIXUP_FROM_EPOCH = 6
 _C.SPEED = CN()
 _C.SPEED.AMP = "auto"  # bf16, fp32, or auto: bf16 where the hardware computes it
 _C.SPEED.CHANNELS_LAST = True
-_C.SPEED.COMPILE = False  # torch.compile
+_C.SPEED.COMPILE = False  # torch.compile: faster after a minute or more of compiling
+_C.SPEED.COMPILE_MODE = "default"  # its mode; reduce-overhead runs CUDA graphs, which helps small networks and crops
 _C.SPEED.CHECKPOINTING = False  # recompute each stage in the backward pass: much less memory, a third more time
 
 

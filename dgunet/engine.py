@@ -149,7 +149,10 @@ class Trainer:
             self._resume(self.folder / "model_latest.pth")
 
         if cfg.SPEED.COMPILE:
-            self.model.compile()
+            known = torch._inductor.list_mode_options()
+            if cfg.SPEED.COMPILE_MODE not in known:
+                raise UserError(f"SPEED.COMPILE_MODE is one of {', '.join(known)}, got {cfg.SPEED.COMPILE_MODE!r}")
+            self.model.compile(mode=cfg.SPEED.COMPILE_MODE)
         self.network = self._takes_images(self.model)  # what runs the forward pass: measuring, distributed
         if world > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None

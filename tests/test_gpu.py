@@ -109,7 +109,14 @@ def folders(tmp_path, picture_pairs):
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"SPEED__AMP": "bf16"}, {"SPEED__COMPILE": True}, {"SPEED__CHECKPOINTING": True}]
+    "extra",
+    [
+        {},
+        {"SPEED__AMP": "bf16"},
+        {"SPEED__COMPILE": True},
+        {"SPEED__COMPILE": True, "SPEED__COMPILE_MODE": "reduce-overhead"},
+        {"SPEED__CHECKPOINTING": True},
+    ],
 )
 def test_training_and_resuming(folders, extra):
     """Through the command line, on every GPU there is: NCCL where there are several."""

@@ -509,3 +509,29 @@ def test_half_instance_norm_of_one_pixel_is_its_bias():
     assert torch.equal(out[:, 3:], x[:, 3:])
     # the same limit that two equal pixels have
     torch.testing.assert_close(norm(x.expand(2, 6, 1, 2))[..., :1], out, atol=1e-3, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- compiling
+
+
+@pytest.mark.parametrize("name", ["deraining_dgunet", "deraining_dgunet_plus", "compressive_sensing_dgunet"])
+def test_compiles_whole_and_for_all_sizes_at_once(name):
+    """No graph break (fullgraph), and no recompilation for each picture: the second size makes the graph dynamic.
+
+    (Feature maps of less than 20480 values, which PyTorch convolves differently on a CPU, have graphs of their own.)
+    """
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = create_model(name, width=8, growth=4, final_growth=4, stages=4).eval()
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    with torch.no_grad():
+        for height, width in ((256, 256), (288, 320), (320, 256), (288, 352)):
+            x = torch.rand(1, model.channels, height, width)
+            y = x if model.degradation is None else model.degradation.A(x)
+            torch.testing.assert_close(compiled(y), model(y), atol=1e-5, rtol=0)
+    assert len(graphs) == 2
