@@ -1,5 +1,6 @@
 """Test DGUNet for compressive sensing: measure pictures and reconstruct them.
 
+    python CompressiveSensing/test.py                                            # our own weights, ratio 25 %
     python CompressiveSensing/test.py --weights model.pth                        # the paper's table: Set11 and BSD68
     python CompressiveSensing/test.py --weights model.pth --dataset path/to/pictures --save_images
     python CompressiveSensing/test.py --weights model.pth --whole                # whole pictures, not 128x128 tiles
@@ -90,7 +91,8 @@ class SensingRun(TestRun):
 
 
 def main():
-    SensingRun("compressive_sensing", __doc__, TEST_SETS, protocol="cs_y").run()
+    shipped = Path(__file__).parent / "pretrained_models/ratio25/weights.pth"
+    SensingRun("compressive_sensing", __doc__, TEST_SETS, protocol="cs_y", shipped=shipped).run()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python Denoising/test.py --weights model.pth --dataset SIDD              # the paper's table, from the .mat blocks
     python Denoising/test.py --weights model.pth --dataset DND               # writes the files to submit
     python Denoising/test.py --weights model.pth --dataset path/to/folder    # pairs in input/ and target/, or pictures
+    python Denoising/test.py --dataset path/to/folder                        # our own weights: Gaussian noise, sigma 25
 
 The weights may be this repository's or the original authors'; the variant is recognised. PSNR and SSIM are computed as
 for SIDD: RGB in [0, 1], not rounded to 8 bits, SSIM over three dimensions. A test that was interrupted goes on where it
@@ -35,7 +36,8 @@ TEST_SETS = {
 
 
 def main():
-    run = TestRun("denoising", __doc__, TEST_SETS, protocol="sidd_unit_range", ensembled=("SIDD",))
+    shipped = Path(__file__).parent / "pretrained_models/gaussian25/weights.pth"
+    run = TestRun("denoising", __doc__, TEST_SETS, protocol="sidd_unit_range", ensembled=("SIDD",), shipped=shipped)
     run.run({"SIDD": test_sidd, "DND": test_dnd})
 
 

@@ -24,7 +24,7 @@ import torch
 from natsort import natsorted
 from tqdm import tqdm
 
-from dgunet.checkpoint import load_model
+from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import Pair, find_pairs, list_images, read_image, write_image
 from dgunet.errors import UserError
 from dgunet.inference import restore
@@ -177,6 +177,7 @@ class TestRun:
         protocol: for folders of the user's own.
         ensembled: test sets that the original scores with the self-ensemble.
         average: where the mean over all test sets is a row of its own: the paper's, by model.
+        shipped: this repository's own weights for the task, tested where none are given.
     """
 
     __test__ = False
@@ -189,6 +190,7 @@ class TestRun:
         protocol: str,
         ensembled: tuple[str, ...] = (),
         average: dict[str, tuple[float, float]] | None = None,
+        shipped: Path | None = None,
     ):
         self.task, self.test_sets, self.protocol = task, test_sets, protocol
         self.ensembled, self.average = ensembled, average
@@ -198,19 +200,23 @@ class TestRun:
         self.model, self.name = None, "score_only"
         torch.backends.cudnn.allow_tf32 = False  # digits before speed; for speed there is --bf16
         if self.args.score_only is None:
-            if self.args.weights is None:
+            self.source = self.args.weights or shipped
+            if self.source is None:
                 raise UserError(
                     "give --weights MODEL.pth, or --score_only FOLDER for pictures that are already restored"
                 )
-            self.model = load_model(self.args.weights, task=task, device=pick_device(self.args.device))
+            weights = Path(self.source)
+            if not self.args.weights:
+                print(f"no --weights given: this repository's own ({read_checkpoint(weights)['about']})")
+            self.model = load_model(weights, task=task, device=pick_device(self.args.device))
             self.name = self.model.name or "DGUNet"
-            weights = Path(self.args.weights)
             self.digest = hashlib.sha256(weights.read_bytes()).hexdigest()
             self.folder = self.args.results / task / f"{weights.absolute().parent.name}_{weights.stem}"
             count = sum(p.numel() for p in self.model.parameters())
             print(f"{self.name}, {count:,} parameters, from {weights}")
         else:
-            if not self.args.score_only.is_dir():
+            self.source = self.args.score_only
+            if not self.source.is_dir():
                 raise UserError(f"no folder {self.args.score_only.absolute()} with restored pictures")
             self.listings: dict[Path, dict[str, Path]] = {}
             self.folder = self.args.results / task / f"scores_of_{self.args.score_only.absolute().name}"
@@ -219,7 +225,7 @@ class TestRun:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = parser.add_argument
         names = ", ".join(self.test_sets)
-        add("--weights", help="checkpoint, this repository's or the original authors'")
+        add("--weights", help="checkpoint, yours or the original authors' (default: pretrained_models/, if there)")
         add("--dataset", nargs="+", default=list(self.test_sets), help=f"{names}, or folders (default: all of these)")
         add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
         add("--results", type=Path, default=Path("results"), help="where everything is written (default: results)")
@@ -378,8 +384,7 @@ class TestRun:
         if self.results:
             print(format_table(self.results))
             table = self.args.results / f"{self.task}.csv"
-            source = self.args.weights or self.args.score_only
-            append_results(table, self.results, str(source), self.name)
+            append_results(table, self.results, str(self.source), self.name)
             print(f"appended to {table}")
         if self.model is not None:
             print(f"pictures and scores of each picture are in {self.folder}")

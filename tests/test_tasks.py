@@ -11,12 +11,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from PIL import Image
 
 from dgunet import create_model, load_model, restore
-from dgunet.checkpoint import describe_model, save_checkpoint
-from dgunet.data import find_pairs, read_image
+from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
+from dgunet.config import load_config
+from dgunet.data import find_pairs, read_image, write_image
 from dgunet.metrics import evaluate_pair
 from dgunet.transforms import unit_range
 
@@ -98,6 +100,56 @@ def test_demo_data_training_and_test(tmp_path, task):
     assert row["images"] == "3" and float(row["psnr"]) > 10
     if task == "denoising":
         assert float(row["psnr"]) > float(row["input_psnr"])
+    # exported in half precision, it scores the same
+    export = [sys.executable, ROOT / "scripts/export_weights.py", tmp_path / "runs/quickstart", "--about", "a test"]
+    out = tmp_path / "exported"
+    subprocess.run([*export, "--out", out], check=True, capture_output=True)
+    run(task, "test.py", "--weights", out / "weights.pth", "--dataset", test, "--device", "cpu", cwd=tmp_path)
+    exported = rows(tmp_path, task)[-1]
+    assert exported["weights"] != row["weights"] and float(exported["psnr"]) == pytest.approx(
+        float(row["psnr"]), abs=0.01
+    )
+    assert (out / "config.yaml").read_text().splitlines()[1].startswith(f"#   python {FOLDERS[task]}/train.py --config")
+    assert (out / "history.csv").exists() and (out / "curves.png").exists()
+
+
+# --------------------------------------------------------------------- the repository's own weights
+
+SHIPPED = [
+    ROOT / "CompressiveSensing/pretrained_models/ratio25/weights.pth",
+    ROOT / "Denoising/pretrained_models/gaussian25/weights.pth",
+]
+
+
+@pytest.mark.parametrize("weights", SHIPPED, ids=lambda path: path.parent.name)
+def test_shipped_weights_are_complete(weights):
+    assert weights.stat().st_size < 10 * 2**20
+    content = read_checkpoint(weights)
+    assert {value.dtype for value in content["state_dict"].values()} == {torch.float16}
+    assert "2026" in content["about"]
+    assert next(load_model(weights).parameters()).dtype == torch.float32
+    for config in weights.parent.glob("config*.yaml"):
+        assert config.read_text().splitlines()[1].endswith(f"--config {config.relative_to(ROOT)}")
+        assert load_config(config).MODEL.NAME == content["model"]["name"]
+    for pattern in ("config*.yaml", "history*.csv", "curves*.png"):
+        assert list(weights.parent.glob(pattern))
+
+
+def test_shipped_weights_are_the_default(tmp_path):
+    """A photograph of scikit-image, measured and noisy: both restore it well (bicubic or a blur would not)."""
+    picture = skimage.data.astronaut()[:128, 150:278]
+    noisy = picture + np.random.default_rng(0).normal(0, 25, picture.shape)
+    write_image(tmp_path / "grey/a.png", cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))
+    write_image(tmp_path / "pairs/target/a.png", picture)
+    write_image(tmp_path / "pairs/input/a.png", noisy.clip(0, 255).round().astype(np.uint8))
+    done = run("compressive_sensing", "test.py", "--dataset", "grey", "--device", "cpu", cwd=tmp_path)
+    assert "no --weights given: this repository's own (DGUNet, ratio 25 %" in done.stdout
+    assert float(rows(tmp_path, "compressive_sensing")[0]["psnr"]) > 29
+    run("denoising", "test.py", "--dataset", "pairs", "--device", "cpu", cwd=tmp_path)
+    (row,) = rows(tmp_path, "denoising")
+    assert float(row["input_psnr"]) < 21.5 and float(row["psnr"]) > 28.5
+    done = run("deraining", "test.py", cwd=tmp_path, check=2)
+    assert "give --weights" in done.stderr
 
 
 # --------------------------------------------------------------------- published data trees

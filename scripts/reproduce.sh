@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Every row of the README's table of results, from the weights in this repository.
+#   bash scripts/reproduce.sh DATA
+# DATA holds the folders Set11 and BSD68 (grey pictures) and CBSD68 (the same in colour). A run that was interrupted goes
+# on where it was.
+set -euo pipefail
+if [ $# != 1 ] || [ ! -d "$1/Set11" ] || [ ! -d "$1/BSD68" ] || [ ! -d "$1/CBSD68" ]; then
+    echo "usage: bash scripts/reproduce.sh DATA    (a folder with Set11/, BSD68/ and CBSD68/)" >&2
+    exit 2
+fi
+data=$(cd "$1" && pwd)
+source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
+python=.venv/bin/python
+results=results/reproduce
+noisy=Datasets/reproduce/gaussian25
+
+$python scripts/make_demo_data.py --task denoising --noise gaussian --sigma 25 --test_source "$data/CBSD68" --out $noisy
+$python CompressiveSensing/test.py --data_root "$data" --results $results
+$python Denoising/test.py --dataset $noisy/test --results $results
+
+printf '\n%-24s %-18s %8s %8s %8s\n' network "data set" pictures PSNR SSIM
+for task in compressive_sensing denoising; do
+    awk -F, 'NR > 1 { last[$4] = sprintf("%-24s %-18s %8d %8.2f %8.4f", task, $4, $6, $7, $8) }
+        END { for (set in last) print last[set] }' task=$task $results/$task.csv
+done
