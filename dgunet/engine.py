@@ -318,7 +318,7 @@ class Trainer:
                 if self.step in validations:
                     self.last_psnr = self.validate()
                     self._after_validation(rate)
-                elif time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES:
+                elif time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES and not self._skipping():
                     self.save("model_latest.pth")
                 if self.stopped and self.step < steps:
                     self.save("model_latest.pth")
@@ -329,7 +329,8 @@ class Trainer:
                     return False
         if steps not in validations:
             self._record(rate, validated=False)
-            self.save("model_latest.pth")
+            if not self._skipping():
+                self.save("model_latest.pth")
         if self.stopped:
             log.info(
                 "stopped by signal %d after epoch %d; continue with TRAINING.RESUME True", self.stopped, self.epoch
@@ -371,6 +372,10 @@ class Trainer:
         self.totals[2] += skipped
         self.totals[3] = (self.totals[3] + 1) * skipped
 
+    def _skipping(self) -> bool:
+        """Whether the last step was skipped: perhaps the weights are beyond help, and what is saved is not replaced."""
+        return bool(self.totals[3])
+
     look_every = 1  # steps between two looks at the device's counters, which make the CPU wait for it
 
     def _look(self, bar, rate: float, seconds: float):
@@ -383,9 +388,10 @@ class Trainer:
         )
         if in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:
             raise UserError(
-                f"loss or gradient was not finite in {int(in_a_row)} steps in a row (epoch {self.epoch}); the last "
-                f"good state is {self.folder / 'model_latest.pth'}. Try a lower OPTIM.LR_INITIAL, "
-                "OPTIM.CLIP_NORM 0.01, or SPEED.AMP fp32, and check the data for broken pictures"
+                f"loss or gradient was not finite in {int(in_a_row)} steps in a row (epoch {self.epoch}); "
+                f"{self.folder}/model_latest.pth is from before them, but the loss may have grown already: "
+                "model_best.pth is safe (MODEL.WEIGHTS). Try a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or "
+                "SPEED.AMP fp32, and check the data for broken pictures"
             )
         agreed = torch.tensor([self.signal_received, seconds], dtype=torch.float64, device=self.device)
         if dist.is_initialized():
@@ -432,10 +438,10 @@ class Trainer:
         return max(1, share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
 
     def _after_validation(self, rate: float):
-        names = ["model_latest.pth"]
+        names = [] if self._skipping() else ["model_latest.pth"]
         if self.last_psnr > self.best["psnr"]:
             self.best = {"psnr": self.last_psnr, "epoch": self.epoch}
-            names.append("model_best.pth")
+            names = ["model_latest.pth", "model_best.pth"]
         self._record(rate, validated=True)
         self.save(*names)
         if self.cfg.TRAINING.SAVE_EACH_VALIDATION:

@@ -15,11 +15,15 @@ results=results/reproduce
 noisy=Datasets/reproduce/gaussian25
 
 $python scripts/make_demo_data.py --task denoising --noise gaussian --sigma 25 --test_source "$data/CBSD68" --out $noisy
-$python CompressiveSensing/test.py --data_root "$data" --results $results
-$python Denoising/test.py --dataset $noisy/test --results $results
+for weights in CompressiveSensing/pretrained_models/*/weights.pth; do
+    $python CompressiveSensing/test.py --weights "$weights" --data_root "$data" --results $results
+done
+$python Denoising/test.py --weights Denoising/pretrained_models/gaussian25/weights.pth --dataset $noisy/test \
+    --results $results
 
-printf '\n%-24s %-18s %8s %8s %8s\n' network "data set" pictures PSNR SSIM
+printf '\n%-48s %-10s %8s %8s %8s\n' weights "data set" pictures PSNR SSIM
 for task in compressive_sensing denoising; do
-    awk -F, 'NR > 1 { last[$4] = sprintf("%-24s %-18s %8d %8.2f %8.4f", task, $4, $6, $7, $8) }
-        END { for (set in last) print last[set] }' task=$task $results/$task.csv
+    awk -F, 'NR > 1 { if (!(($2, $4) in row)) order[++count] = $2 SUBSEP $4
+                      row[$2, $4] = sprintf("%-48s %-10s %8d %8.2f %8.4f", $2, $4, $6, $7, $8) }
+        END { for (k = 1; k <= count; k++) print row[order[k]] }' $results/$task.csv
 done

@@ -278,9 +278,13 @@ def test_non_finite_step_is_skipped_and_counted(folders):
 
 
 def test_many_non_finite_steps_end_the_run(folders):
-    done = train(folders, check=2, OPTIM__LR_INITIAL=1e30, OPTIM__MAX_BAD_STEPS=3, OPTIM__NUM_EPOCHS=5)
+    changed = dict(OPTIM__LR_INITIAL=1e30, OPTIM__MAX_BAD_STEPS=3, OPTIM__NUM_EPOCHS=5, TRAINING__SAVE_MINUTES=0)
+    done = train(folders, check=2, **changed)
     assert "not finite in 3 steps" in done.stderr and "LR_INITIAL" in done.stderr
     assert "Traceback" not in done.stderr
+    # what was saved after each step, after each epoch and at the validations is not replaced during these
+    saved = read_checkpoint(folders / "runs/run/model_latest.pth")
+    assert saved["totals"][2:] == [0, 0] and saved["totals"][1] >= 1
 
 
 def test_another_run_is_never_overwritten(folders):
