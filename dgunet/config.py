@@ -116,9 +116,10 @@ def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
 
 
 def changed_keys(cfg: CN, other: CN) -> list[str]:
-    """Dotted names of the keys in which two configs differ."""
-    mine, theirs = dict(_flatten(cfg)), dict(_flatten(other))
-    return [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+    """Dotted names of the keys in which two configs differ; what one of them does not know has its default there."""
+    mine, theirs, known = (dict(_flatten(config)) for config in (cfg, other, _C))
+    default = known.get
+    return [key for key in mine | theirs if mine.get(key, default(key)) != theirs.get(key, default(key))]
 
 
 def format_config(cfg: CN) -> str:

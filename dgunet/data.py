@@ -80,8 +80,11 @@ def _plain_png_size(encoded: np.ndarray) -> tuple[int, int] | None:
     signature, kind, width, height, depth, colour = header.unpack_from(encoded)
     if (signature, kind, depth, colour) != (b"\x89PNG\r\n\x1a\n", b"IHDR", 8, 2):
         return None
-    head = encoded[:65536].tobytes()
-    return None if b"tRNS" in head[: head.find(b"IDAT")] else (height, width)
+    kind, position = b"", header.size + 4  # its checksum
+    while kind not in (b"IDAT", b"tRNS") and position + 8 <= encoded.size:  # the chunks before the pixels
+        length, kind = struct.unpack_from(">I4s", encoded, position)
+        position += length + 12
+    return None if kind == b"tRNS" else (height, width)
 
 
 def _decode_png(path, encoded: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -178,7 +181,7 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
         if alone:
             more = f" (and {len(alone) - 1} more like it)" if len(alone) > 1 else ""
             raise UserError(f"{alone[0]} has no partner of the same name in {root / other}{more}; add or remove it")
-    pairs = [Pair(name, inputs[name], targets[name]) for name in inputs]
+    pairs = [Pair(name, inputs[name], targets[name]) for name in natsorted(inputs)]  # the order of a packed file
     if not check_sizes:
         return pairs
     with ThreadPoolExecutor(16) as pool:
@@ -216,7 +219,7 @@ def list_packed(file: Path, group: str) -> list[str]:
     Raises:
         UserError: not such a file, or one of the other kind.
     """
-    content = _packed_file(file, os.getpid())
+    content = _packed_file(file)
     if ("input" in content) != (group == "input"):
         kind = "picture pairs" if "input" in content else "single pictures"
         raise UserError(f"{file} holds {kind}, which is not what this task trains on; see scripts/pack_dataset.py")
@@ -225,23 +228,38 @@ def list_packed(file: Path, group: str) -> list[str]:
 
 def _open_packed(source: Packed):
     try:
-        return _packed_file(source.file, os.getpid())[source.key]
+        return _packed_file(source.file)[source.key]
     except KeyError as error:
         raise UserError(f"there is no {source.key} in {source.file}; pack the folder again") from error
 
 
 @functools.cache
-def _packed_file(file: Path, process: int):
-    """The open file; each process opens its own, since HDF5's state does not survive a fork."""
+def _packed_file(file: Path):
+    """The open file."""
     import h5py
 
     try:
         content = h5py.File(file)
     except OSError as error:
-        raise UserError(f"{file} is not a packed data set, or is damaged; see scripts/pack_dataset.py") from error
+        raise UserError(
+            f"{file} is not a packed data set, or is damaged; see scripts/pack_dataset.py ({error})"
+        ) from error
     if content.attrs.get("format") != PACK_FORMAT:
         raise UserError(f"{file} was not written by scripts/pack_dataset.py")
+    _open_files.append(content)
     return content
+
+
+_open_files: list = []
+
+
+def _close_packed_files():
+    while _open_files:
+        _open_files.pop().close()
+    _packed_file.cache_clear()
+
+
+os.register_at_fork(before=_close_packed_files)  # loading processes that share an open HDF5 file would share its state
 
 
 def image_size(path: str | Path | Packed) -> tuple[int, int]:
@@ -263,7 +281,7 @@ def image_size(path: str | Path | Packed) -> tuple[int, int]:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, C) or (H, W) to a contiguous (C, H, W) tensor of the same type; see `transforms.unit_range`."""
+    """(H, W, C) or (H, W) to a (C, H, W) tensor of the same type; see `transforms.unit_range`."""
     return torch.from_numpy(np.array(image if image.ndim == 2 else image.transpose(2, 0, 1))).view(-1, *image.shape[:2])
 
 
@@ -345,7 +363,7 @@ class PairedCentres(Dataset):
     def __init__(self, root: str | Path | list[Pair], patch: int):
         self.pairs = root if isinstance(root, list) else find_pairs(root)
         self.patch = patch
-        # that occur; crops of one size can be batched
+        # Those that occur: crops of one size can be batched.
         self.sizes = {self.crop_size(*image_size(pair.input), pair.input) for pair in self.pairs}
 
     def __len__(self) -> int:

@@ -152,6 +152,11 @@ class Trainer:
             known = torch._inductor.list_mode_options()
             if cfg.SPEED.COMPILE_MODE not in known:
                 raise UserError(f"SPEED.COMPILE_MODE is one of {', '.join(known)}, got {cfg.SPEED.COMPILE_MODE!r}")
+            if known[cfg.SPEED.COMPILE_MODE].get("triton.cudagraphs") and cfg.OPTIM.ACCUMULATE > 1:
+                raise UserError(
+                    f"SPEED.COMPILE_MODE {cfg.SPEED.COMPILE_MODE} uses CUDA graphs, whose gradients the next pass "
+                    "overwrites; with OPTIM.ACCUMULATE take default or max-autotune-no-cudagraphs"
+                )
             self.model.compile(mode=cfg.SPEED.COMPILE_MODE)
         self.network = self._takes_images(self.model)  # what runs the forward pass: measuring, distributed
         if world > 1:
@@ -240,6 +245,11 @@ class Trainer:
                 save_checkpoint(state, self.folder / name)
         self.last_save = time.monotonic()
 
+    def _save_latest(self):
+        """Replace ``model_latest.pth``; not while steps are skipped one after the other, perhaps for bad weights."""
+        if self.totals[3] < 2 or not (self.folder / "model_latest.pth").exists():
+            self.save("model_latest.pth")
+
     def describe(self):
         """Print what is about to be done, and why it can be."""
         cfg, world = self.cfg, distributed.world_size()
@@ -318,10 +328,10 @@ class Trainer:
                 if self.step in validations:
                     self.last_psnr = self.validate()
                     self._after_validation(rate)
-                elif time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES and not self._skipping():
-                    self.save("model_latest.pth")
+                elif time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES:
+                    self._save_latest()
                 if self.stopped and self.step < steps:
-                    self.save("model_latest.pth")
+                    self._save_latest()
                     log.info(
                         "stopped by signal %d in epoch %d after step %d; continue with TRAINING.RESUME True",
                         self.stopped, self.epoch, self.step,
@@ -329,8 +339,7 @@ class Trainer:
                     return False
         if steps not in validations:
             self._record(rate, validated=False)
-            if not self._skipping():
-                self.save("model_latest.pth")
+            self._save_latest()
         if self.stopped:
             log.info(
                 "stopped by signal %d after epoch %d; continue with TRAINING.RESUME True", self.stopped, self.epoch
@@ -372,10 +381,6 @@ class Trainer:
         self.totals[2] += skipped
         self.totals[3] = (self.totals[3] + 1) * skipped
 
-    def _skipping(self) -> bool:
-        """Whether the last step was skipped: perhaps the weights are beyond help, and what is saved is not replaced."""
-        return bool(self.totals[3])
-
     look_every = 1  # steps between two looks at the device's counters, which make the CPU wait for it
 
     def _look(self, bar, rate: float, seconds: float):
@@ -387,11 +392,12 @@ class Trainer:
             f"loss {loss_sum / max(counted, 1):.4f}, PSNR {psnr}, lr {lr:.1e}, {rate:.1f} images/s", refresh=False
         )
         if in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:
+            best = self.folder / "model_best.pth"
+            again = f"; start again from {best} (MODEL.WEIGHTS)" if best.exists() else ""
             raise UserError(
-                f"loss or gradient was not finite in {int(in_a_row)} steps in a row (epoch {self.epoch}); "
-                f"{self.folder}/model_latest.pth is from before them, but the loss may have grown already: "
-                "model_best.pth is safe (MODEL.WEIGHTS). Try a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or "
-                "SPEED.AMP fp32, and check the data for broken pictures"
+                f"loss or gradient was not finite in {int(in_a_row)} steps in a row (epoch {self.epoch}){again}. Try "
+                "a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or SPEED.AMP fp32, and check the data for broken "
+                "pictures"
             )
         agreed = torch.tensor([self.signal_received, seconds], dtype=torch.float64, device=self.device)
         if dist.is_initialized():
@@ -438,12 +444,14 @@ class Trainer:
         return max(1, share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
 
     def _after_validation(self, rate: float):
-        names = [] if self._skipping() else ["model_latest.pth"]
-        if self.last_psnr > self.best["psnr"]:
+        better = self.last_psnr > self.best["psnr"]
+        if better:
             self.best = {"psnr": self.last_psnr, "epoch": self.epoch}
-            names = ["model_latest.pth", "model_best.pth"]
         self._record(rate, validated=True)
-        self.save(*names)
+        if better:
+            self.save("model_latest.pth", "model_best.pth")
+        else:
+            self._save_latest()
         if self.cfg.TRAINING.SAVE_EACH_VALIDATION:
             part = "" if self.step == self.batches.steps else f"_step_{self.step}"
             self.save(f"model_epoch_{self.epoch}{part}.pth", state=self.weights() if self.main else None)

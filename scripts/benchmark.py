@@ -160,7 +160,16 @@ def _train(case: Case) -> Callable:
     from dgunet.engine import Trainer
 
     task = case.variant.removesuffix("_plus").removesuffix("_dgunet")
-    options = ["DEVICE", case.device, "OPTIM.BATCH_SIZE", str(case.batch), "SPEED.COMPILE", str(case.compile)]
+    options = [
+        "DEVICE",
+        case.device.split(":")[0],
+        "OPTIM.BATCH_SIZE",
+        str(case.batch),
+        "SPEED.COMPILE",
+        str(case.compile),
+    ]
+    if case.device.startswith("cuda"):
+        options += ["GPU", f"[{torch.cuda.current_device()}]"]
     options += ["SPEED.AMP", "bf16" if case.bf16 else "fp32", "SPEED.CHANNELS_LAST", str(not case.baseline)]
     cfg = load_config(ROOT / "configs" / task / "dgunet.yaml", [*options, "TRAINING.SAVE_DIR", tempfile.mkdtemp()])
     model = _network(case)
@@ -268,28 +277,31 @@ def _measure_in_turn(cases: list[Case], runs: int, seconds: float) -> list[dict]
         worker = context.Process(target=_work, args=(case, end), daemon=True)
         worker.start()
         end.close()
-        workers.append((worker, pipe))
+        result = {"times": [], "seconds": float("nan"), "peak_memory": float("nan")}
+        results.append(result)
         try:
-            results.append(pipe.recv() | {"times": []})  # after it has warmed up
-        except EOFError as error:
-            raise UserError(f"{case.name} failed; its message is above") from error
+            result |= pipe.recv()  # after it has warmed up
+            workers.append((worker, pipe, result))
+        except EOFError:  # its message is above, perhaps that the memory is full; the others can still be measured
+            worker.join()
     started = time.monotonic()
     for turn in range(runs):
         if turn and time.monotonic() - started > seconds:
             break
-        for (_, pipe), result in zip(workers, results, strict=True):
+        for _, pipe, result in workers:
             pipe.send(True)
             result["times"].append(pipe.recv())
-    for worker, pipe in workers:
+    for worker, pipe, result in workers:
         pipe.send(False)
         worker.join()
-    return [result | {"seconds": statistics.median(result["times"])} for result in results]
+        result["seconds"] = statistics.median(result["times"])
+    return results
 
 
 def _work(case: Case, pipe):
     if case.threads:
         torch.set_num_threads(case.threads)
-    cuda = case.device.startswith("cuda")
+    cuda = select(case.device)
     before = resident_memory(start=True)
     run = prepare(case)
     for _ in range(3 if cuda or case.compile else 1):
@@ -316,6 +328,15 @@ def _work(case: Case, pipe):
         if cuda:
             torch.cuda.synchronize()
         pipe.send((time.perf_counter() - started) / calls)
+
+
+def select(device: str) -> bool:
+    """Make a GPU the current one, with TF32 in convolutions and products alike; whether ``device`` is a GPU."""
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(torch.device(device).index or 0)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    return cuda
 
 
 def resident_memory(start: bool = False) -> int:
@@ -357,17 +378,17 @@ def matrix_peak(device: str, threads: int) -> dict[bool, float]:
     """Floating-point operations per second of large matrix products: in bfloat16 (True) and float32 (False)."""
     if threads:
         torch.set_num_threads(threads)
-    peaks = {}
+    cuda, peaks = select(device), {}
     for bf16 in (True, False):
-        size = 8192 if device.startswith("cuda") else 3072
+        size = 8192 if cuda else 3072
         a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else None) for _ in range(2))
         times = []
         for _ in range(6):
-            if device.startswith("cuda"):
+            if cuda:
                 torch.cuda.synchronize()
             started = time.perf_counter()
             a @ b
-            if device.startswith("cuda"):
+            if cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
         peaks[bf16] = 2 * size**3 / min(times)
@@ -508,6 +529,13 @@ def main():
     threads = args.threads or torch.get_num_threads()
     print(f"{time.strftime('%Y-%m-%d')}, {machine}, {threads} CPU threads, PyTorch {torch.__version__}")
     rows, peaks = [], {}
+
+    def add_rows(new: list[dict]):  # and write them: what follows may fail
+        rows.extend(new)
+        peak = {"bfloat16": peaks.get(True), "float32": peaks.get(False)}
+        note = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "threads": threads, "torch": torch.__version__}
+        args.out.write_text(json.dumps(note | {"matrix_peak": peak, "rows": rows}, indent=1) + "\n")
+
     if {"forward", "train"} & set(sections):
         peaks = matrix_peak(args.device, args.threads)
         print(f"matrix products: {peaks[True] / 1e12:.2f} Tflop/s in bfloat16, {peaks[False] / 1e12:.2f} in float32")
@@ -516,21 +544,13 @@ def main():
             for variant in args.variants:
                 for size in args.sizes:
                     width, height = map(int, size.lower().split("x"))
-                    rows += network_table(args, network_cases(args, section, variant, height, width, 1), peaks)
+                    add_rows(network_table(args, network_cases(args, section, variant, height, width, 1), peaks))
         elif section == "train":
             for variant in args.variants:
                 cases = network_cases(args, section, variant, args.crop, args.crop, args.batch)
-                rows += network_table(args, cases, peaks)
+                add_rows(network_table(args, cases, peaks))
         else:
-            rows += {"data": data_table, "evaluate": evaluate_table, "startup": startup_table}[section](args)
-    note = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine,
-        "threads": threads,
-        "torch": torch.__version__,
-        "matrix_peak": {"bfloat16": peaks.get(True), "float32": peaks.get(False)},
-    }
-    args.out.write_text(json.dumps(note | {"rows": rows}, indent=1) + "\n")
+            add_rows({"data": data_table, "evaluate": evaluate_table, "startup": startup_table}[section](args))
     print(f"\nwrote {args.out}")
 
 

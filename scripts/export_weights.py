@@ -13,7 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from dgunet.checkpoint import read_checkpoint, save_checkpoint  # noqa: E402
 from dgunet.errors import UserError, run_cli  # noqa: E402
@@ -44,7 +45,8 @@ def main():
             shutil.copy(run / name, args.out / f"{Path(name).stem}{suffix}{Path(name).suffix}")
         config = args.out / f"config{suffix}.yaml"
         task = content["model"]["name"].removesuffix("_plus").removesuffix("_dgunet").title().replace("_", "")
-        command = f"# {args.about}\n#   python {task}/train.py --config {config}\n"
+        there = config.resolve().relative_to(ROOT) if config.resolve().is_relative_to(ROOT) else config
+        command = f"# {args.about}\n#   python {task}/train.py --config {there}\n"
         config.write_text(command + (run / "config.yaml").read_text())
     print(f"wrote {args.out}: {(args.out / 'weights.pth').stat().st_size / 2**20:.1f} MiB of weights")
 

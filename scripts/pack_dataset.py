@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--out", type=Path, help="file to write (default: SOURCE.h5)")
     parser.add_argument("--luma", action="store_true", help="pack the luminance of a folder of single pictures")
     args = parser.parse_args()
-    out = args.out or args.source.with_name(f"{args.source.name}.h5")
+    out = args.out or args.source.resolve().with_name(f"{args.source.resolve().name}.h5")
     if out.exists():
         raise UserError(f"{out} exists; remove it, or give another --out")
     pictures = dict(luma_pictures(args.source) if args.luma else paired_pictures(args.source))

@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: goes to the repository's root and sets up .venv there, once.
+# Sourced by the scripts beside it: goes to the repository's root and sets up .venv there, once.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 if ! "$PYTHON" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then

@@ -158,6 +158,14 @@ CHANGES = [
 ]
 
 
+def test_key_that_an_older_config_lacks_has_its_default_there():
+    cfg, older = load_config(), load_config(None, ["SEED", "5"])
+    older.defrost()
+    del older.SPEED["COMPILE_MODE"]
+    assert changed_keys(cfg, older) == ["SEED"]
+    assert changed_keys(load_config(None, ["SPEED.COMPILE_MODE", "x"]), older) == ["SEED", "SPEED.COMPILE_MODE"]
+
+
 @pytest.mark.parametrize("options", CHANGES)
 def test_formatted_config_marks_changes_and_loads_again(yaml_file, options):
     cfg = load_config(None, options)
