@@ -574,6 +574,7 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
         axes = figure.add_subplot(1, 3, place)
         axes.plot([row["epoch"] - 1 + row["step"] / steps for row in rows], [row[key] for row in rows], marker=".")
         axes.set(xlabel="epoch", title=label, yscale="log" if key == "loss" else "linear")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     FigureCanvasAgg(figure).print_png(str(path))

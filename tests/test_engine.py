@@ -363,6 +363,10 @@ def test_batch_must_fit_the_processes(folders):
         (["MODEL.NAME", "denoising_dgnet"], "did you mean denoising_dgunet"),
         (["SPEED.AMP", "fp16"], "SPEED.AMP is auto, bf16 or fp32"),
         (["SPEED.COMPILE", "True", "SPEED.COMPILE_MODE", "fast"], "SPEED.COMPILE_MODE is one of default, "),
+        (
+            ["SPEED.COMPILE", "True", "SPEED.COMPILE_MODE", "reduce-overhead", "OPTIM.ACCUMULATE", "2"],
+            "uses CUDA graphs",
+        ),
         (["OPTIM.SCHEDULE", "linear"], "OPTIM.SCHEDULE is cosine, constant or step"),
         (["--config", "missing.yaml"], "cannot read the config missing.yaml"),
         (["MODEL.WEIGHTS", "missing.pth"], "no checkpoint at missing.pth"),

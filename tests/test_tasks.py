@@ -115,10 +115,7 @@ def test_demo_data_training_and_test(tmp_path, task):
 
 # --------------------------------------------------------------------- the repository's own weights
 
-SHIPPED = [
-    ROOT / "CompressiveSensing/pretrained_models/ratio25/weights.pth",
-    ROOT / "Denoising/pretrained_models/gaussian25/weights.pth",
-]
+SHIPPED = sorted(ROOT.glob("*/pretrained_models/*/weights.pth"))
 
 
 @pytest.mark.parametrize("weights", SHIPPED, ids=lambda path: path.parent.name)
