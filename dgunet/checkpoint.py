@@ -110,7 +110,7 @@ def load_model(path: str | Path, task: str | None = None, device="cpu", degradat
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot build the network it describes: {error}") from error
-    names = [description["name"]] if description.get("name") in VARIANTS else matching_variants(arguments, degradation)
+    names = [description["name"]] if description.get("name") in VARIANTS else _matching_variants(arguments, degradation)
     if task is not None and names and not any(name.startswith(task) for name in names):
         raise UserError(
             f"{path} holds a {' or '.join(names)}, not a network for {task.replace('_', ' ')}; "
@@ -203,7 +203,7 @@ def _infer_degradation(state_dict: dict[str, Tensor], description: dict, path) -
     return BlockSampling(block=round(matrix.shape[1] ** 0.5), matrix=matrix, learned=learned)
 
 
-def matching_variants(arguments: dict, degradation) -> list[str]:
+def _matching_variants(arguments: dict, degradation) -> list[str]:
     """Names of the paper's networks with these arguments; none for a network of the user's own."""
     names = []
     for name, variant in VARIANTS.items():

