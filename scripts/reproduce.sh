@@ -21,9 +21,9 @@ done
 $python Denoising/test.py --weights Denoising/pretrained_models/gaussian25/weights.pth --dataset $noisy/test \
     --results $results
 
-printf '\n%-48s %-10s %8s %8s %8s\n' weights "data set" pictures PSNR SSIM
+printf '\n%-58s %-10s %8s %8s %8s\n' weights "data set" pictures PSNR SSIM
 for task in compressive_sensing denoising; do
     awk -F, 'NR > 1 { if (!(($2, $4) in row)) order[++count] = $2 SUBSEP $4
-                      row[$2, $4] = sprintf("%-48s %-10s %8d %8.2f %8.4f", $2, $4, $6, $7, $8) }
+                      row[$2, $4] = sprintf("%-58s %-10s %8d %8.2f %8.4f", $2, $4, $6, $7, $8) }
         END { for (k = 1; k <= count; k++) print row[order[k]] }' $results/$task.csv
 done
