@@ -5,7 +5,6 @@ from a generator seeded with these numbers. Neither the number of loading worker
 changes a sample, and a resumed epoch sees what the first one would have seen.
 """
 
-import functools
 import os
 import struct
 from collections.abc import Iterator
@@ -233,9 +232,13 @@ def _open_packed(source: Packed):
         raise UserError(f"there is no {source.key} in {source.file}; pack the folder again") from error
 
 
-@functools.cache
+_open_files: dict = {}  # packed files by path
+
+
 def _packed_file(file: Path):
     """The open file."""
+    if file in _open_files:
+        return _open_files[file]
     import h5py
 
     try:
@@ -246,17 +249,13 @@ def _packed_file(file: Path):
         ) from error
     if content.attrs.get("format") != PACK_FORMAT:
         raise UserError(f"{file} was not written by scripts/pack_dataset.py")
-    _open_files.append(content)
+    _open_files[file] = content
     return content
-
-
-_open_files: list = []
 
 
 def _close_packed_files():
     while _open_files:
-        _open_files.pop().close()
-    _packed_file.cache_clear()
+        _open_files.popitem()[1].close()
 
 
 os.register_at_fork(before=_close_packed_files)  # loading processes that share an open HDF5 file would share its state

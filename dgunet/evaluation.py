@@ -200,7 +200,7 @@ class TestRun:
         self.model, self.name = None, "score_only"
         torch.backends.cudnn.allow_tf32 = False  # digits before speed; for speed there is --bf16
         if self.args.score_only is None:
-            self.source = self.args.weights or (shipped if shipped is not None and shipped.exists() else None)
+            self.source = self.args.weights or shipped
             if self.source is None:
                 raise UserError(
                     "give --weights MODEL.pth, or --score_only FOLDER for pictures that are already restored"

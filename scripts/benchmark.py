@@ -160,17 +160,11 @@ def _train(case: Case) -> Callable:
     from dgunet.engine import Trainer
 
     task = case.variant.removesuffix("_plus").removesuffix("_dgunet")
-    options = [
-        "DEVICE",
-        case.device.split(":")[0],
-        "OPTIM.BATCH_SIZE",
-        str(case.batch),
-        "SPEED.COMPILE",
-        str(case.compile),
-    ]
+    options = ["DEVICE", case.device.split(":")[0], "OPTIM.BATCH_SIZE", str(case.batch)]
     if case.device.startswith("cuda"):
         options += ["GPU", f"[{torch.cuda.current_device()}]"]
-    options += ["SPEED.AMP", "bf16" if case.bf16 else "fp32", "SPEED.CHANNELS_LAST", str(not case.baseline)]
+    options += ["SPEED.AMP", "bf16" if case.bf16 else "fp32", "SPEED.COMPILE", str(case.compile)]
+    options += ["SPEED.CHANNELS_LAST", str(not case.baseline)]
     cfg = load_config(ROOT / "configs" / task / "dgunet.yaml", [*options, "TRAINING.SAVE_DIR", tempfile.mkdtemp()])
     model = _network(case)
     trainer = Trainer(cfg, model, train_set=range(case.batch), val_set=None)
