@@ -3,14 +3,17 @@
 Code above this module never branches on the number of processes: a lone process is a world of one.
 """
 
+import gc
 import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  imported later, by DistributedDataParallel, it would keep the group for ever
 from torch import Tensor
 
 from dgunet.errors import UserError
@@ -89,8 +92,14 @@ def _run(function: Callable, cfg, args):
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     try:
         function(cfg, *args)
+    except SystemExit as stop:
+        traceback.clear_frames(stop.__traceback__)  # they hold what used the group
+        raise
     finally:
         if group:
+            # Only a group that nothing holds any more ends its threads with it. A thread of gloo that lives on and lets
+            # go of a tensor while the interpreter ends would abort the process, after all its work is done.
+            gc.collect()
             dist.destroy_process_group()
 
 
