@@ -1,6 +1,7 @@
 """The training loop, one for all tasks and any number of processes."""
 
 import csv
+import ctypes
 import logging
 import os
 import signal
@@ -66,6 +67,8 @@ def train_command(
 
 def train(cfg, train_set, val_set, dry_run: bool = False):
     """Build the config's model and train it; what is launched in every process."""
+    if distributed.pick_device(cfg).type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(cfg.SEED)
     overrides = dict(cfg.MODEL.OVERRIDES)
     if cfg.MODEL.NAME.startswith("compressive_sensing"):
@@ -546,6 +549,17 @@ class Trainer:
             signal.signal(number, handler)
         if self.board is not None:
             self.board.close()
+
+
+def keep_freed_memory():
+    """Let glibc keep what a training step on the CPU frees: the next one needs it again.
+
+    Given back to the system it would return page by page, each of them cleared first.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # glibc, with the numbers of its malloc.h
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
 
 
 def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:

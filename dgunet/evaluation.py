@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import Pair, find_pairs, list_images, read_image, write_image
 from dgunet.errors import UserError
-from dgunet.inference import restore
+from dgunet.inference import restore, use_huge_pages
 from dgunet.metrics import AlignmentError, evaluate_pair
 
 # Protocols that score the unrounded output; the others score pictures as they are written to disk.
@@ -195,6 +195,7 @@ class TestRun:
         self.task, self.test_sets, self.protocol = task, test_sets, protocol
         self.ensembled, self.average = ensembled, average
         self.args = self._parse(description)
+        use_huge_pages()
         self.results: list[Result] = []
         self.failures: list[str] = []
         self.model, self.name = None, "score_only"

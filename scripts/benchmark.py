@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Deblurring")]
 
 from dgunet.config import load_config  # noqa: E402
 from dgunet.errors import UserError, run_cli  # noqa: E402
+from dgunet.inference import use_huge_pages  # noqa: E402
 from dgunet.layers import ChannelAttentionBlock, ConvBlock, HalfInstanceNorm  # noqa: E402
 from dgunet.model import Measured, create_model, list_models  # noqa: E402
 from dgunet.pathways import ISFF, SubspaceFusion  # noqa: E402
@@ -157,8 +158,10 @@ def _forward(case: Case) -> Callable:
 
 
 def _train(case: Case) -> Callable:
-    from dgunet.engine import Trainer
+    from dgunet.engine import Trainer, keep_freed_memory
 
+    if not case.baseline and not case.device.startswith("cuda"):
+        keep_freed_memory()
     task = case.variant.removesuffix("_plus").removesuffix("_dgunet")
     options = ["DEVICE", case.device.split(":")[0], "OPTIM.BATCH_SIZE", str(case.batch)]
     if case.device.startswith("cuda"):
@@ -296,6 +299,8 @@ def _work(case: Case, pipe):
     if case.threads:
         torch.set_num_threads(case.threads)
     cuda = select(case.device)
+    if case.section == "forward" and not case.baseline:
+        use_huge_pages()
     before = resident_memory(start=True)
     run = prepare(case)
     for _ in range(3 if cuda or case.compile else 1):

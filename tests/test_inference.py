@@ -1,6 +1,7 @@
 """restore: any size and type in, the same out; tiles, self-ensemble, and what it refuses."""
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -382,3 +383,32 @@ def test_unsuitable_tiles(model, options):
 def test_network_of_a_known_degradation(tiny_model):
     model = tiny_model("compressive_sensing_dgunet")
     assert "call model(y)[0] with the measurement" in refusal(model, picture(32, 32, 1))
+
+
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="a system without huge pages")
+@pytest.mark.parametrize("module, function", [("inference", "use_huge_pages"), ("engine", "keep_freed_memory")])
+def test_memory_of_large_maps_is_not_made_page_by_page(run_command, tmp_path, module, function):
+    """Of maps of 4 x 64 MiB, made and freed again and again, few of the 65536 pages of 4 KiB are new in the end."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import torch
+import dgunet.engine, dgunet.evaluation  # importing all this makes no tensor yet
+
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+dgunet.{module}.{function}()
+for _ in range(6):
+    before = pages()
+    maps = [torch.ones(2**24) for _ in range(4)]
+    del maps
+print(pages() - before)
+""")
+    done = run_command([script])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 6500
