@@ -142,6 +142,8 @@ def _network(case: Case) -> nn.Module:
 
 
 def _forward(case: Case) -> Callable:
+    if not case.baseline:
+        use_huge_pages()
     model = _network(case).eval()
     y = _pictures(case, model.channels)
     if not case.baseline:
@@ -299,8 +301,6 @@ def _work(case: Case, pipe):
     if case.threads:
         torch.set_num_threads(case.threads)
     cuda = select(case.device)
-    if case.section == "forward" and not case.baseline:
-        use_huge_pages()
     before = resident_memory(start=True)
     run = prepare(case)
     for _ in range(3 if cuda or case.compile else 1):
