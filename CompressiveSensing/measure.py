@@ -38,7 +38,7 @@ def main():
     if args.weights:
         operator = load_model(args.weights, task="compressive_sensing").degradation
     else:
-        operator = sampling_operator(ratio=0.25, matrix=args.matrix)
+        operator = sampling_operator(ratio=0.25, matrix="fixed", start=args.matrix)
     with torch.inference_mode():
         y = operator.A(pad_to_blocks(luma, operator.block))[0].numpy()
     height, width = luma.shape

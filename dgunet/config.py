@@ -25,7 +25,11 @@ _C.MODEL.NAME = "deblurring_dgunet"  # see dgunet.list_models()
 _C.MODEL.SESSION = "DGUNet"  # name of the run: its files go to TRAINING.SAVE_DIR/SESSION
 _C.MODEL.OVERRIDES = CN(new_allowed=True)  # arguments of DGUNet that differ from the paper's, e.g. {width: 16}
 _C.MODEL.RATIO = 0.25  # compressive sensing: measurements per pixel
-_C.MODEL.MATRIX = "learned"  # compressive sensing: learned, fixed (Gaussian with orthonormal rows), or a .npy file
+_C.MODEL.MATRIX = "learned"  # compressive sensing: learned (with the network) or fixed
+# What the matrix starts from, or stays: xavier, orthonormal (Gaussian), dct (lowest frequencies), pca (principal
+# components of training blocks), or a .npy file, which sets the ratio. Empty: xavier if learned, orthonormal if fixed.
+# The matrix of MODEL.WEIGHTS comes before it, unless it is of another ratio.
+_C.MODEL.MATRIX_START = ""
 _C.MODEL.WEIGHTS = ""  # checkpoint whose weights to start from (ours or the authors'); empty: from scratch
 
 _C.OPTIM = CN()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -72,7 +73,9 @@ def train(cfg, train_set, val_set, dry_run: bool = False):
     torch.manual_seed(cfg.SEED)
     overrides = dict(cfg.MODEL.OVERRIDES)
     if cfg.MODEL.NAME.startswith("compressive_sensing"):
-        overrides["degradation"] = sampling_operator(cfg.MODEL.RATIO, cfg.MODEL.MATRIX)
+        overrides["degradation"] = sampling_operator(
+            cfg.MODEL.RATIO, cfg.MODEL.MATRIX, cfg.MODEL.MATRIX_START, lambda: sample_blocks(train_set)
+        )
     model = create_model(cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **overrides)
     trainer = Trainer(cfg, model, train_set, val_set)
     trainer.describe()
@@ -122,7 +125,10 @@ class Trainer:
         resume = self._found_to_resume()
         if cfg.MODEL.WEIGHTS and not resume:
             path = cfg.MODEL.WEIGHTS
-            load_weights(model, weights_of(read_checkpoint(path), path), path)
+            weights, matrix = weights_of(read_checkpoint(path), path), model.state_dict().get("degradation.matrix")
+            if cfg.MODEL.MATRIX_START and matrix is not None and matrix.shape != weights["degradation.matrix"].shape:
+                weights["degradation.matrix"] = matrix  # a network of another ratio: all the rest is taken over
+            load_weights(model, weights, path)
         memory_format = torch.channels_last if cfg.SPEED.CHANNELS_LAST else torch.contiguous_format
         self.model = model.to(self.device, memory_format=memory_format)
         self.memory_format = memory_format
@@ -549,6 +555,16 @@ class Trainer:
             signal.signal(number, handler)
         if self.board is not None:
             self.board.close()
+
+
+def sample_blocks(train_set, block: int = 32, count: int = 16384) -> torch.Tensor:
+    """Blocks of pixels (N, block^2), range [0, 1], of the crops of an epoch that no training sees."""
+    blocks, index = [], 0
+    while sum(map(len, blocks)) < count:
+        crop = unit_range(train_set[0, index][1])
+        blocks.append(F.unfold(crop[None], block, stride=block)[0].mT)
+        index += 1
+    return torch.cat(blocks)
 
 
 def keep_freed_memory():

@@ -29,11 +29,12 @@ class Stage(nn.Module):
     Args:
         proximal: maps ``(v, memory)`` to ``(x, memory)``.
         degradation: the stage's own learned degradation, or None where the network's known one is to be used.
+        rho: initial value of the learned step size.
     """
 
-    def __init__(self, proximal: nn.Module, degradation: LearnedDegradation | None):
+    def __init__(self, proximal: nn.Module, degradation: LearnedDegradation | None, rho: float):
         super().__init__()
-        self.rho = nn.Parameter(torch.full((1,), 0.5))
+        self.rho = nn.Parameter(torch.full((1,), float(rho)))
         self.degradation = degradation
         self.proximal = proximal
 
@@ -70,6 +71,7 @@ class DGUNet(nn.Module):
         final_growth: see ``final_fusion``.
         degradation: None to learn it (each stage its own; the middle ones share theirs when ``shared``), or any
             object with ``A(x)`` and ``A_adjoint(y)``, as in `dgunet.degradations` or deepinv's linear operators.
+        rho: initial value of the learned step sizes; 1 projects onto the data where A has orthonormal rows.
         checkpointing: recompute each stage in the backward pass instead of keeping its activations.
 
     Raises:
@@ -88,6 +90,7 @@ class DGUNet(nn.Module):
         final_fusion: str = "concat",
         final_growth: int = 32,
         degradation=None,
+        rho: float = 0.5,
         checkpointing: bool = False,
     ):
         super().__init__()
@@ -106,7 +109,7 @@ class DGUNet(nn.Module):
 
         def stage(informed: bool) -> Stage:
             proximal = ProximalMapping(channels, width, growth, fusion, informed, hands_on=pathways)
-            return Stage(proximal, learned_degradation())
+            return Stage(proximal, learned_degradation(), rho)
 
         def learned_degradation() -> LearnedDegradation | None:
             return LearnedDegradation(channels) if degradation is None else None
@@ -115,13 +118,14 @@ class DGUNet(nn.Module):
         self.first = stage(informed=False) if stages > 1 else None
         self.middle = nn.ModuleList(stage(pathways) for _ in range(min(middle_stages, 1) if shared else middle_stages))
         final_fusion = final_fusion if pathways and stages > 1 else None
-        self.last = FinalStage(FinalMapping(channels, width, final_fusion, width + final_growth), learned_degradation())
+        mapping = FinalMapping(channels, width, final_fusion, width + final_growth)
+        self.last = FinalStage(mapping, learned_degradation(), rho)
 
     @classmethod
     def default_arguments(cls) -> dict:
         """The constructor's defaults that make up ``arguments``."""
         parameters = inspect.signature(cls).parameters
-        return {key: p.default for key, p in parameters.items() if key not in ("degradation", "checkpointing")}
+        return {key: p.default for key, p in parameters.items() if key not in ("degradation", "rho", "checkpointing")}
 
     def unrolled(self):
         """Yields the K stages in order; a shared middle stage is stored once and visited K-2 times."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dgunet import DGUNet, UserError, create_model, list_models
-from dgunet.degradations import BlockSampling
+from dgunet.degradations import BlockSampling, sampling_operator, start_matrix
 from dgunet.layers import ChannelAttention, HalfInstanceNorm
 from dgunet.original import is_unused
 from dgunet.pathways import SubspaceFusion, project
@@ -321,6 +321,53 @@ def test_fixed_matrix_is_orthonormal_and_not_trained():
     sampling = BlockSampling(0.1, learned=False)
     assert not list(sampling.parameters())
     torch.testing.assert_close(sampling.matrix @ sampling.matrix.T, torch.eye(103), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("start", ["orthonormal", "dct", "pca"])
+def test_matrices_that_start_orthonormal(start):
+    blocks = torch.rand(200, 1024)
+    matrix = start_matrix(start, 0.1, blocks=lambda: blocks)
+    assert matrix.shape == (103, 1024)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(103), atol=1e-5, rtol=0)
+
+
+def test_dct_matrix_is_scipys_in_zigzag_order():
+    scipy_fft = pytest.importorskip("scipy.fft")
+    block = torch.rand(32, 32, generator=torch.Generator().manual_seed(0))
+    coefficients = torch.from_numpy(scipy_fft.dctn(block.double().numpy(), norm="ortho")).float()
+    zigzag = [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0)]  # as in JPEG
+    measured = start_matrix("dct", 1) @ block.flatten()
+    torch.testing.assert_close(measured[:10], torch.stack([coefficients[uv] for uv in zigzag]))
+    torch.testing.assert_close(measured.sort()[0], coefficients.flatten().sort()[0])  # every frequency once
+
+
+def test_pca_matrix_spans_what_the_blocks_are_made_of():
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.rand(11, 1024, generator=generator)
+    blocks = torch.rand(50, 11, generator=generator) @ parts
+    sampling = BlockSampling(matrix=start_matrix("pca", 0.01, blocks=lambda: blocks)).double()
+    picture = blocks[7].double().view(1, 1, 32, 32)
+    torch.testing.assert_close(sampling.A_adjoint(sampling.A(picture)), picture, atol=1e-5, rtol=0)
+
+
+def test_rho_starts_as_told():
+    model = create_model("compressive_sensing_dgunet", width=8, growth=4, final_growth=4, rho=1)
+    assert {stage.rho.item() for stage in model.unrolled()} == {1.0}
+    assert DGUNet(width=8, growth=4, final_growth=4).first.rho.item() == 0.5
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(ratio=0.1, matrix="matrix.npy"), "goes to MODEL.MATRIX_START"),
+        (dict(ratio=0.1, start="missing.npy"), "No such file"),
+        (dict(ratio=0, start="dct"), "ratio"),
+        (dict(ratio=0.5, start="pca", blocks=lambda: torch.rand(9, 1024)), "512 principal components"),
+    ],
+)
+def test_impossible_sampling_operators_are_told(settings, message):
+    with pytest.raises(UserError, match=message):
+        sampling_operator(**settings)
 
 
 def test_block_sampling_stays_in_float32_under_autocast():

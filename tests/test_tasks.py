@@ -19,6 +19,9 @@ from dgunet import create_model, load_model, restore
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import find_pairs, read_image, write_image
+from dgunet.degradations import sampling_operator, start_matrix
+from dgunet.engine import Trainer
+from dgunet.errors import UserError
 from dgunet.metrics import evaluate_pair
 from dgunet.transforms import unit_range
 
@@ -418,8 +421,8 @@ def test_measuring_and_reconstructing_apart(tmp_path, weights, monkeypatch):
     assert "not an .npz file" in done.stderr
 
 
-@pytest.mark.parametrize("matrix", ["learned", "fixed", "matrix.npy"])
-def test_sensing_in_two_steps_with_either_matrix(tmp_path, matrix):
+@pytest.mark.parametrize("matrix, start", [("learned", "pca"), ("fixed", ""), ("fixed", "matrix.npy")])
+def test_sensing_in_two_steps_with_either_matrix(tmp_path, matrix, start):
     """Step 1 on blocks, step 2 from its weights on larger crops; a fixed matrix does not move, a learned one does."""
     rng = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
@@ -427,7 +430,8 @@ def test_sensing_in_two_steps_with_either_matrix(tmp_path, matrix):
         Image.fromarray(rng.integers(0, 256, (70, 80), dtype=np.uint8)).save(tmp_path / f"pictures/{k}.png")
     np.save(tmp_path / "matrix.npy", rng.normal(size=(103, 1024)).astype(np.float32) / 32)
     common = [
-        "MODEL.RATIO", 0.1, "MODEL.MATRIX", matrix, "TRAINING.TRAIN_DIR", "pictures", "TRAINING.VAL_HOLD_BACK", 1,
+        "MODEL.RATIO", 0.1, "MODEL.MATRIX", matrix, "MODEL.MATRIX_START", start, "TRAINING.TRAIN_DIR", "pictures",
+        "TRAINING.VAL_HOLD_BACK", 1,
         "TRAINING.REPEAT", 2, "TRAINING.VAL_PS", 32, "TRAINING.WORKERS", 0, "TRAINING.SAVE_DIR", "runs",
         "OPTIM.BATCH_SIZE", 2, "OPTIM.NUM_EPOCHS", 1, "OPTIM.LR_INITIAL", 1e-3, "DEVICE", "cpu", "SPEED.AMP", "fp32",
         "MODEL.OVERRIDES.width", 8, "MODEL.OVERRIDES.growth", 4, "MODEL.OVERRIDES.final_growth", 4,
@@ -443,8 +447,31 @@ def test_sensing_in_two_steps_with_either_matrix(tmp_path, matrix):
     learned = matrix == "learned"
     assert isinstance(first.matrix, torch.nn.Parameter) == learned
     assert torch.equal(first.matrix, second.matrix) != learned
-    if matrix == "matrix.npy":
+    if start == "matrix.npy":
         np.testing.assert_array_equal(first.matrix, np.load(tmp_path / "matrix.npy"))
+
+
+def test_sensing_begins_with_a_network_of_another_ratio(tmp_path, weights):
+    """All but the matrix is taken over, if a start for the matrix is given; without one, the shapes do not fit."""
+    given = load_model(weights["compressive_sensing"])
+    size = {f"MODEL.OVERRIDES.{key}": given.arguments[key] for key in ("width", "growth", "final_growth", "stages")}
+
+    def trained_from(start: str) -> dict[str, torch.Tensor]:
+        options = {
+            "MODEL.RATIO": 0.5, "MODEL.MATRIX_START": start, "MODEL.WEIGHTS": weights["compressive_sensing"],
+            "TRAINING.SAVE_DIR": tmp_path, "DEVICE": "cpu", **size,
+        }  # fmt: skip
+        words = [str(word) for pair in options.items() for word in pair]
+        cfg = load_config(ROOT / "configs/compressive_sensing/dgunet.yaml", words)
+        operator = sampling_operator(cfg.MODEL.RATIO, start=cfg.MODEL.MATRIX_START)
+        model = create_model(cfg.MODEL.NAME, degradation=operator, **cfg.MODEL.OVERRIDES)
+        return Trainer(cfg, model, range(64), None).model.state_dict()
+
+    with pytest.raises(UserError, match="degradation.matrix"):
+        trained_from("")
+    after = trained_from("dct")
+    assert torch.equal(after.pop("degradation.matrix"), start_matrix("dct", 0.5))
+    assert all(torch.equal(value, given.state_dict()[name]) for name, value in after.items())
 
 
 def test_tasks_read_their_weights_through_restore(weights):
