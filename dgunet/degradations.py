@@ -101,7 +101,7 @@ def start_matrix(start: str, ratio: float, block: int = 32, blocks: Callable[[],
 
 
 def _cosines(block: int) -> Tensor:
-    """The two-dimensional DCT-II of a block as an orthonormal (block^2, block^2) matrix, rows in JPEG's zigzag order."""
+    """The two-dimensional DCT-II of a block, orthonormal (block^2, block^2), rows in JPEG's zigzag order."""
     k = torch.arange(block, dtype=torch.float64)
     basis = torch.cos(math.pi / block * k[:, None] * (k + 0.5)) * math.sqrt(2 / block)
     basis[0] /= math.sqrt(2)
