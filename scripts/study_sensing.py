@@ -1,6 +1,6 @@
 """What to train compressive sensing with when time is short: one change at a time, at equal cost.
 
-    python scripts/study_sensing.py --train_dir Datasets/train/DIV2K_BSD400        # a core-hour; prints a Markdown table
+    python scripts/study_sensing.py --train_dir Datasets/train/DIV2K_BSD400    # a core-hour; prints a table
 
 Every run costs as much as four passes of seven stages over a 64x64 crop of each picture: some four minutes of one core
 that computes bfloat16. Fewer stages and smaller crops get as many more steps. The score is the PSNR, averaged over
