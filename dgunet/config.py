@@ -71,6 +71,12 @@ _C.TRAINING.SAVE_EACH_VALIDATION = True  # keep the weights of every validation 
 _C.TRAINING.SAVE_MINUTES = 15.0  # model_latest.pth is also written this often within an epoch
 _C.TRAINING.WORKERS = 4  # data loading processes of each training process
 
+_C.SYNTHESIS = CN()
+# Degrade clean pictures while training, by a function of dgunet/synthesis.py: gaussian_noise, sensor_noise,
+# rain_streaks, added_rain, motion_blur. TRAIN_DIR is then a folder of clean pictures. Empty: train on pairs.
+_C.SYNTHESIS.NAME = ""
+_C.SYNTHESIS.OPTIONS = CN(new_allowed=True)  # its arguments that differ from their defaults, e.g. {sigma: [0, 50]}
+
 _C.AUGMENT = CN()
 _C.AUGMENT.FLIP = True  # random flips and rotations by 90 degrees (compressive sensing: flips and transposition)
 _C.AUGMENT.SATURATION = 0.0  # s: a third of the pairs gets its saturation scaled by U(1 - s, 1 + s); 0: off

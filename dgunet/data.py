@@ -7,7 +7,7 @@ changes a sample, and a resumed epoch sees what the first one would have seen.
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -351,6 +351,37 @@ class PairedPatches(RandomPatches):
         return dihedral(input, k).contiguous(), dihedral(target, k).contiguous()
 
 
+class SyntheticPatches(RandomPatches):
+    """Random crops of clean pictures, degraded on the way: ``dataset[epoch, index]`` is ``(input, target)``.
+
+    No crop is seen twice with the same degradation. Both are (3, patch, patch), input float32, target uint8.
+
+    Args:
+        items: pictures.
+        degrade: a function of `dgunet.synthesis`: picture (H, W, 3) in [0, 1] and generator to degraded picture.
+        patch, repeat, flip, seed: see `RandomPatches`.
+        margin: pixels around the crop that are degraded with it, so that rain falls and blur comes in from outside.
+    """
+
+    def __init__(
+        self, items: list, degrade: Callable, patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234,
+        margin: int = 32,
+    ):  # fmt: skip
+        super().__init__(items, patch + 2 * margin, repeat, flip, seed)
+        self.degrade, self.margin = degrade, margin
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = key
+        rng = self.generator(epoch, index)
+        (crop,) = self.crop(rng, open_image(self.items[index % len(self.items)]))
+        target = self.extend(crop)
+        if self.flip:
+            target = dihedral(target, int(rng.integers(8)))
+        degraded = self.degrade(target.permute(1, 2, 0).numpy().astype(np.float32) / 255, rng)
+        inside = (..., slice(self.margin, -self.margin or None), slice(self.margin, -self.margin or None))
+        return to_tensor(degraded)[inside].contiguous(), target[inside].contiguous()
+
+
 class PairedCentres(Dataset):
     """Central crops of picture pairs, for validation: ``dataset[index]`` is ``(input, target)``, (3, H, W) uint8.
 
@@ -384,6 +415,23 @@ class PairedCentres(Dataset):
             top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
             crops.append(to_tensor(picture[top : top + height, left : left + width]))
         return tuple(crops)
+
+
+class SyntheticCentres(PairedCentres):
+    """Central crops of clean pictures, each degraded in its own way, always the same: for validation.
+
+    ``dataset[index]`` is ``(input, target)``, input float32 and target uint8; the arguments are those of
+    `SyntheticPatches`.
+    """
+
+    def __init__(self, items: list, degrade: Callable, patch: int, seed: int = 1234):
+        super().__init__([Pair(str(item), item, item) for item in items], patch)
+        self.degrade, self.seed = degrade, seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        _, target = super().__getitem__(index)
+        rng = np.random.default_rng([self.seed, index])
+        return to_tensor(self.degrade(target.permute(1, 2, 0).numpy().astype(np.float32) / 255, rng)), target
 
 
 class EpochBatches(Sampler):

@@ -21,7 +21,15 @@ from tqdm import tqdm
 from dgunet import distributed
 from dgunet.checkpoint import describe_model, load_weights, read_checkpoint, save_checkpoint, weights_of
 from dgunet.config import changed_keys, format_config, parse_args
-from dgunet.data import EpochBatches, PairedCentres, find_pairs, hold_back
+from dgunet.data import (
+    EpochBatches,
+    PairedCentres,
+    SyntheticCentres,
+    SyntheticPatches,
+    find_images,
+    find_pairs,
+    hold_back,
+)
 from dgunet.degradations import sampling_operator
 from dgunet.distributed import launch
 from dgunet.errors import UserError
@@ -29,6 +37,7 @@ from dgunet.losses import StageLoss
 from dgunet.metrics import psnr_batch
 from dgunet.model import Measured, create_model
 from dgunet.schedule import EpochSchedule, validation_steps
+from dgunet.synthesis import find_degradation
 from dgunet.transforms import unit_range
 
 log = logging.getLogger("dgunet")
@@ -58,11 +67,21 @@ def train_command(
     if cfg.MODEL.NAME.startswith(sensing) != default_config.startswith(sensing):
         raise UserError(f"{cfg.MODEL.NAME} is not a network for this task; see MODEL.NAME in configs/{default_config}")
     training = cfg.TRAINING
-    items = find(training.TRAIN_DIR)
+    if cfg.SYNTHESIS.NAME:
+        degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS)
+        items = find_images(training.TRAIN_DIR)
+
+        def make_train_set(cfg, items):
+            return SyntheticPatches(items, degrade, training.TRAIN_PS, training.REPEAT, cfg.AUGMENT.FLIP, cfg.SEED)
+
+    else:
+        items = find(training.TRAIN_DIR)
     if training.VAL_DIR:
         val_items = find(training.VAL_DIR)
     else:
         items, val_items = hold_back(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)
+        if cfg.SYNTHESIS.NAME:
+            make_val_set = lambda cfg, items: SyntheticCentres(items, degrade, training.VAL_PS, cfg.SEED)  # noqa: E731
     launch(train, cfg, make_train_set(cfg, items), make_val_set(cfg, val_items), args.dry_run)
 
 

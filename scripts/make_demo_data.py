@@ -14,8 +14,7 @@ loader expects them:
     deraining                OUT/{train,val}/{input,target}/*.png and OUT/test/DEMO/{input,target}/*.png
     compressive_sensing      OUT/{train,val,test}/*.png (clean; the loader does the sensing)
 
-No photograph and no scene is in two splits. The degradations are plain functions that can be
-imported.
+No photograph and no scene is in two splits. The degradations are those of dgunet/synthesis.py.
 """
 
 import argparse
@@ -39,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dgunet.errors import UserError, run_cli  # noqa: E402
+from dgunet.synthesis import gaussian_noise, motion_blur, rain_streaks, sensor_noise  # noqa: E402
 
 TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
 SPLITS = ("train", "val", "test")
@@ -46,166 +46,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 MANIFEST = "demo.json"
 VERSION = 1  # raise it when a change here changes the pictures, so that older folders are recognised as such
 MIN_SIDE = 32  # pixels; anything smaller is a thumbnail or an icon, not something to train on
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Degradations: float RGB in [0, 1] -> float32 RGB in [0, 1], same shape. All randomness comes from `rng`.
-# ------------------------------------------------------------------------------------------------------------
-
-
-def to_linear(image):
-    """sRGB values in [0, 1] -> linear light in [0, 1] (IEC 61966-2-1), any shape."""
-    return np.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4).astype(np.float32)
-
-
-def to_srgb(light):
-    """Linear light in [0, 1] -> sRGB values in [0, 1], the inverse of :func:`to_linear`."""
-    return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055).astype(np.float32)
-
-
-def gaussian_noise(image, rng, sigma=25.0):
-    """Add white Gaussian noise.
-
-    image: (H, W, 3) in [0, 1]; sigma: standard deviation on the scale 0 to 255.
-    Returns (H, W, 3) in [0, 1], clipped.
-    """
-    noise = rng.standard_normal(image.shape, dtype=np.float32)
-    return np.clip(image + noise * np.float32(sigma / 255), 0, 1).astype(np.float32)
-
-
-def sensor_noise(image, rng, shot=(0.012, 0.022), read=(0.00015, 0.00040)):
-    """Add the signal-dependent noise of a sensor at a high ISO setting.
-
-    In linear light z the noise is Gaussian with variance ``a * z + b``: photon (shot) noise grows with the
-    signal, read noise does not. This is the model of Foi et al., "Practical Poissonian-Gaussian noise
-    modeling and fitting for single-image raw-data", TIP 2008. Back in sRGB the shadows are the noisiest
-    part, as in real photographs.
-
-    image: (H, W, 3) in [0, 1]; shot, read: ranges of a and b, each drawn once per picture, log-uniformly.
-    Returns (H, W, 3) in [0, 1], clipped.
-    """
-    a, b = np.exp([rng.uniform(*np.log(shot)), rng.uniform(*np.log(read))]).astype(np.float32)
-    light = to_linear(image)
-    noise = rng.standard_normal(image.shape, dtype=np.float32) * np.sqrt(a * light + b)
-    return to_srgb(np.clip(light + noise, 0, 1))
-
-
-@dataclass(frozen=True)
-class RainLayer:
-    """Drops at one distance from the camera: the nearer, the longer, wider, sparser and brighter."""
-
-    drops: float  # streaks per 10,000 pixels
-    length: tuple  # range, in pixels
-    width: float  # standard deviation across the streak, in pixels
-    brightness: tuple  # range, of the streak's opacity
-
-
-RAIN_LAYERS = (
-    RainLayer(drops=60, length=(9, 15), width=0.50, brightness=(0.10, 0.30)),
-    RainLayer(drops=16, length=(18, 30), width=0.70, brightness=(0.20, 0.50)),
-    RainLayer(drops=3, length=(36, 60), width=1.00, brightness=(0.30, 0.65)),
-)
-
-
-def streak_kernel(length, width, degrees):
-    """One rain streak, odd-sized (k, k) float32, maximum 1: a Gaussian across, a raised cosine along.
-
-    length: in pixels; width: standard deviation, in pixels; degrees: off the vertical, positive leans right.
-    """
-    radius = int(np.ceil(length / 2 + 3 * width))
-    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1].astype(np.float32)
-    slant = np.deg2rad(degrees)
-    across = x * np.cos(slant) + y * np.sin(slant)
-    along = np.clip((y * np.cos(slant) - x * np.sin(slant)) / length, -0.5, 0.5)
-    kernel = np.exp(-0.5 * (across / width) ** 2) * np.cos(np.pi * along) ** 2
-    return (kernel / kernel.max()).astype(np.float32)
-
-
-def rain_mask(shape, rng, layer, degrees, groups=4):
-    """Opacity of one layer's streaks, (H, W) in [0, 1].
-
-    The drops fall in a few groups, each with its own length and a direction some degrees off the common
-    one, so that the streaks are not ruled lines.
-    """
-    mask = np.zeros(shape, np.float32)
-    for _ in range(groups):
-        kernel = streak_kernel(rng.uniform(*layer.length), layer.width, degrees + rng.normal(0, 2.5))
-        hit = rng.random(shape, dtype=np.float32) < layer.drops / 1e4 / groups
-        drops = hit * rng.uniform(*layer.brightness, shape).astype(np.float32)
-        mask = np.maximum(mask, cv2.filter2D(drops, -1, kernel, borderType=cv2.BORDER_CONSTANT))
-    return np.clip(mask, 0, 1)
-
-
-def rain_streaks(image, rng, layers=RAIN_LAYERS):
-    """Let it rain: streaks at several depths behind a veil of haze.
-
-    The heavy-rain model ``y = t * (x + s_1 + ... + s_n) + (1 - t) * airlight`` of Yang et al., "Deep joint
-    rain detection and removal from a single image", CVPR 2017, except that each layer ``s`` is laid over
-    the picture as a translucent white (``1 - (1 - x)(1 - s)``), so that bright places do not burn out.
-    Lengths and widths are in pixels, for pictures of roughly 300 to 1000 pixels.
-
-    image: (H, W, 3) in [0, 1]; layers: from far to near. Returns (H, W, 3) in [0, 1].
-    """
-    degrees = rng.uniform(-25, 25)
-    amount = rng.uniform(0.7, 1.1)  # drizzle to downpour
-    transmission = rng.uniform(0.88, 0.96)
-    airlight = rng.uniform(0.65, 0.80)
-    x = image.astype(np.float32)
-    for layer in layers:
-        s = amount * rain_mask(image.shape[:2], rng, layer, degrees)[..., None]  # (H, W, 1), no colour
-        x = 1 - (1 - x) * (1 - s)
-    return np.clip(transmission * x + (1 - transmission) * airlight, 0, 1).astype(np.float32)
-
-
-def camera_path(rng, steps=500):
-    """Path of a point on the sensor while a hand-held camera exposes: (steps, 2) in arbitrary units.
-
-    A random walk of the velocity with inertia, a pull back to the start (the hand corrects itself) and a
-    few sudden jerks, after Boracchi and Foi, "Modeling the performance of image restoration from motion
-    blur", TIP 2012, much as Kupyn et al. do it in "DeblurGAN", CVPR 2018.
-    """
-    position, velocity = np.zeros(2), rng.standard_normal(2)
-    pull, shiver, jerk_rate = rng.uniform(0, 2e-4), rng.uniform(0.03, 0.12), rng.uniform(0, 2) / steps
-    path = np.empty((steps, 2))
-    for step in range(steps):
-        velocity = 0.99 * velocity + shiver * rng.standard_normal(2) - pull * position
-        if rng.random() < jerk_rate:
-            velocity = 1.5 * rng.standard_normal(2)
-        position = position + velocity
-        path[step] = position
-    return path
-
-
-def motion_kernel(rng, extent=(5.0, 15.0)):
-    """A camera-shake kernel, odd-sized (k, k) float32, non-negative, sum 1.
-
-    The path is scaled to an extent (its larger side, in pixels) drawn from the given range and each of its
-    points is shared among the four nearest pixels. Its centre of mass is put in the middle of the kernel: the
-    blurred picture then does not move against the sharp one.
-    """
-    path = camera_path(rng)
-    path = path * (rng.uniform(*extent) / np.ptp(path, axis=0).max())
-    path = path - path.mean(axis=0)
-    radius = int(np.ceil(np.abs(path).max())) + 1
-    corner = np.floor(path).astype(int)
-    part = path - corner  # sub-pixel position, in [0, 1)
-    kernel = np.zeros((2 * radius + 1, 2 * radius + 1))
-    for dy in (0, 1):
-        for dx in (0, 1):
-            weight = np.abs(1 - dy - part[:, 0]) * np.abs(1 - dx - part[:, 1])
-            np.add.at(kernel, (corner[:, 0] + radius + dy, corner[:, 1] + radius + dx), weight)
-    return (kernel / kernel.sum()).astype(np.float32)
-
-
-def motion_blur(image, rng, extent=(5.0, 15.0)):
-    """Blur by camera shake: ``y = k * x`` in linear light, where exposure adds up, with reflected borders.
-
-    image: (H, W, 3) in [0, 1]; extent: range of the kernel's larger side, in pixels.
-    Returns (H, W, 3) in [0, 1].
-    """
-    kernel = motion_kernel(rng, extent)[::-1, ::-1]  # filter2D correlates; flipped, it convolves
-    light = cv2.filter2D(to_linear(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101)
-    return to_srgb(np.clip(light, 0, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from dgunet.data import (
     EpochBatches,
     PairedCentres,
     PairedPatches,
+    SyntheticCentres,
+    SyntheticPatches,
     find_images,
     find_pairs,
     image_size,
@@ -26,6 +28,7 @@ from dgunet.data import (
     read_image,
     write_image,
 )
+from dgunet.synthesis import find_degradation
 from dgunet.transforms import dihedral, pad_to, undo_dihedral, unit_range
 
 
@@ -504,3 +507,28 @@ def test_few_pictures_fill_one_batch(shifted):
     crops = [patches[key][0] for key in found[0]]
     assert not any(torch.equal(a, b) for k, a in enumerate(crops) for b in crops[:k])
     assert collections.Counter(index % 3 for _, index in found[0]).most_common()[-1][1] >= 2
+
+
+def test_clean_pictures_are_degraded_on_the_way(tmp_path, picture_pairs):
+    """The same sample for the same key, another degradation in another epoch, aligned with its target."""
+    pictures = list_images(picture_pairs(tmp_path, size=(80, 90)) / "target")
+    degrade = find_degradation("added_rain", {"brightness": [0.3, 0.8]})
+    sets = [SyntheticPatches(pictures, degrade, 32, seed=5) for _ in range(2)]
+    (rainy, clean), (again, _), (other, _) = sets[0][1, 2], sets[1][1, 2], sets[0][2, 2]
+    assert rainy.shape == clean.shape == (3, 32, 32) and clean.dtype == torch.uint8
+    assert torch.equal(rainy, again) and not torch.equal(rainy, other)
+    streaks = (rainy - unit_range(clean))[:, rainy.amax(dim=0) < 1]  # where nothing is clipped
+    assert streaks.min() > -1e-6 and streaks.max() > 0.1
+    assert torch.allclose(streaks[0], streaks[1], atol=1e-6)  # grey: the crops are aligned
+    centres = SyntheticCentres(pictures, degrade, 32)
+    assert torch.equal(centres[0][0], centres[0][0]) and not torch.equal(centres[0][0], centres[1][0])
+    assert torch.equal(centres[0][1], PairedCentres(find_pairs(tmp_path), 32)[0][1])
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [("snow", {}, "added_rain"), ("gaussian_noise", {"sigmas": 3}, "gaussian_noise has no sigmas; it has sigma, clip")],
+)
+def test_unknown_degradations_are_told(name, options, message):
+    with pytest.raises(UserError, match=message):
+        find_degradation(name, options)

@@ -16,14 +16,16 @@ sys.path.insert(0, str(SCRIPTS))
 
 import make_demo_data as demo  # noqa: E402
 
+from dgunet import synthesis  # noqa: E402
 from dgunet.errors import UserError  # noqa: E402
 
 PAIRED = ("denoising", "deraining", "deblurring")
 DEGRADATIONS = {
-    "sensor_noise": (demo.sensor_noise, 19.5, 24.5),
-    "gaussian_noise": (demo.gaussian_noise, 20.0, 21.5),  # sigma 25 is 20.17 dB, a little more with clipping
-    "rain_streaks": (demo.rain_streaks, 19.0, 29.0),
-    "motion_blur": (demo.motion_blur, 17.0, 30.0),
+    "sensor_noise": (synthesis.sensor_noise, 19.5, 24.5),
+    "gaussian_noise": (synthesis.gaussian_noise, 20.0, 21.5),  # sigma 25 is 20.17 dB, a little more with clipping
+    "rain_streaks": (synthesis.rain_streaks, 19.0, 29.0),
+    "added_rain": (synthesis.added_rain, 9.0, 35.0),
+    "motion_blur": (synthesis.motion_blur, 17.0, 30.0),
 }
 
 
@@ -84,20 +86,20 @@ def test_sensor_noise_grows_with_the_signal():
     rng = np.random.default_rng(0)
     spread = []
     for light in (0.1, 0.5):
-        grey = demo.to_srgb(np.full((200, 200, 3), light, np.float32))
-        noisy = demo.sensor_noise(grey, rng, shot=(0.01, 0.01), read=(1e-4, 1e-4))
-        spread.append(demo.to_linear(noisy).std())
+        grey = synthesis.to_srgb(np.full((200, 200, 3), light, np.float32))
+        noisy = synthesis.sensor_noise(grey, rng, shot=(0.01, 0.01), read=(1e-4, 1e-4))
+        spread.append(synthesis.to_linear(noisy).std())
     assert spread == pytest.approx(np.sqrt([0.01 * 0.1 + 1e-4, 0.01 * 0.5 + 1e-4]), rel=0.03)
 
 
 def test_srgb_curve_is_inverted():
     values = np.linspace(0, 1, 256, dtype=np.float32)
-    assert np.allclose(demo.to_srgb(demo.to_linear(values)), values, atol=1e-6)
+    assert np.allclose(synthesis.to_srgb(synthesis.to_linear(values)), values, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_motion_kernel_keeps_light_and_place(seed):
-    kernel = demo.motion_kernel(np.random.default_rng(seed), extent=(9, 9))
+    kernel = synthesis.motion_kernel(np.random.default_rng(seed), extent=(9, 9))
     size = len(kernel)
     assert kernel.shape == (size, size) and size % 2 == 1
     assert kernel.min() >= 0 and kernel.sum() == pytest.approx(1, abs=1e-5)
@@ -109,15 +111,34 @@ def test_motion_kernel_keeps_light_and_place(seed):
 
 def test_motion_blur_of_a_flat_picture_changes_nothing():
     flat = np.full((40, 50, 3), 0.6, np.float32)
-    assert np.allclose(demo.motion_blur(flat, np.random.default_rng(0)), flat, atol=1e-4)
+    assert np.allclose(synthesis.motion_blur(flat, np.random.default_rng(0)), flat, atol=1e-4)
 
 
 def test_rain_only_brightens_the_dark():
     black = np.zeros((80, 90, 3), np.float32)
-    rainy = demo.rain_streaks(black, np.random.default_rng(0))
+    rainy = synthesis.rain_streaks(black, np.random.default_rng(0))
     assert rainy.min() > 0.02  # the veil
     assert np.array_equal(rainy[..., 0], rainy[..., 2])  # rain has no colour
     assert rainy.max() > rainy.min() + 0.3  # a streak
+
+
+def test_added_rain_is_grey_and_only_added():
+    rng = np.random.default_rng(1)
+    black = np.zeros((80, 90, 3), np.float32)
+    streaks = synthesis.added_rain(black, np.random.default_rng(0))
+    assert np.array_equal(streaks[..., 0], streaks[..., 2]) and 0.1 < streaks.max() <= 0.8
+    picture = rng.random(black.shape, dtype=np.float32)
+    assert np.allclose(synthesis.added_rain(picture, np.random.default_rng(0)), (picture + streaks).clip(0, 1))
+
+
+def test_noise_of_a_range_and_without_bounds():
+    grey = np.full((200, 200, 3), 0.5, np.float32)
+    sigmas = [
+        synthesis.gaussian_noise(grey, np.random.default_rng(seed), (0, 50), clip=False).std() * 255
+        for seed in range(50)
+    ]
+    assert 0 <= min(sigmas) < 10 and 40 < max(sigmas) < 51
+    assert synthesis.gaussian_noise(0 * grey, np.random.default_rng(0), 25, clip=False).min() < -0.2
 
 
 # --- what is written ---

@@ -435,3 +435,14 @@ def test_environment_of_a_cluster_does_not_pass_for_torchrun(folders, monkeypatc
 def test_mistake_in_a_started_process_is_one_line(folders):
     done = train(folders, check=2, PROCESSES=2, OPTIM__BATCH_SIZE=3)
     assert "multiple of 2 processes" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_trains_on_clean_pictures_with_synthetic_noise(folders):
+    changed = dict(TRAINING__TRAIN_DIR=folders / "train/target", SYNTHESIS__NAME="gaussian_noise")
+    done = train(
+        folders, TRAINING__VAL_DIR="", TRAINING__VAL_HOLD_BACK=2, SYNTHESIS__OPTIONS__sigma="[0, 50]", **changed
+    )
+    assert "6 pictures of" in done.stdout and "2 pictures of" in done.stdout
+    assert float(history(folders)[-1]["psnr"]) > 10
+    failed = train(folders, check=2, SYNTHESIS__OPTIONS__sigma=5, **changed | {"SYNTHESIS__NAME": "fog"})
+    assert "SYNTHESIS.NAME" in failed.stderr
