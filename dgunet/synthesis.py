@@ -132,8 +132,8 @@ def rain_streaks(image: np.ndarray, rng: Generator, layers: tuple[RainLayer, ...
 def added_rain(
     image: np.ndarray,
     rng: Generator,
-    density: tuple[float, float] = (4.0, 60.0),
-    length: tuple[float, float] = (8.0, 60.0),
+    density: tuple[float, float] = (10.0, 100.0),
+    length: tuple[float, float] = (10.0, 70.0),
     width: tuple[float, float] = (0.5, 1.2),
     brightness: tuple[float, float] = (0.15, 0.8),
 ) -> np.ndarray:
