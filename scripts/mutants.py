@@ -1,0 +1,147 @@
+"""Does a test notice when the code is wrong? Puts faults into dgunet/, one at a time, and runs that module's tests.
+
+    pip install cosmic-ray
+    python scripts/mutants.py --count 100 --jobs 2          # about an hour of two cores; too slow for every change
+    python scripts/mutants.py --count 30 --module metrics   # of one module
+
+The faults are drawn, seeded: a file, by its length; a kind of fault that cosmic-ray knows to make (another operator,
+another number, a condition turned round, ...); a place. Those in annotations change nothing and do
+not count. They are put into a copy of the repository. Faults that no test noticed are printed as differences: write the
+test, or be sure that nothing is wrong with them.
+"""
+
+import argparse
+import ast
+import difflib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dgunet.errors import UserError, run_cli  # noqa: E402
+
+# Tests of a module besides tests/test_MODULE.py, the quick ones first.
+ALSO = {
+    "degradations": ["test_model.py", "test_tasks.py"],
+    "distributed": ["test_engine.py"],
+    "engine": ["test_schedule.py", "test_tasks.py"],
+    "errors": ["test_data.py", "test_config.py", "test_engine.py"],
+    "evaluation": ["test_denoising.py", "test_tasks.py"],
+    "gradient": ["test_model.py", "test_parity.py"],
+    "layers": ["test_model.py", "test_parity.py"],
+    "losses": ["test_parity.py", "test_engine.py"],
+    "model": ["test_parity.py", "test_checkpoint.py"],
+    "original": ["test_parity.py", "test_checkpoint.py"],
+    "pathways": ["test_model.py", "test_parity.py"],
+    "proximal": ["test_model.py", "test_parity.py"],
+    "synthesis": ["test_demo_data.py", "test_data.py"],
+    "transforms": ["test_data.py", "test_inference.py"],
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100, help="faults to try")
+    parser.add_argument("--module", help="only in dgunet/MODULE.py")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at once")
+    args = parser.parse_args()
+    paths = sorted((ROOT / "dgunet").glob(f"{args.module or '*'}.py"))
+    if not paths:
+        raise UserError(f"there is no dgunet/{args.module}.py")
+    chosen = draw_mutants(paths, args.count, args.seed)
+
+    with tempfile.TemporaryDirectory() as folder:
+        copies = SimpleQueue()
+        for job in range(args.jobs):
+            copies.put(shutil.copytree(ROOT, Path(folder) / str(job), ignore=ignored, symlinks=True))
+        with ThreadPoolExecutor(args.jobs) as pool:
+            clean = pool.map(lambda path: tested(copies, path, path.read_text()), {path for path, _ in chosen})
+            if any(clean):
+                raise UserError("the tests fail as it is; mend them first")
+            results = pool.map(lambda mutant: tested(copies, *mutant), chosen)
+            unnoticed = []
+            for number, (mutant, noticed) in enumerate(zip(chosen, results, strict=True), start=1):
+                if not noticed:
+                    unnoticed.append(mutant)
+                    print(difference(*mutant))
+                print(f"{number} tried, {number - len(unnoticed)} noticed", flush=True)
+
+
+def draw_mutants(paths: list[Path], count: int, seed: int) -> list[tuple[Path, str]]:
+    """(file, its content with one fault) for a random choice of all faults that change what the file does."""
+    try:
+        from cosmic_ray.ast import ast_nodes, get_ast
+        from cosmic_ray.mutating import mutate_code
+        from cosmic_ray.plugins import get_operator, operator_names
+    except ImportError as error:
+        raise UserError("cosmic-ray makes the faults: pip install cosmic-ray") from error
+    kinds = [name for name in operator_names() if "/Variable" not in name]  # those two want a variable's name
+    nodes = {path: list(ast_nodes(get_ast(path.read_text()))) for path in paths}
+    rng, chosen = random.Random(seed), {}
+    while len(chosen) < count:
+        (path,) = rng.choices(paths, [len(nodes[path]) for path in paths])
+        operator = get_operator(rng.choice(kinds))()
+        places = sum(len(list(operator.mutation_positions(node))) for node in nodes[path])
+        if places:
+            code = mutate_code(path.read_bytes(), operator, rng.randrange(places))
+            if meaning(code) not in (None, meaning(path.read_text())):
+                chosen.setdefault((path, meaning(code)), code)
+    return [(path, code) for (path, _), code in chosen.items()]
+
+
+def meaning(code: str) -> str | None:
+    """What a program does: its syntax tree without annotations and documentation; None for what is no program."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.FunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant(None)
+    return ast.dump(tree)
+
+
+def tested(copies: SimpleQueue, path: Path, code: str) -> bool:
+    """Whether the tests of a module fail with this code in its place."""
+    names = [f"test_{path.stem}.py", *ALSO.get(path.stem, [])]
+    tests = [f"tests/{name}" for name in names if (ROOT / "tests" / name).exists()]
+    copy = copies.get()
+    place = copy / path.relative_to(ROOT)
+    try:
+        place.write_text(code)
+        command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
+        return subprocess.run(command, cwd=copy, capture_output=True, timeout=1200).returncode != 0
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        place.write_text(path.read_text())
+        copies.put(copy)
+
+
+def difference(path: Path, code: str) -> str:
+    name = str(path.relative_to(ROOT))
+    lines = difflib.unified_diff(path.read_text().splitlines(), code.splitlines(), name, name, n=1, lineterm="")
+    return "\n".join(lines)
+
+
+def ignored(folder: str, names: list[str]) -> set[str]:
+    return {name for name in names if name in (".git", ".venv", "Datasets", "checkpoints", "results", "__pycache__")}
+
+
+if __name__ == "__main__":
+    run_cli(main)
