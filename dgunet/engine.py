@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import datetime
 import logging
 import os
 import signal
@@ -97,7 +98,7 @@ def train(cfg, train_set, val_set, dry_run: bool = False):
         )
     model = create_model(cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **overrides)
     trainer = Trainer(cfg, model, train_set, val_set)
-    trainer.describe()
+    trainer.describe(config=dry_run)
     if dry_run:
         return
     try:
@@ -278,8 +279,8 @@ class Trainer:
         if self.totals[3] < 2 or not (self.folder / "model_latest.pth").exists():
             self.save("model_latest.pth")
 
-    def describe(self):
-        """Print what is about to be done, and why it can be."""
+    def describe(self, config: bool = False):
+        """Print what is about to be done, and why it can be; with ``config`` also every key."""
         cfg, world = self.cfg, distributed.world_size()
         if not self.main:
             return
@@ -288,8 +289,9 @@ class Trainer:
         share = cfg.OPTIM.BATCH_SIZE // world // cfg.OPTIM.ACCUMULATE
         epochs = "" if self.resumed is None else f", continuing in epoch {self.epoch} after step {self.step}"
         precision = "bf16 autocast" if self.amp else "float32"
+        if config:
+            print(f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n")
         lines = [
-            f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n",
             f"model       {cfg.MODEL.NAME}, {count:,} parameters, {self.model.stages} stages",
             f"training    {len(self.train_set) // self.train_set.repeat} pictures of {cfg.TRAINING.TRAIN_DIR}, "
             f"{self.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
@@ -297,7 +299,7 @@ class Trainer:
             f"batch       {cfg.OPTIM.BATCH_SIZE} = {world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
             f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs of {self.batches.steps} steps{epochs}",
             f"device      {world} x {hardware}, {precision}",
-            f"writes to   {self.folder.absolute()}",
+            f"writes to   {self.folder.absolute()} (the whole config as well; --dry_run shows it)",
         ]
         for line in lines:
             print(line)
@@ -313,6 +315,7 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(format_config(self.cfg) + "\n")
         distributed.barrier()
+        self.began = self.last_word = time.monotonic()
         handlers = self._start_log(), self._catch_signals()
         loader = self._train_loader()
         try:
@@ -416,9 +419,17 @@ class Trainer:
         loss_sum, counted, _, in_a_row = self.totals.tolist()
         lr = self.optimizer.param_groups[0]["lr"]
         psnr = f"{self.last_psnr:.2f}" if self.last_psnr == self.last_psnr else "-"
-        bar.set_postfix_str(
-            f"loss {loss_sum / max(counted, 1):.4f}, PSNR {psnr}, lr {lr:.1e}, {rate:.1f} images/s", refresh=False
-        )
+        status = f"loss {loss_sum / max(counted, 1):.4f}, PSNR {psnr}, lr {lr:.1e}, {rate:.1f} images/s"
+        bar.set_postfix_str(status, refresh=False)
+        now, steps = time.monotonic(), self.batches.steps
+        # Without a terminal a line now and then: at first every 20 seconds, in a run of days some hundreds in all.
+        if self.main and bar.disable and now - self.last_word > max(20, (now - self.began) / 100):
+            left = ((self.cfg.OPTIM.NUM_EPOCHS + 1 - self.epoch) * steps - self.step) * seconds
+            log.info(
+                "epoch %d/%d  step %d/%d  %s, %s left", self.epoch, self.cfg.OPTIM.NUM_EPOCHS, self.step, steps, status,
+                datetime.timedelta(seconds=round(left)),
+            )  # fmt: skip
+            self.last_word = now
         if in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:
             best = self.folder / "model_best.pth"
             again = f"; start again from {best} (MODEL.WEIGHTS)" if best.exists() else ""

@@ -1,18 +1,21 @@
 """The training engine, mostly through the real command line on tiny pictures."""
 
 import csv
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+import dgunet.engine
 from dgunet import create_model, load_model
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
@@ -361,7 +364,28 @@ def test_dry_run_writes_nothing(folders):
     command = [sys.executable, TRAIN, "--dry_run", *options(folders)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "epochs of 4 steps" in done.stdout
+    assert "WEIGHT_DECAY: 1.0e-08  # *" in done.stdout
     assert not (folders / "runs").exists()
+
+
+def test_config_is_shown_on_request_and_always_written(folders, capsys):
+    trainer = make_trainer(folders)
+    trainer.describe()
+    assert "WEIGHT_DECAY" not in capsys.readouterr().out
+    trainer.describe(config=True)
+    assert "WEIGHT_DECAY: 1.0e-08  # *" in capsys.readouterr().out
+    trainer.fit()
+    assert "WEIGHT_DECAY: 1.0e-08  # *" in (folders / "runs/run/config.yaml").read_text()
+
+
+def test_progress_without_a_terminal(folders, monkeypatch):
+    """The bar is silent in a log; a line every 20 seconds says how far it is."""
+    clock = itertools.count(step=3)
+    monkeypatch.setattr(dgunet.engine, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    make_trainer(folders).fit()
+    lines = [line for line in (folders / "runs/run/train.log").read_text().splitlines() if line.endswith(" left")]
+    assert 1 < len(lines) <= next(clock) / 20
+    assert all("loss 0." in line and "images/s, 0:00:" in line for line in lines), lines
 
 
 def test_validation_within_an_epoch(folders):
