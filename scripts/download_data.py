@@ -1,6 +1,6 @@
 """Download the published data sets and the authors' weights, and put them where the task folders read them.
 
-    python scripts/download_data.py --list                    # names, groups, and where each goes
+    python scripts/download_data.py --list                    # names, groups, sizes, and where each goes
     python scripts/download_data.py deraining                 # what a task trains and tests on
     python scripts/download_data.py gopro-test hide weights
 
@@ -32,32 +32,39 @@ from dgunet.errors import UserError, run_cli  # noqa: E402
 
 SIDES = {"input": ("input", "input_crops"), "target": ("target", "target_crops", "groundtruth", "gt")}
 CS = "compressive_sensing"
-UNITS = {"pairs": "pairs", "scenes": "pairs", "mat": "files", "pictures": "pictures", "weights": "files"}
+UNITS = {
+    "pairs": "pairs", "scenes": "pairs", "mat": "files", "pictures": "pictures", "set": "pictures", "weights": "files",
+}  # fmt: skip
 DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS}  # no browser would help
 
 
 @dataclass(frozen=True)
 class Download:
-    """A file on Google Drive (of weights, perhaps a folder), and what is in it.
+    """A file on Google Drive (of weights and of compressive sensing's, perhaps a folder), and what is in it.
 
     ``folders`` maps each folder it fills, below --root (weights: below --weights_root), to the number of things in it,
     None where that is not known. Kinds: pairs (input/ and target/), scenes (SIDD-Medium's folders), mat (the
-    ``files``), pictures (several downloads share a folder, so names get a prefix), weights.
+    ``files``), pictures (several downloads share a folder, so names get a prefix), set (pictures with a folder of their
+    own), weights.
     """
 
     name: str
-    group: str
+    group: str  # empty: to be asked for by its name alone
     id: str
     kind: str
     folders: dict[str, int | None]
+    size: str = "?"  # about, unpacked
     files: tuple[str, ...] = ()
     exact: bool = True  # whether another number is an error; otherwise there is a warning
     then: str = ""
+    parts: tuple[str, ...] = ()  # other downloads that hold some of its pictures
 
     @property
     def names(self) -> list[str]:
         """All that it may be asked for by."""
-        tests = ["all-test"] if any("test" in folder for folder in self.folders) else []
+        if not self.group:
+            return [self.name]
+        tests = ["all-test"] if self.kind == "set" or any("test" in folder for folder in self.folders) else []
         return [self.name, self.group, *tests, "all"]
 
 
@@ -66,24 +73,29 @@ SIDD = ("ValidationNoisyBlocksSrgb.mat", "ValidationGtBlocksSrgb.mat")
 DND = ("info.mat", *(f"images_srgb/{k:04d}.mat" for k in range(1, 51)))
 CUT = "python scripts/prepare_patches.py sidd --source {root}/SIDD_Medium_Srgb/Data --out {root}/SIDD/train"
 # fmt: off
+# Ids: those of the Restormer family, whose archives have the layout that the original reads; of compressive sensing and of
+# the weights the original's own. Sizes are estimates from the numbers and the sizes of the pictures.
 DOWNLOADS = [
-    Download("gopro-train", "deblurring", "1zgALzrLCC_tcXKu_iHQTHukKUVT1aodI", "pairs", {"GoPro/train": 2103}),
-    Download("gopro-test", "deblurring", "1k6DTSHu4saUgrGTYkkZXTptILyG9RRll", "pairs", {"GoPro/test": 1111}),
-    Download("hide", "deblurring", "1XRomKYJF1H92g1EuD06pCQe4o6HlwB7A", "pairs", {"HIDE/test": 2025}),
-    Download("realblur-r", "deblurring", "1glgeWXCy7Y0qWDc0MXBTUlZYJf8984hS", "pairs", {"RealBlur_R/test": 980}),
-    Download("realblur-j", "deblurring", "1Rb1DhhXmX7IXfilQ-zL9aGjQfAAvQTrW", "pairs", {"RealBlur_J/test": 980}),
-    Download("rain13k-train", "deraining", "14BidJeG4nSNuFNFDf99K-7eErCq4i47t", "pairs", {"train": 13712},
+    Download("gopro-train", "deblurring", "1zgALzrLCC_tcXKu_iHQTHukKUVT1aodI", "pairs", {"GoPro/train": 2103}, "4 GB"),
+    Download("gopro-test", "deblurring", "1k6DTSHu4saUgrGTYkkZXTptILyG9RRll", "pairs", {"GoPro/test": 1111}, "2 GB"),
+    Download("hide", "deblurring", "1XRomKYJF1H92g1EuD06pCQe4o6HlwB7A", "pairs", {"HIDE/test": 2025}, "4 GB"),
+    Download("realblur-r", "deblurring", "1glgeWXCy7Y0qWDc0MXBTUlZYJf8984hS", "pairs", {"RealBlur_R/test": 980}, "1 GB"),
+    Download("realblur-j", "deblurring", "1Rb1DhhXmX7IXfilQ-zL9aGjQfAAvQTrW", "pairs", {"RealBlur_J/test": 980}, "1 GB"),
+    Download("rain13k-train", "deraining", "14BidJeG4nSNuFNFDf99K-7eErCq4i47t", "pairs", {"train": 13712}, "2 GB",
              exact=False),  # some copies have a pair less
-    Download("rain13k-test", "deraining", "1P_-RAvltEoEhfT-9GrWRdpEi6NSswTs8", "pairs", RAIN),
+    Download("rain13k-test", "deraining", "1P_-RAvltEoEhfT-9GrWRdpEi6NSswTs8", "pairs", RAIN, "1 GB"),
     Download("sidd-train", "denoising", "1UHjWZzLPGweA9ZczmV8lFSRcIxqiOVJw", "scenes",
-             {"SIDD_Medium_Srgb/Data": None}, then=f"now cut it into patches: {CUT}"),
-    Download("sidd-val", "denoising", "1Fw6Ey1R-nCHN9WEpxv0MnMqxij-ECQYJ", "pairs", {"SIDD/val": None}),
-    Download("sidd-test", "denoising", "11vfqV-lqousZTuAit1Qkqghiv_taY0KZ", "mat", {"SIDD/test": 2}, SIDD),
-    Download("dnd", "denoising", "1CYCDhaVxYYcXhSfEVDUwkvJDtGxeQ10G", "mat", {"DND/test": 51}, DND),
-    Download("bsd400", CS, "1idKFDkAHJGAFDn1OyXZxsTbOSBx9GS8N", "pictures", {"train/DIV2K_BSD400": 400}),
-    Download("div2k", CS, "13wLWWXvFkuYYVZMMAYiMVdSA7iVEf2fM", "pictures", {"train/DIV2K_BSD400": None}),
-    Download("weights", "all-weights", "1bitvtmJAE1iKpFmdGx3OrN6Xti0JRPLc", "weights", {"restoration": None}),
-    Download("weights-cs", "all-weights", "1euV8SnXHuYswwbm9FaV1y5RQRLd58ou_", "weights", {CS: None}),
+             {"SIDD_Medium_Srgb/Data": None}, "12 GB", then=f"now cut it into patches: {CUT}"),
+    Download("sidd-val", "denoising", "1Fw6Ey1R-nCHN9WEpxv0MnMqxij-ECQYJ", "pairs", {"SIDD/val": None}, "0.3 GB"),
+    Download("sidd-test", "denoising", "11vfqV-lqousZTuAit1Qkqghiv_taY0KZ", "mat", {"SIDD/test": 2}, "0.5 GB", SIDD),
+    Download("dnd", "denoising", "1CYCDhaVxYYcXhSfEVDUwkvJDtGxeQ10G", "mat", {"DND/test": 51}, "?", DND),
+    Download("div2k-bsd400", CS, "1eW4eC3eazqRYnjXoIOXNX-xOYSwoIoHf", "pictures", {"train/DIV2K_BSD400": None}, "4 GB",
+             parts=("bsd400", "div2k")),
+    Download("set11-bsd68", CS, "11WXTqqD4cZtymJJ_WObYb2s1vv1Dlr-2", "set", {"Set11": 11, "BSD68": 68}, "10 MB"),
+    Download("bsd400", "", "1idKFDkAHJGAFDn1OyXZxsTbOSBx9GS8N", "pictures", {"train/DIV2K_BSD400": 400}, "0.1 GB"),
+    Download("div2k", "", "13wLWWXvFkuYYVZMMAYiMVdSA7iVEf2fM", "pictures", {"train/DIV2K_BSD400": None}, "4 GB"),
+    Download("weights", "all-weights", "1bitvtmJAE1iKpFmdGx3OrN6Xti0JRPLc", "weights", {"restoration": None}, "1 GB"),
+    Download("weights-cs", "all-weights", "1euV8SnXHuYswwbm9FaV1y5RQRLd58ou_", "weights", {CS: None}, "0.2 GB"),
 ]
 # fmt: on
 
@@ -115,6 +127,8 @@ def check(item: Download, folder: Path, expected: int | None) -> int:
         found = sum((folder / name).is_file() for name in item.files)
     elif item.kind == "pictures":
         found = own_pictures(item, folder)
+    elif item.kind == "set":
+        found = len(pictures_in(folder))
     else:
         found = sum(path.suffix in {".pth", ".pt", ".pkl"} for path in folder.rglob("*"))
     if found == 0 or (item.exact and expected not in (None, found)):
@@ -132,6 +146,9 @@ def in_place(item: Download, folder: Path, expected: int | None) -> bool:
         ours = tuple(f"{other.name}_" for other in DOWNLOADS if other.kind == "pictures")
         if not done and (strange := [path for path in pictures_in(folder) if not path.name.startswith(ours)]):
             raise UserError(f"{strange[0]} is of unknown origin; move the pictures there away, or train on them as is")
+        for other in DOWNLOADS:  # the same pictures twice would count twice in training
+            if (other.name in item.parts or item.name in other.parts) and not done and own_pictures(other, folder):
+                raise UserError(f"{folder} has pictures of {other.name}, which {item.name} has too; keep to one of the two")
         return done
     # Datasets/train holds the data of two tasks: of pairs, only their own folders matter.
     own = [folder / name for name in SIDES] if item.kind == "pairs" else [folder]
@@ -165,7 +182,7 @@ def fetch(item: Download, downloads: Path) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     print(f"{item.name}: downloading {url}", flush=True)
     ways, reasons = [(gdown.download, archive)], []
-    if item.kind == "weights":  # the id does not tell a folder from a file
+    if item.group in (CS, "all-weights"):  # the id does not tell a folder from a file
         ways.insert(0, (gdown.download_folder, archive.with_suffix("")))
     for download, output in ways:
         try:
@@ -317,11 +334,17 @@ def download_data(args):
         where = ", ".join(map(str, folders))
         if args.list:
             amount = " + ".join(str(n or "?") for n in folders.values())
-            print(f"{item.name:14}{', '.join(item.names[1:]):32}{amount} {UNITS[item.kind]} in {where}")
+            print(f"{item.name:14}{', '.join(item.names[1:]):38}{item.size:8}{amount} {UNITS[item.kind]} in {where}")
         elif missing := {folder: n for folder, n in folders.items() if not in_place(item, folder, n)}:
             todo.append((item, missing, base / "downloads"))
         else:
             print(f"{item.name}: already in {where}")
+    if args.list:
+        print("Sizes are estimates. bsd400 and div2k are parts of div2k-bsd400: a smaller start, or where that is not served.")
+    for item, *_ in todo:
+        for other, *_ in todo:
+            if other.name in item.parts:
+                raise UserError(f"{item.name} has the pictures of {other.name} too; keep to one of the two")
     for item, missing, downloads in todo:
         install(item, missing, downloads, args.keep_archives)
         if item.then:

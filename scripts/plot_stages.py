@@ -38,6 +38,7 @@ def main():
     parser.add_argument(
         "--crop", nargs=3, type=int, metavar=("TOP", "LEFT", "SIDE"), help="part shown (default: centre)"
     )
+    parser.add_argument("--title", help="above the pictures")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     args = parser.parse_args()
 
@@ -54,8 +55,9 @@ def main():
     first, whole = ("degraded", degraded) if model.degradation is None else ("$A^T y$", target)
     tiles = [(first, degraded), *zip(names, estimates, strict=True), ("ground truth", target)]
     tiles = [(label, image[window], psnr(image, target)) for label, image in tiles]
-    draw(whole, (top, left, side), tiles, args.out)
-    print(f"wrote {args.out}")
+    draw(whole, (top, left, side), tiles, args.out, args.title)
+    before, after = (psnr(image, target) for image in (degraded, estimates[-1]))
+    print(f"{args.pair[1]}: {before:.2f} dB -> {after:.2f} dB, drawn in {args.out.absolute()}")
 
 
 def image_stages(model, folder: str, name: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -90,11 +92,12 @@ def psnr(image: np.ndarray, target: np.ndarray) -> float:
     return psnr_batch(*(unit_range(to_tensor(picture)[None]) for picture in (image, target))).item()
 
 
-def draw(whole: np.ndarray, crop: tuple[int, int, int], tiles: list[tuple[str, np.ndarray, float]], out: Path):
+def draw(whole: np.ndarray, crop: tuple[int, int, int], tiles: list[tuple[str, np.ndarray, float]], out: Path, title: str | None):
     """The whole picture with the crop's frame, then the crops, in two rows."""
     columns = -(-(len(tiles) + 1) // 2)
     figure = Figure(figsize=(2.3 * columns, 5.6), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
+    figure.suptitle(title)
     axes = figure.subplots(2, columns).ravel()
     top, left, side = crop
     grey = dict(cmap="gray", vmin=0, vmax=255)  # of pictures without colour

@@ -1,28 +1,52 @@
 #!/usr/bin/env bash
-# From nothing to denoised photographs in a few minutes: sets up .venv, writes photographs with synthetic sensor noise,
-# trains a small DGUNet on some (on the GPU where there is one), tests it on others, and shows what a network that comes
-# with the repository does.
+# From nothing to restored photographs: sets up .venv, shows what the networks that come with the repository do, then
+# trains a small one (on the GPU where there is one) and tests it. After the set-up five minutes on two cores, and the
+# first pictures in the first of them.
 # Running it again continues where it stopped, or shows the results again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 python=.venv/bin/python
+results=results/quickstart
+report=()
+visible=${CUDA_VISIBLE_DEVICES-0}
+export CUDA_VISIBLE_DEVICES=${visible%%,*} # one GPU is plenty
+
+# shipped TITLE WEIGHTS TASK DATA OPTIONS: draw how a network of pretrained_models/ restores a photograph. DATA is the
+# folder of test pictures that make_demo_data.py writes below Datasets/demo for TASK and OPTIONS.
+shipped() {
+    local title=$1 weights=$2 task=$3 data=Datasets/demo/$4 picture told
+    picture=$results/$(basename "$weights").png
+    shift 4
+    echo; echo "$title ($weights)"
+    $python scripts/make_demo_data.py --task "$task" --out "${data%/test*}" "$@" > /dev/null
+    told=$($python scripts/plot_stages.py --weights "$weights/weights.pth" --pair "$data" cat --title "$title" --out "$picture")
+    echo "$told"
+    report+=("$title: the network in $weights" "    on the photograph $told")
+}
+
+echo; echo "== 1/3  what the networks that come with the repository do with a photograph"
+shipped "Gaussian noise, sigma 25" Denoising/pretrained_models/gaussian25 \
+    denoising denoising_gaussian25/test --noise gaussian --sigma 25
+shipped "Compressive sensing, 25 % of the measurements" CompressiveSensing/pretrained_models/ratio25 \
+    compressive_sensing compressive_sensing/test
+
+echo; echo "== 2/3  training a small one for sensor noise, as of a camera at a high ISO setting"
 data=Datasets/demo/denoising
 weights=checkpoints/denoising/quickstart/model_best.pth
-results=results/quickstart
-
-echo; echo "== 1/5  photographs and noise"
 $python scripts/make_demo_data.py --task denoising
-echo; echo "== 2/5  training"
 $python Denoising/train.py --config configs/denoising/quickstart.yaml TRAINING.RESUME True
-echo; echo "== 3/5  testing on photographs it has not seen"
-$python Denoising/test.py --weights $weights --dataset $data/test --results $results --save_images
-echo; echo "== 4/5  a picture: noisy, after each stage, restored, clean"
-$python scripts/plot_stages.py --weights $weights --pair $data/test astronaut --crop 40 160 160 --out $results/stages.png
-echo; echo "== 5/5  the network of Denoising/pretrained_models on Gaussian noise"
-$python scripts/make_demo_data.py --task denoising --noise gaussian --sigma 25 --out ${data}_gaussian25
-$python Denoising/test.py --dataset ${data}_gaussian25/test --results $results/pretrained --save_images
 
-echo
-summary() { tail -n 1 "$1/denoising.csv" | awk -F, -v name="$2" '{ printf "%s: noisy %.2f dB -> restored %.2f dB\n", name, $9, $7 }'; }
-summary $results/pretrained "pretrained network"
-summary $results "quickstart"
+echo; echo "== 3/3  testing it on photographs it has not seen"
+$python Denoising/test.py --weights $weights --dataset $data/test --results $results --save_images
+told=$($python scripts/plot_stages.py --weights $weights --pair $data/test astronaut --crop 40 160 160 \
+    --title "Sensor noise" --out $results/quickstart.png)
+report+=("Sensor noise: the small network trained just now (checkpoints/denoising/quickstart)" "    on the photograph $told")
+
+echo; echo "== pictures to open: degraded, after each stage, restored, and the true one (PSNR against that; more is better)"
+printf '%s\n' "${report[@]}"
+echo "Each has a noise or measurement of its own, so their numbers are not to be compared with one another."
+echo "A folder of your own noisy pictures: $python Denoising/test.py --dataset FOLDER"
+echo "The last line is the mean over the three test photographs with sensor noise, all in $PWD/$results/denoising."
+awk -F, 'NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i }
+    END { printf "quickstart: noisy %.2f dB -> restored %.2f dB\n", $column["input_psnr"], $column["psnr"] }' \
+    $results/denoising.csv

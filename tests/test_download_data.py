@@ -45,6 +45,8 @@ CONTENTS = {
     "sidd-val": (pairs("val/SIDD", sides=("input_crops", "target_crops")), [None]),
     "sidd-test": ([f"test/SIDD/{name}" for name in script.SIDD], [2]),
     "dnd": ([f"test/DND/{name}" for name in script.DND], [51]),
+    "div2k-bsd400": ([f"DIV2K_BSD400/{k}.png" for k in range(3)], [None]),
+    "set11-bsd68": (["test/Set11/a.tif", "test/Set11/b.tif", *(f"test/BSD68/{k}.png" for k in range(3))], [2, 3]),
     "bsd400": ([f"BSD400/{k}.jpg" for k in range(5)], [5]),
     "div2k": ([f"DIV2K/DIV2K_train_HR/000{k}.png" for k in range(1, 7)], [None]),
     "weights": (["Denoising/DGUNet.pth", "Deraining/DGUNet_plus.pth"], [None]),
@@ -129,9 +131,9 @@ def test_all_and_again(drive, capsys):
     expected += [f"SIDD_Medium_Srgb/Data/000{k}_S6/000{k}_{s}_SRGB_010.PNG" for k in (1, 2) for s in ("GT", "NOISY")]
     expected += ["SIDD/test/ValidationNoisyBlocksSrgb.mat", "SIDD/test/ValidationGtBlocksSrgb.mat"]
     expected += ["DND/test/info.mat", *(f"DND/test/images_srgb/{k:04d}.mat" for k in range(1, 51))]
-    expected += [f"train/DIV2K_BSD400/bsd400_{k}.jpg" for k in range(5)]
-    expected += [f"train/DIV2K_BSD400/div2k_000{k}.png" for k in range(1, 7)]
-    expected += [f"train/DIV2K_BSD400/.{name}.complete" for name in ("bsd400", "div2k")]
+    expected += [f"train/DIV2K_BSD400/div2k-bsd400_{k}.png" for k in range(3)]
+    expected += ["train/DIV2K_BSD400/.div2k-bsd400.complete", "Set11/a.tif", "Set11/b.tif"]
+    expected += [f"BSD68/{k}.png" for k in range(3)]
     assert files(Path("Datasets")) == sorted(expected), "and no archive or part is left"
     weights = ["compressive_sensing/models/cs_ratio_10.pth", "restoration/Denoising/DGUNet.pth"]
     assert files(Path("checkpoints/authors")) == sorted([*weights, "restoration/Deraining/DGUNet_plus.pth"])
@@ -164,11 +166,13 @@ def test_groups_and_list(drive, capsys):
     script.main(["--list"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in (*ITEMS, "compressive_sensing", "all-test", "Datasets/GoPro/train"))
+    sizes = {line.split()[0]: line for line in listed.splitlines()}
+    assert all(f" {item.size} " in sizes[name] for name, item in ITEMS.items())
     script.main(["deraining", "rain13k-test", "--root", "elsewhere", "--keep_archives"])
     assert [id for id, _, _ in drive.calls] == [ITEMS["rain13k-train"].id, ITEMS["rain13k-test"].id]
     assert files(Path("elsewhere/downloads")) == ["rain13k-test.zip", "rain13k-train.zip"]
     script.main(["all-test"])
-    tests = {"gopro-test", "hide", "realblur-r", "realblur-j", "rain13k-test", "sidd-test", "dnd"}
+    tests = {"gopro-test", "hide", "realblur-r", "realblur-j", "rain13k-test", "sidd-test", "dnd", "set11-bsd68"}
     assert {id for id, _, _ in drive.calls[2:]} == {ITEMS[name].id for name in tests}
     assert fails("celeba") == "nothing is named celeba (see --list)"
     assert fails() == "name what to download (see --list)"
@@ -404,10 +408,29 @@ def test_beside_what_is_there(drive):
 
 
 def test_pictures_are_counted_against_their_marker(drive):
-    script.main(["compressive_sensing"])
+    script.main(["bsd400", "div2k"])
     Path("Datasets/train/DIV2K_BSD400/div2k_0003.png").unlink()
-    script.main(["compressive_sensing"])
+    script.main(["bsd400", "div2k"])
     assert len(drive.calls) == 3 and Path("Datasets/train/DIV2K_BSD400/div2k_0003.png").exists()
+
+
+def test_compressive_sensing_has_the_originals_pictures(drive):
+    """Its archives may also be folders on the drive."""
+    drive.serve("set11-bsd68", {f"Set/{name}": b"1" for name in ("Set11/a.tif", "Set11/b.tif", "BSD68/1.png")})
+    assert "BSD68 has 1 pictures instead of 3" in fails("compressive_sensing")
+    drive.serve("set11-bsd68", {name: b"1" for name in CONTENTS["set11-bsd68"][0]})
+    shutil.rmtree("Datasets/downloads")
+    script.main(["compressive_sensing"])
+    assert len(files(Path("Datasets/train"))) == 4 and len(files(Path("Datasets/BSD68"))) == 3
+
+
+def test_the_same_pictures_do_not_come_twice(drive):
+    assert fails("div2k-bsd400", "bsd400") == "div2k-bsd400 has the pictures of bsd400 too; keep to one of the two"
+    script.main(["div2k"])
+    assert "has pictures of div2k, which div2k-bsd400 has too" in fails("compressive_sensing")
+    shutil.rmtree("Datasets/train")
+    script.main(["compressive_sensing"])
+    assert "has pictures of div2k-bsd400, which bsd400 has too" in fails("bsd400")
 
 
 def test_root_behind_a_link(drive):
