@@ -73,14 +73,16 @@ SIDD = ("ValidationNoisyBlocksSrgb.mat", "ValidationGtBlocksSrgb.mat")
 DND = ("info.mat", *(f"images_srgb/{k:04d}.mat" for k in range(1, 51)))
 CUT = "python scripts/prepare_patches.py sidd --source {root}/SIDD_Medium_Srgb/Data --out {root}/SIDD/train"
 # fmt: off
-# Ids: those of the Restormer family, whose archives have the layout that the original reads; of compressive sensing and of
-# the weights the original's own. Sizes are estimates from the numbers and the sizes of the pictures.
+# Ids: those of the Restormer family, whose archives have the layout that the original reads; those of CS and of the
+# weights are the original's own. Sizes are estimates from the numbers and the sizes of the pictures.
 DOWNLOADS = [
     Download("gopro-train", "deblurring", "1zgALzrLCC_tcXKu_iHQTHukKUVT1aodI", "pairs", {"GoPro/train": 2103}, "4 GB"),
     Download("gopro-test", "deblurring", "1k6DTSHu4saUgrGTYkkZXTptILyG9RRll", "pairs", {"GoPro/test": 1111}, "2 GB"),
     Download("hide", "deblurring", "1XRomKYJF1H92g1EuD06pCQe4o6HlwB7A", "pairs", {"HIDE/test": 2025}, "4 GB"),
-    Download("realblur-r", "deblurring", "1glgeWXCy7Y0qWDc0MXBTUlZYJf8984hS", "pairs", {"RealBlur_R/test": 980}, "1 GB"),
-    Download("realblur-j", "deblurring", "1Rb1DhhXmX7IXfilQ-zL9aGjQfAAvQTrW", "pairs", {"RealBlur_J/test": 980}, "1 GB"),
+    Download("realblur-r", "deblurring", "1glgeWXCy7Y0qWDc0MXBTUlZYJf8984hS", "pairs", {"RealBlur_R/test": 980},
+             "1 GB"),
+    Download("realblur-j", "deblurring", "1Rb1DhhXmX7IXfilQ-zL9aGjQfAAvQTrW", "pairs", {"RealBlur_J/test": 980},
+             "1 GB"),
     Download("rain13k-train", "deraining", "14BidJeG4nSNuFNFDf99K-7eErCq4i47t", "pairs", {"train": 13712}, "2 GB",
              exact=False),  # some copies have a pair less
     Download("rain13k-test", "deraining", "1P_-RAvltEoEhfT-9GrWRdpEi6NSswTs8", "pairs", RAIN, "1 GB"),
@@ -148,7 +150,7 @@ def in_place(item: Download, folder: Path, expected: int | None) -> bool:
             raise UserError(f"{strange[0]} is of unknown origin; move the pictures there away, or train on them as is")
         for other in DOWNLOADS:  # the same pictures twice would count twice in training
             if (other.name in item.parts or item.name in other.parts) and not done and own_pictures(other, folder):
-                raise UserError(f"{folder} has pictures of {other.name}, which {item.name} has too; keep to one of the two")
+                raise UserError(f"{folder} has pictures of {other.name}, which {item.name} has too; keep to one of them")
         return done
     # Datasets/train holds the data of two tasks: of pairs, only their own folders matter.
     own = [folder / name for name in SIDES] if item.kind == "pairs" else [folder]
@@ -340,11 +342,11 @@ def download_data(args):
         else:
             print(f"{item.name}: already in {where}")
     if args.list:
-        print("Sizes are estimates. bsd400 and div2k are parts of div2k-bsd400: a smaller start, or where that is not served.")
+        print("Sizes are estimates. bsd400 and div2k are parts of div2k-bsd400, for where that is too much or not served.")
     for item, *_ in todo:
         for other, *_ in todo:
             if other.name in item.parts:
-                raise UserError(f"{item.name} has the pictures of {other.name} too; keep to one of the two")
+                raise UserError(f"{item.name} has the pictures of {other.name} too; keep to one of them")
     for item, missing, downloads in todo:
         install(item, missing, downloads, args.keep_archives)
         if item.then:

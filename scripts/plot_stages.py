@@ -92,8 +92,8 @@ def psnr(image: np.ndarray, target: np.ndarray) -> float:
     return psnr_batch(*(unit_range(to_tensor(picture)[None]) for picture in (image, target))).item()
 
 
-def draw(whole: np.ndarray, crop: tuple[int, int, int], tiles: list[tuple[str, np.ndarray, float]], out: Path, title: str | None):
-    """The whole picture with the crop's frame, then the crops, in two rows."""
+def draw(whole: np.ndarray, crop: tuple[int, int, int], tiles: list, out: Path, title: str | None = None):
+    """The whole picture with the crop's frame, then the crops ``tiles`` of (label, picture, PSNR), in two rows."""
     columns = -(-(len(tiles) + 1) // 2)
     figure = Figure(figsize=(2.3 * columns, 5.6), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)

@@ -425,7 +425,7 @@ def test_compressive_sensing_has_the_originals_pictures(drive):
 
 
 def test_the_same_pictures_do_not_come_twice(drive):
-    assert fails("div2k-bsd400", "bsd400") == "div2k-bsd400 has the pictures of bsd400 too; keep to one of the two"
+    assert fails("div2k-bsd400", "bsd400") == "div2k-bsd400 has the pictures of bsd400 too; keep to one of them"
     script.main(["div2k"])
     assert "has pictures of div2k, which div2k-bsd400 has too" in fails("compressive_sensing")
     shutil.rmtree("Datasets/train")

@@ -1,12 +1,22 @@
 """The README keeps its word."""
 
 import re
+import sys
 from pathlib import Path
 
+import pytest
+
 from dgunet import create_model, list_models
+from dgunet.config import load_config
+from dgunet.data import EpochBatches
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from prepare_patches import GRIDS, grid_boxes  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("[A-Z]*/README.md"), *ROOT.glob("docs/*.md")]
 
 
 def test_python_block_runs():
@@ -28,10 +38,41 @@ def test_parameter_counts():
 
 def test_files_that_the_documents_name_exist():
     """Scripts, configs, modules and pictures; what a command writes, and data that must be downloaded, need not."""
-    for document in ROOT.glob("**/README.md"):
-        if ".venv" in document.parts or "tests" in document.parts:
-            continue
+    for document in DOCUMENTS:
         text = document.read_text()
         for name in re.findall(r"(?:scripts|configs|dgunet|docs|tests|[A-Z]\w+)/[\w/]+\.(?:py|sh|yaml|md|png)", text):
             if not name.startswith(("Datasets/", "SIDD", "DND")) and "/TASK/" not in name:
                 assert (ROOT / name).exists(), f"{document.relative_to(ROOT)} names {name}"
+
+
+def test_links_lead_somewhere():
+    """Of the documents, to files and to headings in them."""
+    for document in DOCUMENTS:
+        for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", document.read_text()):
+            name, _, heading = link.partition("#")
+            target = document.parent / name if name else document
+            assert target.exists(), f"{document.relative_to(ROOT)} links to {link}"
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE) if heading else []
+            assert not heading or heading in [h.lower().replace(" ", "-") for h in headings], f"no {link}"
+
+
+def test_every_task_has_its_differences_in_one_place():
+    for task in ("Deblurring", "Deraining", "Denoising", "CompressiveSensing"):
+        text = (ROOT / task / "README.md").read_text()
+        assert "docs/differences.md" in text and "## Differences" not in text
+
+
+def test_patches_are_trained_on_for_as_many_steps_as_whole_pictures():
+    """The command that Deblurring/README.md gives for GoPro in patches, beside the paper's recipe."""
+    text = (ROOT / "Deblurring/README.md").read_text()
+    (options,) = re.findall(r"train\.py (TRAINING\.TRAIN_DIR \S+_patches.*?)```", text, flags=re.DOTALL)
+    config, pictures = ROOT / "configs/deblurring/dgunet.yaml", 2103
+    patches = pictures * len(grid_boxes(720, 1280, **GRIDS["gopro"]))
+
+    def steps(cfg, pairs: int) -> int:
+        batches = EpochBatches(pairs - cfg.TRAINING.VAL_HOLD_BACK, cfg.OPTIM.BATCH_SIZE, seed=0)
+        return cfg.OPTIM.NUM_EPOCHS * batches.steps
+
+    whole, cut = load_config(config), load_config(config, options.replace("\\\n", " ").split())
+    assert steps(cut, patches) == pytest.approx(steps(whole, pictures), rel=0.002)
+    assert cut.TRAINING.VAL_HOLD_BACK * pictures == whole.TRAINING.VAL_HOLD_BACK * patches, "the same pictures"

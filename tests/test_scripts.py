@@ -1,0 +1,119 @@
+"""The shell scripts, with stand-ins for what they call, and the figure that the quickstart shows."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+from dgunet.checkpoint import describe_model, save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# In the place of Python: notes what it was called with, and leaves behind what the script looks at.
+PYTHON = """#!/usr/bin/env bash
+echo "$CUDA_VISIBLE_DEVICES $*" >> calls
+case "$1" in
+    *plot_stages.py) echo "cat: 20.00 dB -> 30.00 dB, drawn in $PWD/picture.png" ;;
+    Denoising/test.py)
+        mkdir -p results/quickstart
+        echo "date,psnr,new,input_psnr" > results/quickstart/denoising.csv
+        echo "1,1.0,x,1.0" >> results/quickstart/denoising.csv
+        echo "2,29.456,x,21.984" >> results/quickstart/denoising.csv ;;
+esac
+"""
+
+
+def stand_in(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    stand_in(tmp_path / "scripts/quickstart.sh", (ROOT / "scripts/quickstart.sh").read_text())
+    stand_in(tmp_path / "scripts/setup_venv.sh", f'cd "{tmp_path}"\n')
+    stand_in(tmp_path / ".venv/bin/python", PYTHON)
+
+    def run(**environment) -> tuple[list[str], list[str]]:
+        command = ["bash", tmp_path / "scripts/quickstart.sh"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "calls").read_text().splitlines(), done.stdout.splitlines()
+
+    return run
+
+
+def test_quickstart(quickstart):
+    """Shipped networks come before the training; every file named is there; the end says where the pictures are."""
+    calls, told = quickstart()
+    drawn = [k for k, call in enumerate(calls) if "plot_stages.py --weights" in call and "pretrained_models" in call]
+    training = next(k for k, call in enumerate(calls) if "Denoising/train.py" in call)
+    assert len(drawn) >= 2 and max(drawn) < training
+    shipped = [word for k in drawn for word in calls[k].split() if word.endswith("weights.pth")]
+    scripts = [call.split()[1] for call in calls]
+    configs = [word for word in calls[training].split() if word.endswith(".yaml")]
+    assert configs and all((ROOT / name).is_file() for name in (*shipped, *scripts, *configs))
+    end = told[told.index(next(line for line in told if "pictures to open" in line)) :]
+    assert sum(line.endswith("/picture.png") for line in end) == len(drawn) + 1
+    assert told[-1] == "quickstart: noisy 21.98 dB -> restored 29.46 dB"
+
+
+@pytest.mark.parametrize("visible, used", [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "2,3"}, "2")])
+def test_quickstart_takes_one_gpu(quickstart, monkeypatch, visible, used):
+    """Its batch does not divide among any number of them."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    calls, _ = quickstart(**visible)
+    assert {call.split()[0] for call in calls} == {used}
+
+
+def test_stages_of_a_picture(tiny_model, picture_pairs, run_command, tmp_path):
+    model = tiny_model(stages=3)
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "weights.pth")
+    picture_pairs(tmp_path / "pairs")
+    options = ["--weights", tmp_path / "weights.pth", "--pair", tmp_path / "pairs", "img2", "--title", "Noise"]
+    done = run_command([ROOT / "scripts/plot_stages.py", *options, "--out", tmp_path / "new/stages.png"])
+    assert done.returncode == 0, done.stderr
+    told, path = done.stdout.strip().split(", drawn in ")
+    before, after = (float(number) for number in told.removeprefix("img2: ").replace(" dB", "").split(" -> "))
+    assert 15 < before < 30 and after < 30
+    assert Path(path).is_absolute() and cv2.imread(path).shape[1] > 500
+
+
+SRUN = """#!/usr/bin/env bash
+echo "$*" > srun_arguments
+trap 'echo saved > saved; exit 143' TERM
+touch started
+for _ in $(seq 100); do sleep 0.1; done & wait
+exit 3
+"""
+
+
+@pytest.mark.parametrize("told_to_stop", [True, False])
+def test_slurm_file_saves_and_queues_again(tmp_path, told_to_stop):
+    """At SIGTERM the training saves and the job is queued again; a training that fails is not."""
+    script = SRUN if told_to_stop else "#!/usr/bin/env bash\nexit 3\n"
+    stand_in(tmp_path / "bin/srun", script)
+    stand_in(tmp_path / "bin/scontrol", '#!/usr/bin/env bash\n[ "$1" = show ] && echo node7 || echo "$*" > requeued\n')
+    environment = os.environ | {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "1234567", "PYTHON": sys.executable,
+    }  # fmt: skip
+    command = ["bash", ROOT / "scripts/slurm.sbatch", "Deraining/train.py", "OPTIM.BATCH_SIZE", "8"]
+    job = subprocess.Popen(command, cwd=tmp_path, env=environment)
+    while told_to_stop and not (tmp_path / "started").exists():
+        assert job.poll() is None
+    if told_to_stop:
+        job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) == (143 if told_to_stop else 3)
+    assert (tmp_path / "requeued").exists() == (tmp_path / "saved").exists() == told_to_stop
+    if told_to_stop:
+        assert (tmp_path / "requeued").read_text() == "requeue 1234567\n"
+        arguments = (tmp_path / "srun_arguments").read_text()
+        assert "--nnodes 2 " in arguments and "--rdzv_endpoint node7:24567 " in arguments
+        assert arguments.endswith(" Deraining/train.py OPTIM.BATCH_SIZE 8 TRAINING.RESUME True\n")
