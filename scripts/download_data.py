@@ -150,7 +150,7 @@ def in_place(item: Download, folder: Path, expected: int | None) -> bool:
             raise UserError(f"{strange[0]} is of unknown origin; move the pictures there away, or train on them as is")
         for other in DOWNLOADS:  # the same pictures twice would count twice in training
             if (other.name in item.parts or item.name in other.parts) and not done and own_pictures(other, folder):
-                raise UserError(f"{folder} has pictures of {other.name}, which {item.name} has too; keep to one of them")
+                raise UserError(f"{folder} has pictures of {other.name}, as {item.name} has; keep to one of them")
         return done
     # Datasets/train holds the data of two tasks: of pairs, only their own folders matter.
     own = [folder / name for name in SIDES] if item.kind == "pairs" else [folder]
@@ -342,7 +342,7 @@ def download_data(args):
         else:
             print(f"{item.name}: already in {where}")
     if args.list:
-        print("Sizes are estimates. bsd400 and div2k are parts of div2k-bsd400, for where that is too much or not served.")
+        print("Sizes are estimates. bsd400 and div2k are in div2k-bsd400, where that is too much or not served.")
     for item, *_ in todo:
         for other, *_ in todo:
             if other.name in item.parts:
