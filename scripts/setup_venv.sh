@@ -9,7 +9,9 @@ fi
 if ! cmp -s requirements.txt .venv/requirements.installed; then
     echo "setting up .venv (PyTorch is large; this happens once)"
     "$PYTHON" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+    install=".venv/bin/python -m pip install --quiet --disable-pip-version-check"
+    $install "pip>=23" # the one that came with the first Python 3.10 cannot install this package
+    $install -r requirements.txt
+    $install --no-deps --editable .
     cp requirements.txt .venv/requirements.installed
 fi

@@ -72,6 +72,36 @@ def test_quickstart_takes_one_gpu(quickstart, monkeypatch, visible, used):
     assert {call.split()[0] for call in calls} == {used}
 
 
+VENV = """#!/usr/bin/env bash
+if [ "$1 $2" = "-m venv" ]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit; fi
+[ "$1" = -c ] || echo "$*" >> calls
+! [[ "$*" =~ requirements && -e offline ]]
+"""
+
+
+def test_setting_up_is_done_once_and_again_where_it_failed(tmp_path):
+    stand_in(tmp_path / "scripts/setup_venv.sh", (ROOT / "scripts/setup_venv.sh").read_text())
+    (tmp_path / "requirements.txt").write_text("torch\n")
+    python = stand_in(tmp_path / "python", VENV)
+
+    def source() -> tuple[int, list[str]]:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        command = ["bash", "-c", "set -e; source scripts/setup_venv.sh"]
+        code = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHON": str(python)}).returncode
+        return code, (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+
+    (tmp_path / "offline").touch()
+    assert source()[0] == 1
+    (tmp_path / "offline").unlink()
+    code, calls = source()
+    assert code == 0
+    installed = [call.split("--disable-pip-version-check ")[1] for call in calls]
+    assert installed == ["pip>=23", "-r requirements.txt", "--no-deps --editable ."]
+    assert source() == (0, [])
+    (tmp_path / "requirements.txt").write_text("torch\nnumpy\n")
+    assert len(source()[1]) == 3
+
+
 def test_stages_of_a_picture(tiny_model, picture_pairs, run_command, tmp_path):
     model = tiny_model(stages=3)
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "weights.pth")
