@@ -11,6 +11,11 @@ report=()
 visible=${CUDA_VISIBLE_DEVICES-0}
 export CUDA_VISIBLE_DEVICES=${visible%%,*} # one GPU is plenty
 
+# keep WHAT TOLD: for the end, what plot_stages.py has told, its picture on a line of its own.
+keep() {
+    report+=("$1" "    ${2%, drawn in *}" "    ${2#*, drawn in }")
+}
+
 # shipped TITLE WEIGHTS TASK DATA OPTIONS: draw how a network of pretrained_models/ restores a photograph. DATA is the
 # folder of test pictures that make_demo_data.py writes below Datasets/demo for TASK and OPTIONS.
 shipped() {
@@ -21,7 +26,7 @@ shipped() {
     $python scripts/make_demo_data.py --task "$task" --out "${data%/test*}" "$@" > /dev/null
     told=$($python scripts/plot_stages.py --weights "$weights/weights.pth" --pair "$data" cat --title "$title" --out "$picture")
     echo "$told"
-    report+=("$title: the network in $weights" "    on the photograph $told")
+    keep "$title: the network in $weights" "$told"
 }
 
 echo; echo "== 1/3  what the networks that come with the repository do with a photograph"
@@ -40,13 +45,14 @@ echo; echo "== 3/3  testing it on photographs it has not seen"
 $python Denoising/test.py --weights $weights --dataset $data/test --results $results --save_images
 told=$($python scripts/plot_stages.py --weights $weights --pair $data/test astronaut --crop 40 160 160 \
     --title "Sensor noise" --out $results/quickstart.png)
-report+=("Sensor noise: the small network trained just now (checkpoints/denoising/quickstart)" "    on the photograph $told")
+keep "Sensor noise: the network trained just now, ${weights%/*}" "$told"
 
-echo; echo "== pictures to open: degraded, after each stage, restored, and the true one (PSNR against that; more is better)"
+echo; echo "== pictures to open; dB are PSNR against the true picture, before -> after, more is better"
 printf '%s\n' "${report[@]}"
-echo "Each has a noise or measurement of its own, so their numbers are not to be compared with one another."
-echo "A folder of your own noisy pictures: $python Denoising/test.py --dataset FOLDER"
-echo "The last line is the mean over the three test photographs with sensor noise, all in $PWD/$results/denoising."
+echo "Each is degraded in its own way: compare before with after, not one with another. The network trained just now on all"
+echo "its test photographs, restored whole:"
+printf '    %s\n' "$PWD/$results"/denoising/*/*/*.png
+echo "On pictures of your own: $python Denoising/test.py --dataset FOLDER, $python Denoising/test.py --help"
 awk -F, 'NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i }
     END { printf "quickstart: noisy %.2f dB -> restored %.2f dB\n", $column["input_psnr"], $column["psnr"] }' \
     $results/denoising.csv
