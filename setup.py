@@ -31,5 +31,10 @@ setup(
         "tensorboard": ["tensorboard>=2.15"],
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
     },
-    classifiers=["License :: OSI Approved :: MIT License", "Topic :: Scientific/Engineering :: Image Processing"],
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Image Processing",
+    ],
 )
