@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to restored photographs: sets up .venv, shows what the networks that come with the repository do, then
-# trains a small one (on the GPU where there is one) and tests it. After the set-up five minutes on two cores, and the
-# first pictures in the first of them.
+# trains a small one (on the GPU where there is one) and tests it: a few minutes on two cores, the first pictures within one.
 # Running it again continues where it stopped, or shows the results again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
