@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to restored photographs: sets up .venv, shows what the networks that come with the repository do, then
-# trains a small one (on the GPU where there is one) and tests it: a few minutes on two cores, the first pictures within one.
+# trains a small one (on the GPU where there is one) and tests it: some minutes on two cores, the first pictures in one.
 # Running it again continues where it stopped, or shows the results again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
@@ -23,7 +23,8 @@ shipped() {
     shift 4
     echo; echo "$title ($weights)"
     $python scripts/make_demo_data.py --task "$task" --out "${data%/test*}" "$@" > /dev/null
-    told=$($python scripts/plot_stages.py --weights "$weights/weights.pth" --pair "$data" cat --title "$title" --out "$picture")
+    told=$($python scripts/plot_stages.py --weights "$weights/weights.pth" --pair "$data" cat --title "$title" \
+        --out "$picture")
     echo "$told"
     keep "$title: the network in $weights" "$told"
 }
@@ -48,8 +49,8 @@ keep "Sensor noise: the network trained just now, ${weights%/*}" "$told"
 
 echo; echo "== pictures to open; dB are PSNR against the true picture, before -> after, more is better"
 printf '%s\n' "${report[@]}"
-echo "Each is degraded in its own way: compare before with after, not one with another. The network trained just now on all"
-echo "its test photographs, restored whole:"
+echo "Each is degraded in its own way: compare before with after, not one with another."
+echo "The network trained just now on all its test photographs (their mean is the last line), restored whole:"
 printf '    %s\n' "$PWD/$results"/denoising/*/*/*.png
 echo "On pictures of your own: $python Denoising/test.py --dataset FOLDER, $python Denoising/test.py --help"
 awk -F, 'NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i }
