@@ -26,7 +26,7 @@ shipped() {
     told=$($python scripts/plot_stages.py --weights "$weights/weights.pth" --pair "$data" cat --title "$title" \
         --out "$picture")
     echo "$told"
-    keep "$title: the network in $weights" "$told"
+    keep "$title, by the network in $weights" "$told"
 }
 
 echo; echo "== 1/3  what the networks that come with the repository do with a photograph"
@@ -45,7 +45,7 @@ echo; echo "== 3/3  testing it on photographs it has not seen"
 $python Denoising/test.py --weights $weights --dataset $data/test --results $results --save_images
 told=$($python scripts/plot_stages.py --weights $weights --pair $data/test astronaut --crop 40 160 160 \
     --title "Sensor noise" --out $results/quickstart.png)
-keep "Sensor noise: the network trained just now, ${weights%/*}" "$told"
+keep "Sensor noise, by the network trained just now, ${weights%/*}" "$told"
 
 echo; echo "== pictures to open; dB are PSNR against the true picture, before -> after, more is better"
 printf '%s\n' "${report[@]}"
