@@ -615,9 +615,8 @@ def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     if choice == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # PyTorch has no public question for this; ATEN_CPU_CAPABILITY may have it do without what there is
+        else:  # PyTorch has no public question for this
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            fast = fast and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
         choice = "bf16" if fast else "fp32"
     return torch.bfloat16 if choice == "bf16" else None
 

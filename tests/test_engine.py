@@ -20,7 +20,7 @@ from dgunet import create_model, load_model
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import PairedCentres, PairedPatches
-from dgunet.engine import Trainer, autocast_dtype
+from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.transforms import unit_range
 
@@ -381,20 +381,12 @@ def test_config_is_shown_on_request_and_always_written(folders, capsys):
 def test_progress_without_a_terminal(folders, monkeypatch):
     """The bar is silent in a log; a line every 20 seconds says how far it is."""
     clock = itertools.count(step=3)
-    monkeypatch.setattr(dgunet.engine, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    fake = SimpleNamespace(**vars(time) | {"monotonic": lambda: next(clock)})
+    monkeypatch.setattr(dgunet.engine, "time", fake)
     make_trainer(folders).fit()
     lines = [line for line in (folders / "runs/run/train.log").read_text().splitlines() if line.endswith(" left")]
     assert 1 < len(lines) <= next(clock) / 20
     assert all("loss 0." in line and "images/s, 0:00:" in line for line in lines), lines
-
-
-def test_automatic_precision_is_one_that_the_processor_computes(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    found = []
-    for capability in ("AVX512", "AVX2"):  # the second as ATEN_CPU_CAPABILITY=avx2 asks for
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)  # noqa: B023
-        found.append(autocast_dtype("auto", torch.device("cpu")))
-    assert found == [torch.bfloat16, None]
 
 
 def test_validation_within_an_epoch(folders):
