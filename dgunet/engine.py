@@ -2,7 +2,6 @@
 
 import csv
 import ctypes
-import datetime
 import logging
 import os
 import signal
@@ -427,7 +426,7 @@ class Trainer:
             left = ((self.cfg.OPTIM.NUM_EPOCHS + 1 - self.epoch) * steps - self.step) * seconds
             log.info(
                 "epoch %d/%d  step %d/%d  %s, %s left", self.epoch, self.cfg.OPTIM.NUM_EPOCHS, self.step, steps, status,
-                datetime.timedelta(seconds=round(left)),
+                tqdm.format_interval(left),
             )  # fmt: skip
             self.last_word = now
         if in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:

@@ -386,7 +386,7 @@ def test_progress_without_a_terminal(folders, monkeypatch):
     make_trainer(folders).fit()
     lines = [line for line in (folders / "runs/run/train.log").read_text().splitlines() if line.endswith(" left")]
     assert 1 < len(lines) <= next(clock) / 20
-    assert all("loss 0." in line and "images/s, 0:00:" in line for line in lines), lines
+    assert all("loss 0." in line and "images/s, 0" in line for line in lines), lines
 
 
 def test_validation_within_an_epoch(folders):
