@@ -1,7 +1,6 @@
 """The training engine, mostly through the real command line on tiny pictures."""
 
 import csv
-import itertools
 import os
 import signal
 import subprocess
@@ -368,27 +367,6 @@ def test_dry_run_writes_nothing(folders):
     assert not (folders / "runs").exists()
 
 
-def test_config_is_shown_on_request_and_always_written(folders, capsys):
-    trainer = make_trainer(folders)
-    trainer.describe()
-    assert "WEIGHT_DECAY" not in capsys.readouterr().out
-    trainer.describe(config=True)
-    assert "WEIGHT_DECAY: 1.0e-08  # *" in capsys.readouterr().out
-    trainer.fit()
-    assert "WEIGHT_DECAY: 1.0e-08  # *" in (folders / "runs/run/config.yaml").read_text()
-
-
-def test_progress_without_a_terminal(folders, monkeypatch):
-    """The bar is silent in a log; a line every 20 seconds says how far it is."""
-    clock = itertools.count(step=3)
-    fake = SimpleNamespace(**vars(time) | {"monotonic": lambda: next(clock)})
-    monkeypatch.setattr(dgunet.engine, "time", fake)
-    make_trainer(folders).fit()
-    lines = [line for line in (folders / "runs/run/train.log").read_text().splitlines() if line.endswith(" left")]
-    assert 1 < len(lines) <= next(clock) / 20
-    assert all("loss 0." in line and "images/s, 0" in line for line in lines), lines
-
-
 def test_validation_within_an_epoch(folders):
     train(folders, OPTIM__NUM_EPOCHS=1, TRAINING__VAL_TIMES=2)
     assert [int(row["step"]) for row in history(folders)] == [2, 4]
@@ -449,6 +427,27 @@ def test_resuming_with_another_batch_size(folders):
     save_checkpoint(read_checkpoint(latest) | {"step": 3}, latest)  # as if stopped after 3 of 4 steps
     train(folders, OPTIM__NUM_EPOCHS=2, OPTIM__BATCH_SIZE=4, TRAINING__RESUME=True)
     assert [(int(row["epoch"]), int(row["step"])) for row in history(folders)][1:] == [(1, 2), (2, 2)]
+
+
+def test_config_is_shown_on_request_and_always_written(folders, capsys):
+    trainer = make_trainer(folders)
+    trainer.describe()
+    assert "WEIGHT_DECAY" not in capsys.readouterr().out
+    trainer.describe(config=True)
+    assert "WEIGHT_DECAY: 1.0e-08  # *" in capsys.readouterr().out
+    trainer.fit()
+    assert "WEIGHT_DECAY: 1.0e-08  # *" in (folders / "runs/run/config.yaml").read_text()
+
+
+def test_progress_without_a_terminal(folders, monkeypatch):
+    """The bar is silent in a log; a line every 20 seconds says how far it is."""
+    clock = iter(range(0, 10**9, 3))
+    fake = SimpleNamespace(**vars(time) | {"monotonic": lambda: next(clock)})
+    monkeypatch.setattr(dgunet.engine, "time", fake)
+    make_trainer(folders).fit()
+    lines = [line for line in (folders / "runs/run/train.log").read_text().splitlines() if line.endswith(" left")]
+    assert 1 < len(lines) <= next(clock) / 20
+    assert all("loss 0." in line and "images/s, 0" in line for line in lines), lines
 
 
 def test_environment_of_a_cluster_does_not_pass_for_torchrun(folders, monkeypatch):
