@@ -7,12 +7,16 @@ relative to the current folder.
 import argparse
 import datetime
 import difflib
+import reprlib
+import unicodedata
+from collections.abc import Hashable
 from pathlib import Path
 
 import yaml
 from yacs.config import CfgNode as CN
 
 from dgunet.errors import UserError
+from dgunet.model import DGUNet
 
 _C = CN()
 _C.SEED = 1234  # of everything random
@@ -23,7 +27,7 @@ _C.PROCESSES = 0  # 0: one for each GPU, one on the CPU; more on the CPU run ove
 _C.MODEL = CN()
 _C.MODEL.NAME = "deblurring_dgunet"  # see dgunet.list_models()
 _C.MODEL.SESSION = "DGUNet"  # name of the run: its files go to TRAINING.SAVE_DIR/SESSION
-_C.MODEL.OVERRIDES = CN(new_allowed=True)  # arguments of DGUNet that differ from the paper's, e.g. {width: 16}
+_C.MODEL.OVERRIDES = CN()  # arguments of DGUNet that differ from the paper's, e.g. {width: 16}
 _C.MODEL.RATIO = 0.25  # compressive sensing: measurements per pixel
 _C.MODEL.MATRIX = "learned"  # compressive sensing: learned (with the network) or fixed
 # What the matrix starts from, or stays: xavier, orthonormal (Gaussian), dct (lowest frequencies), pca (principal
@@ -36,10 +40,10 @@ _C.OPTIM = CN()
 _C.OPTIM.BATCH_SIZE = 16  # total over all processes and accumulation steps
 _C.OPTIM.NUM_EPOCHS = 3000
 _C.OPTIM.LR_INITIAL = 1e-4
-_C.OPTIM.LR_MIN = 1e-6  # reached in the last epoch
+_C.OPTIM.LR_MIN = 1e-6  # where the cosine ends: one epoch after the last
 _C.OPTIM.WARMUP_EPOCHS = 3  # in epoch e of them the rate is LR_INITIAL * e / WARMUP_EPOCHS
 _C.OPTIM.SCHEDULE = "cosine"  # after the warm-up: cosine, constant, or step
-_C.OPTIM.COSINE_EXTRA_EPOCHS = 0  # lengthens the cosine beyond the last epoch (the original's denoising: 40)
+_C.OPTIM.COSINE_EXTRA_EPOCHS = 0  # lengthens the cosine (the original's denoising: 40; -1: LR_MIN in the last epoch)
 _C.OPTIM.LR_MILESTONES = []  # step: epochs after which the rate is multiplied by LR_DECAY
 _C.OPTIM.LR_DECAY = 0.5
 _C.OPTIM.WEIGHT_DECAY = 0.0  # Adam's (L2)
@@ -91,38 +95,122 @@ _C.SPEED.COMPILE_MODE = "default"  # its mode; reduce-overhead runs CUDA graphs,
 _C.SPEED.CHECKPOINTING = False  # recompute each stage in the backward pass: much less memory, a third more time
 
 
+# What `load_config` accepts: (lowest, highest), both included, of a list for each of its numbers; or [the choices].
+_EPOCHS = 10**6
+_RANGES = {
+    "SEED": (0, 2**32 - 1),
+    "DEVICE": ["auto", "cuda", "cpu"],
+    "GPU": (0, 1023),
+    "PROCESSES": (0, 256),
+    "MODEL.OVERRIDES.width": (4, 512),
+    "MODEL.OVERRIDES.growth": (0, 512),
+    "MODEL.OVERRIDES.final_growth": (0, 512),
+    "MODEL.OVERRIDES.stages": (1, 50),
+    "MODEL.OVERRIDES.fusion": ["subspace", "concat"],
+    "MODEL.OVERRIDES.final_fusion": ["concat", "subspace"],
+    "MODEL.RATIO": (0.001, 1),
+    "OPTIM.BATCH_SIZE": (1, 2**16),
+    "OPTIM.NUM_EPOCHS": (1, _EPOCHS),
+    "OPTIM.LR_INITIAL": (1e-12, 1),
+    "OPTIM.LR_MIN": (0, 1),
+    "OPTIM.WARMUP_EPOCHS": (0, _EPOCHS),
+    "OPTIM.SCHEDULE": ["cosine", "constant", "step"],
+    "OPTIM.COSINE_EXTRA_EPOCHS": (-1, _EPOCHS),
+    "OPTIM.LR_MILESTONES": (1, _EPOCHS),
+    "OPTIM.LR_DECAY": (1e-6, 1),
+    "OPTIM.WEIGHT_DECAY": (0, 1),
+    "OPTIM.ACCUMULATE": (1, 2**16),
+    "OPTIM.CLIP_NORM": (0, 10**6),
+    "OPTIM.EMA_DECAY": (0, 0.999999),
+    "OPTIM.MAX_BAD_STEPS": (1, 10**6),
+    "LOSS.CHARBONNIER": (0, 10**6),
+    "LOSS.EDGE": (0, 10**6),
+    "LOSS.MSE": (0, 10**6),
+    "TRAINING.VAL_HOLD_BACK": (0, 10**6),
+    "TRAINING.TRAIN_PS": (8, 4096),
+    "TRAINING.VAL_PS": (0, 2**16),
+    "TRAINING.REPEAT": (1, 10**4),
+    "TRAINING.VAL_AFTER_EVERY": (1, _EPOCHS),
+    "TRAINING.VAL_TIMES": (1, 1000),
+    "TRAINING.VAL_EPOCHS": (1, _EPOCHS),
+    "TRAINING.VAL_FROM_EPOCH": (0, _EPOCHS),
+    "TRAINING.SAVE_MINUTES": (0, 10**6),
+    "TRAINING.WORKERS": (0, 256),
+    "AUGMENT.SATURATION": (0, 1),
+    "AUGMENT.MIXUP": (0, 100),
+    "AUGMENT.MIXUP_FROM_EPOCH": (0, _EPOCHS),
+    "SPEED.AMP": ["auto", "bf16", "fp32"],
+    "SPEED.COMPILE_MODE": ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+}
+
+
 def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
     """Defaults, overridden by a YAML file, overridden by ``KEY VALUE`` pairs; frozen.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key (with the likeliest right one), a value of a wrong type.
+        UserError: no such file, not YAML, an unknown key (with the likeliest right one), a key given twice in the
+            file, a value of a wrong type or out of its range.
     """
     cfg = _C.clone()
     if path is not None:
-        try:
-            content = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise UserError(f"cannot read the config {path}: {error.strerror}; see configs/") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict | None):
-            raise UserError(f"{path} is not a config: it should hold KEY: value lines, see configs/")
-        for key, value in _flatten(content or {}, cfg):
-            if value is None and isinstance(cfg.get(key), CN):
+        given = set()
+        for key, value in _flatten(_read_yaml(path), cfg):
+            if key in given:
+                raise UserError(f"{path}: {_shorten(key)} is given twice; keep one of the two")
+            given.add(key)
+            if value is None and isinstance(_declared(key), CN):
                 continue  # a section with nothing in it
             _assign(cfg, key, value, source=str(path))
     if len(options) % 2:
         raise UserError(f"options come in pairs, KEY VALUE, as in OPTIM.BATCH_SIZE 8; got {' '.join(options)}")
     for key, text in zip(options[::2], options[1::2], strict=True):
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = yaml.load(text, _Loader)
+        except (yaml.YAMLError, ValueError, RecursionError):
             value = text
-        if isinstance(value, datetime.date):  # 2026-01-05 may well be the name of a run
-            value = text
+        if isinstance(_declared(key), str) and isinstance(value, int | float | datetime.date) and not _is(bool, value):
+            value = text  # 007 and 2026-01-05 may well be names of runs
         _assign(cfg, key, value, source="command line")
+    if cfg.OPTIM.SCHEDULE == "cosine" and cfg.OPTIM.LR_MIN > cfg.OPTIM.LR_INITIAL:
+        raise UserError(f"OPTIM.LR_MIN {cfg.OPTIM.LR_MIN} is above OPTIM.LR_INITIAL {cfg.OPTIM.LR_INITIAL}; lower it")
     cfg.freeze()
     return cfg
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what a config has no use for: a key given twice (the last would win) and aliases (endless ones)."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"*{event.anchor}: a config has no aliases; write the value itself")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for part, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            key = self.construct_object(part, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.YAMLError(f"{key} is given twice; keep one of the two")
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str | Path) -> dict:
+    """The content of a YAML file that holds KEY: value lines."""
+    largest = 2**20  # a checkpoint in the place of a config need not be read to its end
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(largest + 1)
+        content = yaml.load(text, _Loader) if len(text) <= largest else text
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}; see configs/") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers of too many digits: ValueError
+        raise UserError(f"{path} is not valid YAML: {_shorten(str(error), 300)}") from error
+    if not isinstance(content, dict | None):
+        raise UserError(f"{path} is not a config: it should hold KEY: value lines, see configs/")
+    return content or {}
 
 
 def changed_keys(cfg: CN, other: CN) -> list[str]:
@@ -166,26 +254,48 @@ def _flatten(node: dict, declared: dict | None = None, prefix: str = ""):
             yield name, value
 
 
-def _assign(cfg: CN, key: str, value, source: str):
+def _declared(key: str):
+    """The default of a key, a CN for a section, None where there is no such key."""
     *sections, leaf = key.split(".")
-    node = cfg
-    for section in sections:
-        node = node.get(section) if isinstance(node, dict) else None
-    if isinstance(node, CN) and leaf not in node and node.is_new_allowed():
-        node[leaf] = value
-        return
-    if isinstance(node, CN) and isinstance(value, dict) and isinstance(node.get(leaf), CN):
-        for name, part in value.items():  # MODEL.OVERRIDES "{width: 16}" on the command line
+    if sections == ["MODEL", "OVERRIDES"]:
+        return {name: value for name, value in DGUNet.default_arguments().items() if name != "channels"}.get(leaf)
+    node = _C
+    for section in (*sections, leaf):
+        node = node.get(section) if isinstance(node, CN) else None
+    return node
+
+
+def _assign(cfg: CN, key: str, value, source: str):
+    declared = _declared(key)
+    if isinstance(declared, CN):
+        if not isinstance(value, dict):
+            raise UserError(f"{source}: {key} is a section, got {_short(value)}; give its keys, {key}.NAME value")
+        for name, part in _flatten(value):  # MODEL.OVERRIDES "{width: 16}" on the command line
             _assign(cfg, f"{key}.{name}", part, source)
         return
-    if not isinstance(node, CN) or leaf not in node or isinstance(node[leaf], CN):
-        names = [name for name, _ in _flatten(_C)]
-        guess = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-        if not guess:  # perhaps the right name in the wrong section
-            guess = [name for name in names if name.rsplit(".", 1)[-1] == leaf.upper()]
-        hint = f"; did you mean {guess[0]}?" if guess else "; the keys are listed in dgunet/config.py"
-        raise UserError(f"{source}: unknown config key {key}{hint}")
-    node[leaf] = _coerce(node[leaf], value, key, source)
+    if declared is None:
+        raise UserError(f"{source}: unknown config key {_shorten(key)}{_hint(key)}")
+    node = cfg
+    *sections, leaf = key.split(".")
+    for section in sections:
+        node = node[section]
+    node[leaf] = _coerce(declared, value, key, source)
+    _check_range(key, node[leaf], source)
+
+
+def _hint(key: str) -> str:
+    """What an unknown key was probably meant to be."""
+    names = [name for name, _ in _flatten(_C)]
+    section, _, leaf = key.rpartition(".")
+    if section == "MODEL.OVERRIDES":
+        return f"; it takes {', '.join(sorted(DGUNet.default_arguments().keys() - {'channels'}))}"
+    key, leaf = key.upper(), leaf.upper()
+    # The first key that begins so (OPTIM.LR), the right name in a wrong section, the likeliest, the first of that name.
+    guess = [name for name in names if leaf and name.startswith(key)]
+    guess += [name for name in names if leaf == name.rsplit(".", 1)[-1]]
+    guess += difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    guess += [name for name in names if leaf and name.rsplit(".", 1)[-1].startswith(leaf)]
+    return f"; did you mean {guess[0]}?" if guess else "; the keys are listed in dgunet/config.py"
 
 
 def _coerce(default, value, key: str, source: str):
@@ -195,7 +305,7 @@ def _coerce(default, value, key: str, source: str):
     if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML takes 1e-4, without a dot, for text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if _is(int, default) and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -205,13 +315,55 @@ def _coerce(default, value, key: str, source: str):
         return str(value)
     if isinstance(default, str) and value is None:
         return ""
-    if isinstance(default, list) and isinstance(value, list | tuple):
-        return list(value)
+    if isinstance(default, list) and _is(list, value) and all(_is(int, number) for number in value):
+        return value
     if isinstance(default, list) and _is(int, value):
         return [value]
-    kind = {"str": "text", "int": "a whole number", "float": "a number", "bool": "True or False", "list": "a list"}
-    raise UserError(f"{source}: {key} must be {kind[type(default).__name__]}, got {value!r}")
+    kind = {
+        "str": "text", "int": "a whole number", "float": "a number", "bool": "True or False",
+        "list": "a list of whole numbers",
+    }  # fmt: skip
+    raise UserError(f"{source}: {key} must be {kind[type(default).__name__]}, got {_short(value)}")
+
+
+def _check_range(key: str, value, source: str):
+    """Raise a UserError where a value of the right type is out of its range."""
+    allowed = _RANGES.get(key)
+    if isinstance(allowed, list) and value not in allowed:
+        raise UserError(f"{source}: {key} is {', '.join(allowed[:-1])} or {allowed[-1]}, got {_short(value)}")
+    if isinstance(allowed, tuple):
+        lowest, highest = allowed
+        for number in value if isinstance(value, list) else [value]:
+            if not lowest <= number <= highest:  # nor is NaN
+                raise UserError(f"{source}: {key} must be from {lowest} to {highest}, got {_short(number)}")
+    if key == "GPU" and len(set(value)) < len(value):
+        raise UserError(f"{source}: GPU lists one twice, got {_short(value)}; each is used by one process")
+    if key == "TRAINING.VAL_PS" and 0 < value < 8:
+        raise UserError(f"{source}: {key} must be 0 (whole pictures) or at least 8, got {value}")
+    if isinstance(value, str):
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+            raise UserError(f"{source}: {key} must be text without control characters, in UTF-8, got {_short(value)}")
+        if key == "MODEL.SESSION" and (value in ("", ".", "..") or {*value} & {*"/\\"} or len(value.encode()) > 200):
+            raise UserError(
+                f"{source}: {key} is the name of one folder in TRAINING.SAVE_DIR, without slashes and of at most 200 "
+                f"bytes, got {_short(value)}"
+            )
 
 
 def _is(kind: type, value) -> bool:
     return type(value) is kind  # isinstance would take True for an int
+
+
+def _shorten(text: str, length: int = 100) -> str:
+    """A text of somebody else's on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+_shortener = reprlib.Repr()
+_shortener.maxstring = _shortener.maxother = 100
+
+
+def _short(value) -> str:
+    """``repr``, on one line that can be read."""
+    return _shorten(_shortener.repr(value))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dgunet import UserError
-from dgunet.config import changed_keys, format_config, load_config
+from dgunet import DGUNet, UserError
+from dgunet.config import _RANGES, changed_keys, format_config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,6 +64,10 @@ def test_dotted_keys_and_empty_files(yaml_file):
         ("OPTIM.TRAIN_DIR", "TRAINING.TRAIN_DIR"),
         ("OPTIM.BATCH_SIZE.X", "OPTIM.BATCH_SIZE"),
         ("SEEDS", "SEED"),
+        ("OPTIM.LR", "OPTIM.LR_INITIAL"),
+        ("LR", "OPTIM.LR_INITIAL"),
+        ("OPTIM.lr", "OPTIM.LR_INITIAL"),
+        ("TRAIN_DIR", "TRAINING.TRAIN_DIR"),
     ],
 )
 def test_unknown_key_suggests_the_right_one(yaml_file, key, guess):
@@ -87,6 +91,8 @@ def test_unknown_key_like_no_other():
         ("GPU", "[0, 1]", [0, 1]),
         ("GPU", "1", [1]),
         ("MODEL.SESSION", "7", "7"),
+        ("MODEL.SESSION", "007", "007"),  # an octal number to YAML
+        ("MODEL.SESSION", "1:30", "1:30"),  # and a sexagesimal one
         ("MODEL.SESSION", "2026-01-05", "2026-01-05"),
         ("MODEL.SESSION", "a: b: c", "a: b: c"),
         ("MODEL.WEIGHTS", "", ""),
@@ -110,7 +116,13 @@ def test_values_are_brought_to_their_type(key, text, value):
         ("LOSS.CLAMP", "maybe", "True or False"),
         ("MODEL.NAME", "[a]", "text"),
         ("MODEL.NAME", "True", "text"),
-        ("GPU", "all", "a list"),
+        ("GPU", "all", "a list of whole numbers"),
+        ("GPU", "[0, a]", "a list of whole numbers"),
+        ("GPU", "[true]", "a list of whole numbers"),
+        ("OPTIM.LR_MILESTONES", "[60, 1.5]", "a list of whole numbers"),
+        ("MODEL.OVERRIDES.width", "wide", "a whole number"),
+        ("MODEL.OVERRIDES.shared", "0", "True or False"),
+        ("OPTIM.LR_INITIAL", "1" + "0" * 400, "a number"),
     ],
 )
 def test_wrong_type(yaml_file, key, text, kind):
@@ -139,6 +151,49 @@ def test_missing_file_and_folder(tmp_path):
     assert f"cannot read the config {tmp_path}" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("OPTIM: {BATCH_SIZE: 8}\nSEED: 1\nOPTIM: {NUM_EPOCHS: 3}\n", "OPTIM is given twice"),
+        ("OPTIM:\n  BATCH_SIZE: 8\n  BATCH_SIZE: 4\n", "BATCH_SIZE is given twice"),
+        ("OPTIM: {BATCH_SIZE: 8}\nOPTIM.BATCH_SIZE: 4\n", "OPTIM.BATCH_SIZE is given twice"),
+        ("MODEL: {OVERRIDES: {width: 8, width: 16}}\n", "width is given twice"),
+        ("OPTIM: &a\n  BATCH_SIZE: *a\n", "no aliases"),
+        ("&a [*a]", "no aliases"),
+        ("SEED: &a [1, 1]\nGPU: &b [*a, *a]\n", "no aliases"),
+        ("SEED: " + "[" * 5000, "not valid YAML"),
+        ("SEED: " + "{a: " * 5000, "not valid YAML"),
+        ("MODEL.SESSION: 2026-13-45\n", "not valid YAML"),  # a date for YAML, if an impossible one
+        ("SEED: " + "9" * 5000, "not valid YAML"),
+        ("SEED: " + "9" * 400, "SEED must be from 0 to 4294967295, got 999"),
+        ("? [a, b]\n: 1\n", "not valid YAML"),
+        ("? {a: b}\n: 1\n", "not valid YAML"),
+        ("!!map x", "not valid YAML"),
+        ("<<: {SEED: 1}\n", ""),
+        ("!!python/object/apply:os.getpid []", "not valid YAML"),
+        ("SEED: !!binary aGVsbG8=\n", "SEED must be a whole number"),
+        ('"a\\nb": 1\n', "unknown config key a b"),
+        ("OPTIM: 5\n", "OPTIM is a section, got 5"),
+        ("MODEL: {OVERRIDES: [8]}\n", "MODEL.OVERRIDES is a section"),
+        ("MODEL: {OVERRIDES: {wdith: 8}}\n", "it takes final_fusion"),
+        ("MODEL: {OVERRIDES: {width: {a: 8}}}\n", "unknown config key MODEL.OVERRIDES.width.a"),
+        ("OPTIM.: 5\n", "unknown config key OPTIM."),
+        ("1: 5\n", "unknown config key 1"),
+        ("a" * 10**6, "not a config"),
+        ("a: " + "b" * 2**21, "not a config"),
+        ("SEED: " + "ab" * 10000, "SEED must be a whole number"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_yaml_that_python_could_stumble_over(yaml_file, text, message):
+    said = refusal(yaml_file(text))
+    assert message in said and len(said) < 700
+
+
+def test_empty_sections_of_every_depth(yaml_file):
+    assert load_config(yaml_file("OPTIM:\nMODEL:\n  OVERRIDES:\n")) == load_config()
+
+
 def test_odd_number_of_options():
     assert "options come in pairs" in refusal(None, ["OPTIM.BATCH_SIZE"])
 
@@ -163,7 +218,10 @@ def test_key_that_an_older_config_lacks_has_its_default_there():
     older.defrost()
     del older.SPEED["COMPILE_MODE"]
     assert changed_keys(cfg, older) == ["SEED"]
-    assert changed_keys(load_config(None, ["SPEED.COMPILE_MODE", "x"]), older) == ["SEED", "SPEED.COMPILE_MODE"]
+    assert changed_keys(load_config(None, ["SPEED.COMPILE_MODE", "max-autotune"]), older) == [
+        "SEED",
+        "SPEED.COMPILE_MODE",
+    ]
 
 
 @pytest.mark.parametrize("options", CHANGES)
@@ -183,6 +241,77 @@ def test_shipped_configs_load(path):
     cfg = load_config(path)
     assert changed_keys(cfg, load_config())
     assert path.read_text().startswith("# ")
+
+
+# ---------------------------------------------------------------------------------------------------------- ranges
+
+NUMBERS = {
+    key: default
+    for key, default in (leaves(load_config()) | leaves(DGUNet.default_arguments(), "MODEL.OVERRIDES.")).items()
+    if isinstance(default, int | float | list) and not isinstance(default, bool) and "channels" not in key
+}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_has_a_range(yaml_file, key):
+    """And its ends are taken, what is beyond them, NaN and infinity are not."""
+    lowest, highest = _RANGES[key]
+    for value in (lowest, highest):
+        words = [key, str(value), "OPTIM.SCHEDULE", "constant"]
+        assert leaves(load_config(None, words))[key] in (value, [value])
+    for value in (lowest - 1, highest + 1, 10**400, -(10**400), ".nan", ".inf", "-.inf", "1e999"):
+        said = refusal(None, [key, str(value)])
+        assert said.startswith(f"command line: {key} must be") and len(said) < 200
+        assert f"{key} must be" in refusal(yaml_file(f"{key}: [{value}]\n"))
+
+
+@pytest.mark.parametrize("key", [key for key, allowed in _RANGES.items() if isinstance(allowed, list)])
+def test_every_choice(key):
+    *others, last = _RANGES[key]
+    for choice in _RANGES[key]:
+        assert leaves(load_config(None, [key, choice]))[key] == choice
+    assert f"{key} is {', '.join(others)} or {last}, got 'neither'" in refusal(None, [key, "neither"])
+    assert f"{key} is {others[0]}" in refusal(None, [key, ""])
+
+
+def test_every_range_is_of_a_key():
+    keys = leaves(load_config()) | leaves(DGUNet.default_arguments(), "MODEL.OVERRIDES.")
+    assert _RANGES.keys() <= keys.keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "a/b", "/tmp/a", "../a", "a\\b", "a\0b", '"a\\nb"', "a\udcffb", "é" * 101]
+)
+def test_session_is_the_name_of_a_folder(name):
+    said = refusal(None, ["MODEL.SESSION", name])
+    assert "MODEL.SESSION" in said and ("the name of one folder" in said or "without control characters" in said)
+
+
+@pytest.mark.parametrize("key", [key for key, default in leaves(load_config()).items() if default == ""])
+def test_text_that_no_path_can_hold(key):
+    assert f"{key} must be text without control characters" in refusal(None, [key, "a\0b"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["GPU", "[0, 0]"], "GPU lists one twice"),
+        (["GPU", "[-1]"], "GPU must be from 0"),
+        (["TRAINING.VAL_PS", "7"], "0 (whole pictures) or at least 8"),
+        (["OPTIM.LR_INITIAL", "1e-7"], "OPTIM.LR_MIN 1e-06 is above OPTIM.LR_INITIAL 1e-07"),
+        (["OPTIM.LR_MILESTONES", "[60, 0]"], "OPTIM.LR_MILESTONES must be from 1"),
+        (["MODEL.OVERRIDES", "{stages: 1000000000}"], "MODEL.OVERRIDES.stages must be from 1 to 50, got 1000000000"),
+        (["MODEL.OVERRIDES.channels", "4"], "unknown config key MODEL.OVERRIDES.channels"),  # the data's
+        (["MODEL.OVERRIDES.degradation", "4"], "unknown config key MODEL.OVERRIDES.degradation"),
+        (["MODEL.OVERRIDES.checkpointing", "True"], "unknown config key MODEL.OVERRIDES.checkpointing"),
+    ],
+)
+def test_out_of_range(options, message):
+    assert message in refusal(None, options)
+
+
+def test_lr_min_matters_only_to_the_cosine():
+    assert load_config(None, ["OPTIM.LR_INITIAL", "1e-7", "OPTIM.SCHEDULE", "constant"]).OPTIM.LR_MIN == 1e-6
 
 
 @pytest.mark.parametrize("key", leaves(load_config()) | {"MODEL.OVERRIDES": None})
