@@ -7,38 +7,35 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from warmup_scheduler import GradualWarmupScheduler
 
-from dgunet.errors import UserError
-
 
 def decay(epoch: int, optim) -> float:
     """The learning rate of an epoch after the warm-up, as a fraction of LR_INITIAL.
 
-    cosine: from 1 at the end of the warm-up to LR_MIN in the last epoch (or COSINE_EXTRA_EPOCHS beyond it);
+    cosine: from 1 in the first epoch after the warm-up to LR_MIN one epoch after the last (COSINE_EXTRA_EPOCHS later);
     step: LR_DECAY to the power of the milestones passed; constant: 1.
     """
     if optim.SCHEDULE == "constant":
         return 1.0
     if optim.SCHEDULE == "step":
         return optim.LR_DECAY ** sum(epoch > milestone for milestone in optim.LR_MILESTONES)
-    if optim.SCHEDULE == "cosine":
-        period = optim.NUM_EPOCHS - optim.WARMUP_EPOCHS + optim.COSINE_EXTRA_EPOCHS
-        progress = min((epoch - optim.WARMUP_EPOCHS) / max(period, 1), 1)
-        lowest = optim.LR_MIN / optim.LR_INITIAL
-        return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2
-    raise UserError(f"OPTIM.SCHEDULE is cosine, constant or step, got {optim.SCHEDULE!r}")
+    period = optim.NUM_EPOCHS - optim.WARMUP_EPOCHS + optim.COSINE_EXTRA_EPOCHS
+    progress = min((epoch - optim.WARMUP_EPOCHS - 1) / max(period, 1), 1)
+    lowest = optim.LR_MIN / optim.LR_INITIAL
+    return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class EpochSchedule:
     """Linear warm-up (``LR_INITIAL * epoch / WARMUP_EPOCHS``), then `decay`.
 
-    The warm-up is GradualWarmupScheduler's. Chained onto CosineAnnealingLR, which multiplies the rate it finds, it
-    overshoots by 5 % right after the warm-up and misses LR_MIN; the after-scheduler is therefore a closed form.
+    The original chains warmup-scheduler's GradualWarmupScheduler and PyTorch's CosineAnnealingLR, which multiplies the
+    rate it finds. Epoch by epoch this is that schedule: the base rate in the first epoch after the warm-up, LR_MIN not
+    quite reached. Only the chain's overshoot is left out, by which the original's rates are above these: at most
+    0.00003 % (deblurring), 0.004 % (deraining) and 0.018 % (denoising); 5 % in a run of 10 epochs.
     """
 
     def __init__(self, optimizer: Optimizer, optim):
         self.epoch = 0
         warmup = optim.WARMUP_EPOCHS
-        decay(1, optim)  # an unknown SCHEDULE is told now, not after the warm-up
         if warmup:
             after = LambdaLR(optimizer, lambda step: decay(warmup + 1 + step, optim))
             self.scheduler = GradualWarmupScheduler(optimizer, 1, warmup, after)
@@ -61,8 +58,8 @@ def validation_steps(epoch: int, steps: int, cfg) -> set[int]:
     if training.VAL_EPOCHS or training.VAL_FROM_EPOCH:
         due = epoch in training.VAL_EPOCHS or (training.VAL_FROM_EPOCH and epoch >= training.VAL_FROM_EPOCH)
     else:
-        due = epoch % max(training.VAL_AFTER_EVERY, 1) == 0
+        due = epoch % training.VAL_AFTER_EVERY == 0
     if due:
-        times = min(max(training.VAL_TIMES, 1), steps)
+        times = min(training.VAL_TIMES, steps)
         return {round(steps * k / times) for k in range(1, times + 1)}
     return {steps} if epoch == cfg.OPTIM.NUM_EPOCHS else set()

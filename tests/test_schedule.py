@@ -1,6 +1,7 @@
 """The learning rate of every epoch, and when validation is due."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,30 +38,73 @@ def rates(options, jumps=None) -> dict[int, float]:
     return found
 
 
-@pytest.mark.parametrize("epochs", [4, 5, 80, 250])
+def originals(epochs: int, base: float, lowest: float = 1e-6, extra: int = 0, warmup: int = 3) -> dict[int, float]:
+    """{epoch: learning rate} of the original's chained schedulers, longhand.
+
+    Warm-up with a multiplier of 1, of which a step is made before the first epoch. One epoch late, and from then on, it
+    asks CosineAnnealingLR, whose recursion goes on from the rate it finds, for its step 0, 1, 2, ...
+    """
+    period, rate, found = epochs - warmup + extra, 0.0, {}
+    for epoch in range(1, epochs + 1):
+        if epoch <= warmup:
+            rate = base * epoch / warmup
+        else:
+            k = epoch - warmup - 1
+            ratio = (1 + math.cos(math.pi * k / period)) / (1 + math.cos(math.pi * (k - 1) / period))
+            rate = lowest + ratio * (rate - lowest)
+        found[epoch] = rate
+    return found
+
+
+@pytest.mark.parametrize(
+    ("task", "overshoot", "above_lowest"),
+    [("deblurring", 3e-7, 3e-5), ("deraining", 4.1e-5, 0.0081), ("denoising", 1.8e-4, None)],
+)
+def test_the_papers_recipes_follow_the_originals_schedule(task, overshoot, above_lowest):
+    """But for its overshoot, whose size and end are what is known of the original's."""
+    options = load_config(Path(__file__).parents[1] / f"configs/{task}/dgunet.yaml").OPTIM
+    base, lowest = options.LR_INITIAL, options.LR_MIN
+    original = originals(options.NUM_EPOCHS, base, lowest, options.COSINE_EXTRA_EPOCHS)
+    assert max(original.values()) / base - 1 == pytest.approx(overshoot, rel=0.1)
+    found = rates(options)
+    assert found[3] == found[4] == base > found[5]
+    for epoch, rate in found.items():
+        assert rate <= original[epoch] * (1 + 1e-12) and rate == pytest.approx(original[epoch], rel=1.01 * overshoot)
+    if above_lowest is None:  # the longer cosine of denoising is far from its end
+        assert found[options.NUM_EPOCHS] > 0.25 * base
+    else:
+        assert found[options.NUM_EPOCHS] / lowest - 1 == pytest.approx(above_lowest, rel=0.1)
+
+
+@pytest.mark.parametrize("epochs", [5, 10, 80, 250])
 def test_cosine_after_linear_warm_up(epochs):
     found = rates(optim(epochs))
+    original = originals(epochs, BASE)
+    amplitude = 2 / (1 + math.cos(math.pi / (epochs - 3)))
     for epoch, rate in found.items():
         if epoch <= 3:
-            expected = BASE * epoch / 3
-        else:
-            expected = LOWEST + (BASE - LOWEST) * (1 + math.cos(math.pi * (epoch - 3) / (epochs - 3))) / 2
-        assert rate == pytest.approx(expected, rel=1e-12)
+            assert rate == pytest.approx(original[epoch], rel=1e-12)
+        else:  # the overshoot, 5 % in 10 epochs
+            assert LOWEST + (rate - LOWEST) * amplitude == pytest.approx(original[epoch], rel=1e-9)
 
 
 def test_shape_of_the_curve():
     found = list(rates(optim(50)).values())
-    assert found[:3] == pytest.approx([BASE / 3, 2 * BASE / 3, BASE], rel=1e-12)
-    assert all(a > b for a, b in zip(found[2:], found[3:], strict=False))  # from epoch 4 on below the base rate
-    assert found[-1] == pytest.approx(LOWEST, rel=1e-12)
+    assert found[:4] == pytest.approx([BASE / 3, 2 * BASE / 3, BASE, BASE], rel=1e-12)
+    assert all(a > b for a, b in zip(found[3:], found[4:], strict=False))  # from epoch 5 on below the base rate
+    assert LOWEST < found[-1] < LOWEST + 0.002 * BASE
 
 
-def test_longer_cosine_of_denoising():
-    found = rates(optim(80, COSINE_EXTRA_EPOCHS=40))
-    for epoch in range(4, 81):
-        expected = LOWEST + (BASE - LOWEST) * (1 + math.cos(math.pi * (epoch - 3) / 117)) / 2
-        assert found[epoch] == pytest.approx(expected, rel=1e-12)
-    assert found[80] > 0.2 * BASE
+def test_runs_as_short_as_their_warm_up():
+    assert rates(optim(4))[4] == BASE
+    assert list(rates(optim(2)).values()) == pytest.approx([BASE / 3, 2 * BASE / 3], rel=1e-12)
+
+
+def test_lowest_rate_in_the_last_epoch():
+    for warmup in (0, 1, 3):
+        found = rates(optim(12, warmup, COSINE_EXTRA_EPOCHS=-1))
+        assert found[warmup + 1] == pytest.approx(BASE, rel=1e-12)
+        assert found[12] == pytest.approx(LOWEST, rel=1e-12) and found[11] > 1.5 * LOWEST
 
 
 def test_step():
@@ -76,10 +120,13 @@ def test_constant():
 
 
 def test_cosine_without_warm_up():
-    found = rates(optim(10, warmup=0))
-    assert found[1] < BASE
-    assert found[5] == pytest.approx((BASE + LOWEST) / 2, rel=1e-12)
-    assert found[10] == pytest.approx(LOWEST, rel=1e-12)
+    """PyTorch's CosineAnnealingLR."""
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=BASE)
+    pytorchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=LOWEST)
+    for rate in rates(optim(10, warmup=0)).values():
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        pytorchs.step()
 
 
 @pytest.mark.parametrize("options", [dict(), dict(warmup=0), dict(warmup=1), dict(COSINE_EXTRA_EPOCHS=40)], ids=str)
