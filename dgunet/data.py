@@ -437,8 +437,8 @@ class SyntheticCentres(PairedCentres):
 class EpochBatches(Sampler):
     """Batches of (epoch, index) keys: this process's share of every global batch of an epoch.
 
-    The order is a permutation drawn from (seed, epoch). What does not fill a batch at the end is left out; a data
-    set smaller than one batch is gone through as often as a batch needs, with other random crops each time.
+    The order is a permutation drawn from (seed, epoch). Nothing is left out: what the last batch lacks is taken from the
+    beginning of the order, as an index beyond the data set's length, which makes other random crops of it.
     Set ``epoch`` and ``start`` (batches already done) before iterating.
     """
 
@@ -450,13 +450,15 @@ class EpochBatches(Sampler):
     @property
     def steps(self) -> int:
         """Batches in a whole epoch."""
-        return max(self.size // self.batch, 1)
+        return max(-(-self.size // self.batch), 1)
 
     def __len__(self) -> int:
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(max(self.size, self.batch))
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        rounds, places = np.divmod(np.arange(self.steps * self.batch), self.size)
+        order = order[places] + self.size * rounds
         share = self.batch // self.world
         for step in range(self.start, self.steps):
             first = step * self.batch + self.rank * share

@@ -481,11 +481,15 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert indices[0] != indices[3]
 
 
-def test_incomplete_batch_is_left_out():
-    found = batches(23, 4)
-    assert len(found) == 5
-    assert {len(batch) for batch in found} == {4}
-    assert len({index for batch in found for _, index in batch}) == 20
+@pytest.mark.parametrize(("size", "batch", "steps"), [(23, 4, 6), (21, 4, 6), (20, 4, 5), (5, 32, 1)])
+def test_incomplete_batch_is_filled_with_other_crops(size, batch, steps):
+    found = batches(size, batch)
+    assert len(found) == steps
+    assert {len(keys) for keys in found} == {batch}
+    indices = [index for keys in found for _, index in keys]
+    assert len(set(indices)) == len(indices)  # none is the very same crop
+    assert sorted(indices[:size]) == list(range(size))
+    assert [index % size for index in indices[size:]] == [indices[k % size] for k in range(len(indices) - size)]
 
 
 @pytest.mark.parametrize("world", [2, 4])
