@@ -73,11 +73,23 @@ class LumaPatches(RandomPatches):
 
 
 class LumaCentres(Dataset):
-    """Central crops of luminance for validation, ``(x, x)``: sides at most ``patch`` (0: any), multiples of 32."""
+    """Centres of pictures' luminance in separate blocks for validation, ``(x, x)``, (N, 1, height, width) uint8.
+
+    As the original validates: the network reconstructs blocks as large as it is trained on, which know nothing of each
+    other. They make up the central 256x256 pixels of a picture, or what it has of them.
+
+    Args:
+        paths: pictures.
+        patch: side of the blocks, a multiple of 32 pixels; 0: each picture is one. Smaller where a picture is.
+    """
+
+    area = 256
 
     def __init__(self, paths: list, patch: int):
+        if patch % 32:
+            raise UserError(f"TRAINING.VAL_PS must be a multiple of 32 pixels, got {patch}")
         self.paths, self.patch = paths, patch
-        self.sizes = {tuple(self[index][0].shape[1:]) for index in range(len(self))}  # those of one can be batched
+        self.sizes = {tuple(self[index][0].shape) for index in range(len(self))}  # those of one can be batched
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -87,6 +99,9 @@ class LumaCentres(Dataset):
         height, width = (min(side, self.patch or side) // 32 * 32 for side in picture.shape)
         if not height or not width:
             raise UserError(f"{self.paths[index]} is smaller than a block of 32x32 pixels")
-        top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
-        x = to_tensor(picture[top : top + height, left : left + width])
+        rows, columns = (max(self.area // side, 1) for side in (height, width))
+        rows, columns = min(rows, picture.shape[0] // height), min(columns, picture.shape[1] // width)
+        top, left = (picture.shape[0] - rows * height) // 2, (picture.shape[1] - columns * width) // 2
+        x = to_tensor(picture[top : top + rows * height, left : left + columns * width])
+        x = x.reshape(rows, height, columns, 1, width).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
         return x, x

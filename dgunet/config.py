@@ -65,7 +65,8 @@ _C.TRAINING.VAL_HOLD_BACK = 32  # without VAL_DIR: so many, the last by name, ar
 _C.TRAINING.SAVE_DIR = "checkpoints"
 _C.TRAINING.RESUME = False  # continue SAVE_DIR/SESSION where it stopped
 _C.TRAINING.TRAIN_PS = 256  # side of the random training crops, pixels
-_C.TRAINING.VAL_PS = 256  # side of the central validation crops; 0: whole pictures
+_C.TRAINING.VAL_PS = 256  # side of the central validation crops; 0: whole pictures. Compressive sensing: of the blocks
+# that the central 256x256 pixels are cut into
 _C.TRAINING.REPEAT = 1  # how often a picture counts in an epoch (each time with another crop)
 _C.TRAINING.VAL_AFTER_EVERY = 1  # epochs
 _C.TRAINING.VAL_TIMES = 1  # validations in such an epoch, evenly spaced

@@ -437,8 +437,8 @@ class SyntheticCentres(PairedCentres):
 class EpochBatches(Sampler):
     """Batches of (epoch, index) keys: this process's share of every global batch of an epoch.
 
-    The order is a permutation drawn from (seed, epoch). Nothing is left out: what the last batch lacks is taken from the
-    beginning of the order, as an index beyond the data set's length, which makes other random crops of it.
+    The order is a permutation drawn from (seed, epoch). Nothing is left out: what the last batch lacks is taken from
+    the beginning of the order, as an index beyond the data set's length, which makes other random crops of it.
     Set ``epoch`` and ``start`` (batches already done) before iterating.
     """
 

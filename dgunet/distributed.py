@@ -3,27 +3,34 @@
 Code above this module never branches on the number of processes: a lone process is a world of one.
 """
 
+import contextlib
+import errno
 import gc
 import os
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  imported later, by DistributedDataParallel, it would keep the group for ever
 from torch import Tensor
 
-from dgunet.errors import UserError
+from dgunet.errors import UserError, run_cli
 
 
 def launch(function: Callable, cfg, *args):
     """Call ``function(cfg, *args)`` in as many processes as the config asks for, each joined to the group.
 
     Under torchrun the processes are there already. Otherwise one process is started for each GPU (or, on the CPU,
-    PROCESSES of them); a single one runs here. SIGTERM and Ctrl-C reach all of them.
+    PROCESSES of them); a single one runs here. SIGTERM and Ctrl-C reach all of them. When one fails, it says why, and
+    all end with its exit status.
     """
     processes = _count(cfg)
     if os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}:
@@ -31,9 +38,11 @@ def launch(function: Callable, cfg, *args):
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if gpus and here > gpus:
             raise UserError(f"torchrun starts {here} processes here for {gpus} GPUs; use --nproc_per_node {gpus}")
-        return _run(function, cfg, args)
+        if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, other launchers may not
+            _share_threads(cfg, here)
+        return _run(function, cfg, args, group=True)
     if processes == 1:
-        return _run(function, cfg, args)
+        return _run(function, cfg, args, group=False)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -43,25 +52,27 @@ def launch(function: Callable, cfg, *args):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: [os.kill(pid, received) for pid in context.pids()])
     try:
-        while not context.join():
+        while not context.join(grace_period=10):
             pass
-    except torch.multiprocessing.ProcessRaisedException as error:
-        # The first failure of a process arrives as the text of its traceback.
-        *_, last = str(error).strip().splitlines()
-        if last.startswith(f"{UserError.__module__}.{UserError.__qualname__}: "):
-            raise UserError(last.split(": ", 1)[1]) from None
-        raise
     except torch.multiprocessing.ProcessExitedException as error:
+        if error.signal_name:
+            print(
+                f"error: process {error.error_index} was ended by {error.signal_name}"
+                + ("; is there enough memory?" if error.signal_name == "SIGKILL" else ""),
+                file=sys.stderr,
+            )
         sys.exit(error.exit_code if error.exit_code > 0 else 128 + abs(error.exit_code))
 
 
 def _count(cfg) -> int:
-    if cfg.DEVICE not in ("auto", "cpu", "cuda"):
-        raise UserError(f"DEVICE is auto, cuda or cpu, got {cfg.DEVICE!r}")
     gpus = torch.cuda.device_count() if cfg.DEVICE != "cpu" else 0
     if cfg.DEVICE == "cuda" and gpus == 0:
         raise UserError("DEVICE is cuda but PyTorch sees no GPU; check nvidia-smi and the driver, or use DEVICE cpu")
     if gpus == 0:
+        if cfg.GPU and cfg.DEVICE != "cpu":
+            raise UserError(
+                f"GPU lists {list(cfg.GPU)} but PyTorch sees no GPU; check nvidia-smi and the driver, or use DEVICE cpu"
+            )
         return max(cfg.PROCESSES, 1)
     absent = [index for index in cfg.GPU if not 0 <= index < gpus]
     if absent:
@@ -77,30 +88,125 @@ def _child(local_rank: int, processes: int, port: int, function: Callable, cfg, 
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes), RANK=str(local_rank),
         LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(processes),
     )  # fmt: skip
-    if not torch.cuda.is_available():
+    _share_threads(cfg, processes)
+    _run(function, cfg, args, group=True)
+
+
+def _share_threads(cfg, processes: int):
+    """Each of the processes on this machine's CPU gets its share of the threads."""
+    if pick_device(cfg).type == "cpu":
         torch.set_num_threads(max(torch.get_num_threads() // processes, 1))
-    _run(function, cfg, args)
 
 
-def _run(function: Callable, cfg, args):
-    group = os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"}
+def _run(function: Callable, cfg, args, group: bool):
     device = pick_device(cfg)
-    if device.type == "cuda":
+    gpu = device.type == "cuda"
+    if gpu:
         torch.cuda.set_device(device)
-    if group:
-        gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    if not group:
+        return function(cfg, *args)
     try:
-        function(cfg, *args)
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        with _ending_together():
+            function(cfg, *args)
     except SystemExit as stop:
         traceback.clear_frames(stop.__traceback__)  # they hold what used the group
         raise
     finally:
-        if group:
+        if dist.is_initialized():
             # Only a group that nothing holds any more ends its threads with it. A thread of gloo that lives on and lets
             # go of a tensor while the interpreter ends would abort the process, after all its work is done.
             gc.collect()
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _ending_together():
+    """Around what the processes of a group do: the first to fail says why, and all end at once with its exit status.
+
+    The others might wait for it in NCCL, deaf to signals. So each has a thread that looks for a failure in the group's
+    store every half second.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"failure of attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    over = threading.Event()
+
+    def end(status: int):
+        sys.stdout.flush()
+        os._exit(status)  # nothing that would wait for the others
+
+    def watch():
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it the process of rank 0
+            while not over.wait(0.5):
+                if store.check(["status"]):
+                    end(int(store.get("status")))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException as error:
+        over.set()
+        status = 1
+        with contextlib.suppress(RuntimeError):
+            if store.add("failures", 1) == 1:
+                status = _report(error)
+                store.set("status", str(status))
+                time.sleep(1)  # rank 0 takes the store with it
+            else:
+                store.wait(["status"], timedelta(seconds=10))
+                status = int(store.get("status"))
+        end(status)
+    finally:
+        over.set()
+        thread.join()
+
+
+def _report(error: BaseException) -> int:
+    """Say on stderr what happened, as the command would; returns the exit status."""
+
+    def fail():
+        raise error
+
+    try:
+        run_cli(fail)
+    except SystemExit as stop:
+        return stop.code
+    except BaseException:
+        traceback.print_exc()
+    return 1
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path, what: str, advice: str):
+    """Lock an existing folder for this process: the lock ends with the ``with``, or with the process however it ends.
+
+    Args:
+        folder: its ``.lock`` is the file that is locked, and stays.
+        what: what two must not do at once, e.g. ``"training"``.
+        advice: what else to do.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    # Not a lock that is a file's existence: that would outlive a killed process.
+    lock = FileLock(folder / ".lock", fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"another {what} is writing to {folder}; {advice}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"note: the disk of {folder} has no file locks; see that no other {what} writes there", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def pick_device(cfg) -> torch.device:

@@ -3,6 +3,7 @@
 import csv
 import ctypes
 import logging
+import math
 import os
 import signal
 import sys
@@ -66,27 +67,42 @@ def train_command(
     sensing = "compressive_sensing"
     if cfg.MODEL.NAME.startswith(sensing) != default_config.startswith(sensing):
         raise UserError(f"{cfg.MODEL.NAME} is not a network for this task; see MODEL.NAME in configs/{default_config}")
-    training = cfg.TRAINING
+    training, missing = cfg.TRAINING, []
+
+    def look(find: Callable, folder: str) -> list:
+        try:
+            return find(folder)
+        except UserError as error:
+            if not args.dry_run:
+                raise
+            missing.append(str(error))
+            return []
+
     if cfg.SYNTHESIS.NAME:
         degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS)
-        items = find_images(training.TRAIN_DIR)
+        items = look(find_images, training.TRAIN_DIR)
 
         def make_train_set(cfg, items):
             return SyntheticPatches(items, degrade, training.TRAIN_PS, training.REPEAT, cfg.AUGMENT.FLIP, cfg.SEED)
 
     else:
-        items = find(training.TRAIN_DIR)
+        items = look(find, training.TRAIN_DIR)
     if training.VAL_DIR:
-        val_items = find(training.VAL_DIR)
-    else:
+        val_items = look(find, training.VAL_DIR)
+    elif items:
         items, val_items = hold_back(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)
         if cfg.SYNTHESIS.NAME:
             make_val_set = lambda cfg, items: SyntheticCentres(items, degrade, training.VAL_PS, cfg.SEED)  # noqa: E731
-    launch(train, cfg, make_train_set(cfg, items), make_val_set(cfg, val_items), args.dry_run)
+    else:
+        val_items = []
+    launch(train, cfg, make_train_set(cfg, items), make_val_set(cfg, val_items), args.dry_run, missing)
 
 
-def train(cfg, train_set, val_set, dry_run: bool = False):
-    """Build the config's model and train it; what is launched in every process."""
+def train(cfg, train_set, val_set, dry_run: bool = False, missing: list[str] = ()):
+    """Build the config's model and train it; what is launched in every process.
+
+    A dry run only describes what would be done, and the data that are ``missing`` for it.
+    """
     if distributed.pick_device(cfg).type == "cpu":
         keep_freed_memory()
     torch.manual_seed(cfg.SEED)
@@ -96,7 +112,7 @@ def train(cfg, train_set, val_set, dry_run: bool = False):
             cfg.MODEL.RATIO, cfg.MODEL.MATRIX, cfg.MODEL.MATRIX_START, lambda: sample_blocks(train_set)
         )
     model = create_model(cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **overrides)
-    trainer = Trainer(cfg, model, train_set, val_set)
+    trainer = Trainer(cfg, model, train_set, val_set, list(missing) if dry_run else None)
     trainer.describe(config=dry_run)
     if dry_run:
         return
@@ -119,14 +135,16 @@ class Trainer:
         cfg: see `config.py`.
         model: a DGUNet. One with a known degradation is trained on clean pictures, which it is given measured.
         train_set: of (input, target), indexed with (epoch, index), see `data.PairedPatches`.
-        val_set: see `data.PairedCentres`.
+        val_set: see `data.PairedCentres`. An item may also be of several blocks, (N, C, H, W), which the network
+            restores one by one.
+        missing: for a dry run, what is not there yet; weights to start from that are not are added to it.
 
     Raises:
         UserError: impossible batch size, a run of that name exists, a checkpoint that does not fit, ...
     """
 
-    def __init__(self, cfg, model: nn.Module, train_set, val_set):
-        self.cfg = cfg
+    def __init__(self, cfg, model: nn.Module, train_set, val_set, missing: list[str] | None = None):
+        self.cfg, self.missing = cfg, missing
         self.device = distributed.pick_device(cfg)
         self.main = distributed.rank() == 0
         self.folder = Path(cfg.TRAINING.SAVE_DIR) / cfg.MODEL.SESSION
@@ -134,7 +152,7 @@ class Trainer:
         self.train_set, self.val_set = train_set, val_set
 
         world = distributed.world_size()
-        if cfg.OPTIM.BATCH_SIZE < 1 or cfg.OPTIM.BATCH_SIZE % (world * cfg.OPTIM.ACCUMULATE):
+        if cfg.OPTIM.BATCH_SIZE % (world * cfg.OPTIM.ACCUMULATE):
             raise UserError(
                 f"OPTIM.BATCH_SIZE is the total and must be a multiple of {world} processes times "
                 f"{cfg.OPTIM.ACCUMULATE} accumulation steps, got {cfg.OPTIM.BATCH_SIZE}"
@@ -142,8 +160,10 @@ class Trainer:
         self.batches = EpochBatches(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, distributed.rank(), world)
 
         resume = self._found_to_resume()
-        if cfg.MODEL.WEIGHTS and not resume:
-            path = cfg.MODEL.WEIGHTS
+        path = cfg.MODEL.WEIGHTS
+        if path and missing is not None and not Path(path).exists():
+            missing.append(f"no checkpoint at {path}")
+        elif path and not resume:
             weights, matrix = weights_of(read_checkpoint(path), path), model.state_dict().get("degradation.matrix")
             if cfg.MODEL.MATRIX_START and matrix is not None and matrix.shape != weights["degradation.matrix"].shape:
                 weights["degradation.matrix"] = matrix  # a network of another ratio: all the rest is taken over
@@ -177,10 +197,7 @@ class Trainer:
             self._resume(self.folder / "model_latest.pth")
 
         if cfg.SPEED.COMPILE:
-            known = torch._inductor.list_mode_options()
-            if cfg.SPEED.COMPILE_MODE not in known:
-                raise UserError(f"SPEED.COMPILE_MODE is one of {', '.join(known)}, got {cfg.SPEED.COMPILE_MODE!r}")
-            if known[cfg.SPEED.COMPILE_MODE].get("triton.cudagraphs") and cfg.OPTIM.ACCUMULATE > 1:
+            if cfg.SPEED.COMPILE_MODE in ("reduce-overhead", "max-autotune") and cfg.OPTIM.ACCUMULATE > 1:
                 raise UserError(
                     f"SPEED.COMPILE_MODE {cfg.SPEED.COMPILE_MODE} uses CUDA graphs, whose gradients the next pass "
                     "overwrites; with OPTIM.ACCUMULATE take default or max-autotune-no-cudagraphs"
@@ -196,6 +213,7 @@ class Trainer:
     def _found_to_resume(self) -> bool:
         """Whether there is a run to continue in the folder; a run that shall not be continued must not be there."""
         latest = self.folder / "model_latest.pth"
+        self.latest_seen = _stamp(latest)
         found = self.cfg.TRAINING.RESUME and latest.exists()
         everywhere = distributed.sum_over_processes(torch.tensor(float(found), device=self.device)).item()
         if everywhere not in (0, distributed.world_size()):
@@ -292,11 +310,13 @@ class Trainer:
             print(f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n")
         lines = [
             f"model       {cfg.MODEL.NAME}, {count:,} parameters, {self.model.stages} stages",
+            *(f"missing     {what}" for what in self.missing or ()),
             f"training    {len(self.train_set) // self.train_set.repeat} pictures of {cfg.TRAINING.TRAIN_DIR}, "
             f"{self.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
             f"validation  {len(self.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, held back'}",
             f"batch       {cfg.OPTIM.BATCH_SIZE} = {world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
-            f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs of {self.batches.steps} steps{epochs}",
+            f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"
+            + (f" of {self.batches.steps} steps{epochs}" if len(self.train_set) else ""),
             f"device      {world} x {hardware}, {precision}",
             f"writes to   {self.folder.absolute()} (the whole config as well; --dry_run shows it)",
         ]
@@ -310,9 +330,18 @@ class Trainer:
 
     def fit(self):
         """Train until the last epoch; SIGTERM or Ctrl-C saves and exits with 128 + the signal's number."""
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.main:
+            return self._fit()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        advice = "wait for its end, or give this one its own name with MODEL.SESSION NAME"
+        with distributed.sole_writer(self.folder, "training", advice):
+            latest = self.folder / "model_latest.pth"
+            if _stamp(latest) != self.latest_seen:
+                raise UserError(f"{latest} has just been written by another training; start this one again")
             (self.folder / "config.yaml").write_text(format_config(self.cfg) + "\n")
+            self._fit()
+
+    def _fit(self):
         distributed.barrier()
         self.began = self.last_word = time.monotonic()
         handlers = self._start_log(), self._catch_signals()
@@ -358,8 +387,8 @@ class Trainer:
                 if self.step in validations:
                     self.last_psnr = self.validate()
                     self._after_validation(rate)
-                elif time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES:
-                    self._save_latest()
+                elif self.step < steps and time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES:
+                    self._save_latest()  # after the last step only with the epoch's row in the history
                 if self.stopped and self.step < steps:
                     self._save_latest()
                     log.info(
@@ -463,9 +492,10 @@ class Trainer:
         try:
             for input, target in batches:
                 with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-                    restored = model(self._move(input))[0]
+                    restored = model(self._move(input.flatten(0, -4)))[0]  # blocks as pictures of their own
                 indices = list(mine)[done : done + len(input)]
-                scores[indices] = psnr_batch(restored.float(), self._move(target)).double()
+                target = unit_range(target.to(self.device)).flatten(1, -3)  # and side by side again
+                scores[indices] = psnr_batch(restored.float().reshape(target.shape), target).double()
                 done += len(input)
         finally:
             _end_workers(batches)
@@ -477,7 +507,7 @@ class Trainer:
         sizes = self.val_set.sizes
         if len(sizes) > 1:
             return 1
-        pixels = max(height * width for height, width in sizes)
+        pixels = max(map(math.prod, sizes))
         share = self.cfg.OPTIM.BATCH_SIZE // distributed.world_size() // self.cfg.OPTIM.ACCUMULATE
         return max(1, share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
 
@@ -486,13 +516,14 @@ class Trainer:
         if better:
             self.best = {"psnr": self.last_psnr, "epoch": self.epoch}
         self._record(rate, validated=True)
-        if better:
-            self.save("model_latest.pth", "model_best.pth")
-        else:
-            self._save_latest()
+        # The state comes last: a run that is killed before it repeats the validation and writes all three.
         if self.cfg.TRAINING.SAVE_EACH_VALIDATION:
             part = "" if self.step == self.batches.steps else f"_step_{self.step}"
             self.save(f"model_epoch_{self.epoch}{part}.pth", state=self.weights() if self.main else None)
+        if better:
+            self.save("model_best.pth", "model_latest.pth")
+        else:
+            self._save_latest()
 
     def _record(self, rate: float, validated: bool):
         """One row of the history: at each validation, and at the end of an epoch without one."""
@@ -609,8 +640,6 @@ def keep_freed_memory():
 
 def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     """bfloat16 or None (float32) for SPEED.AMP; ``auto`` takes bfloat16 where the hardware computes it."""
-    if choice not in ("auto", "bf16", "fp32"):
-        raise UserError(f"SPEED.AMP is auto, bf16 or fp32, got {choice!r}")
     if choice == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -637,6 +666,15 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced; None where there is none."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
 
 
 class _ConsoleHandler(logging.Handler):
