@@ -5,8 +5,10 @@ relative to the current folder.
 """
 
 import argparse
+import contextlib
 import datetime
 import difflib
+import inspect
 import reprlib
 import unicodedata
 from collections.abc import Hashable
@@ -80,7 +82,7 @@ _C.SYNTHESIS = CN()
 # Degrade clean pictures while training, by a function of dgunet/synthesis.py: gaussian_noise, sensor_noise,
 # rain_streaks, added_rain, motion_blur. TRAIN_DIR is then a folder of clean pictures. Empty: train on pairs.
 _C.SYNTHESIS.NAME = ""
-_C.SYNTHESIS.OPTIONS = CN(new_allowed=True)  # its arguments that differ from their defaults, e.g. {sigma: [0, 50]}
+_C.SYNTHESIS.OPTIONS = CN()  # its arguments that differ from their defaults, e.g. {sigma: [0, 50]}
 
 _C.AUGMENT = CN()
 _C.AUGMENT.FLIP = True  # random flips and rotations by 90 degrees (compressive sensing: flips and transposition)
@@ -107,9 +109,11 @@ _RANGES = {
     "MODEL.OVERRIDES.growth": (0, 512),
     "MODEL.OVERRIDES.final_growth": (0, 512),
     "MODEL.OVERRIDES.stages": (1, 50),
+    "MODEL.OVERRIDES.rho": (0, 10),
     "MODEL.OVERRIDES.fusion": ["subspace", "concat"],
     "MODEL.OVERRIDES.final_fusion": ["concat", "subspace"],
     "MODEL.RATIO": (0.001, 1),
+    "MODEL.MATRIX": ["learned", "fixed"],
     "OPTIM.BATCH_SIZE": (1, 2**16),
     "OPTIM.NUM_EPOCHS": (1, _EPOCHS),
     "OPTIM.LR_INITIAL": (1e-12, 1),
@@ -137,6 +141,14 @@ _RANGES = {
     "TRAINING.VAL_FROM_EPOCH": (0, _EPOCHS),
     "TRAINING.SAVE_MINUTES": (0, 10**6),
     "TRAINING.WORKERS": (0, 256),
+    "SYNTHESIS.OPTIONS.sigma": (0, 255),
+    "SYNTHESIS.OPTIONS.shot": (1e-9, 1),
+    "SYNTHESIS.OPTIONS.read": (1e-9, 1),
+    "SYNTHESIS.OPTIONS.density": (0.01, 1000),
+    "SYNTHESIS.OPTIONS.length": (1, 200),
+    "SYNTHESIS.OPTIONS.width": (0.1, 20),
+    "SYNTHESIS.OPTIONS.brightness": (0, 1),
+    "SYNTHESIS.OPTIONS.extent": (0, 100),
     "AUGMENT.SATURATION": (0, 1),
     "AUGMENT.MIXUP": (0, 100),
     "AUGMENT.MIXUP_FROM_EPOCH": (0, _EPOCHS),
@@ -255,11 +267,21 @@ def _flatten(node: dict, declared: dict | None = None, prefix: str = ""):
             yield name, value
 
 
+# What MODEL.OVERRIDES may change: how many channels there are, and their degradation, is up to the data.
+_ARGUMENTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(DGUNet).parameters.items()
+    if name not in ("channels", "degradation", "checkpointing")
+}
+
+
 def _declared(key: str):
-    """The default of a key, a CN for a section, None where there is no such key."""
+    """A value of the type that a key takes, () for a range, a CN for a section, None where there is no such key."""
     *sections, leaf = key.split(".")
     if sections == ["MODEL", "OVERRIDES"]:
-        return {name: value for name, value in DGUNet.default_arguments().items() if name != "channels"}.get(leaf)
+        return _ARGUMENTS.get(leaf)
+    if sections == ["SYNTHESIS", "OPTIONS"]:
+        return True if leaf == "clip" else () if key in _RANGES else None
     node = _C
     for section in (*sections, leaf):
         node = node.get(section) if isinstance(node, CN) else None
@@ -289,7 +311,7 @@ def _hint(key: str) -> str:
     names = [name for name, _ in _flatten(_C)]
     section, _, leaf = key.rpartition(".")
     if section == "MODEL.OVERRIDES":
-        return f"; it takes {', '.join(sorted(DGUNet.default_arguments().keys() - {'channels'}))}"
+        return f"; it takes {', '.join(sorted(_ARGUMENTS))}"
     key, leaf = key.upper(), leaf.upper()
     # The first key that begins so (OPTIM.LR), the right name in a wrong section, the likeliest, the first of that name.
     guess = [name for name in names if leaf and name.startswith(key)]
@@ -320,9 +342,15 @@ def _coerce(default, value, key: str, source: str):
         return value
     if isinstance(default, list) and _is(int, value):
         return [value]
+    if isinstance(default, tuple):
+        ends = value if _is(list, value) and len(value) == 2 else [value, value]
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            lowest, highest = (float(end) for end in ends if not _is(bool, end))
+            if not lowest > highest:
+                return [lowest, highest]
     kind = {
         "str": "text", "int": "a whole number", "float": "a number", "bool": "True or False",
-        "list": "a list of whole numbers",
+        "list": "a list of whole numbers", "tuple": "a number or a range, [LOWEST, HIGHEST]",
     }  # fmt: skip
     raise UserError(f"{source}: {key} must be {kind[type(default).__name__]}, got {_short(value)}")
 

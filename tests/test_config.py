@@ -1,5 +1,6 @@
 """Configuration: defaults, then YAML, then the command line; and every mistake in one line."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from dgunet import DGUNet, UserError
 from dgunet.config import _RANGES, changed_keys, format_config, load_config
+from dgunet.synthesis import DEGRADATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -245,10 +247,18 @@ def test_shipped_configs_load(path):
 
 # ---------------------------------------------------------------------------------------------------------- ranges
 
+DECLARED = leaves(load_config())
+DECLARED |= {
+    f"{section}.{name}": parameter.default
+    for section, functions in (("MODEL.OVERRIDES", [DGUNet]), ("SYNTHESIS.OPTIONS", DEGRADATIONS.values()))
+    for function in functions
+    for name, parameter in inspect.signature(function).parameters.items()
+    if name not in ("channels", "degradation", "checkpointing", "layers", "image", "rng")
+}
 NUMBERS = {
     key: default
-    for key, default in (leaves(load_config()) | leaves(DGUNet.default_arguments(), "MODEL.OVERRIDES.")).items()
-    if isinstance(default, int | float | list) and not isinstance(default, bool) and "channels" not in key
+    for key, default in DECLARED.items()
+    if isinstance(default, int | float | list | tuple) and not isinstance(default, bool)
 }
 
 
@@ -258,7 +268,7 @@ def test_every_number_has_a_range(yaml_file, key):
     lowest, highest = _RANGES[key]
     for value in (lowest, highest):
         words = [key, str(value), "OPTIM.SCHEDULE", "constant"]
-        assert leaves(load_config(None, words))[key] in (value, [value])
+        assert leaves(load_config(None, words))[key] in (value, [value], [value, value])
     for value in (lowest - 1, highest + 1, 10**400, -(10**400), ".nan", ".inf", "-.inf", "1e999"):
         said = refusal(None, [key, str(value)])
         assert said.startswith(f"command line: {key} must be") and len(said) < 200
@@ -275,8 +285,7 @@ def test_every_choice(key):
 
 
 def test_every_range_is_of_a_key():
-    keys = leaves(load_config()) | leaves(DGUNet.default_arguments(), "MODEL.OVERRIDES.")
-    assert _RANGES.keys() <= keys.keys()
+    assert _RANGES.keys() <= DECLARED.keys()
 
 
 @pytest.mark.parametrize(
@@ -301,6 +310,11 @@ def test_text_that_no_path_can_hold(key):
         (["OPTIM.LR_INITIAL", "1e-7"], "OPTIM.LR_MIN 1e-06 is above OPTIM.LR_INITIAL 1e-07"),
         (["OPTIM.LR_MILESTONES", "[60, 0]"], "OPTIM.LR_MILESTONES must be from 1"),
         (["MODEL.OVERRIDES", "{stages: 1000000000}"], "MODEL.OVERRIDES.stages must be from 1 to 50, got 1000000000"),
+        (["SYNTHESIS.OPTIONS", "{sigma: [50, 0]}"], "SYNTHESIS.OPTIONS.sigma must be a number or a range"),
+        (["SYNTHESIS.OPTIONS.sigma", "[0, 50, 100]"], "SYNTHESIS.OPTIONS.sigma must be a number or a range"),
+        (["SYNTHESIS.OPTIONS.sigma", "[0, 500]"], "SYNTHESIS.OPTIONS.sigma must be from 0 to 255, got 500"),
+        (["SYNTHESIS.OPTIONS.clip", "0"], "SYNTHESIS.OPTIONS.clip must be True or False"),
+        (["SYNTHESIS.OPTIONS.layers", "[]"], "unknown config key SYNTHESIS.OPTIONS.layers"),
         (["MODEL.OVERRIDES.channels", "4"], "unknown config key MODEL.OVERRIDES.channels"),  # the data's
         (["MODEL.OVERRIDES.degradation", "4"], "unknown config key MODEL.OVERRIDES.degradation"),
         (["MODEL.OVERRIDES.checkpointing", "True"], "unknown config key MODEL.OVERRIDES.checkpointing"),
