@@ -650,7 +650,7 @@ def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
 
 
 def plot_history(history: list[dict], steps: int, path: Path, title: str):
-    """Draw loss, validation PSNR and learning rate over the epochs into a PNG."""
+    """Draw loss, validation PSNR and learning rate over the epochs into a PNG, the last of each in its title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -658,11 +658,18 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
     for place, (key, label) in enumerate(
         (("loss", "training loss"), ("psnr", "validation PSNR [dB]"), ("lr", "learning rate")), start=1
     ):
-        rows = [row for row in history if row[key] is not None]
+        rows = [row for row in history if row[key] is not None and math.isfinite(row[key])]
+        epochs, values = [row["epoch"] - 1 + row["step"] / steps for row in rows], [row[key] for row in rows]
         axes = figure.add_subplot(1, 3, place)
-        axes.plot([row["epoch"] - 1 + row["step"] / steps for row in rows], [row[key] for row in rows], marker=".")
-        axes.set(xlabel="epoch", title=label, yscale="log" if key == "loss" else "linear")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.plot(epochs, values, marker="." if len(values) > 1 else "o")
+        axes.set(xlabel="epoch", title=f"{label}: {values[-1]:.4g}" if values else f"{label}: none")
+        axes.set_xlim(0, 1.05 * history[-1]["epoch"])
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if key == "loss" and values and max(values) > 10 * min(values) > 0:
+            axes.set_yscale("log")
+        if key == "lr":
+            axes.set_ylim(0, 1.1 * max(values))
+            axes.ticklabel_format(axis="y", scilimits=(0, 0))
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     FigureCanvasAgg(figure).print_png(str(path))

@@ -13,13 +13,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import dgunet.engine
 from dgunet import create_model, load_model
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import PairedCentres, PairedPatches
-from dgunet.engine import Trainer
+from dgunet.engine import Trainer, plot_history, train_command
 from dgunet.errors import UserError
 from dgunet.transforms import unit_range
 
@@ -284,6 +285,56 @@ def test_ema_follows_the_weights(folders):
     assert not torch.equal(trainer.state()["raw_state_dict"][name], expected)
 
 
+def test_validation_is_of_the_averaged_weights(folders):
+    trainer = make_trainer(folders, OPTIM__EMA_DECAY=0.5)
+    for _ in range(2):
+        trainer.train_step(*batch(trainer))
+    averaged = create_model("denoising_dgunet", **OVERRIDES)
+    averaged.load_state_dict(trainer.state()["state_dict"])
+    expected = []
+    for input, target in trainer.val_set:
+        with torch.inference_mode():
+            restored = averaged.eval()(unit_range(input)[None])[0][0].clamp(0, 1)
+        expected.append(-10 * (restored - unit_range(target)).square().mean().log10().item())
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.fill_(torch.nan)
+    assert trainer.validate() == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+def test_clamping_of_the_estimates(folders, clamp):
+    """LOSS.CLAMP decides whether what is outside of [0, 1] costs anything, and is pulled back."""
+    trainer = make_trainer(folders, LOSS__CLAMP=clamp)
+    estimate = torch.tensor([1.5, -0.25, 0.5]).expand(1, 3, 8, 3).clone().requires_grad_()
+    loss = trainer.loss([estimate], torch.tensor([1.0, 0.0, 0.5]).expand(1, 3, 8, 3))
+    expected = np.mean([0.001 if clamp else np.hypot(d, 0.001) for d in (0.5, 0.25, 0)])
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    assert (estimate.grad[..., :2] == 0).all() == clamp
+
+
+def test_curves_of_one_epoch(folders, monkeypatch):
+    """A single point is inside the picture, with ticks and a value that can be read."""
+    figures = []
+    write = FigureCanvasAgg.print_png
+    monkeypatch.setattr(
+        FigureCanvasAgg, "print_png", lambda self, path: (figures.append(self.figure), write(self, path))
+    )
+    row = {"epoch": 1, "step": 4, "lr": 1e-4, "loss": 0.031, "psnr": 31.25}
+    for changes in ({}, {"psnr": None, "loss": float("nan")}):
+        plot_history([row | changes], 4, folders / "curves.png", "run")
+        loss, psnr, lr = figures[-1].axes
+        for axes in (loss, psnr, lr):
+            low, high = axes.get_xlim()
+            assert low == 0 and 1 < high < 1.2
+            ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+            assert ticks == [0, 1]
+        assert lr.get_ylim()[0] == 0 and "0.0001" in lr.get_title()
+    assert "0.031" in figures[0].axes[0].get_title() and "31.25" in figures[0].axes[1].get_title()
+    assert "none" in loss.get_title() and "none" in psnr.get_title()
+
+
 def test_non_finite_step_is_skipped_and_counted(folders):
     trainer = make_trainer(folders)
     input, target = batch(trainer)
@@ -301,7 +352,7 @@ def test_non_finite_step_is_skipped_and_counted(folders):
 
 
 def test_many_non_finite_steps_end_the_run(folders):
-    changed = dict(OPTIM__LR_INITIAL=1e30, OPTIM__MAX_BAD_STEPS=3, OPTIM__NUM_EPOCHS=5, TRAINING__SAVE_MINUTES=0)
+    changed = dict(OPTIM__LR_INITIAL=1, OPTIM__MAX_BAD_STEPS=3, OPTIM__NUM_EPOCHS=5, TRAINING__SAVE_MINUTES=0)
     done = train(folders, check=2, **changed)
     assert "not finite in 3 steps" in done.stderr and "LR_INITIAL" in done.stderr
     assert "Traceback" not in done.stderr
@@ -318,6 +369,58 @@ def test_another_run_is_never_overwritten(folders):
     assert "holds another run" in done.stderr and "TRAINING.RESUME True" in done.stderr
     assert done.stderr.strip().count("\n") == 0
     assert_same_weights(weights(folders), before)
+
+
+def test_one_training_writes_to_a_folder(folders):
+    """A second one is refused in a line while the first lives; a killed one can be continued at once."""
+    settings = dict(OPTIM__NUM_EPOCHS=100000, TRAINING__SAVE_MINUTES=0, TRAINING__WORKERS=1)
+    started_beside = make_trainer(folders, **settings)
+    words = options(folders, **settings)
+    first = subprocess.Popen([sys.executable, TRAIN, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    latest = folders / "runs" / "run" / "model_latest.pth"
+    deadline = time.monotonic() + 120
+    while not latest.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    settings["TRAINING__RESUME"] = True
+    second = make_trainer(folders, **settings)
+    for trainer in (started_beside, second):
+        with pytest.raises(UserError, match="another training is writing to .*/runs/run; .*MODEL.SESSION"):
+            trainer.fit()
+    seen = latest.stat().st_mtime_ns
+    while latest.stat().st_mtime_ns == seen and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.kill()  # but not its loading process, which lives some seconds longer
+    first.wait()
+    with pytest.raises(UserError, match="has just been written by another training"):
+        second.fit()
+    settings["OPTIM__NUM_EPOCHS"] = 1
+    make_trainer(folders, **settings).fit()
+
+
+@pytest.fixture
+def saved(monkeypatch) -> list[tuple]:
+    """What is written from now on: (name, state)."""
+    found = []
+    save = dgunet.engine.save_checkpoint
+    monkeypatch.setattr(
+        dgunet.engine, "save_checkpoint", lambda state, path: (found.append((path.name, state)), save(state, path))
+    )
+    return found
+
+
+def test_a_save_after_an_epochs_last_step_has_its_row(folders, saved):
+    make_trainer(folders, TRAINING__SAVE_MINUTES=0, TRAINING__VAL_AFTER_EVERY=2).fit()
+    states = [state for name, state in saved if name == "model_latest.pth"]
+    assert {(state["epoch"], state["step"]) for state in states} == {(e, s) for e in (1, 2) for s in (1, 2, 3, 4)}
+    for state in states:
+        rows = state["epoch"] - (state["step"] < 4)
+        assert [(row["epoch"], row["step"]) for row in state["history"][:rows]] == [(e, 4) for e in range(1, rows + 1)]
+
+
+def test_the_state_is_saved_after_what_it_speaks_of(folders, saved):
+    """A run killed between two files repeats the validation, and so writes the other."""
+    make_trainer(folders, OPTIM__NUM_EPOCHS=1).fit()
+    assert [name for name, _ in saved] == ["model_epoch_1.pth", "model_best.pth", "model_latest.pth"]
 
 
 def test_resuming_a_finished_run_changes_nothing(folders):
@@ -367,6 +470,28 @@ def test_dry_run_writes_nothing(folders):
     assert not (folders / "runs").exists()
 
 
+def test_dry_run_before_there_is_data(folders, monkeypatch, capsys):
+    changed = dict(TRAINING__TRAIN_DIR="/nowhere", TRAINING__VAL_DIR="/neither", MODEL__WEIGHTS="step1.pth")
+
+    def dry_run(**more):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", *options(folders, **changed, **more)])
+        train_command("", "denoising/dgunet.yaml", lambda cfg, pairs: PairedPatches(pairs, cfg.TRAINING.TRAIN_PS))
+        return capsys.readouterr().out
+
+    out = dry_run()
+    missing = [line for line in out.splitlines() if line.startswith("missing")]
+    assert len(missing) == 3
+    assert "/nowhere/input" in missing[0] and "/neither/input" in missing[1] and "step1.pth" in missing[2]
+    assert "BATCH_SIZE: 2  # *" in out and "parameters, 3 stages" in out and "schedule    2 epochs\n" in out
+    assert not (folders / "runs").exists()
+    out = dry_run(SYNTHESIS__NAME="gaussian_noise")
+    assert out.count("missing ") == 3
+    changed["TRAINING__VAL_DIR"] = ""
+    assert dry_run().count("missing ") == 2
+    with pytest.raises(UserError, match="multiple of 8 pixels"):  # what is wrong already is told as ever
+        dry_run(TRAINING__TRAIN_PS=33)
+
+
 def test_validation_within_an_epoch(folders):
     train(folders, OPTIM__NUM_EPOCHS=1, TRAINING__VAL_TIMES=2)
     assert [int(row["step"]) for row in history(folders)] == [2, 4]
@@ -386,7 +511,7 @@ def test_batch_must_fit_the_processes(folders):
         (["DEVICE", "gpu"], "DEVICE is auto, cuda or cpu"),
         (["MODEL.NAME", "denoising_dgnet"], "did you mean denoising_dgunet"),
         (["SPEED.AMP", "fp16"], "SPEED.AMP is auto, bf16 or fp32"),
-        (["SPEED.COMPILE", "True", "SPEED.COMPILE_MODE", "fast"], "SPEED.COMPILE_MODE is one of default, "),
+        (["SPEED.COMPILE", "True", "SPEED.COMPILE_MODE", "fast"], "SPEED.COMPILE_MODE is default, reduce-overhead"),
         (
             ["SPEED.COMPILE", "True", "SPEED.COMPILE_MODE", "reduce-overhead", "OPTIM.ACCUMULATE", "2"],
             "uses CUDA graphs",
