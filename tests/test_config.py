@@ -1,13 +1,23 @@
 """Configuration: defaults, then YAML, then the command line; and every mistake in one line."""
 
+import collections
+import functools
+import importlib.util
 import inspect
+import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from dgunet import DGUNet, UserError
+import dgunet.engine
+from dgunet import DGUNet, UserError, distributed
 from dgunet.config import _RANGES, changed_keys, format_config, load_config
+from dgunet.data import PairedPatches, find_images
+from dgunet.engine import train_command
 from dgunet.synthesis import DEGRADATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,3 +344,139 @@ def test_every_key_is_read_somewhere(key):
     files += [p for p in ROOT.glob("[A-Z]*/*.py")]
     leaf = key.rsplit(".", 1)[-1]
     assert any(re.search(rf"\.{leaf}\b", p.read_text()) for p in files), f"nobody reads {key}"
+
+
+# ---------------------------------------------------------------------------------------------------------- fuzzing
+
+ODD_VALUES = [
+    0, 1, -1, 2, 3, 7, 8, 16, 32, 64, 100, 255, 256, 4096, 10**6, 10**9, 2**31, 2**63, -(10**9), 10**30, 0.0, -0.0, 0.1,
+    0.5, 1.0, 1.5, 1e-3, 1e-12, 1e-300, 1e30, 1e308, float("nan"), float("inf"), float("-inf"), True, False, None, "",
+    " ", ".", "..", "/", "a/b", "\0", "\n", "é", "\udcff", "nan", "1e400", "0x10", "1_000", "auto", "cuda", "cpu", "fp32",
+    "bf16", "constant", "step", "cosine", "pca", "dct", "fixed", "concat", "default", [], [0], [1, 2], [2, 1], [[1]],
+    [None], ["a"], [0.5], [-1], {}, {"a": 1}, {"width": 8}, {"sigma": [0, 9]}, "x" * 300, 16 * "9",
+]  # fmt: skip
+
+
+def write_yaml(values: dict, rng: random.Random) -> str:
+    """{dotted key: value} as YAML, in one of the styles that people write."""
+    if rng.random() < 0.5:
+        return yaml.dump(values, allow_unicode=rng.random() < 0.5, default_flow_style=rng.random() < 0.3)
+    tree = {}
+    for key, value in values.items():
+        node = tree
+        *sections, leaf = key.split(".")
+        for section in sections:
+            node = node.setdefault(section, {}) if isinstance(node, dict) else {}
+        if isinstance(node, dict):
+            node[leaf] = value
+    return yaml.dump(tree, default_flow_style=rng.random() < 0.3)
+
+
+def damage(text: str, rng: random.Random) -> str:
+    """The text after some slips of a hand."""
+    pieces = ["\t", ":", ": ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!", "<<: ", "#", "'", '"', "|\n", "? ", "%", "\0",
+              "\x85", "SEED: 3\n", "OPTIM:\n", "---\n", "é", "\ufeff", "2026-13-01", "1:99"]  # fmt: skip
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randint(0, len(text))
+        kind = rng.random()
+        if kind < 0.4:
+            text = text[:at] + rng.choice(pieces) + text[at:]
+        elif kind < 0.7:
+            text = text[:at] + text[at + rng.randint(1, 5) :]
+        else:  # some lines once more
+            lines = text.splitlines(keepends=True)
+            some = lines[rng.randint(0, len(lines)) :][: rng.randint(1, 3)]
+            text += "".join(some)
+    return text
+
+
+def test_fuzz(tmp_path, picture_pairs, fuzz, capsys, monkeypatch):
+    """A config is either refused in one line or one that a dry run accepts."""
+    picture_pairs(tmp_path / "pairs", count=4, size=(40, 48))
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    places = {
+        "TRAINING.TRAIN_DIR": "pairs",
+        "TRAINING.VAL_DIR": "pairs",
+        "DEVICE": "cpu",
+        "MODEL.WEIGHTS": "",
+        "GPU": [],
+    }
+    small = {"MODEL.OVERRIDES.width": 8, "MODEL.OVERRIDES.growth": 4, "MODEL.OVERRIDES.stages": 3}
+    small |= {"OPTIM.BATCH_SIZE": 4, "TRAINING.VAL_HOLD_BACK": 1, "MODEL.OVERRIDES.final_growth": 4}
+    keys, counts = [*DECLARED, "MODEL.OVERRIDES", "SYNTHESIS.OPTIONS", "OPTIM", "NAME", ""], collections.Counter()
+    rng = random.Random(0)
+    for trial in range(300 * fuzz):
+        task = rng.choice(["denoising", "deraining", "deblurring", "compressive_sensing"])
+        values = dict(places) | small | {"MODEL.NAME": f"{task}_dgunet"}
+        if task == "compressive_sensing":
+            values |= {"TRAINING.TRAIN_DIR": "pairs/target", "TRAINING.VAL_DIR": "pairs/target"}
+            values |= {"TRAINING.TRAIN_PS": 32, "TRAINING.VAL_PS": 32}
+        changed = rng.sample(keys, rng.randint(1, 3))
+        for key in changed:
+            allowed = _RANGES.get(key)
+            ends = [rng.uniform(*allowed), *allowed] if isinstance(allowed, tuple) else allowed or []
+            ends = [
+                round(end) if isinstance(DECLARED.get(key), int) else end for end in ends if not isinstance(end, str)
+            ]
+            values[key] = rng.choice(ODD_VALUES + 9 * ends)
+        text = write_yaml(values, rng)
+        if rng.random() < 0.3:
+            text = damage(text, rng)
+        (tmp_path / "config.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
+        words = [str(word) for key in changed for word in (key, values[key])] if rng.random() < 0.3 else []
+        words = [word.replace("\0", "\\0") for word in words]  # no command line holds one
+        try:
+            cfg = load_config("config.yaml", words)
+            dry_run(cfg, monkeypatch, words)
+            counts["accepted"] += 1
+        except UserError as error:
+            assert str(error) and len(str(error).splitlines()) == 1 and len(str(error)) < 2000, (trial, text, words)
+            counts["refused"] += 1
+        except Exception as error:
+            raise AssertionError(f"trial {trial}: {words} {text}") from error
+    assert min(counts["accepted"], counts["refused"]) > 20 * fuzz
+    with capsys.disabled():
+        if fuzz > 1:
+            print(dict(counts))
+
+
+def dry_run(cfg, monkeypatch, words: list[str]):
+    """As ``train.py --dry_run`` of the config's task, in this process."""
+    task = next((name for name in TASKS if cfg.MODEL.NAME.startswith(name)), "denoising")
+    if task == "compressive_sensing":
+        module = sensing_train()
+        make, more = module.train_set, dict(make_val_set=module.val_set, find=find_images)
+    else:
+        make = lambda cfg, pairs: PairedPatches(  # noqa: E731
+            pairs, cfg.TRAINING.TRAIN_PS, cfg.TRAINING.REPEAT, cfg.AUGMENT.FLIP, cfg.SEED
+        )
+        more = {}
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", "--config", "config.yaml", *words])
+    monkeypatch.setattr(dgunet.engine, "launch", launch_here)
+    train_command("", f"{task}/dgunet.yaml", make, **more)
+
+
+TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
+
+
+def launch_here(function, cfg, *args):
+    """`launch` without starting further processes."""
+    distributed._count(cfg)
+    distributed._run(function, cfg, args, group=False)
+
+
+@functools.cache
+def sensing_train():
+    """CompressiveSensing/train.py, which imports a module of its folder."""
+    sys.path.insert(0, str(ROOT / "CompressiveSensing"))
+    try:
+        sys.modules.pop("dataset", None)
+        spec = importlib.util.spec_from_file_location("sensing_train", ROOT / "CompressiveSensing/train.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.pop(0)
+        sys.modules.pop("dataset", None)

@@ -352,8 +352,50 @@ def test_luma_patches(tmp_path, monkeypatch):
         seen += [torch.equal(x, v) for v in variants]
     assert seen.sum() == 400 and seen.min() > 25  # all eight, equally likely
     assert all(torch.equal(a, b) for a, b in zip(data[3, 7], data[3, 7], strict=True))
-    with pytest.raises(ValueError, match="multiple of 32 pixels"):
+    with pytest.raises(ValueError, match="TRAIN_PS must be a multiple of 32 pixels"):
         dataset.LumaPatches([tmp_path / "ramp.png"], 33)
+    with pytest.raises(ValueError, match="VAL_PS must be a multiple of 32 pixels"):
+        dataset.LumaCentres([tmp_path / "ramp.png"], 40)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "blocks"),
+    [
+        ((300, 270), 32, [(y, x, 32, 32) for y in range(22, 278, 32) for x in range(7, 263, 32)]),
+        ((300, 270), 128, [(22, 7, 128, 128), (22, 135, 128, 128), (150, 7, 128, 128), (150, 135, 128, 128)]),
+        ((300, 270), 256, [(22, 7, 256, 256)]),
+        ((300, 270), 0, [(6, 7, 288, 256)]),
+        ((100, 140), 128, [(2, 6, 96, 128)]),
+        ((70, 33), 32, [(3, 0, 32, 32), (35, 0, 32, 32)]),
+    ],
+)
+def test_sensing_is_validated_in_separate_blocks(tmp_path, monkeypatch, size, patch, blocks):
+    """Of the centre of a picture, and scored as one picture."""
+    dataset = task_module("compressive_sensing", "dataset", monkeypatch)
+    picture = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    centres = dataset.LumaCentres([tmp_path / "a.png"], patch)
+    x, target = centres[0]
+    assert torch.equal(x, target)
+    expected = [picture[y : y + height, x : x + width] for y, x, height, width in blocks]
+    np.testing.assert_array_equal(x, np.stack(expected)[:, None])
+    assert centres.sizes == {tuple(x.shape)}
+
+    words = ["MODEL.NAME", "compressive_sensing_dgunet", "DEVICE", "cpu", "TRAINING.WORKERS", 0, "SPEED.AMP", "fp32"]
+    cfg = load_config(None, [str(word) for word in words])
+    model = create_model("compressive_sensing_dgunet", width=8, growth=4, final_growth=4, stages=2)
+    trainer = Trainer(cfg, model, dataset.LumaPatches([tmp_path / "a.png"], 32), centres)
+    with torch.inference_mode():
+        ones = [model(model.degradation.A(unit_range(block)[None]))[0][0] for block in x]
+    error = (torch.stack(ones).clamp(0, 1) - unit_range(x)).square().mean()
+    assert trainer.validate() == pytest.approx(-10 * error.log10().item(), abs=1e-3)
+
+
+def test_sensing_recipes_validate_what_they_train_on():
+    for name in ("dgunet", "dgunet_plus"):
+        for step, side in (("", 32), ("_step2", 128)):
+            training = load_config(ROOT / f"configs/compressive_sensing/{name}{step}.yaml").TRAINING
+            assert training.TRAIN_PS == training.VAL_PS == side
 
 
 def test_tiles_follow_the_original_and_whole_does_not(monkeypatch, weights):
