@@ -351,8 +351,8 @@ def test_every_key_is_read_somewhere(key):
 ODD_VALUES = [
     0, 1, -1, 2, 3, 7, 8, 16, 32, 64, 100, 255, 256, 4096, 10**6, 10**9, 2**31, 2**63, -(10**9), 10**30, 0.0, -0.0, 0.1,
     0.5, 1.0, 1.5, 1e-3, 1e-12, 1e-300, 1e30, 1e308, float("nan"), float("inf"), float("-inf"), True, False, None, "",
-    " ", ".", "..", "/", "a/b", "\0", "\n", "é", "\udcff", "nan", "1e400", "0x10", "1_000", "auto", "cuda", "cpu", "fp32",
-    "bf16", "constant", "step", "cosine", "pca", "dct", "fixed", "concat", "default", [], [0], [1, 2], [2, 1], [[1]],
+    " ", ".", "..", "/", "a/b", "\0", "\n", "é", "\udcff", "nan", "1e400", "0x10", "1_000", "auto", "cuda", "cpu",
+    "fp32", "bf16", "constant", "step", "cosine", "pca", "dct", "fixed", "concat", "default", [], [0], [1, 2], [2, 1], [[1]],
     [None], ["a"], [0.5], [-1], {}, {"a": 1}, {"width": 8}, {"sigma": [0, 9]}, "x" * 300, 16 * "9",
 ]  # fmt: skip
 
@@ -374,8 +374,8 @@ def write_yaml(values: dict, rng: random.Random) -> str:
 
 def damage(text: str, rng: random.Random) -> str:
     """The text after some slips of a hand."""
-    pieces = ["\t", ":", ": ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!", "<<: ", "#", "'", '"', "|\n", "? ", "%", "\0",
-              "\x85", "SEED: 3\n", "OPTIM:\n", "---\n", "é", "\ufeff", "2026-13-01", "1:99"]  # fmt: skip
+    pieces = ["\t", ":", ": ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!", "<<: ", "#", "'", '"', "|\n", "? ", "%",
+              "\0", "\x85", "SEED: 3\n", "OPTIM:\n", "---\n", "é", "\ufeff", "2026-13-01", "1:99"]  # fmt: skip
     for _ in range(rng.randint(1, 3)):
         at = rng.randint(0, len(text))
         kind = rng.random()
@@ -407,7 +407,7 @@ def test_fuzz(tmp_path, picture_pairs, fuzz, capsys, monkeypatch):
     small |= {"OPTIM.BATCH_SIZE": 4, "TRAINING.VAL_HOLD_BACK": 1, "MODEL.OVERRIDES.final_growth": 4}
     keys, counts = [*DECLARED, "MODEL.OVERRIDES", "SYNTHESIS.OPTIONS", "OPTIM", "NAME", ""], collections.Counter()
     rng = random.Random(0)
-    for trial in range(300 * fuzz):
+    for trial in range(150 * fuzz):
         task = rng.choice(["denoising", "deraining", "deblurring", "compressive_sensing"])
         values = dict(places) | small | {"MODEL.NAME": f"{task}_dgunet"}
         if task == "compressive_sensing":
@@ -417,9 +417,8 @@ def test_fuzz(tmp_path, picture_pairs, fuzz, capsys, monkeypatch):
         for key in changed:
             allowed = _RANGES.get(key)
             ends = [rng.uniform(*allowed), *allowed] if isinstance(allowed, tuple) else allowed or []
-            ends = [
-                round(end) if isinstance(DECLARED.get(key), int) else end for end in ends if not isinstance(end, str)
-            ]
+            if isinstance(DECLARED.get(key), int) and isinstance(allowed, tuple):
+                ends = [round(end) for end in ends]
             values[key] = rng.choice(ODD_VALUES + 9 * ends)
         text = write_yaml(values, rng)
         if rng.random() < 0.3:
@@ -436,7 +435,7 @@ def test_fuzz(tmp_path, picture_pairs, fuzz, capsys, monkeypatch):
             counts["refused"] += 1
         except Exception as error:
             raise AssertionError(f"trial {trial}: {words} {text}") from error
-    assert min(counts["accepted"], counts["refused"]) > 20 * fuzz
+    assert min(counts["accepted"], counts["refused"]) > 10 * fuzz
     with capsys.disabled():
         if fuzz > 1:
             print(dict(counts))
