@@ -25,6 +25,7 @@ setup(
             "h5py>=3.9",
             "matplotlib>=3.8",
             "tqdm>=4.65",
+            "filelock>=4",  # its locks are not inherited by loading processes
             "warmup-scheduler>=0.3",
         ],
         "data": ["gdown>=5.2"],  # scripts/download_data.py

@@ -108,8 +108,11 @@ def train(cfg, train_set, val_set, dry_run: bool = False, missing: list[str] = (
     torch.manual_seed(cfg.SEED)
     overrides = dict(cfg.MODEL.OVERRIDES)
     if cfg.MODEL.NAME.startswith("compressive_sensing"):
+        start = cfg.MODEL.MATRIX_START
+        if start == "pca" and not len(train_set):
+            start = "orthonormal"  # a dry run before there are pictures to take components of
         overrides["degradation"] = sampling_operator(
-            cfg.MODEL.RATIO, cfg.MODEL.MATRIX, cfg.MODEL.MATRIX_START, lambda: sample_blocks(train_set)
+            cfg.MODEL.RATIO, cfg.MODEL.MATRIX, start, lambda: sample_blocks(train_set)
         )
     model = create_model(cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **overrides)
     trainer = Trainer(cfg, model, train_set, val_set, list(missing) if dry_run else None)

@@ -352,7 +352,8 @@ ODD_VALUES = [
     0, 1, -1, 2, 3, 7, 8, 16, 32, 64, 100, 255, 256, 4096, 10**6, 10**9, 2**31, 2**63, -(10**9), 10**30, 0.0, -0.0, 0.1,
     0.5, 1.0, 1.5, 1e-3, 1e-12, 1e-300, 1e30, 1e308, float("nan"), float("inf"), float("-inf"), True, False, None, "",
     " ", ".", "..", "/", "a/b", "\0", "\n", "é", "\udcff", "nan", "1e400", "0x10", "1_000", "auto", "cuda", "cpu",
-    "fp32", "bf16", "constant", "step", "cosine", "pca", "dct", "fixed", "concat", "default", [], [0], [1, 2], [2, 1], [[1]],
+    "fp32", "bf16", "constant", "step", "cosine", "pca", "dct", "fixed", "concat", "default", [],
+    [0], [1, 2], [2, 1], [[1]],
     [None], ["a"], [0.5], [-1], {}, {"a": 1}, {"width": 8}, {"sigma": [0, 9]}, "x" * 300, 16 * "9",
 ]  # fmt: skip
 
