@@ -442,6 +442,14 @@ def test_fuzz(tmp_path, picture_pairs, fuzz, capsys, monkeypatch):
             print(dict(counts))
 
 
+def test_dry_run_with_components_of_pictures_that_are_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("MODEL: {NAME: compressive_sensing_dgunet, MATRIX_START: pca}")
+    words = ["TRAINING.TRAIN_DIR", "nowhere", "DEVICE", "cpu"]
+    dry_run(load_config("config.yaml", words), monkeypatch, words)
+    assert "missing     no folder" in capsys.readouterr().out
+
+
 def dry_run(cfg, monkeypatch, words: list[str]):
     """As ``train.py --dry_run`` of the config's task, in this process."""
     task = next((name for name in TASKS if cfg.MODEL.NAME.startswith(name)), "denoising")
