@@ -132,7 +132,7 @@ class Trainer:
 
     In the run's folder, SAVE_DIR/SESSION: ``model_latest.pth`` (the whole training state), ``model_best.pth`` (the same
     at the best validation), ``model_epoch_N.pth`` (weights of each validation), ``config.yaml``, ``history.csv``,
-    ``curves.png`` and ``train.log``.
+    ``curves.png``, ``train.log``, and ``.lock``, by which only one training at once writes there.
 
     Args:
         cfg: see `config.py`.
@@ -198,6 +198,8 @@ class Trainer:
         self.last_save = time.monotonic()
         if resume:
             self._resume(self.folder / "model_latest.pth")
+            if not (self.folder / "model_best.pth").exists():  # killed before it was written for the first time
+                self.best = {"psnr": float("-inf"), "epoch": 0}
 
         if cfg.SPEED.COMPILE:
             if cfg.SPEED.COMPILE_MODE in ("reduce-overhead", "max-autotune") and cfg.OPTIM.ACCUMULATE > 1:
@@ -519,6 +521,8 @@ class Trainer:
         if better:
             self.best = {"psnr": self.last_psnr, "epoch": self.epoch}
         self._record(rate, validated=True)
+        if not (self.folder / "model_latest.pth").exists():
+            self.save("model_latest.pth")  # without one there is nothing to continue
         # The state comes last: a run that is killed before it repeats the validation and writes all three.
         if self.cfg.TRAINING.SAVE_EACH_VALIDATION:
             part = "" if self.step == self.batches.steps else f"_step_{self.step}"

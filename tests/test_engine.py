@@ -421,9 +421,16 @@ def test_a_save_after_an_epochs_last_step_has_its_row(folders, saved):
 
 
 def test_the_state_is_saved_after_what_it_speaks_of(folders, saved):
-    """A run killed between two files repeats the validation, and so writes the other."""
-    make_trainer(folders, OPTIM__NUM_EPOCHS=1).fit()
-    assert [name for name, _ in saved] == ["model_epoch_1.pth", "model_best.pth", "model_latest.pth"]
+    """A run killed between two files repeats the validation, and so writes the other; one of the first can resume."""
+    trainer = make_trainer(folders)
+    scores = iter((20.0, 21.0))
+    trainer.validate = lambda: next(scores)
+    trainer.fit()
+    names = [name for name, _ in saved]
+    assert names[0] == "model_latest.pth" and names[1:4] == ["model_epoch_1.pth", "model_best.pth", "model_latest.pth"]
+    assert names[4:] == ["model_epoch_2.pth", "model_best.pth", "model_latest.pth"]
+    (folders / "runs/run/model_best.pth").unlink()
+    assert make_trainer(folders, TRAINING__RESUME=True).best["epoch"] == 0
 
 
 def test_resuming_a_finished_run_changes_nothing(folders):
