@@ -372,6 +372,8 @@ def _check_range(key: str, value, source: str):
     if isinstance(value, str):
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
             raise UserError(f"{source}: {key} must be text without control characters, in UTF-8, got {_short(value)}")
+        if len(value.encode()) > 4000 or any(len(name.encode()) > 255 for name in value.split("/")):
+            raise UserError(f"{source}: {key} is longer than names of files can be, got {_short(value)}")
         if key == "MODEL.SESSION" and (value in ("", ".", "..") or {*value} & {*"/\\"} or len(value.encode()) > 200):
             raise UserError(
                 f"{source}: {key} is the name of one folder in TRAINING.SAVE_DIR, without slashes and of at most 200 "

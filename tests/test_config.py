@@ -309,6 +309,8 @@ def test_session_is_the_name_of_a_folder(name):
 @pytest.mark.parametrize("key", [key for key, default in leaves(load_config()).items() if default == ""])
 def test_text_that_no_path_can_hold(key):
     assert f"{key} must be text without control characters" in refusal(None, [key, "a\0b"])
+    assert f"{key} is longer than names of files can be" in refusal(None, [key, "a/" + "é" * 128])
+    assert f"{key} is longer than names of files can be" in refusal(None, [key, "a/" * 2001])
 
 
 @pytest.mark.parametrize(
