@@ -9,17 +9,23 @@ and, for resuming, the training state that `engine.Trainer` adds. Every file is 
 checkpoint never runs code.
 """
 
+import contextlib
+import glob
 import os
 import pickle
+import platform
 import re
 import warnings
+import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
+import psutil
 import torch
 from torch import Tensor
 
 from dgunet.degradations import BlockSampling
-from dgunet.errors import UserError
+from dgunet.errors import UserError, shorten
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.original import STAGES, convert_original, is_original
 
@@ -27,12 +33,14 @@ from dgunet.original import STAGES, convert_original, is_original
 def save_checkpoint(content: dict, path: str | Path):
     """Write ``content`` to ``path`` atomically: under a temporary name first, on disk, then renamed.
 
-    A run killed while saving leaves the previous file under ``path`` untouched.
+    A run killed while saving leaves the previous file under ``path`` untouched, and a temporary file that the next save
+    removes.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
+            _remove_leftovers(path, temporary)  # before writing: the disk may be full of them
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
@@ -41,21 +49,43 @@ def save_checkpoint(content: dict, path: str | Path):
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path, map_location="cpu") -> dict:
-    """Read a checkpoint file without running any code in it.
+def _remove_leftovers(path: Path, mine: Path):
+    """Remove the temporary files that killed saves of ``path`` left.
+
+    Those of saves under way, perhaps on another machine that shares the disk, stay: of this machine's files the process
+    is gone, any other must be a day older than ``mine`` (by the disk's clock; those of the machines may differ).
+    """
+    here = f".{path.name}.{platform.node()}."
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = other.name.removeprefix(here).removesuffix(".tmp")
+        local = other.name.startswith(here) and process.isdecimal()
+        # Gone meanwhile, or someone else's, or of no process there can be: nothing to fail a save for.
+        with contextlib.suppress(OSError, OverflowError):
+            day_old = other.stat().st_mtime < mine.stat().st_mtime - 24 * 3600
+            if day_old or (local and not psutil.pid_exists(int(process))):
+                other.unlink()
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint file onto the CPU, without running any code in it.
 
     Raises:
         UserError: no such file, not a checkpoint, damaged, or one that asks to run code.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the checkpoint file itself, such as {path / 'model_best.pth'}")
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; check the path (it is relative to {Path.cwd()})")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols, of files refused anyway
-            content = torch.load(path, map_location=map_location, weights_only=True)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the checkpoint file itself, such as {path / 'model_best.pth'}")
+        if not path.is_file():
+            raise UserError(f"no checkpoint at {path}; check the path (it is relative to {Path.cwd()})")
+        file = open(path, "rb")
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    try:
+        with file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, kinds of tensors, ... of files refused anyway
+            _check_records(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind makes the reader fail in any way there is
         refused = "GLOBAL|not an allowed|Unsupported (?!operand)"  # an unknown operand is what a text file has
         if isinstance(error, pickle.UnpicklingError) and re.search(refused, str(error)):
@@ -67,6 +97,21 @@ def read_checkpoint(path: str | Path, map_location="cpu") -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint with named weights")
     return content
+
+
+def _check_records(file: BinaryIO):
+    """Check the zip that PyTorch writes as PyTorch does not: its checksums, and that it does not swell when read.
+
+    The format before PyTorch 1.6 is no zip and has no checksums.
+    """
+    if file.read(4) == b"PK\x03\x04":
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            unique = len({record.filename for record in records}) == len(records)
+            swollen = sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size
+            if not unique or swollen or archive.testzip() is not None:
+                raise zipfile.BadZipFile("damaged records")
+    file.seek(0)
 
 
 def describe_model(model: DGUNet) -> dict:
@@ -95,21 +140,20 @@ def load_model(path: str | Path, task: str | None = None, device="cpu", degradat
         The model in evaluation mode.
 
     Raises:
-        UserError: not a checkpoint, not a DGUNet, missing or unknown weights (all are listed), another task.
+        UserError: not a checkpoint, not a DGUNet, missing or unknown weights (all are listed), weights that are no
+            finite numbers, another task.
     """
-    content = read_checkpoint(path, map_location="cpu")
-    description = content.get("model") if isinstance(content.get("model"), dict) else {}
+    content = read_checkpoint(path)
+    description = _description(content, path)
     state_dict = weights_of(content, path)
-    arguments = _infer_arguments(state_dict, path)
-    try:
-        arguments |= description.get("arguments", {})
+    arguments = _infer_arguments(state_dict, path) | description.get("arguments", {})
+    with torch.device("meta"):  # so that a network which does not fit the weights costs nothing, whatever its size
         if degradation is None:
             degradation = _infer_degradation(state_dict, description, path)
-        model = DGUNet(**arguments, degradation=degradation)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: cannot build the network it describes: {error}") from error
+        try:
+            model = DGUNet(**arguments, degradation=degradation)
+        except ValueError as error:
+            raise UserError(f"{path}: cannot build the network it describes: {error}") from error
     names = [description["name"]] if description.get("name") in VARIANTS else _matching_variants(arguments, degradation)
     if task is not None and names and not any(name.startswith(task) for name in names):
         raise UserError(
@@ -123,6 +167,23 @@ def load_model(path: str | Path, task: str | None = None, device="cpu", degradat
     return model.eval().to(device, memory_format=torch.channels_last)  # faster wherever it runs
 
 
+def _description(content: dict, path) -> dict:
+    """The ``model`` entry as `describe_model` writes it; empty where there is none."""
+    if "model" not in content:
+        return {}
+    description = content["model"]
+    sound = isinstance(description, dict) and isinstance(description.get("arguments"), dict)
+    sound = sound and isinstance(description.get("name"), str | None)
+    sound = sound and isinstance(description.get("learned_matrix", True), bool)
+    # Names and shapes tell the other arguments; how often a shared stage is applied they do not.
+    if not sound or "stages" not in description["arguments"]:
+        raise UserError(f"{path}: its 'model' entry does not describe a DGUNet as describe_model(model) does")
+    unknown = [name for name in description["arguments"] if name not in DGUNet.default_arguments()]
+    if unknown:
+        raise UserError(f"{path}: DGUNet has no argument {shorten([str(name) for name in unknown])}")
+    return description
+
+
 def weights_of(content: dict, path="the checkpoint") -> dict[str, Tensor]:
     """The weights in a checkpoint's content, under our names, whichever layout they came in."""
     state_dict = content
@@ -131,38 +192,82 @@ def weights_of(content: dict, path="the checkpoint") -> dict[str, Tensor]:
             state_dict = content[key]
             break
     state_dict = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
+    if not all(isinstance(name, str) for name in state_dict):
+        raise UserError(f"{path} holds weights whose names are not text; save model.state_dict() as it is")
+    sparse = [name for name, value in state_dict.items() if not _is_dense(value)]
+    if sparse:
+        raise UserError(f"{path} holds sparse, quantised or otherwise special tensors, not weights: {shorten(sparse)}")
     if state_dict and all(name.startswith("module.") for name in state_dict):
         state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     if is_original(state_dict):
-        return convert_original(state_dict)
+        return convert_original(state_dict, path)
     if not any(name.startswith("last.") for name in state_dict):
         raise UserError(f"{path} holds no DGUNet: none of the names that its weights have is there")
     return state_dict
 
 
+def _is_dense(value: Tensor) -> bool:
+    return value.layout == torch.strided and value.device.type == "cpu" and not (value.is_nested or value.is_quantized)
+
+
 def load_weights(model: DGUNet, state_dict: dict[str, Tensor], path="the checkpoint"):
-    """Load weights under our names into a model; every difference in names or shapes is an error that lists them."""
+    """Load weights under our names into a model; what is on the ``meta`` device is put on the CPU.
+
+    Raises:
+        UserError: see `check_tensors`.
+    """
     expected = model.state_dict()
-    missing = sorted(expected.keys() - state_dict.keys())
-    unknown = sorted(state_dict.keys() - expected.keys())
-    reshaped = [
-        f"{name} {tuple(state_dict[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected.keys() & state_dict.keys()
-        if state_dict[name].shape != expected[name].shape
-    ]
+    check_tensors(expected, state_dict, path, model.name or "this network")
+    # Copied either way: the file's tensors may share memory.
+    new = {name: state_dict[name].to(value.dtype, copy=True) for name, value in expected.items() if value.is_meta}
+    model.load_state_dict(new, strict=False, assign=True)
+    model.load_state_dict({name: state_dict[name] for name in expected.keys() - new.keys()}, strict=False)
+
+
+def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path, what: str, exact: bool = False):
+    """Check that tensors from a file have the names, the shapes and the kinds of those expected.
+
+    Args:
+        expected: tensors of any device; only their shapes and types count.
+        found: those from the file, on the CPU.
+        path: the file, for the message.
+        what: that which they are for.
+        exact: whether floating-point numbers must have the precision expected.
+
+    Raises:
+        UserError: every difference, or all that hold NaN or infinite numbers.
+    """
+    common = [name for name in expected if name in found]
+    misfits = {name: _misfit(found[name], expected[name], exact) for name in common}
     problems = [
-        f"{label}: {_shorten(names)}"
-        for label, names in (("missing", missing), ("unknown", unknown), ("of another shape", sorted(reshaped)))
+        f"{label}: {shorten(names)}"
+        for label, names in (
+            ("missing", sorted(expected.keys() - found.keys())),
+            ("unknown", sorted(found.keys() - expected.keys())),
+            ("of another kind", sorted(f"{name} {misfit}" for name, misfit in misfits.items() if misfit)),
+        )
         if names
     ]
     if problems:
-        raise UserError(f"{path} does not fit {model.name or 'this network'}; {'; '.join(problems)}")
-    model.load_state_dict(state_dict)
+        raise UserError(f"{path} does not fit {what}; {'; '.join(problems)}")
+    broken = [name for name in common if not found[name].to(expected[name].dtype).isfinite().all()]
+    if broken:
+        raise UserError(f"{path} has NaN or infinite numbers in {shorten(broken)}; use an earlier checkpoint")
 
 
-def _shorten(names: list[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+def _misfit(found: Tensor, expected: Tensor, exact: bool) -> str | None:
+    if not isinstance(found, Tensor) or not _is_dense(found):
+        return "is no dense tensor"
+    if found.shape != expected.shape:
+        return f"{tuple(found.shape)} instead of {tuple(expected.shape)}"
+    if found.dtype != expected.dtype and (exact or not {found.dtype, expected.dtype} <= _FLOATS):
+        return f"{found.dtype} instead of {expected.dtype}".replace("torch.", "")
+    if found.nbytes > found.untyped_storage().nbytes():
+        return "is expanded from fewer numbers"
+    return None
 
 
 def _infer_arguments(state_dict: dict[str, Tensor], path) -> dict:
@@ -185,8 +290,10 @@ def _infer_arguments(state_dict: dict[str, Tensor], path) -> dict:
             arguments |= dict(final_fusion="concat", final_growth=out_width - width)
         elif "last.proximal.fusion.basis_conv.weight" in state_dict:
             arguments["final_fusion"] = "subspace"
-    except (KeyError, ValueError, IndexError) as error:
+    except KeyError as error:
         raise UserError(f"{path} is an incomplete DGUNet: {error} is missing") from error
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path} holds no DGUNet: its convolutions do not have four dimensions") from error
     return arguments
 
 
@@ -194,13 +301,14 @@ def _infer_degradation(state_dict: dict[str, Tensor], description: dict, path) -
     if any(name.startswith("last.degradation.") for name in state_dict):
         return None
     matrix = state_dict.get("degradation.matrix")
-    if matrix is None or matrix.dim() != 2:
+    block = round(matrix.shape[1] ** 0.5) if matrix is not None and matrix.dim() == 2 else 0
+    if not block or matrix.shape[1] != block**2:
         raise UserError(
             f"{path} was trained with a known degradation that is not in the file; "
             "pass it as load_model(path, degradation=...)"
         )
-    learned = bool(description.get("learned_matrix", True))
-    return BlockSampling(block=round(matrix.shape[1] ** 0.5), matrix=matrix, learned=learned)
+    learned = description.get("learned_matrix", True)
+    return BlockSampling(block=block, matrix=matrix.to("meta"), learned=learned)
 
 
 def _matching_variants(arguments: dict, degradation) -> list[str]:

@@ -20,7 +20,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dgunet import distributed
-from dgunet.checkpoint import describe_model, load_weights, read_checkpoint, save_checkpoint, weights_of
+from dgunet.checkpoint import (
+    check_tensors,
+    describe_model,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+    weights_of,
+)
 from dgunet.config import changed_keys, format_config, parse_args
 from dgunet.data import (
     EpochBatches,
@@ -33,7 +40,7 @@ from dgunet.data import (
 )
 from dgunet.degradations import sampling_operator
 from dgunet.distributed import launch
-from dgunet.errors import UserError
+from dgunet.errors import UserError, shorten
 from dgunet.losses import StageLoss
 from dgunet.metrics import psnr_batch
 from dgunet.model import Measured, create_model
@@ -127,6 +134,41 @@ def train(cfg, train_set, val_set, dry_run: bool = False, missing: list[str] = (
         ) from error
 
 
+def _is_a(kind, value) -> bool:
+    """Whether a value is of a type; of a list, all values; of a dict, exactly its keys with values of its types."""
+    if isinstance(kind, dict):
+        same = isinstance(value, dict) and value.keys() == kind.keys()
+        return same and all(_is_a(kind[key], value[key]) for key in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is_a(kind[0], item) for item in value)
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**31
+    return isinstance(value, kind)
+
+
+_ROW = {
+    "epoch": int, "step": int, "lr": float, "loss": float, "psnr": float | None, "best_psnr": float | None,
+    "images_per_second": float, "skipped_steps": int,
+}  # fmt: skip
+
+# What a saved state must hold to be continued, besides the random states and the config proving themselves in use.
+_STATE = {
+    "state_dict": lambda x: _is_a(dict, x),
+    "optimizer": lambda x: (
+        _is_a({"state": dict, "param_groups": list}, x) and all(_is_a(dict, y) for y in x["state"].values())
+    ),
+    "epoch": lambda x: _is_a(int, x) and x > 0,
+    "step": lambda x: _is_a(int, x),
+    "best": lambda x: _is_a({"psnr": float, "epoch": int}, x) and not math.isnan(x["psnr"]),
+    "last_psnr": lambda x: _is_a(float, x),
+    "totals": lambda x: _is_a([float], x) and len(x) == 4 and all(0 <= total < math.inf for total in x),
+    "history": lambda x: _is_a([_ROW], x),
+    "random": lambda x: _is_a({"cpu": torch.Tensor, "cuda": torch.Tensor | None}, x),
+    "config": lambda x: _is_a(str, x),
+}
+_AVERAGED = {"raw_state_dict": lambda x: _is_a(dict, x), "averaged": lambda x: _is_a(int, x)}
+
+
 class Trainer:
     """Trains a model as a config says, and keeps everything needed to continue exactly where it stopped.
 
@@ -168,7 +210,8 @@ class Trainer:
             missing.append(f"no checkpoint at {path}")
         elif path and not resume:
             weights, matrix = weights_of(read_checkpoint(path), path), model.state_dict().get("degradation.matrix")
-            if cfg.MODEL.MATRIX_START and matrix is not None and matrix.shape != weights["degradation.matrix"].shape:
+            given = weights.get("degradation.matrix", matrix)
+            if cfg.MODEL.MATRIX_START and matrix is not None and matrix.shape != given.shape:
                 weights["degradation.matrix"] = matrix  # a network of another ratio: all the rest is taken over
             load_weights(model, weights, path)
         memory_format = torch.channels_last if cfg.SPEED.CHANNELS_LAST else torch.contiguous_format
@@ -234,32 +277,59 @@ class Trainer:
         return found
 
     def _resume(self, path: Path):
-        state = read_checkpoint(path, map_location=self.device)
-        missing = {"state_dict", "optimizer", "epoch", "step", "random"} - state.keys()
-        if missing:
-            raise UserError(f"{path} cannot be resumed, it has no {', '.join(sorted(missing))}; use MODEL.WEIGHTS")
-        load_weights(self.model, state.get("raw_state_dict", state["state_dict"]), path)
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise UserError(f"{path}: its optimizer state does not fit this model: {error}") from error
-        if self.ema is not None and "raw_state_dict" in state:
-            load_weights(self.ema.module, state["state_dict"], path)
+        def refuse(*keys: str):
+            raise UserError(
+                f"{path} cannot be resumed: {', '.join(keys)} missing, or not as train.py writes it; start another run "
+                f"(MODEL.SESSION) from its weights (MODEL.WEIGHTS {path})"
+            )
+
+        state = read_checkpoint(path)
+        averaged = "averaged" in state or "raw_state_dict" in state
+        needed = _STATE | (_AVERAGED if averaged else {})
+        damaged = [key for key, holds in needed.items() if key not in state or not holds(state[key])]
+        if damaged:
+            refuse(*damaged)
+        raw = state["raw_state_dict" if averaged else "state_dict"]
+        load_weights(self.model, weights_of({"state_dict": raw}, path), path)
+        if averaged and self.ema is not None:
+            load_weights(self.ema.module, weights_of(state, path), path)
             self.ema.n_averaged.fill_(state["averaged"])
+        self._load_moments(state["optimizer"]["state"], path)
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.history, self.last_psnr = state["best"], state["history"], state["last_psnr"]
         self.totals = torch.tensor(state["totals"], dtype=torch.float64, device=self.device)
-        torch.set_rng_state(state["random"]["cpu"].cpu())
-        if self.device.type == "cuda" and state["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)
+        try:
+            torch.set_rng_state(state["random"]["cpu"])
+            if self.device.type == "cuda" and state["random"]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        except (RuntimeError, TypeError):
+            refuse("random")
+        try:
+            then = type(self.cfg).load_cfg(state["config"])
+            self.changed = [k for k in changed_keys(self.cfg, then) if k not in _FREE_TO_CHANGE]
+            done = self.step * then.OPTIM.BATCH_SIZE // self.cfg.OPTIM.BATCH_SIZE  # the same share of the epoch
+            self.step = min(done, self.batches.steps)
+        except Exception:  # what is no config makes its reader fail in any way there is
+            refuse("config")
+        if not _is_a(int, self.step):
+            refuse("config")
         self.resumed = path
-        then = type(self.cfg).load_cfg(state["config"])
-        if then.OPTIM.BATCH_SIZE != self.cfg.OPTIM.BATCH_SIZE:  # the same share of the epoch is done
-            self.step = self.step * then.OPTIM.BATCH_SIZE // self.cfg.OPTIM.BATCH_SIZE
-        self.step = min(self.step, self.batches.steps)
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.cfg.OPTIM.WEIGHT_DECAY
-        self.changed = [k for k in changed_keys(self.cfg, then) if k not in _FREE_TO_CHANGE]
+
+    def _load_moments(self, saved: dict, path: Path):
+        """Load the optimizer's moments in their parameters' layout; its rate, decay, ... are the config's."""
+        expected = {}
+        for i, parameter in enumerate(self.parameters):
+            expected |= {f"{i}.step": torch.zeros(()), f"{i}.exp_avg": parameter, f"{i}.exp_avg_sq": parameter}
+        found = {f"{i}.{key}": value for i, moments in saved.items() for key, value in moments.items()}
+        check_tensors(expected, found, path, "the optimizer of this run", exact=True)
+        negative = [name for name, value in found.items() if not name.endswith(".exp_avg") and (value < 0).any()]
+        if negative:
+            raise UserError(f"{path} holds negative squares in its optimizer state: {shorten(negative)}")
+        state = self.optimizer.state_dict()
+        for i in range(len(self.parameters)):
+            names = {key: f"{i}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
+            state["state"][i] = {k: torch.empty_like(expected[name]).copy_(found[name]) for k, name in names.items()}
+        self.optimizer.load_state_dict(state)
 
     resumed, changed = None, ()
 

@@ -10,7 +10,14 @@ class UserError(ValueError):
         # A loading process hands its error on with the whole traceback as the message.
         if "\nOriginal Traceback" in message:
             message = message.strip().splitlines()[-1].split(f"{__name__}.UserError: ")[-1]
-        super().__init__(message)
+        # Names from files may hold anything; a line that can be printed everywhere does not.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+def shorten(names: list[str], most: int = 6) -> str:
+    """The first names of a list, for a message, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"{name:.100}" for name in names[:most]) + more
 
 
 def run_cli(main):

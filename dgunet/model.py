@@ -12,6 +12,7 @@ from x_0 = y when the degradation is unknown and x_0 = A_adjoint(y) when it is k
 
 import difflib
 import inspect
+import math
 
 import torch
 from torch import Tensor, nn
@@ -60,22 +61,22 @@ class DGUNet(nn.Module):
     """Deep generalized unfolding network. The defaults are the paper's DGUNet for deblurring and denoising.
 
     Args:
-        channels: image channels.
-        width, growth: the U-Net of a stage has the widths w, w+g, w+2g, w+3g.
-        stages: number of stages K.
+        channels: image channels, in [1, 1024].
+        width, growth: the U-Net of a stage has the widths w, w+g, w+2g, w+3g; both even, in [4, 1024] and [0, 1024].
+        stages: number of stages K, in [1, 100].
         shared: the middle stages 2..K-1 share one set of weights (DGUNet) or have their own (DGUNet+).
         pathways: inter-stage information pathways (ISFF and feature fusion); False is the paper's ablation.
         fusion: pathways of the stages 2..K-1, ``"subspace"`` (images) or ``"concat"`` (compressive sensing); see
             `ProximalMapping`.
         final_fusion: fusion of the last stage, ``"concat"`` (to width + final_growth) or ``"subspace"``.
-        final_growth: see ``final_fusion``.
+        final_growth: see ``final_fusion``; in [0, 1024].
         degradation: None to learn it (each stage its own; the middle ones share theirs when ``shared``), or any
             object with ``A(x)`` and ``A_adjoint(y)``, as in `dgunet.degradations` or deepinv's linear operators.
         rho: initial value of the learned step sizes; 1 projects onto the data where A has orthonormal rows.
         checkpointing: recompute each stage in the backward pass instead of keeping its activations.
 
     Raises:
-        ValueError: for an impossible combination of arguments.
+        ValueError: an argument out of its range.
     """
 
     def __init__(
@@ -94,16 +95,15 @@ class DGUNet(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        if stages < 1:
-            raise ValueError(f"stages must be at least 1, got {stages}")
-        if width < 4 or width % 2 or growth % 2:
-            raise ValueError(f"width (at least 4) and growth must be even, got width={width}, growth={growth}")
         # What load_model needs to build this network again; a known degradation is recognised by its own weights.
         self.name = None
         self.arguments = dict(
             channels=channels, width=width, growth=growth, stages=stages, shared=shared, pathways=pathways,
             fusion=fusion, final_fusion=final_fusion, final_growth=final_growth,
         )  # fmt: skip
+        _check_arguments(self.arguments)
+        if not (type(rho) in (int, float) and math.isfinite(rho)):
+            raise ValueError(f"rho must be a number, got {rho!r:.60}")
         self.channels, self.stages, self.checkpointing = channels, stages, checkpointing
         self.degradation = degradation
 
@@ -166,6 +166,25 @@ class DGUNet(nn.Module):
                 f"DGUNet needs height and width that are multiples of 8, got {height}x{width}; "
                 "dgunet.restore(model, image) pads and crops for you"
             )
+
+
+# The smallest and the largest of each: beyond what anyone uses, and small enough to be built or refused at once.
+_RANGES = dict(channels=(1, 1024), width=(4, 1024), growth=(0, 1024), stages=(1, 100), final_growth=(0, 1024))
+
+
+def _check_arguments(arguments: dict):
+    for name, value in arguments.items():
+        got = f"got {value!r:.60}"
+        if name in _RANGES:
+            least, most = _RANGES[name]
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name} must be at least {least} and at most {most}, a whole number; {got}")
+            if name in ("width", "growth") and value % 2:
+                raise ValueError(f"{name} must be even, {got}")
+        else:
+            choices = (True, False) if name in ("shared", "pathways") else ("subspace", "concat")
+            if type(value) is not type(choices[0]) or value not in choices:
+                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, {got}")
 
 
 class Measured(nn.Module):

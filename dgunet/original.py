@@ -8,7 +8,7 @@ import re
 
 from torch import Tensor
 
-from dgunet.errors import UserError
+from dgunet.errors import UserError, shorten
 
 STAGES = 7  # of every network the authors published
 
@@ -107,11 +107,11 @@ def is_original(state_dict: dict[str, Tensor]) -> bool:
     return any(re.match(r"(shallow_feat1|stage1_encoder|tail)\.", name) for name in state_dict)
 
 
-def convert_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_original(state_dict: dict[str, Tensor], path="the checkpoint") -> dict[str, Tensor]:
     """Rename a state dict in the original layout (without ``module.``) to ours, dropping what they never use.
 
     Raises:
-        UserError: listing the names that belong to neither.
+        UserError: listing the names that belong to neither, or naming one that is there in two spellings.
     """
     converted, unknown = {}, []
     for name, value in state_dict.items():
@@ -120,8 +120,10 @@ def convert_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         ours = our_name(name)
         if ours is None:
             unknown.append(name)
+        elif ours in converted:
+            raise UserError(f"{path} has two weights for {ours}, one of them {name}")
         else:
             converted[ours] = value
     if unknown:
-        raise UserError(f"the checkpoint has parameters that no DGUNet of the authors has: {', '.join(unknown)}")
+        raise UserError(f"{path} has parameters that no DGUNet of the authors has: {shorten(unknown)}")
     return converted

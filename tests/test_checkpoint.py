@@ -3,9 +3,13 @@
 import io
 import os
 import pickle
+import platform
 import signal
+import struct
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -107,6 +111,26 @@ def test_killed_while_saving_leaves_the_old_file(tmp_path):
         run.send_signal(signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL
     assert read_checkpoint(path)["epoch"] == 1
+    save_checkpoint({"epoch": 3}, path)  # and the next save removes what is left of the killed one
+    assert read_checkpoint(path)["epoch"] == 3
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_a_save_removes_what_killed_ones_left_and_nothing_else(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here, days = platform.node(), {}
+    stale = [f".a.pth.{here}.{gone.pid}.tmp"]
+    days[stale[0]] = 0
+    for name in (".a.pth.elsewhere.1.tmp", ".a.pth.123.tmp", f".a.pth.{here}.{os.getppid()}.tmp"):  # whoever's
+        stale.append(name.replace(".a.pth.", ".a.pth.old"))
+        days |= {name: 0, stale[-1]: 2}
+    days |= {f".b.pth.{here}.{gone.pid}.tmp": 2, ".a.pthx.elsewhere.1.tmp": 2, "a.pth.1.tmp": 2}
+    for name, age in days.items():
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age * 24 * 3600,) * 2)
+    save_checkpoint({"epoch": 1}, tmp_path / "a.pth")
+    assert set(os.listdir(tmp_path)) == (days.keys() - {*stale}) | {"a.pth"}
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -212,6 +236,27 @@ def test_own_degradation_with_weights_has_to_be_given(tmp_path):
     assert_same_weights(load_model(tmp_path / "a.pth", degradation=Operator()), model)
 
 
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_used_in_float32(tmp_path, tiny_model, precision):
+    weights = {name: value.to(precision) for name, value in tiny_model().state_dict().items()}
+    torch.save(weights, tmp_path / "a.pth")
+    loaded = load_model(tmp_path / "a.pth").state_dict()
+    for name, value in weights.items():
+        assert loaded[name].dtype == torch.float32 and torch.equal(loaded[name], value.float())
+
+
+def test_loading_leaves_random_numbers_and_the_own_degradation_alone(tmp_path, tiny_model):
+    """The network is built without values, which would only be replaced; an operator that was given keeps its parts."""
+    operator = BlockSampling(0.1)
+    matrix, whole = operator.matrix, tiny_model("compressive_sensing_dgunet", ratio=0.1)
+    torch.save(whole.state_dict(), tmp_path / "a.pth")
+    before = torch.get_rng_state()
+    loaded = load_model(tmp_path / "a.pth", degradation=operator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same_weights(loaded, whole)
+    assert loaded.degradation.matrix is matrix and all(p.requires_grad for p in loaded.parameters())
+
+
 # --------------------------------------------------------------------------------------------------------------- files
 
 
@@ -240,6 +285,47 @@ def test_truncated_file(tmp_path, tiny_model, share):
     content = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "a.pth").write_bytes(content[: int(share * len(content))])
     assert "is not a PyTorch checkpoint, or is damaged" in refusal(tmp_path / "a.pth")
+
+
+def test_flipped_bit_in_any_record_is_refused(tmp_path, tiny_model):
+    torch.save(tiny_model(width=4, growth=2, stages=1).state_dict(), tmp_path / "a.pth")
+    content = (tmp_path / "a.pth").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        records = archive.infolist()
+    assert len(records) > 10
+    for record in records:
+        # The data begin after the local header: 30 bytes, the name, and an extra field that aligns them.
+        header = content[record.header_offset :][:30]
+        start = record.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        damaged = bytearray(content)
+        damaged[start + record.file_size // 2] ^= 4
+        (tmp_path / "a.pth").write_bytes(damaged)
+        assert "is damaged" in refusal(tmp_path / "a.pth"), record.filename
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("fault", ["swollen", "twice"])
+def test_zip_that_is_not_as_written(tmp_path, tiny_model, fault):
+    """One that unpacks to more than it holds could fill the memory; of two records of a name either might load."""
+    torch.save(tiny_model(stages=1).state_dict(), tmp_path / "whole.pth")
+    kind = zipfile.ZIP_DEFLATED if fault == "swollen" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(tmp_path / "a.pth", "w", kind) as changed:
+        for record in whole.infolist():
+            data = whole.read(record)
+            changed.writestr(record.filename, data)
+            if fault == "twice" and record.filename.endswith("/data/0"):
+                changed.writestr(record.filename, data)
+    assert "is damaged" in refusal(tmp_path / "a.pth")
+
+
+def test_format_before_pytorch_1_6(tmp_path, tiny_model):
+    model = tiny_model()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    assert_same_weights(load_model(tmp_path / "a.pth"), model)
+
+
+def test_name_that_no_disk_takes(tmp_path):
+    assert "cannot read the checkpoint" in refusal(tmp_path / ("a" * 300))
 
 
 class Malicious:
@@ -297,12 +383,48 @@ def test_weights_of_another_network(tmp_path, content):
 
 @pytest.mark.parametrize(
     "description",
-    [{"arguments": {"widht": 8}}, {"arguments": {"width": "wide"}}, {"arguments": 3}, {"arguments": {"stages": 0}}],
+    [{"arguments": {"widht": 8}}, {"arguments": {"width": "wide"}}, {"arguments": 3}, {"arguments": {"stages": 0}}]
+    + [{}, {"arguments": {}}, {"name": "denoising_dgunet"}, {"name": ["x"], "arguments": {"stages": 7}}]
+    + [{"arguments": [("stages", 7)]}, {"arguments": {"stages": 7, 3: 4}}, {"arguments": {"stages": 7, "rho": 1.0}}]
+    + [{"arguments": {"stages": 7, "degradation": 1}}, {"arguments": {"stages": 7, "checkpointing": True}}]
+    + [{"arguments": {"stages": value}} for value in (10**9, -1, True, 7.0, "7", None, torch.tensor(7))]
+    + [{"arguments": {"stages": 7, name: 1000}} for name in ("width", "growth", "channels", "final_growth")]
+    + [{"arguments": {"stages": 7}, "learned_matrix": "no"}, "denoising_dgunet", None, 3, [], torch.zeros(2)],
     ids=str,
 )
 def test_damaged_description(tmp_path, tiny_model, description):
     torch.save({"state_dict": tiny_model().state_dict(), "model": description}, tmp_path / "a.pth")
     refusal(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1e300], ids=str)
+def test_weights_that_are_no_finite_numbers(tmp_path, tiny_model, number):
+    weights = tiny_model().state_dict()
+    name = "middle.0.proximal.features_conv.weight"
+    weights[name] = weights[name].double()
+    weights[name][1, 2] = number
+    torch.save(weights, tmp_path / "a.pth")
+    assert f"has NaN or infinite numbers in {name}; use an earlier checkpoint" in refusal(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("name", [3, None, ("last", "rho"), b"last.rho"], ids=str)
+def test_names_that_are_not_text(tmp_path, tiny_model, name):
+    torch.save(tiny_model().state_dict() | {name: torch.zeros(1)}, tmp_path / "a.pth")
+    assert "names are not text" in refusal(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("name", ["last.two\nlines", "last.\ud800", "last.\x1b[31mred", "last." + "x" * 10**5])
+def test_odd_names_are_told_in_one_short_line(tmp_path, tiny_model, name):
+    torch.save(tiny_model().state_dict() | {name: torch.zeros(1)}, tmp_path / "a.pth")
+    message = refusal(tmp_path / "a.pth")
+    assert "unknown: last." in message and message.isprintable() and len(message) < 1000
+
+
+def test_convolution_of_another_number_of_dimensions(tmp_path, tiny_model):
+    weights = tiny_model().state_dict()
+    weights["last.proximal.shallow.conv.weight"] = torch.zeros(8)
+    torch.save(weights, tmp_path / "a.pth")
+    assert "do not have four dimensions" in refusal(tmp_path / "a.pth")
 
 
 def test_checkpoint_of_another_task(tmp_path, tiny_model):

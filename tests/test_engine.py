@@ -464,6 +464,57 @@ def test_resume_names_what_changed(folders):
     assert "OPTIM.LR_INITIAL" in done.stdout.split("differ from the run being continued")[1]
 
 
+def stopped_run(folders, **changed) -> Trainer:
+    """A trainer that has taken two steps and saved."""
+    trainer = make_trainer(folders, **changed)
+    for _ in range(2):
+        trainer.train_step(*batch(trainer))
+        trainer.step += 1
+    trainer.folder.mkdir(parents=True)
+    trainer.save("model_latest.pth")
+    return trainer
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_resumed_moments_lie_as_their_parameters(folders, before):
+    """Resumed in the other memory format, which the optimizer does not look at, the run goes on as it would have."""
+    first = stopped_run(folders, SPEED__CHANNELS_LAST=before)
+    second = make_trainer(folders, SPEED__CHANNELS_LAST=not before, TRAINING__RESUME=True)
+    for trainer in (first, second):
+        trainer.schedule.go_to(1)
+        trainer.optimizer.found_inf = torch.zeros(())
+        torch.manual_seed(1)
+        for parameter in trainer.parameters:
+            gradient = torch.rand(parameter.shape)
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        trainer.optimizer.step()
+    assert any(a.stride() != b.stride() for a, b in zip(first.parameters, second.parameters, strict=True))
+    for a, b in zip(first.parameters, second.parameters, strict=True):
+        for key, value in second.optimizer.state[b].items():
+            assert value.stride() == (b.stride() if value.dim() else ())
+            torch.testing.assert_close(value, first.optimizer.state[a][key])
+        torch.testing.assert_close(a, b)
+
+
+def test_resuming_takes_the_weight_decay_of_the_config(folders):
+    stopped_run(folders)
+    updated = []
+    for decay in (0.0, 0.3):
+        trainer = make_trainer(folders, TRAINING__RESUME=True, OPTIM__WEIGHT_DECAY=decay)
+        assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [decay]
+        trainer.train_step(*batch(trainer))
+        updated.append(trainer.model.state_dict())
+    assert not torch.equal(updated[0]["last.proximal.image_conv.weight"], updated[1]["last.proximal.image_conv.weight"])
+
+
+def test_weights_that_are_not_finite_do_not_start_a_run(folders):
+    weights = create_model("denoising_dgunet", **OVERRIDES).state_dict()
+    weights["last.rho"] = torch.full((1,), torch.inf)
+    save_checkpoint({"state_dict": weights}, folders / "bad.pth")
+    with pytest.raises(UserError, match="bad.pth has NaN or infinite numbers in last.rho"):
+        make_trainer(folders, MODEL__WEIGHTS=folders / "bad.pth")
+
+
 def test_start_from_given_weights(folders):
     train(folders, "first", OPTIM__NUM_EPOCHS=1)
     given = folders / "runs/first/model_best.pth"

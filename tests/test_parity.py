@@ -130,6 +130,12 @@ def test_unknown_name_inside_a_known_module_is_listed(tmp_path):
         load_model(tmp_path / "a.pth")
 
 
+def test_two_spellings_of_one_name(tmp_path):
+    torch.save(empty("deraining_dgunet") | {"r_0": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a.pth has two weights for first.rho, one of them r_0"):
+        load_model(tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize(
     "name",
     ["r0", "r6", "basic.r1", "tail.weight", "shallow_feat1.0.weight", "shallow_feat7.0.weight", "sam12.conv1.weight"]
