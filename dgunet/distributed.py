@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  imported later, by DistributedDataParallel, it would keep the group for ever
 from torch import Tensor
 
-from dgunet.errors import UserError
+from dgunet.errors import UserError, told_in_one_line
 
 
 def launch(function: Callable, cfg, *args):
@@ -79,7 +79,8 @@ def _child(local_rank: int, processes: int, port: int, function: Callable, cfg, 
     )  # fmt: skip
     if not torch.cuda.is_available():
         torch.set_num_threads(max(torch.get_num_threads() // processes, 1))
-    _run(function, cfg, args)
+    with told_in_one_line():
+        _run(function, cfg, args)
 
 
 def _run(function: Callable, cfg, args):

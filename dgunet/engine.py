@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import functools
 import logging
 import os
 import signal
@@ -16,7 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dgunet import distributed
 from dgunet.checkpoint import describe_model, load_weights, read_checkpoint, save_checkpoint, weights_of
@@ -26,13 +26,15 @@ from dgunet.data import (
     PairedCentres,
     SyntheticCentres,
     SyntheticPatches,
+    changed_items,
     find_images,
     find_pairs,
+    fingerprint,
     hold_back,
 )
 from dgunet.degradations import sampling_operator
 from dgunet.distributed import launch
-from dgunet.errors import UserError
+from dgunet.errors import UserError, optional
 from dgunet.losses import StageLoss
 from dgunet.metrics import psnr_batch
 from dgunet.model import Measured, create_model
@@ -40,6 +42,7 @@ from dgunet.schedule import EpochSchedule, validation_steps
 from dgunet.synthesis import find_degradation
 from dgunet.transforms import unit_range
 
+tqdm = optional("tqdm").tqdm
 log = logging.getLogger("dgunet")
 
 # Keys that may differ between a run and its continuation without a word.
@@ -229,6 +232,12 @@ class Trainer:
         torch.set_rng_state(state["random"]["cpu"].cpu())
         if self.device.type == "cuda" and state["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)
+        changes = changed_items(self.train_set.items, state["data"]) if "data" in state else ""
+        if changes:
+            raise UserError(
+                f"{self.cfg.TRAINING.TRAIN_DIR} is not what {path} was trained on: {changes}. Put that back, "
+                f"or start a run of its own from its weights: MODEL.SESSION NAME MODEL.WEIGHTS {path}"
+            )
         self.resumed = path
         then = type(self.cfg).load_cfg(state["config"])
         if then.OPTIM.BATCH_SIZE != self.cfg.OPTIM.BATCH_SIZE:  # the same share of the epoch is done
@@ -239,6 +248,11 @@ class Trainer:
         self.changed = [k for k in changed_keys(self.cfg, then) if k not in _FREE_TO_CHANGE]
 
     resumed, changed = None, ()
+
+    @functools.cached_property
+    def data(self) -> dict:
+        """What tells the training data from others, for `_resume`."""
+        return fingerprint(self.train_set.items)
 
     def state(self) -> dict:
         """Everything needed to continue, in types that load with ``weights_only=True``."""
@@ -255,6 +269,7 @@ class Trainer:
             "totals": self.totals.tolist(),
             "history": self.history,
             "random": random,
+            "data": self.data,
         }
         if self.ema is not None:
             state["raw_state_dict"] = self.model.state_dict()
@@ -294,7 +309,7 @@ class Trainer:
             f"model       {cfg.MODEL.NAME}, {count:,} parameters, {self.model.stages} stages",
             f"training    {len(self.train_set) // self.train_set.repeat} pictures of {cfg.TRAINING.TRAIN_DIR}, "
             f"{self.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
-            f"validation  {len(self.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, held back'}",
+            f"validation  {len(self.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held back'}",
             f"batch       {cfg.OPTIM.BATCH_SIZE} = {world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
             f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs of {self.batches.steps} steps{epochs}",
             f"device      {world} x {hardware}, {precision}",
@@ -311,6 +326,7 @@ class Trainer:
     def fit(self):
         """Train until the last epoch; SIGTERM or Ctrl-C saves and exits with 128 + the signal's number."""
         if self.main:
+            _ = self.data  # as they are now, before the first step
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(format_config(self.cfg) + "\n")
         distributed.barrier()
@@ -555,7 +571,7 @@ class Trainer:
         if not self.main:
             return []
         console = _ConsoleHandler()
-        file = logging.FileHandler(self.folder / "train.log")
+        file = logging.FileHandler(self.folder / "train.log", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.setLevel(logging.INFO)
         for handler in (console, file):
@@ -622,10 +638,7 @@ def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
 
 def plot_history(history: list[dict], steps: int, path: Path, title: str):
     """Draw loss, validation PSNR and learning rate over the epochs into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = optional("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")
     for place, (key, label) in enumerate(
         (("loss", "training loss"), ("psnr", "validation PSNR [dB]"), ("lr", "learning rate")), start=1
     ):
@@ -636,7 +649,7 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    FigureCanvasAgg(figure).print_png(str(path))
+    optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(str(path))
 
 
 class _ConsoleHandler(logging.Handler):
@@ -653,9 +666,7 @@ def _end_workers(batches):
 
 
 def _init_worker(_):
-    import cv2
-
-    cv2.setNumThreads(0)  # the workers are the parallelism
+    optional("cv2").setNumThreads(0)  # the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A cluster's scheduler signals every process of a job, but the trainer needs its workers to finish the step before
     # it saves. A worker therefore outlives its first SIGTERM: until the trainer ends it, a second one, or a minute.
@@ -664,4 +675,5 @@ def _init_worker(_):
 
 def _outlive_sigterm(*_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.alarm(60)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.alarm(60)
