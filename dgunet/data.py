@@ -10,12 +10,10 @@ import io
 import operator
 import os
 import shlex
-import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -26,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dgunet.errors import UserError, optional
+from dgunet.files import open_file, replacing
 from dgunet.transforms import dihedral, pad_to
 
 PACK_FORMAT = "dgunet pictures 1"
@@ -80,24 +79,6 @@ def open_image(source: str | Path | Packed, grey: bool = False):
             return _decode(source, file.read(), grey)
     except MemoryError as error:
         raise UserError(f"{source} needs more memory than there is; make it smaller, or remove it") from error
-
-
-@contextmanager
-def open_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open an ordinary file for reading.
-
-    Raises:
-        UserError: it cannot be read, or is none: opening a pipe would wait for ever for someone to write to it.
-    """
-    try:
-        kind = os.stat(path).st_mode
-        if not stat.S_ISREG(kind):
-            what = "a folder" if stat.S_ISDIR(kind) else "a pipe or device"
-            raise UserError(f"{path} is {what}, not a file; move it away")
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 class _Header(NamedTuple):
@@ -254,27 +235,6 @@ def _conversion(path: str | Path) -> str:
     code = "import sys, cv2; cv2.imwrite(sys.argv[2], cv2.imread(sys.argv[1]))"
     out = path.with_name(f"{path.stem}_rgb.png")
     return f'`python -c "{code}" {shlex.quote(str(path))} {shlex.quote(str(out))}`'
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A name to write to, beside ``path``, whose folder is made if needed; renamed to it at the end.
-
-    Whatever happens, ``path`` is whole, or what it was. An OSError names ``path``.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        if error.filename in (None, str(temporary)) or error.filename2 is not None:
-            raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
-        raise
 
 
 def write_image(path: str | Path, image: np.ndarray):
