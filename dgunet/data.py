@@ -582,7 +582,7 @@ class SyntheticPatches(RandomPatches):
         self.degrade, self.margin = degrade, margin
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, index = key
+        epoch, index = self.key(key)
         rng = self.generator(epoch, index)
         (crop,) = self.crop(rng, open_image(self.items[index % len(self.items)]))
         target = self.extend(crop)
