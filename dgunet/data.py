@@ -114,23 +114,19 @@ def _header(file: BinaryIO) -> _Header | None:
 
 
 def _png_header(file: BinaryIO) -> _Header | None:
-    header = struct.Struct(">8s4s4sIIBBBBBI")
-    signature, _, kind, width, height, depth, colour, _, _, _, checksum = header.unpack(start := file.read(header.size))
-    if signature != b"\x89PNG\r\n\x1a\n" or kind != b"IHDR" or checksum != zlib.crc32(start[12:29]):
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
         return None
-    transparent, exif = False, None
-    while True:  # the chunks before the pixels
+    chunks = {}
+    while b"IDAT" not in chunks:  # those before the pixels
         length, kind = struct.unpack(">I4s", file.read(8))
-        if kind == b"IDAT":
-            break
-        transparent |= kind == b"tRNS"
-        if kind == b"eXIf":
-            exif = file.read(length)
-        file.seek(length + 4 if kind != b"eXIf" else 4, os.SEEK_CUR)
-    if exif is None:  # or after the pixels, as ExifTool puts it
-        exif = _exif_at_the_end(file)
+        data = file.read(length + 4) if kind != b"IDAT" else b""
+        if data and zlib.crc32(kind + data[:-4]) != int.from_bytes(data[-4:], "big"):
+            return None
+        chunks[kind] = data[:-4]
+    width, height, depth, colour = struct.unpack(">IIBB3x", chunks[b"IHDR"])
+    exif = chunks[b"eXIf"] if b"eXIf" in chunks else _exif_at_the_end(file)
     turn = 1 if exif is None else _orientation(exif)
-    if transparent:
+    if b"tRNS" in chunks:
         mode = "RGBA"
     else:
         mode = "P" if colour == 3 else "RGB" if (depth, colour) == (8, 2) else "another"
@@ -139,7 +135,7 @@ def _png_header(file: BinaryIO) -> _Header | None:
 
 
 def _exif_at_the_end(file: BinaryIO) -> bytes | None:
-    """The data of a PNG's eXIf chunk in the last 128 KiB, where there is one."""
+    """The data of a PNG's eXIf chunk in the last 128 KiB, as ExifTool puts it, where there is one."""
     file.seek(max(file.seek(0, os.SEEK_END) - 2**17, 0))
     tail = file.read()
     start = tail.find(b"eXIf", 4)
@@ -173,15 +169,17 @@ def _upright(image: np.ndarray, turn: int) -> np.ndarray:
 
 def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
     header = _header(io.BytesIO(encoded))
-    if header is not None and header.size[0] * header.size[1] > MAX_PIXELS:
-        height, width = header.size
+    if header is None:
+        if encoded.startswith(b"\x89PNG"):  # checksums do not lie
+            raise UserError(_damaged(path))
+        return _decode_any(path, encoded, "another", grey)
+    height, width = header.size
+    if height * width > MAX_PIXELS:
         raise UserError(f"{path} says that it has {width}x{height} pixels, more than can be read; remove it")
-    if header is not None and header.plain_png is not None:
+    if header.plain_png is not None:
         image = _decode_png(path, encoded, header.plain_png)
     else:
-        image = _decode_any(path, encoded, header, grey)
-    if header is None:
-        return image
+        image = _decode_any(path, encoded, header.mode, grey)
     image = _upright(image, header.turn)
     if image.shape[:2] != header.size:  # `image_size` believed it
         raise UserError(_damaged(path))
@@ -205,7 +203,7 @@ def _damaged(path) -> str:
     return f"{path} is not a picture that can be read, or is damaged; replace or remove it"
 
 
-def _decode_any(path, encoded: bytes, header: _Header | None, grey: bool) -> np.ndarray:
+def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
     cv2 = optional("cv2")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is told below
     try:
@@ -218,12 +216,12 @@ def _decode_any(path, encoded: bytes, header: _Header | None, grey: bool) -> np.
     kind = None
     if image.dtype != np.uint8:
         kind = f"has {8 * image.itemsize} bits per channel"
-    elif header is not None and header.mode == "CMYK":
+    elif mode == "CMYK":
         kind = "is CMYK"
-    elif image.ndim == 2:
-        kind = None if grey else "is grey"
-    elif image.shape[2] == 4:
+    elif mode == "RGBA" or image.shape[2:] == (4,):
         kind = "has transparency (RGBA)"
+    elif image.ndim == 2 and not grey:
+        kind = "is grey"
     if kind is not None:
         needed = "8-bit grey or RGB" if grey else "8-bit RGB"
         raise UserError(f"{path} {kind}, but {needed} is needed; convert it, e.g. {_conversion(path)}")
@@ -451,6 +449,7 @@ def _packed_file(file: Path):
             f"{file} is not a packed data set, or is damaged; see scripts/pack_dataset.py ({reason})"
         ) from error
     if not known:
+        content.close()
         raise UserError(f"{file} was not written by scripts/pack_dataset.py")
     _open_files[file] = content
     return content

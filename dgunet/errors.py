@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -94,6 +95,7 @@ def told_in_one_line():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what they say of damaged pictures is told in other words
     try:
         yield
     except UserError:
