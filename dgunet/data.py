@@ -124,6 +124,9 @@ def _png_header(file: BinaryIO) -> _Header | None:
             return None
         chunks[kind] = data[:-4]
     width, height, depth, colour = struct.unpack(">IIBB3x", chunks[b"IHDR"])
+    bits = depth * {2: 3, 4: 2, 6: 4}.get(colour, 1) * width * height
+    if bits > 8 * 1032 * file.seek(0, os.SEEK_END):  # the most that deflate can do; asked for more, decoders choke
+        return None
     exif = chunks[b"eXIf"] if b"eXIf" in chunks else _exif_at_the_end(file)
     turn = 1 if exif is None else _orientation(exif)
     if b"tRNS" in chunks:
@@ -189,8 +192,6 @@ def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
 def _decode_png(path, encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     """The pixels that OpenCV and Pillow give, in a third of their time."""
     decode = optional("kornia_rs.io").decode_image_png_u8
-    if size[0] * size[1] * 3 > 1032 * len(encoded):  # the most that deflate can do; asked for more, it may panic
-        raise UserError(_damaged(path))
     try:
         return decode(encoded, size, "rgb")
     except (KeyboardInterrupt, SystemExit):

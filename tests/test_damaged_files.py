@@ -15,6 +15,7 @@ from PIL import Image
 
 from dgunet import UserError, data
 from dgunet.data import find_pairs, image_size, open_image, read_image
+from dgunet.degradations import sampling_operator
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTREMES = (0, 1, 2, 255, 65535, 100_000, 2**31 - 1, 2**31, 2**32 - 1)
@@ -238,3 +239,21 @@ def test_unsuitable_measurements(tmp_path, reconstruct, monkeypatch, changed, me
 def test_measurements_of_whole_blocks_need_no_size(tmp_path, reconstruct):
     assert read(reconstruct, tmp_path / "a.npz", measurements(height=None, width=None))[2:] == (16, 24)
     assert read(reconstruct, tmp_path / "a.npz", measurements(height=np.array([12.0])))[2:] == (12, 20)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "npz", "objects", "bool", "nan", "cut", "claims", "vector"])
+def test_unsuitable_sampling_matrix(tmp_path, kind):
+    path = tmp_path / "matrix.npy"
+    values = {"bool": np.ones((5, 1024), bool), "nan": np.full((5, 1024), np.nan), "vector": np.zeros(1024)}
+    np.save(path, np.array([{}]) if kind == "objects" else values.get(kind, np.ones((5, 1024))))
+    if kind == "text":
+        path.write_text("no matrix")
+    elif kind == "npz":
+        np.savez(open(path, "wb"), matrix=np.ones((5, 1024)))
+    elif kind in ("cut", "empty"):
+        path.write_bytes(path.read_bytes()[: 1000 * (kind == "cut")])
+    elif kind == "claims":  # more than any machine has
+        path.write_bytes(path.read_bytes().replace(b"(5, 1024)", b"(5000000000000, 1024)")[:20000])
+    with pytest.raises(UserError, match="MODEL.MATRIX_START") as error:
+        sampling_operator(0.25, "fixed", str(path))
+    assert "\n" not in str(error.value)

@@ -351,6 +351,25 @@ def test_resume_names_what_changed(folders):
     assert "OPTIM.LR_INITIAL" in done.stdout.split("differ from the run being continued")[1]
 
 
+def test_resume_with_other_training_data_is_refused(folders):
+    """The same samples could not be seen; the same data elsewhere are fine."""
+    trainer = make_trainer(folders)
+    trainer.folder.mkdir(parents=True)
+    trainer.save("model_latest.pth")
+    folders = folders.rename(folders.with_name("elsewhere"))
+    assert make_trainer(folders, TRAINING__RESUME=True).resumed is not None
+    for side in ("input", "target"):
+        (folders / "train" / side / "img3.png").rename(folders / "train" / side / "img9.png")
+    with pytest.raises(UserError, match=r"2 new \(input/img9, ...\), 2 gone. Put that back, or start a run of its own"):
+        make_trainer(folders, TRAINING__RESUME=True)
+
+
+def test_file_where_a_folder_belongs_in_started_processes(folders):
+    (folders / "file").touch()
+    done = train(folders, check=2, PROCESSES=2, TRAINING__SAVE_DIR=folders / "file")
+    assert f"{folders / 'file'}" in done.stderr and done.stderr.strip().count("\n") == 0
+
+
 def test_start_from_given_weights(folders):
     train(folders, "first", OPTIM__NUM_EPOCHS=1)
     given = folders / "runs/first/model_best.pth"
