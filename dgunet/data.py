@@ -225,7 +225,8 @@ def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
         kind = "is grey"
     if kind is not None:
         needed = "8-bit grey or RGB" if grey else "8-bit RGB"
-        raise UserError(f"{path} {kind}, but {needed} is needed; convert it, e.g. {_conversion(path)}")
+        how = f", e.g. {_conversion(path)}" if image.itemsize < 4 else ""  # whoever made it knows the range of floats
+        raise UserError(f"{path} {kind}, but {needed} is needed; convert it{how}")
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 

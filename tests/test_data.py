@@ -112,7 +112,7 @@ def test_picture_of_another_kind(tmp_path, name, kind, message):
     save_unsuitable(tmp_path / name, kind)
     found = refusal(read_image, tmp_path / name)
     assert found.startswith(f"{tmp_path / name} {message}, but 8-bit RGB is needed; convert it")
-    assert "a_rgb.png" in found
+    assert ("a_rgb.png" in found) == (kind != "32 bits")
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
@@ -234,8 +234,7 @@ def test_advice_to_convert_works(tmp_path, monkeypatch):
     folder = tmp_path / "it's a $HOME; folder"
     folder.mkdir()
     for name, kind in [
-        ("a.png", "L"), ("b.png", "RGBA"), ("c.png", "16 bits"), ("d.jpg", "CMYK"), ("e.tif", "32 bits"),
-        ("f.png", "LA"),
+        ("a.png", "L"), ("b.png", "RGBA"), ("c.png", "16 bits"), ("d.jpg", "CMYK"), ("e.png", "LA")
     ]:  # fmt: skip
         save_unsuitable(folder / name, kind)
         found = refusal(read_image, folder / name)
@@ -245,8 +244,8 @@ def test_advice_to_convert_works(tmp_path, monkeypatch):
         exec(code, {})
         converted = read_image(folder / f"{name[0]}_rgb.png")
         assert converted.shape == (40, 48, 3)
-        if kind in ("16 bits", "32 bits", "RGBA"):
-            assert np.abs(converted[..., :: -1 if "bits" in kind else 1].astype(int) - random_picture()).max() <= 1
+        if kind in ("16 bits", "RGBA"):
+            assert np.abs(converted[..., :: -1 if kind == "16 bits" else 1].astype(int) - random_picture()).max() <= 1
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
