@@ -388,7 +388,7 @@ def list_packed(file: Path, group: str) -> list[str]:
     try:
         content = _packed_file(file)
         pairs = "input" in content
-        names = natsorted(content[group]) if pairs == (group != "/") else None
+        names = natsorted(map(os.fsdecode, content[group])) if pairs == (group != "/") else None
     except UserError:
         raise
     except Exception as error:  # damage shows in many ways
@@ -411,7 +411,7 @@ class _PackedPicture:
     def __init__(self, source: Packed):
         self.source = source
         try:
-            self.pixels = _packed_file(source.file)[source.key]
+            self.pixels = _packed_file(source.file)[os.fsencode(source.key)]  # names need not be UTF-8
             self.shape, dtype = tuple(self.pixels.shape), self.pixels.dtype
         except KeyError as error:
             raise UserError(f"there is no {source.key} in {source.file}; pack the folder again") from error

@@ -77,7 +77,7 @@ def write(file: h5py.File, name: str, picture: np.ndarray):
     if picture.nbytes * 2 > free:
         raise UserError(f"the disk is full: {free / 2**20:.0f} MiB left at {Path(file.filename).parent}")
     chunks = (min(CHUNK, picture.shape[0]), min(CHUNK, picture.shape[1]), *picture.shape[2:])
-    file.create_dataset(name, data=picture, chunks=chunks)
+    file.create_dataset(os.fsencode(name), data=picture, chunks=chunks)
 
 
 if __name__ == "__main__":

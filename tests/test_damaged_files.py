@@ -128,8 +128,10 @@ def test_damaged_pictures(tmp_path, name, fuzz):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    pack_dataset = importlib.import_module("pack_dataset")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        pack_dataset = importlib.import_module("pack_dataset")
+    sys.modules.pop("dataset", None)  # every task has one
     path = tmp_path_factory.mktemp("packed") / "all.h5"
     pictures = {f"{side}/{k}.png": smooth_picture()[: 20 + k] for side in ("input", "target") for k in range(3)}
     with pack_dataset.h5py.File(path, "w") as file:
@@ -156,11 +158,9 @@ def test_damaged_packed_files(tmp_path, packed, fuzz):
 
 @pytest.fixture(scope="module")
 def reconstruct():
-    sys.path.insert(0, str(ROOT / "CompressiveSensing"))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "CompressiveSensing")
         return importlib.import_module("reconstruct")
-    finally:
-        sys.path.remove(str(ROOT / "CompressiveSensing"))
 
 
 def measurements(**changed) -> dict[str, np.ndarray]:

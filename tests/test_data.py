@@ -286,7 +286,7 @@ def test_what_cannot_be_written(tmp_path):
     assert "17000x1 pixels cannot be written" in refusal(write_image, tmp_path / "a.webp", random_picture(1, 17000))
 
 
-def test_names_that_are_not_utf8(tmp_path, picture_pairs):
+def test_names_that_are_not_utf8(tmp_path, picture_pairs, monkeypatch):
     picture_pairs(tmp_path / "pairs", count=2, size=(40, 40))
     name = os.fsdecode(b"img\xff")
     try:
@@ -297,8 +297,11 @@ def test_names_that_are_not_utf8(tmp_path, picture_pairs):
     pairs = find_pairs(tmp_path / "pairs")
     assert pairs[1].name == name
     samples = [PairedPatches(pairs, 16)[1, 1]]
-    done = pack(tmp_path / "pairs")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    monkeypatch.setattr(sys, "argv", ["pack_dataset.py", str(tmp_path / "pairs")])
+    monkeypatch.delitem(sys.modules, "dataset", raising=False)
+    importlib.import_module("pack_dataset").main()
+    monkeypatch.delitem(sys.modules, "dataset", raising=False)
     packed = find_pairs(tmp_path / "pairs.h5")
     assert [pair.name for pair in packed] == [pair.name for pair in pairs]
     samples.append(PairedPatches(packed, 16)[1, 1])
