@@ -1,6 +1,7 @@
 """The training engine, mostly through the real command line on tiny pictures."""
 
 import csv
+import errno
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from dgunet import create_model, load_model
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import PairedCentres, PairedPatches
+from dgunet.distributed import launch
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.transforms import unit_range
@@ -364,10 +366,21 @@ def test_resume_with_other_training_data_is_refused(folders):
         make_trainer(folders, TRAINING__RESUME=True)
 
 
-def test_file_where_a_folder_belongs_in_started_processes(folders):
+def test_file_where_a_folder_belongs_is_one_line(folders):
     (folders / "file").touch()
-    done = train(folders, check=2, PROCESSES=2, TRAINING__SAVE_DIR=folders / "file")
+    done = train(folders, check=2, TRAINING__SAVE_DIR=folders / "file")
     assert f"{folders / 'file'}" in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def fill_the_disk(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a.png")
+
+
+def test_full_disk_in_started_processes_is_one_line(capfd):
+    with pytest.raises((UserError, SystemExit)) as stop:
+        launch(fill_the_disk, load_config(None, ["DEVICE", "cpu", "PROCESSES", "2"]))
+    told = f"{stop.value}\n{capfd.readouterr().err}"
+    assert "runs/a.png: No space left on device; free some space" in told and "Traceback" not in told
 
 
 def test_start_from_given_weights(folders):
