@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-import cv2
 import numpy as np
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dgunet.data import Packed, RandomPatches, open_image, read_image, to_tensor
-from dgunet.errors import UserError
+from dgunet.errors import UserError, optional
 
 
 def read_luma(path: str | Path) -> np.ndarray:
@@ -20,16 +18,7 @@ def read_luma(path: str | Path) -> np.ndarray:
     Raises:
         UserError: unreadable, with transparency, or not 8 bits per channel.
     """
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            if mode in ("1", "L"):
-                return np.asarray(image.convert("L"))
-            if mode == "P" and "transparency" not in image.info:
-                return _luma(np.asarray(image.convert("RGB")))
-    except OSError as error:
-        raise UserError(f"{path} is not a picture that can be read, or is damaged; replace or remove it") from error
-    return _luma(read_image(path))
+    return _luma(read_image(path, grey=True))
 
 
 def open_luma(source: Path | Packed):
@@ -37,8 +26,11 @@ def open_luma(source: Path | Packed):
     return open_image(source) if isinstance(source, Packed) else read_luma(source)
 
 
-def _luma(rgb: np.ndarray) -> np.ndarray:
-    return cv2.cvtColor(rgb, cv2.COLOR_RGB2YCrCb)[:, :, 0]
+def _luma(picture: np.ndarray) -> np.ndarray:
+    if picture.ndim == 2:
+        return picture
+    cv2 = optional("cv2")
+    return cv2.cvtColor(picture, cv2.COLOR_RGB2YCrCb)[:, :, 0]
 
 
 class LumaPatches(RandomPatches):
@@ -58,8 +50,8 @@ class LumaPatches(RandomPatches):
     def __init__(self, paths: list, patch: int, repeat: int = 200, flip: bool = True, seed: int = 1234):
         super().__init__(paths, patch, repeat, flip, seed)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
+        epoch, index = self.key(key)
         rng = self.generator(epoch, index)
         (crop,) = self.crop(rng, open_luma(self.items[index % len(self.items)]))
         x = self.extend(crop)

@@ -5,8 +5,8 @@
 
 The .npz holds ``y`` (M, rows, columns) float32, one column of M measurements for each 32x32 block; ``matrix`` (M, 1024)
 float32, which measures a block's pixels row by row, in [0, 1]; and the picture's ``height`` and ``width``, to which
-zeros were added at the right and bottom to fill the last blocks. A file of the same kind from a real camera can be
-reconstructed just so.
+zeros were added at the right and bottom to fill the last blocks (a file without both is of whole blocks). A file of
+the same kind from a real camera can be reconstructed just so.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from sensing import pad_to_blocks
 from dgunet import load_model
 from dgunet.degradations import sampling_operator
 from dgunet.errors import run_cli
+from dgunet.files import replacing
 
 
 def main():
@@ -42,8 +43,7 @@ def main():
     with torch.inference_mode():
         y = operator.A(pad_to_blocks(luma, operator.block))[0].numpy()
     height, width = luma.shape
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, "wb") as file:
+    with replacing(args.out) as temporary, open(temporary, "wb") as file:
         np.savez(file, y=y, matrix=operator.matrix.detach().numpy(), height=height, width=width)
     print(f"wrote {args.out}: {y.size:,} measurements of {luma.size:,} pixels")
 

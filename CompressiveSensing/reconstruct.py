@@ -19,6 +19,9 @@ from dgunet import load_model
 from dgunet.data import write_image
 from dgunet.errors import UserError, run_cli
 from dgunet.evaluation import pick_device, to_uint8
+from dgunet.files import open_file
+
+MAX_BYTES = 2**30  # of an array: the measurements of a gigapixel at 25 %
 
 
 def main():
@@ -32,39 +35,73 @@ def main():
 
     device = pick_device(args.device)
     model = load_model(args.weights, task="compressive_sensing", device=device)
-    content = read_measurements(args.measurements)
-    trained = model.degradation.matrix.detach().cpu().numpy()
-    y = content["y"]
-    if y.ndim != 3 or y.shape[0] != len(trained):
-        raise UserError(f"{args.measurements}: y is {y.shape}, but the network reads ({len(trained)}, rows, columns)")
+    operator = model.degradation
+    trained = operator.matrix.detach().cpu().numpy()
+    y, matrix, height, width = read_measurements(args.measurements, len(trained), operator.block)
     if not args.ignore_matrix:
-        if "matrix" not in content:
+        if matrix is None:
             raise UserError(f"{args.measurements} does not say which matrix measured it; --ignore_matrix trusts you")
-        matrix = content["matrix"]
         if matrix.shape != trained.shape or not np.allclose(matrix, trained, atol=1e-5):
             raise UserError(
                 f"{args.measurements} was measured with another matrix than {args.weights} was trained with; use the "
                 "weights of that matrix, or train with MODEL.MATRIX set to it"
             )
     with torch.inference_mode():
-        x = model(torch.from_numpy(y.astype(np.float32))[None].to(device))[0][0, 0].float().cpu().numpy()
-    height, width = (int(content.get(key, side)) for key, side in zip(("height", "width"), x.shape, strict=True))
+        x = model(torch.from_numpy(y)[None].to(device))[0][0, 0].float().cpu().numpy()
     write_image(args.out, to_uint8(x[:height, :width]))
     print(f"wrote {args.out}: {width}x{height} pixels from {y.size:,} measurements")
 
 
-def read_measurements(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, without running any code in it."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            content = {key: file[key] for key in file.files}
-    except FileNotFoundError as error:
-        raise UserError(f"no measurements at {path}") from error
-    except Exception as error:  # a file of another kind fails in many ways
-        raise UserError(f"{path} is not an .npz file of arrays; see measure.py for what it should hold") from error
-    if "y" not in content:
+def read_measurements(path: Path, rows: int, block: int) -> tuple[np.ndarray, np.ndarray | None, int, int]:
+    """Read an .npz file of measurements, without running any code in it.
+
+    Args:
+        path: the file.
+        rows: M, the number of measurements of a block.
+        block: side of a block in pixels.
+
+    Returns:
+        y, (M, h, w) float32; the matrix, if there is one; height and width of the picture, those of all blocks where
+        the file has neither.
+
+    Raises:
+        UserError: no such file, another or a damaged one, or arrays that are not what measure.py describes.
+    """
+    arrays = {}
+    with open_file(path) as file:
+        try:
+            with np.load(file, allow_pickle=False) as content:
+                for name in {"y", "matrix", "height", "width"} & set(content.files):
+                    if content.zip.getinfo(f"{name}.npy").file_size > MAX_BYTES:
+                        raise UserError(f"{path}: {name} has more than {MAX_BYTES >> 30} GiB, too many to read")
+                    arrays[name] = content[name]
+        except UserError:
+            raise
+        except Exception as error:  # another or a damaged file fails in many ways
+            raise UserError(f"{path} is not an .npz file of arrays; see measure.py for what it should hold") from error
+    if "y" not in arrays:
         raise UserError(f"{path} holds no array y; see measure.py for what it should hold")
-    return content
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iuf":
+            raise UserError(f"{path}: {name} should hold numbers, got {array.dtype}")
+        with np.errstate(over="ignore"):
+            arrays[name] = array = array.astype(np.float32 if name in ("y", "matrix") else np.float64)
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} has values that are not finite; measure again")
+    y = arrays["y"]
+    if y.ndim != 3 or y.shape[0] != rows or not y.size:
+        raise UserError(f"{path}: y is {y.shape}, but the network reads ({rows}, rows, columns)")
+    if ("height" in arrays) != ("width" in arrays):
+        raise UserError(f"{path} holds one of height and width, but a picture has both")
+    sides = []
+    for name, blocks in zip(("height", "width"), y.shape[1:], strict=True):
+        side = arrays.get(name, np.array(blocks * block))
+        least, most = (blocks - 1) * block + 1, blocks * block
+        if side.size != 1 or side.item() % 1 or not least <= side.item() <= most:
+            told = side.item() if side.size == 1 else f"an array {side.shape}"
+            raise UserError(f"{path}: {name} of {blocks} blocks is a whole number from {least} to {most}, got {told}")
+        sides.append(int(side.item()))
+    return y, arrays.get("matrix"), *sides
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from dgunet.data import PairedPatches
+from dgunet.errors import optional
 from dgunet.transforms import unit_range
 
 
@@ -20,13 +21,12 @@ class BlurredPatches(PairedPatches):
         self.saturation = saturation
 
     def augment(self, rng: np.random.Generator, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        from torchvision.transforms.functional import adjust_saturation
-
         input, target = super().augment(rng, input, target)
         if not self.saturation:
             return input, target
         input, target = unit_range(input), unit_range(target)
         if rng.integers(3) == 0:
+            adjust_saturation = optional("torchvision.transforms.functional").adjust_saturation
             factor = rng.uniform(1 - self.saturation, 1 + self.saturation)
             input, target = adjust_saturation(input, factor), adjust_saturation(target, factor)
         return input, target

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from dgunet.data import PairedPatches
-from dgunet.errors import UserError
+from dgunet.errors import UserError, optional
 from dgunet.transforms import unit_range
 
 
@@ -28,9 +28,9 @@ class NoisyPatches(PairedPatches):
         super().__init__(root, patch, **kwargs)
         self.mixup, self.mixup_from = mixup, mixup_from
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, index = key
-        sample = super().__getitem__(key)
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
+        epoch, index = self.key(key)
+        sample = super().__getitem__((epoch, index))
         if not self.mixup or epoch < self.mixup_from:
             return sample
         rng = self.generator(epoch, index, stream=1)
@@ -48,8 +48,7 @@ def read_mat(path: Path, key: str) -> np.ndarray:
     Raises:
         UserError: no such file, not a MATLAB file, or without that variable.
     """
-    import h5py
-    import scipy.io
+    h5py = optional("h5py")
 
     if not path.is_file():
         raise UserError(f"no {path.absolute()}; see Denoising/README.md for where the benchmark's files belong")
@@ -57,9 +56,11 @@ def read_mat(path: Path, key: str) -> np.ndarray:
         if h5py.is_hdf5(path):
             with h5py.File(path) as file:
                 return np.array(file[key]).T  # HDF5 holds MATLAB's axes in reverse
-        return scipy.io.loadmat(path, variable_names=[key])[key]
+        return optional("scipy.io").loadmat(path, variable_names=[key])[key]
     except KeyError as error:
         raise UserError(f"{path} has no variable {key}; it is another file than the benchmark's") from error
+    except ImportError:
+        raise
     except Exception as error:  # a damaged file fails in many ways
         raise UserError(f"{path} is not a MATLAB file, or is damaged; download it again") from error
 
@@ -89,7 +90,7 @@ def read_dnd(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     Reads ``info.mat`` (boxes by HDF5 references) and ``images_srgb/0001.mat`` ... A row of boxes is (top, left, bottom,
     right) of a crop to be restored, counted from 1 and inclusive.
     """
-    import h5py
+    h5py = optional("h5py")
 
     info = folder / "info.mat"
     if not info.is_file():

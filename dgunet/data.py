@@ -5,12 +5,17 @@ from a generator seeded with these numbers. Neither the number of loading worker
 changes a sample, and a resumed epoch sees what the first one would have seen.
 """
 
+import hashlib
+import io
+import operator
 import os
+import shlex
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +23,13 @@ from natsort import natsorted
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from dgunet.errors import UserError
+from dgunet.errors import UserError, optional
+from dgunet.files import open_file, replacing
 from dgunet.transforms import dihedral, pad_to
 
 PACK_FORMAT = "dgunet pictures 1"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+MAX_PIXELS = 2**30  # of a picture: OpenCV's limit
 
 
 class Packed(NamedTuple):
@@ -43,17 +50,21 @@ class Pair(NamedTuple):
     target: Path | Packed
 
 
-def read_image(source: str | Path | Packed) -> np.ndarray:
+def read_image(source: str | Path | Packed, grey: bool = False) -> np.ndarray:
     """Read an 8-bit RGB picture as (H, W, 3) uint8, turned upright where its EXIF data says so.
+
+    Args:
+        source: a file, or a picture in a packed one.
+        grey: whether a grey picture is read as well, as (H, W).
 
     Raises:
         UserError: unreadable, grey, with transparency, or not 8 bits per channel: the network would be given
             something else than the user sees, so the message says how to convert the picture.
     """
-    return open_image(source)[:, :]
+    return open_image(source, grey)[:, :]
 
 
-def open_image(source: str | Path | Packed):
+def open_image(source: str | Path | Packed, grey: bool = False):
     """A picture to take a crop from: has ``.shape``, and ``[top:bottom, left:right]`` gives what `read_image` would.
 
     Of a packed picture only the crop is read.
@@ -62,37 +73,130 @@ def open_image(source: str | Path | Packed):
         UserError: as `read_image`.
     """
     if isinstance(source, Packed):
-        return _open_packed(source)
+        return _PackedPicture(source)
     try:
-        encoded = np.fromfile(source, dtype=np.uint8)
-    except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror}") from error
-    size = _plain_png_size(encoded)
-    return _decode(source, encoded) if size is None else _decode_png(source, encoded, size)
+        with open_file(source) as file:
+            return _decode(source, file.read(), grey)
+    except MemoryError as error:
+        raise UserError(f"{source} needs more memory than there is; make it smaller, or remove it") from error
 
 
-def _plain_png_size(encoded: np.ndarray) -> tuple[int, int] | None:
-    """(height, width) of a PNG of the usual kind: 8-bit RGB, without a transparent colour. None for any other file."""
-    header = struct.Struct(">8s4x4sIIBB3x")
-    if encoded.size < header.size:
+class _Header(NamedTuple):
+    """What the first bytes of a file say of the picture in it."""
+
+    size: tuple[int, int]  # height and width of the upright picture
+    mode: str  # RGB, P (a palette of RGB), or another one in Pillow's words, which does not suit
+    turn: int = 1  # EXIF orientation that decoding does not heed
+    plain_png: tuple[int, int] | None = None  # height and width as stored, of a PNG that kornia reads
+
+
+def _header(file: BinaryIO) -> _Header | None:
+    """The header of a picture; None where it cannot be told, which does not mean that nothing can read the picture."""
+    magic = file.read(4)
+    file.seek(0)
+    kinds = {b"\xff\xd8": "Jpeg", b"BM": "Bmp", b"II": "Tiff", b"MM": "Tiff", b"RI": "WebP"}
+    try:
+        if magic == b"\x89PNG":
+            return _png_header(file)
+        kind = kinds[magic[:2]]
+        # Not Image.open: that refuses photographs of 180 megapixels.
+        image = getattr(optional(f"PIL.{kind}ImagePlugin"), f"{kind}ImageFile")(file)
+        if kind == "Tiff":  # whose orientation OpenCV heeds, and Pillow in this size or not, as its version may be
+            width, height, turn = (int(image.tag_v2.get(tag, 1)) for tag in (256, 257, 274))
+            return _Header((width, height) if 5 <= turn <= 8 else (height, width), image.mode)
+        turn = image.getexif().get(0x0112, 1)
+        turn = turn if turn in range(1, 9) else 1
+        return _Header(image.size if turn >= 5 else image.size[::-1], image.mode, turn)
+    except ImportError:
+        raise
+    except Exception:  # a damaged header fails in many ways
         return None
-    signature, kind, width, height, depth, colour = header.unpack_from(encoded)
-    if (signature, kind, depth, colour) != (b"\x89PNG\r\n\x1a\n", b"IHDR", 8, 2):
+
+
+def _png_header(file: BinaryIO) -> _Header | None:
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
         return None
-    kind, position = b"", header.size + 4  # its checksum
-    while kind not in (b"IDAT", b"tRNS") and position + 8 <= encoded.size:  # the chunks before the pixels
-        length, kind = struct.unpack_from(">I4s", encoded, position)
-        position += length + 12
-    return None if kind == b"tRNS" else (height, width)
+    chunks = {}
+    while b"IDAT" not in chunks:  # those before the pixels
+        length, kind = struct.unpack(">I4s", file.read(8))
+        data = file.read(length + 4) if kind != b"IDAT" else b""
+        if data and zlib.crc32(kind + data[:-4]) != int.from_bytes(data[-4:], "big"):
+            return None
+        chunks[kind] = data[:-4]
+    width, height, depth, colour = struct.unpack(">IIBB3x", chunks[b"IHDR"])
+    bits = depth * {2: 3, 4: 2, 6: 4}.get(colour, 1) * width * height
+    if bits > 8 * 1032 * file.seek(0, os.SEEK_END):  # the most that deflate can do; asked for more, decoders choke
+        return None
+    exif = chunks[b"eXIf"] if b"eXIf" in chunks else _exif_at_the_end(file)
+    turn = 1 if exif is None else _orientation(exif)
+    if b"tRNS" in chunks:
+        mode = "RGBA"
+    else:
+        mode = "P" if colour == 3 else "RGB" if (depth, colour) == (8, 2) else "another"
+    size = height, width
+    return _Header(size[::-1] if turn >= 5 else size, mode, turn, size if mode == "RGB" else None)
 
 
-def _decode_png(path, encoded: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _exif_at_the_end(file: BinaryIO) -> bytes | None:
+    """The data of a PNG's eXIf chunk in the last 128 KiB, as ExifTool puts it, where there is one."""
+    file.seek(max(file.seek(0, os.SEEK_END) - 2**17, 0))
+    tail = file.read()
+    start = tail.find(b"eXIf", 4)
+    while start >= 4:
+        end = start + 4 + int.from_bytes(tail[start - 4 : start], "big")
+        if zlib.crc32(tail[start:end]).to_bytes(4, "big") == tail[end : end + 4]:  # not by chance among the pixels
+            return tail[start + 4 : end]
+        start = tail.find(b"eXIf", start + 1)
+    return None
+
+
+def _orientation(exif: bytes) -> int:
+    """1 to 8; a damaged block says nothing."""
+    data = optional("PIL.Image").Exif()
+    try:
+        data.load(exif)
+        turn = data.get(0x0112, 1)
+    except Exception:  # fails in many ways
+        return 1
+    return turn if turn in range(1, 9) else 1
+
+
+def _upright(image: np.ndarray, turn: int) -> np.ndarray:
+    """Undo how the camera was held: what the EXIF orientation asks for."""
+    if turn >= 5:
+        image = image.swapaxes(0, 1)
+    down = -1 if turn in (3, 4, 7, 8) else 1
+    right = -1 if turn in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(image[::down, ::right])
+
+
+def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
+    header = _header(io.BytesIO(encoded))
+    if header is None:
+        if encoded.startswith(b"\x89PNG"):  # checksums do not lie
+            raise UserError(_damaged(path))
+        return _decode_any(path, encoded, "another", grey)
+    height, width = header.size
+    if height * width > MAX_PIXELS:
+        raise UserError(f"{path} says that it has {width}x{height} pixels, more than can be read; remove it")
+    if header.plain_png is not None:
+        image = _decode_png(path, encoded, header.plain_png)
+    else:
+        image = _decode_any(path, encoded, header.mode, grey)
+    image = _upright(image, header.turn)
+    if image.shape[:2] != header.size:  # `image_size` believed it
+        raise UserError(_damaged(path))
+    return image
+
+
+def _decode_png(path, encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     """The pixels that OpenCV and Pillow give, in a third of their time."""
-    from kornia_rs.io import decode_image_png_u8
-
+    decode = optional("kornia_rs.io").decode_image_png_u8
     try:
-        return decode_image_png_u8(encoded.tobytes(), size, "rgb")
-    except Exception as error:  # it has no class of its own
+        return decode(encoded, size, "rgb")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # it has no class of its own, and its panics are no Exception
         raise UserError(_damaged(path)) from error
 
 
@@ -100,40 +204,57 @@ def _damaged(path) -> str:
     return f"{path} is not a picture that can be read, or is damaged; replace or remove it"
 
 
-def _decode(path, encoded: np.ndarray) -> np.ndarray:
-    import cv2
-
-    # UNCHANGED shows what is in the file but leaves rotated photographs rotated; only JPEGs are, and they are 8-bit.
-    jpeg = encoded[:2].tobytes() == b"\xff\xd8"
-    image = cv2.imdecode(encoded, cv2.IMREAD_ANYCOLOR if jpeg else cv2.IMREAD_UNCHANGED) if encoded.size else None
+def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
+    cv2 = optional("cv2")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is told below
+    try:
+        # UNCHANGED shows what is in the file.
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if encoded else None
+    except cv2.error as error:  # an absurd size
+        raise UserError(_damaged(path)) from error
     if image is None:
         raise UserError(_damaged(path))
     kind = None
     if image.dtype != np.uint8:
         kind = f"has {8 * image.itemsize} bits per channel"
-    elif image.ndim == 2:
-        kind = "is grey"
-    elif image.shape[2] == 4:
-        kind = "has transparency (RGBA)"
-    elif jpeg and _is_cmyk(encoded):
+    elif mode == "CMYK":
         kind = "is CMYK"
+    elif mode == "RGBA" or image.shape[2:] == (4,):
+        kind = "has transparency (RGBA)"
+    elif image.ndim == 2 and not grey:
+        kind = "is grey"
     if kind is not None:
-        raise UserError(f"{path} {kind}, but 8-bit RGB is needed; convert it, e.g. {_conversion(path)}")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        needed = "8-bit grey or RGB" if grey else "8-bit RGB"
+        how = f", e.g. {_conversion(path)}" if image.itemsize < 4 else ""  # whoever made it knows the range of floats
+        raise UserError(f"{path} {kind}, but {needed} is needed; convert it{how}")
+    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _conversion(path: str | Path) -> str:
+    path = Path(path)
+    code = "import sys, cv2; cv2.imwrite(sys.argv[2], cv2.imread(sys.argv[1]))"
+    out = path.with_name(f"{path.stem}_rgb.png")
+    return f'`python -c "{code}" {shlex.quote(str(path))} {shlex.quote(str(out))}`'
 
 
 def write_image(path: str | Path, image: np.ndarray):
-    """Write (H, W, 3) or (H, W) uint8 RGB to a file whose ending says the format; the folder is made if needed."""
-    import cv2
+    """Write (H, W, 3) or (H, W) uint8 RGB to a file whose ending says the format; the folder is made if needed.
 
+    The file appears when it is complete.
+    """
+    cv2 = optional("cv2")
     path = Path(path)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise UserError(f"{path}: give it an ending that says the format, such as {path.name}.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ok, encoded = cv2.imencode(path.suffix, image[..., ::-1] if image.ndim == 3 else image)
+    try:
+        ok, encoded = cv2.imencode(path.suffix, image[..., ::-1] if image.ndim == 3 else image)
+    except cv2.error:
+        ok = False
     if not ok:
-        raise OSError(f"cannot encode {path}")
-    encoded.tofile(path)
+        height, width = image.shape[:2]
+        raise UserError(f"{path}: {width}x{height} pixels cannot be written in this format; choose .png or .tif")
+    with replacing(path) as temporary:
+        temporary.write_bytes(encoded)
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -163,11 +284,12 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
             ``check_sizes``, also a pair whose sizes differ or a picture whose header shows that it is unsuitable.
     """
     root = Path(root)
-    if root.is_file():
-        names = list_packed(root, "input")
-        return [Pair(name, Packed(root, f"input/{name}"), Packed(root, f"target/{name}")) for name in names]
+    packed = root.is_file()
     sides = []
     for side in ("input", "target"):
+        if packed:
+            sides.append({name: Packed(root, f"{side}/{name}") for name in list_packed(root, side)})
+            continue
         by_name: dict[str, Path] = {}
         for path in list_images(root / side):
             if path.stem in by_name:
@@ -180,10 +302,10 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
         if alone:
             more = f" (and {len(alone) - 1} more like it)" if len(alone) > 1 else ""
             raise UserError(f"{alone[0]} has no partner of the same name in {root / other}{more}; add or remove it")
-    pairs = [Pair(name, inputs[name], targets[name]) for name in natsorted(inputs)]  # the order of a packed file
+    pairs = [Pair(name, inputs[name], targets[name]) for name in natsorted(inputs)]
     if not check_sizes:
         return pairs
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(1 if packed else 16) as pool:
         sizes = pool.map(lambda pair: (image_size(pair.input), image_size(pair.target)), pairs)
         for pair, (a, b) in zip(pairs, sizes, strict=True):
             if a != b:
@@ -194,16 +316,61 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
 
 
 def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
-    """Split pictures or pairs for training and validation: the last ``count`` in natural order are held back.
+    """Split pictures or pairs for training and validation: the last in natural order are held back.
 
     Neighbours in that order are often frames of one scene, which should not be on both sides.
+
+    Args:
+        items: pictures or pairs.
+        count: how many to hold back at most; a tenth of few items is less, but at least one is.
+        source: where they come from.
     """
-    if not 0 < count < len(items):
+    if count < 1 or len(items) < 2:
         raise UserError(
             f"cannot hold {count} of the {len(items)} in {source} back for validation; set TRAINING.VAL_HOLD_BACK, or "
             "TRAINING.VAL_DIR to a folder for validation"
         )
+    count = min(count, max(len(items) // 10, 1))
     return items[:-count], items[-count:]
+
+
+def fingerprint(items: list[Path | Packed | Pair]) -> dict[str, Tensor | bool]:
+    """What tells training data from others, wherever they lie: the files' names, and how large each is.
+
+    Of files the size is in bytes, of packed pictures in pixels: ``packed`` says which.
+    """
+    names, sizes, packed = [], [], False
+    for name, source in _sources(items):
+        packed = isinstance(source, Packed)
+        digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
+        names.append(int.from_bytes(digest, "little", signed=True))
+        sizes.append(_PackedPicture(source).size if packed else os.stat(source).st_size)
+    return {"names": torch.tensor(names), "sizes": torch.tensor(sizes), "packed": packed}
+
+
+def changed_items(items: list[Path | Packed | Pair], then: dict[str, Tensor | bool]) -> str:
+    """How training data differ from those that ``then`` is the `fingerprint` of, in words; empty if they do not."""
+    now = fingerprint(items)
+    before = dict(zip(then["names"].tolist(), then["sizes"].tolist(), strict=True))
+    after = dict(zip(now["names"].tolist(), now["sizes"].tolist(), strict=True))
+    names = dict(zip(after, (name for name, _ in _sources(items)), strict=True))
+    new = [names[key] for key in after if key not in before]
+    comparable = now["packed"] == then["packed"]
+    other = [names[key] for key in after if comparable and before.get(key, after[key]) != after[key]]
+    gone = len(before.keys() - after.keys())
+    told = [f"{len(some)} {what} ({some[0]}{', ...' if len(some) > 1 else ''})"
+            for some, what in ((new, "new"), (other, "of another size")) if some]  # fmt: skip
+    return ", ".join(told + ([f"{gone} gone"] if gone else []))
+
+
+def _sources(items: list[Path | Packed | Pair]) -> Iterator[tuple[str, Path | Packed]]:
+    """(name, where it lies) of all pictures; the names are the same in a folder and packed."""
+    for item in items:
+        if isinstance(item, Pair):
+            yield f"input/{item.name}", item.input
+            yield f"target/{item.name}", item.target
+        else:
+            yield (item.key if isinstance(item, Packed) else item.name), item
 
 
 def find_images(root: str | Path) -> list[Path | Packed]:
@@ -213,23 +380,58 @@ def find_images(root: str | Path) -> list[Path | Packed]:
 
 
 def list_packed(file: Path, group: str) -> list[str]:
-    """Names in one group of a packed file (``input``, or ``/`` for pictures without a partner), naturally sorted.
+    """Names in one group of a packed file (``input``, ``target``, or ``/`` for pictures without a partner), sorted.
 
     Raises:
-        UserError: not such a file, or one of the other kind.
+        UserError: not such a file, a damaged one, or one of the other kind.
     """
-    content = _packed_file(file)
-    if ("input" in content) != (group == "input"):
-        kind = "picture pairs" if "input" in content else "single pictures"
-        raise UserError(f"{file} holds {kind}, which is not what this task trains on; see scripts/pack_dataset.py")
-    return natsorted(content[group])
-
-
-def _open_packed(source: Packed):
     try:
-        return _packed_file(source.file)[source.key]
-    except KeyError as error:
-        raise UserError(f"there is no {source.key} in {source.file}; pack the folder again") from error
+        content = _packed_file(file)
+        pairs = "input" in content
+        names = natsorted(map(os.fsdecode, content[group])) if pairs == (group != "/") else None
+    except UserError:
+        raise
+    except Exception as error:  # damage shows in many ways
+        raise UserError(_damaged_pack(file)) from error
+    if names is None:
+        kind = "picture pairs" if pairs else "single pictures"
+        raise UserError(f"{file} holds {kind}, which is not what this task trains on; see scripts/pack_dataset.py")
+    if not names:
+        raise UserError(f"no pictures in {file}; pack the folder again")
+    return names
+
+
+def _damaged_pack(source) -> str:
+    return f"{source} is damaged; pack the folder again with scripts/pack_dataset.py"
+
+
+class _PackedPicture:
+    """A picture in a packed file; of a pair (H, W, 3), a single one (H, W)."""
+
+    def __init__(self, source: Packed):
+        self.source = source
+        try:
+            self.pixels = _packed_file(source.file)[os.fsencode(source.key)]  # names need not be UTF-8
+            self.shape, dtype = tuple(self.pixels.shape), self.pixels.dtype
+        except KeyError as error:
+            raise UserError(f"there is no {source.key} in {source.file}; pack the folder again") from error
+        except UserError:
+            raise
+        except Exception as error:  # damage shows in many ways
+            raise UserError(_damaged_pack(source)) from error
+        channels = (3,) if "/" in source.key else ()
+        if dtype != np.uint8 or self.shape[2:] != channels or len(self.shape) < 2 or not 0 < self.size <= MAX_PIXELS:
+            raise UserError(_damaged_pack(source))
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def __getitem__(self, area) -> np.ndarray:
+        try:
+            return self.pixels[area]
+        except Exception as error:  # damage shows in many ways
+            raise UserError(_damaged_pack(self.source)) from error
 
 
 _open_files: dict = {}  # packed files by path
@@ -239,15 +441,17 @@ def _packed_file(file: Path):
     """The open file."""
     if file in _open_files:
         return _open_files[file]
-    import h5py
-
+    h5py = optional("h5py")
     try:
         content = h5py.File(file)
-    except OSError as error:
+        known = content.attrs.get("format") == PACK_FORMAT
+    except Exception as error:  # damage shows in many ways
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{file} is not a packed data set, or is damaged; see scripts/pack_dataset.py ({error})"
+            f"{file} is not a packed data set, or is damaged; see scripts/pack_dataset.py ({reason})"
         ) from error
-    if content.attrs.get("format") != PACK_FORMAT:
+    if not known:
+        content.close()
         raise UserError(f"{file} was not written by scripts/pack_dataset.py")
     _open_files[file] = content
     return content
@@ -258,25 +462,19 @@ def _close_packed_files():
         _open_files.popitem()[1].close()
 
 
-os.register_at_fork(before=_close_packed_files)  # loading processes that share an open HDF5 file would share its state
+if hasattr(os, "register_at_fork"):  # loading processes that share an open HDF5 file would share its state
+    os.register_at_fork(before=_close_packed_files)
 
 
 def image_size(path: str | Path | Packed) -> tuple[int, int]:
     """(height, width) of an upright picture, from its header alone; raises as `read_image` does."""
-    from PIL import Image
-
     if isinstance(path, Packed):
         return open_image(path).shape[:2]
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            suitable = image.mode in ("RGB", "P")
-            turned = image.format == "JPEG" and image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
-    except Exception as error:  # a damaged header fails in many ways
-        raise UserError(_damaged(path)) from error
-    if not suitable:
-        read_image(path)  # says what is wrong with it
-    return (width, height) if turned else (height, width)
+    with open_file(path) as file:
+        header = _header(file)
+    if header is None or header.mode not in ("RGB", "P") or header.size[0] * header.size[1] > MAX_PIXELS:
+        return read_image(path).shape[:2]  # knows more, or says what is wrong with it
+    return header.size
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
@@ -286,6 +484,9 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 class RandomPatches(Dataset):
     """What training data sets share: crops that are a function of (seed, epoch, index).
+
+    ``dataset[epoch, index]`` is what training asks for. A plain ``dataset[index]``, as of an ordinary DataLoader, is
+    that of epoch ``dataset.epoch``: 1, the same crops each time, until you set it.
 
     Crops are uint8, and become floats on the device (`transforms.unit_range`): a fourth of the way for the bytes.
 
@@ -298,6 +499,7 @@ class RandomPatches(Dataset):
     """
 
     multiple = 8
+    epoch = 1  # of plain indices
 
     def __init__(self, items: list, patch: int, repeat: int, flip: bool, seed: int):
         if patch < self.multiple or patch % self.multiple:
@@ -306,6 +508,16 @@ class RandomPatches(Dataset):
 
     def __len__(self) -> int:
         return len(self.items) * self.repeat
+
+    def key(self, key: tuple[int, int] | int) -> tuple[int, int]:
+        """(epoch, index) of what was asked for.
+
+        Raises:
+            IndexError: a plain index that is out of range, where a loop over the data set ends.
+        """
+        if isinstance(key, tuple):
+            return key
+        return self.epoch, range(len(self))[operator.index(key)]
 
     def generator(self, epoch: int, index: int, stream: int = 0) -> np.random.Generator:
         """The generator of one sample; another ``stream`` is independent of the crop and augmentation."""
@@ -338,8 +550,8 @@ class PairedPatches(RandomPatches):
     def __init__(self, root: str | Path | list[Pair], patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234):
         super().__init__(root if isinstance(root, list) else find_pairs(root), patch, repeat, flip, seed)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
+        epoch, index = self.key(key)
         rng = self.generator(epoch, index)
         pair = self.items[index % len(self.items)]
         crops = self.crop(rng, open_image(pair.input), open_image(pair.target))
@@ -371,7 +583,7 @@ class SyntheticPatches(RandomPatches):
         self.degrade, self.margin = degrade, margin
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, index = key
+        epoch, index = self.key(key)
         rng = self.generator(epoch, index)
         (crop,) = self.crop(rng, open_image(self.items[index % len(self.items)]))
         target = self.extend(crop)
@@ -463,17 +675,3 @@ class EpochBatches(Sampler):
         for step in range(self.start, self.steps):
             first = step * self.batch + self.rank * share
             yield [(self.epoch, int(index)) for index in order[first : first + share]]
-
-
-def _is_cmyk(encoded: np.ndarray) -> bool:
-    import io
-
-    from PIL import Image
-
-    with Image.open(io.BytesIO(encoded.tobytes())) as image:
-        return image.mode == "CMYK"
-
-
-def _conversion(path: str | Path) -> str:
-    path = Path(path)
-    return f"`convert {path.name} -alpha off -depth 8 -colorspace sRGB -type TrueColor {path.stem}_rgb.png`"

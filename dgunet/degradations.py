@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dgunet.errors import UserError
+from dgunet.files import open_file
 
 STARTS = ("xavier", "orthonormal", "dct", "pca")
 
@@ -133,7 +134,23 @@ def sampling_operator(
         if start in STARTS:
             values = start_matrix(start, ratio, blocks=blocks)
         else:
-            values = torch.from_numpy(np.load(Path(start), allow_pickle=False).astype(np.float32))
+            values = torch.from_numpy(_read_matrix(Path(start)))
         return BlockSampling(ratio, learned=learned, matrix=values)
     except (OSError, ValueError) as error:
         raise UserError(f"MODEL.RATIO {ratio}, MODEL.MATRIX_START {start}: {error}") from error
+
+
+def _read_matrix(path: Path) -> np.ndarray:
+    with open_file(path) as file:
+        try:
+            values = np.load(file, allow_pickle=False)
+            numbers = values.dtype.kind in "iuf"
+        except Exception as error:  # a damaged file, or an .npz, fails in many ways
+            raise ValueError("this is not a .npy file with an array, or is damaged") from error
+    if not numbers:
+        raise ValueError(f"a sampling matrix has numbers, got {values.dtype}")
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("the matrix has values that are not finite")
+    return values

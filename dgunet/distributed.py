@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  imported later, by DistributedDataParallel, it would keep the group for ever
 from torch import Tensor
 
-from dgunet.errors import UserError, run_cli
+from dgunet.errors import UserError, run_cli, told_in_one_line
 
 
 def launch(function: Callable, cfg, *args):
@@ -89,7 +89,8 @@ def _child(local_rank: int, processes: int, port: int, function: Callable, cfg, 
         LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(processes),
     )  # fmt: skip
     _share_threads(cfg, processes)
-    _run(function, cfg, args, group=True)
+    with told_in_one_line():
+        _run(function, cfg, args, group=True)
 
 
 def _share_threads(cfg, processes: int):

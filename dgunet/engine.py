@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import functools
 import logging
 import math
 import os
@@ -17,7 +18,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dgunet import distributed
 from dgunet.checkpoint import (
@@ -34,13 +34,15 @@ from dgunet.data import (
     PairedCentres,
     SyntheticCentres,
     SyntheticPatches,
+    changed_items,
     find_images,
     find_pairs,
+    fingerprint,
     hold_back,
 )
 from dgunet.degradations import sampling_operator
 from dgunet.distributed import launch
-from dgunet.errors import UserError, shorten
+from dgunet.errors import UserError, optional, shorten
 from dgunet.losses import StageLoss
 from dgunet.metrics import psnr_batch
 from dgunet.model import Measured, create_model
@@ -48,6 +50,7 @@ from dgunet.schedule import EpochSchedule, validation_steps
 from dgunet.synthesis import find_degradation
 from dgunet.transforms import unit_range
 
+tqdm = optional("tqdm").tqdm
 log = logging.getLogger("dgunet")
 
 # Keys that may differ between a run and its continuation without a word.
@@ -313,6 +316,17 @@ class Trainer:
             refuse("config")
         if not _is_a(int, self.step):
             refuse("config")
+        try:
+            changes = changed_items(self.train_set.items, state["data"]) if "data" in state else ""
+        except UserError:
+            raise
+        except Exception:
+            refuse("data")
+        if changes:
+            raise UserError(
+                f"{self.cfg.TRAINING.TRAIN_DIR} is not what {path} was trained on: {changes}. Put that back, "
+                f"or start a run of its own from its weights: MODEL.SESSION NAME MODEL.WEIGHTS {path}"
+            )
         self.resumed = path
 
     def _load_moments(self, saved: dict, path: Path):
@@ -333,6 +347,11 @@ class Trainer:
 
     resumed, changed = None, ()
 
+    @functools.cached_property
+    def data(self) -> dict:
+        """What tells the training data from others, for `_resume`."""
+        return fingerprint(self.train_set.items)
+
     def state(self) -> dict:
         """Everything needed to continue, in types that load with ``weights_only=True``."""
         random = {"cpu": torch.get_rng_state(), "cuda": None}
@@ -348,6 +367,7 @@ class Trainer:
             "totals": self.totals.tolist(),
             "history": self.history,
             "random": random,
+            "data": self.data,
         }
         if self.ema is not None:
             state["raw_state_dict"] = self.model.state_dict()
@@ -388,7 +408,7 @@ class Trainer:
             *(f"missing     {what}" for what in self.missing or ()),
             f"training    {len(self.train_set) // self.train_set.repeat} pictures of {cfg.TRAINING.TRAIN_DIR}, "
             f"{self.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
-            f"validation  {len(self.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, held back'}",
+            f"validation  {len(self.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held back'}",
             f"batch       {cfg.OPTIM.BATCH_SIZE} = {world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
             f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"
             + (f" of {self.batches.steps} steps{epochs}" if len(self.train_set) else ""),
@@ -407,6 +427,7 @@ class Trainer:
         """Train until the last epoch; SIGTERM or Ctrl-C saves and exits with 128 + the signal's number."""
         if not self.main:
             return self._fit()
+        _ = self.data  # as they are now, before the first step
         self.folder.mkdir(parents=True, exist_ok=True)
         advice = "wait for its end, or give this one its own name with MODEL.SESSION NAME"
         with distributed.sole_writer(self.folder, "training", advice):
@@ -663,7 +684,7 @@ class Trainer:
         if not self.main:
             return []
         console = _ConsoleHandler()
-        file = logging.FileHandler(self.folder / "train.log")
+        file = logging.FileHandler(self.folder / "train.log", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.setLevel(logging.INFO)
         for handler in (console, file):
@@ -728,10 +749,7 @@ def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
 
 def plot_history(history: list[dict], steps: int, path: Path, title: str):
     """Draw loss, validation PSNR and learning rate over the epochs into a PNG, the last of each in its title."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = optional("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")
     for place, (key, label) in enumerate(
         (("loss", "training loss"), ("psnr", "validation PSNR [dB]"), ("lr", "learning rate")), start=1
     ):
@@ -749,7 +767,7 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
             axes.ticklabel_format(axis="y", scilimits=(0, 0))
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    FigureCanvasAgg(figure).print_png(str(path))
+    optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(str(path))
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -775,9 +793,7 @@ def _end_workers(batches):
 
 
 def _init_worker(_):
-    import cv2
-
-    cv2.setNumThreads(0)  # the workers are the parallelism
+    optional("cv2").setNumThreads(0)  # the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A cluster's scheduler signals every process of a job, but the trainer needs its workers to finish the step before
     # it saves. A worker therefore outlives its first SIGTERM: until the trainer ends it, a second one, or a minute.
@@ -786,4 +802,5 @@ def _init_worker(_):
 
 def _outlive_sigterm(*_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.alarm(60)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.alarm(60)

@@ -22,16 +22,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from natsort import natsorted
-from tqdm import tqdm
 
 from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import Pair, find_pairs, list_images, read_image, write_image
-from dgunet.errors import UserError
+from dgunet.errors import UserError, optional
 from dgunet.inference import restore, use_huge_pages
 from dgunet.metrics import AlignmentError, evaluate_pair
 
+tqdm = optional("tqdm").tqdm
+
 # Protocols that score the unrounded output; the others score pictures as they are written to disk.
 UNROUNDED = ("sidd_unit_range", "cs_y", "train_rgb")
+TEXT = dict(newline="", encoding="utf-8", errors="surrogateescape")  # of a table: names need not be UTF-8
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -145,11 +147,11 @@ class ScoreSheet:
     def _append(self, row: tuple):
         with self.lock:
             self.rows[row[0]] = row
-            with open(self.path, "a", newline="") as file:
+            with open(self.path, "a", **TEXT) as file:
                 csv.writer(file).writerow(row)
 
     def _read(self):
-        with open(self.path, newline="") as file:
+        with open(self.path, **TEXT) as file:
             for row in csv.DictReader(file):
                 try:
                     scores = [float(row[key]) if row[key] else None for key in self.COLUMNS[1:5]]
@@ -160,7 +162,7 @@ class ScoreSheet:
 
     def _write(self):
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with open(temporary, "w", newline="") as file:
+        with open(temporary, "w", **TEXT) as file:
             writer = csv.writer(file)
             writer.writerow(self.COLUMNS)
             writer.writerows(self.rows.values())
@@ -437,7 +439,7 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
     """Add a row for each result to a CSV file of all results so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    with open(path, "a", newline="") as file:
+    with open(path, "a", **TEXT) as file:
         writer = csv.writer(file)
         if new:
             writer.writerow(

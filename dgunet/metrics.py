@@ -31,6 +31,8 @@ call an image.
 import numpy as np
 import torch
 
+from dgunet.errors import optional
+
 # cv2 and skimage are imported where they are used: a model that is only trained or run needs neither.
 
 _GAUSSIAN_TAPS = 11
@@ -136,7 +138,7 @@ def psnr_batch(restored, target):
 
 
 def _deraining_y(restored, target):
-    from skimage.metrics import structural_similarity
+    structural_similarity = optional("skimage.metrics").structural_similarity
 
     restored, target = _studio_luma(restored), _studio_luma(target)
     # scikit-image cuts the window's radius off the map before its mean: what is left are the positions at
@@ -166,7 +168,7 @@ def _sidd_unit_range(restored, target):
 
 
 def _cs_y(restored, target):
-    from skimage.metrics import structural_similarity
+    structural_similarity = optional("skimage.metrics").structural_similarity
 
     if restored.dtype == np.uint8:
         restored = _full_luma(restored).astype(np.float64)
@@ -178,7 +180,7 @@ def _cs_y(restored, target):
 
 
 def _realblur_aligned(restored, target, align):
-    from skimage.metrics import structural_similarity
+    structural_similarity = optional("skimage.metrics").structural_similarity
 
     restored, target = _unit_float32(_as_colour(restored)), _unit_float32(_as_colour(target))
     energy = np.sum(restored * restored)
@@ -254,7 +256,7 @@ def _matlab_ssim(restored, target, value_range):
 
 def _gaussian_filter(volume):
     """Separable Gaussian over all axes of a double H x W or H x W x C array, the channel axis included."""
-    import cv2
+    cv2 = optional("cv2")
 
     taps = cv2.getGaussianKernel(_GAUSSIAN_TAPS, _GAUSSIAN_SIGMA)
     filtered = cv2.sepFilter2D(volume, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
@@ -283,7 +285,7 @@ def _studio_luma(image):
 
 def _full_luma(image):
     """OpenCV's full-range luma on uint8: fixed-point, so not always the exact sum rounded."""
-    import cv2
+    cv2 = optional("cv2")
 
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[..., 0]
 
@@ -293,7 +295,7 @@ def _align(restored, target):
 
     Returns the warped image and the mask (0 or 1, same shape) of where it is defined.
     """
-    import cv2
+    cv2 = optional("cv2")
 
     height, width = target.shape[:2]
     # No tolerance, so that always all of the iterations are made.

@@ -5,7 +5,10 @@ import warnings
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from warmup_scheduler import GradualWarmupScheduler
+
+from dgunet.errors import optional
+
+GradualWarmupScheduler = optional("warmup_scheduler").GradualWarmupScheduler
 
 
 def decay(epoch: int, optim) -> float:

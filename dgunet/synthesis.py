@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import cv2
 import numpy as np
 from numpy.random import Generator
 
-from dgunet.errors import UserError
+from dgunet.errors import UserError, optional
+
+cv2 = optional("cv2")
 
 
 def to_linear(image: np.ndarray) -> np.ndarray:

@@ -20,15 +20,15 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from tqdm import tqdm
-
 SCRIPTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(SCRIPTS.parent), str(SCRIPTS)]
 
 from prepare_patches import Parser, describe, sidd_pairs  # noqa: E402
 
 from dgunet.data import IMAGE_SUFFIXES, find_pairs  # noqa: E402
-from dgunet.errors import UserError, run_cli  # noqa: E402
+from dgunet.errors import UserError, optional, run_cli  # noqa: E402
+
+tqdm = optional("tqdm").tqdm
 
 SIDES = {"input": ("input", "input_crops"), "target": ("target", "target_crops", "groundtruth", "gt")}
 CS = "compressive_sensing"

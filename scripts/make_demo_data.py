@@ -30,15 +30,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 from natsort import natsorted
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dgunet.errors import UserError, run_cli  # noqa: E402
+from dgunet.errors import UserError, optional, run_cli  # noqa: E402
+from dgunet.files import open_file  # noqa: E402
 from dgunet.synthesis import gaussian_noise, motion_blur, rain_streaks, sensor_noise  # noqa: E402
+
+cv2 = optional("cv2")
 
 TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
 SPLITS = ("train", "val", "test")
@@ -79,7 +81,8 @@ class Photo:
 
     def digest(self):
         """Hexadecimal digest of the file, the same for two crops of it."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+        with open_file(self.path) as file:
+            return hashlib.sha256(file.read()).hexdigest()[:16]
 
 
 # What scikit-image carries inside its package, less what is no photograph (text, logos, drawings,

@@ -16,9 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import h5py
 import numpy as np
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "CompressiveSensing")]
@@ -26,7 +24,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CompressiveSensing")]
 from dataset import read_luma  # noqa: E402
 
 from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image  # noqa: E402
-from dgunet.errors import UserError, run_cli  # noqa: E402
+from dgunet.errors import UserError, optional, run_cli  # noqa: E402
+from dgunet.files import replacing  # noqa: E402
+
+h5py, tqdm = optional("h5py"), optional("tqdm").tqdm
 
 # Random crops of 256 touch 9 to 16 chunks of this side, those of 128 touch 4 to 9: little is read in vain.
 CHUNK = 96
@@ -42,14 +43,8 @@ def main():
     if out.exists():
         raise UserError(f"{out} exists; remove it, or give another --out")
     pictures = dict(luma_pictures(args.source) if args.luma else paired_pictures(args.source))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    try:
-        with h5py.File(unfinished, "w") as file:
-            pack(file, pictures, read_luma if args.luma else read_image)
-        os.replace(unfinished, out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(out) as unfinished, h5py.File(unfinished, "w") as file:
+        pack(file, pictures, read_luma if args.luma else read_image)
     print(f"wrote {out}: {len(pictures)} pictures, {out.stat().st_size / 2**30:.2f} GiB")
 
 
@@ -82,7 +77,7 @@ def write(file: h5py.File, name: str, picture: np.ndarray):
     if picture.nbytes * 2 > free:
         raise UserError(f"the disk is full: {free / 2**20:.0f} MiB left at {Path(file.filename).parent}")
     chunks = (min(CHUNK, picture.shape[0]), min(CHUNK, picture.shape[1]), *picture.shape[2:])
-    file.create_dataset(name, data=picture, chunks=chunks)
+    file.create_dataset(os.fsencode(name), data=picture, chunks=chunks)
 
 
 if __name__ == "__main__":

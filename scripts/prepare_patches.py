@@ -25,15 +25,15 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from natsort import natsorted
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dgunet.data import Pair, find_pairs, image_size, read_image, write_image  # noqa: E402
-from dgunet.errors import UserError, run_cli  # noqa: E402
+from dgunet.errors import UserError, optional, run_cli  # noqa: E402
+
+cv2, tqdm = optional("cv2"), optional("tqdm").tqdm
 
 SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)\.png", re.IGNORECASE)
 # Training crops are 256 wide: with an overlap of 256, every crop of the whole picture lies inside some patch.

@@ -1,6 +1,12 @@
 """Pictures on disk: what is read, what is refused, and which crops training sees."""
 
 import collections
+import contextlib
+import importlib
+import os
+import shlex
+import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -21,13 +27,19 @@ from dgunet.data import (
     PairedPatches,
     SyntheticCentres,
     SyntheticPatches,
+    changed_items,
     find_images,
     find_pairs,
+    fingerprint,
+    hold_back,
     image_size,
     list_images,
     read_image,
     write_image,
 )
+from dgunet.degradations import sampling_operator
+from dgunet.errors import explain
+from dgunet.evaluation import ScoreSheet
 from dgunet.synthesis import find_degradation
 from dgunet.transforms import dihedral, pad_to, undo_dihedral, unit_range
 
@@ -100,7 +112,7 @@ def test_picture_of_another_kind(tmp_path, name, kind, message):
     save_unsuitable(tmp_path / name, kind)
     found = refusal(read_image, tmp_path / name)
     assert found.startswith(f"{tmp_path / name} {message}, but 8-bit RGB is needed; convert it")
-    assert "a_rgb.png" in found
+    assert ("a_rgb.png" in found) == (kind != "32 bits")
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
@@ -124,7 +136,10 @@ def test_missing_picture(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photograph_is_turned_upright(tmp_path, orientation):
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "MPO", "PNG", "PNG, exif at the end", "PNG palette", "WEBP", "TIFF", "TIFF LZW"]
+)
+def test_photograph_is_turned_upright(tmp_path, kind, orientation, luma):
     upright = smooth_picture()
     # as a camera held otherwise stores it: the inverse of what the tag asks for
     inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of PIL's transpositions
@@ -133,10 +148,171 @@ def test_photograph_is_turned_upright(tmp_path, orientation):
         stored = stored.transpose(Image.Transpose(inverse[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "a.jpg", quality=95, exif=exif)
-    picture = read_image(tmp_path / "a.jpg")
-    assert image_size(tmp_path / "a.jpg") == picture.shape[:2] == (40, 64)
-    assert np.abs(picture.astype(int) - upright).mean() < 3
+    options = {"JPEG": dict(quality=95), "WEBP": dict(lossless=True), "TIFF LZW": dict(compression="tiff_lzw")}
+    if kind == "PNG palette":
+        stored = stored.convert("P")
+    if kind == "MPO":  # of a camera that adds a preview
+        options["MPO"] = dict(quality=95, save_all=True, append_images=[stored.resize((8, 8))])
+    path = tmp_path / "a.png"
+    stored.save(path, kind.split()[0].strip(","), exif=exif, **options.get(kind, {}))
+    if kind == "PNG, exif at the end":
+        content = path.read_bytes()
+        start = content.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        path.write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])
+    picture = read_image(path)
+    assert image_size(path) == picture.shape[:2] == (40, 64)
+    assert np.abs(picture.astype(int) - upright).mean() < (12 if kind == "PNG palette" else 3)
+    assert np.array_equal(luma(path), cv2.cvtColor(picture, cv2.COLOR_RGB2YCrCb)[:, :, 0])
+
+
+@pytest.fixture
+def luma(monkeypatch):
+    """`read_luma` of compressive sensing."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "CompressiveSensing")
+    monkeypatch.delitem(sys.modules, "dataset", raising=False)
+    yield importlib.import_module("dataset").read_luma
+    monkeypatch.delitem(sys.modules, "dataset")
+
+
+@pytest.fixture
+def impatient():
+    """Ends a test that waits."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for ever"))
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes with names")
+def test_pipe_named_like_a_picture(tmp_path, luma, impatient):
+    """Opening one would wait until someone writes to it."""
+    write_image(tmp_path / "folder" / "b.png", random_picture())
+    os.mkfifo(tmp_path / "a.png")
+    os.symlink(tmp_path / "a.png", tmp_path / "folder" / "a.png")
+    for call in (read_image, image_size, luma):
+        assert (
+            refusal(call, tmp_path / "a.png") == f"{tmp_path / 'a.png'} is a pipe or device, not a file; move it away"
+        )
+        assert "pipe or device" in refusal(call, "/dev/zero")
+        assert "is a folder, not a file" in refusal(call, tmp_path / "folder")
+    assert "MODEL.MATRIX_START" in refusal(sampling_operator, 0.25, "fixed", str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("ending", "side"),
+    [(".png", 30_000)] + [(e, s) for e in (".png", ".bmp", ".tif", ".jpg") for s in (100_000, 2**31 - 1)],
+)
+def test_absurd_size_in_the_header(tmp_path, capfd, ending, side, luma):
+    path = tmp_path / f"a{ending}"
+    write_image(path, random_picture(8, 8))
+    content = bytearray(path.read_bytes())
+    if ending == ".png":
+        struct.pack_into(">II", content, 16, side, side)
+        struct.pack_into(">I", content, 29, zlib.crc32(content[12:29]))
+    elif ending == ".bmp":
+        struct.pack_into("<II", content, 18, side, side)
+    elif ending == ".tif":
+        for tag in (b"\x00\x01", b"\x01\x01"):
+            at = content.index(tag + b"\x03\x00\x01\x00\x00\x00", 8 if content[:2] == b"II" else 0)
+            struct.pack_into("<HIi", content, at + 2, 4, 1, side)
+    else:
+        at = content.index(b"\xff\xc0")
+        struct.pack_into(">HH", content, at + 5, min(side, 65500), min(side, 65500))
+    path.write_bytes(content)
+    for call in (read_image, luma):
+        assert refusal(call, path).startswith(str(path))
+    try:
+        image_size(path)  # knows the header alone
+    except UserError as error:
+        assert "\n" not in str(error)
+    assert capfd.readouterr().err in ("", "Corrupt JPEG data: premature end of data segment\n" * 2)
+
+
+def test_advice_to_convert_works(tmp_path, monkeypatch):
+    folder = tmp_path / "it's a $HOME; folder"
+    folder.mkdir()
+    for name, kind in [
+        ("a.png", "L"), ("b.png", "RGBA"), ("c.png", "16 bits"), ("d.jpg", "CMYK"), ("e.png", "LA")
+    ]:  # fmt: skip
+        save_unsuitable(folder / name, kind)
+        found = refusal(read_image, folder / name)
+        program, option, code, *names = shlex.split(found.split("`")[1])
+        assert (program, option, names) == ("python", "-c", [str(folder / name), str(folder / f"{name[0]}_rgb.png")])
+        monkeypatch.setattr(sys, "argv", ["-c", *names])
+        exec(code, {})
+        converted = read_image(folder / f"{name[0]}_rgb.png")
+        assert converted.shape == (40, 48, 3)
+        if kind in ("16 bits", "RGBA"):
+            assert np.abs(converted[..., :: -1 if kind == "16 bits" else 1].astype(int) - random_picture()).max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def disk_of(size: int):
+    """No file can be written beyond ``size`` bytes, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+@pytest.mark.parametrize("size", [0, 3000])
+def test_full_disk_leaves_no_half_picture(tmp_path, ending, size):
+    path = tmp_path / f"a{ending}"
+    with disk_of(size), pytest.raises(OSError) as error:
+        write_image(path, random_picture())
+    assert error.value.filename == str(path) and explain(error.value).startswith(f"{path}: ")
+    assert not list(tmp_path.iterdir())
+    write_image(path, random_picture(seed=1))
+    with disk_of(size), pytest.raises(OSError):
+        write_image(path, random_picture())
+    assert np.array_equal(read_image(path), random_picture(seed=1)) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as error:
+        write_image(tmp_path / "file" / "a.png", random_picture())
+    assert explain(error.value).startswith(f"{tmp_path / 'file'}")
+    assert "give it an ending" in refusal(write_image, tmp_path / "a", random_picture())
+    assert "17000x1 pixels cannot be written" in refusal(write_image, tmp_path / "a.webp", random_picture(1, 17000))
+
+
+def test_names_that_are_not_utf8(tmp_path, picture_pairs, monkeypatch):
+    picture_pairs(tmp_path / "pairs", count=2, size=(40, 40))
+    name = os.fsdecode(b"img\xff")
+    try:
+        for side in ("input", "target"):
+            (tmp_path / f"pairs/{side}/img2.png").rename(tmp_path / f"pairs/{side}/{name}.png")
+    except OSError:
+        pytest.skip("this disk takes UTF-8 only")
+    pairs = find_pairs(tmp_path / "pairs")
+    assert pairs[1].name == name
+    samples = [PairedPatches(pairs, 16)[1, 1]]
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    monkeypatch.setattr(sys, "argv", ["pack_dataset.py", str(tmp_path / "pairs")])
+    monkeypatch.delitem(sys.modules, "dataset", raising=False)
+    importlib.import_module("pack_dataset").main()
+    monkeypatch.delitem(sys.modules, "dataset", raising=False)
+    packed = find_pairs(tmp_path / "pairs.h5")
+    assert [pair.name for pair in packed] == [pair.name for pair in pairs]
+    samples.append(PairedPatches(packed, 16)[1, 1])
+    assert all(torch.equal(a, b) for a, b in zip(*samples, strict=True))
+    assert not changed_items(packed, fingerprint(pairs))
+
+    sheet = ScoreSheet(tmp_path / "scores", "train_rgb", {})
+    picture = read_image(pairs[1].input)
+    sheet.add(name, picture, picture // 2, picture)
+    assert sheet.finish("set").images == 1
+    assert ScoreSheet(tmp_path / "scores", "train_rgb", {}).done(name)
 
 
 @pytest.mark.parametrize("kind", ["plain", "interlaced", "transparent colour", "palette"])
@@ -238,6 +414,39 @@ def test_two_pictures_of_one_name(tmp_path, picture_pairs):
     assert "have the same name" in message
 
 
+@pytest.mark.parametrize(
+    ("items", "count", "held"), [(400, 32, 32), (33, 32, 3), (33, 2, 2), (19, 32, 1), (4, 32, 1), (2, 1, 1)]
+)
+def test_a_tenth_at_most_is_held_back(items, count, held):
+    trained, validated = hold_back(list(range(items)), count, "folder")
+    assert validated == list(range(items - held, items)) and trained == list(range(items - held))
+
+
+@pytest.mark.parametrize(("items", "count"), [(1, 32), (10, 0), (10, -3)])
+def test_holding_back_what_cannot_be(items, count):
+    assert "TRAINING.VAL_HOLD_BACK" in refusal(hold_back, list(range(items)), count, "folder")
+
+
+def test_fingerprint_knows_training_data(tmp_path, picture_pairs):
+    folder = picture_pairs(tmp_path / "pairs", count=5)
+    before = fingerprint(find_pairs(folder))
+    assert not changed_items(find_pairs(folder), before)
+    folder = folder.rename(tmp_path / "moved")
+    assert not changed_items(find_pairs(folder), before)
+    shutil.copy(folder / "input/img1.png", folder / "input/img3.png")
+    assert changed_items(find_pairs(folder), before) == "1 of another size (input/img3)"
+    for side in ("input", "target"):
+        shutil.copy(folder / f"{side}/img1.png", folder / f"{side}/img9.png")
+        (folder / f"{side}/img2.png").unlink()
+    assert (
+        changed_items(find_pairs(folder), before) == "2 new (input/img9, ...), 1 of another size (input/img3), 2 gone"
+    )
+    pictures = fingerprint(find_images(folder / "input"))
+    assert not changed_items(find_images(folder / "input"), pictures)
+    (folder / "input/img4.png").unlink()
+    assert changed_items(find_images(folder / "input"), pictures) == "1 gone"
+
+
 # ------------------------------------------------------------------------------------------------------ training crops
 
 
@@ -318,6 +527,37 @@ def test_of_nine_augmentations_two_change_nothing(shifted):
     assert all(counts[k] == pytest.approx(400, abs=76) for k in range(1, 8))
 
 
+def test_plain_index_is_of_the_first_epoch(shifted):
+    """For an ordinary DataLoader."""
+    patches = PairedPatches(shifted, 16, repeat=2)
+    (degraded, target), *rest = torch.utils.data.DataLoader(patches, batch_size=4)
+    assert degraded.shape == target.shape == (4, 3, 16, 16) and len(rest) == 1
+    assert all(torch.equal(degraded[k], patches[1, k][0]) for k in range(4))
+    assert torch.equal(patches[-1][0], patches[1, 5][0]) and torch.equal(patches[np.int64(2)][0], patches[1, 2][0])
+    assert len(list(patches)) == 6
+    with pytest.raises(IndexError):
+        patches[6]
+    patches.epoch = 3
+    assert torch.equal(patches[2][0], patches[3, 2][0])
+    clean = SyntheticPatches([shifted / "target" / f"{k}.png" for k in range(3)], lambda x, rng: x / 2, 16)
+    assert all(torch.equal(a, b) for a, b in zip(clean[1], clean[1, 1], strict=True))
+
+
+@pytest.mark.parametrize("task", ["Denoising", "Deblurring", "CompressiveSensing"])
+def test_plain_index_in_every_task(shifted, task, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / task)
+    monkeypatch.delitem(sys.modules, "dataset", raising=False)
+    module = importlib.import_module("dataset")
+    monkeypatch.delitem(sys.modules, "dataset")
+    if task == "CompressiveSensing":
+        patches = module.LumaPatches(find_images(shifted / "target"), 32, repeat=2)
+    else:
+        patches = {"Denoising": "NoisyPatches", "Deblurring": "BlurredPatches"}[task]
+        patches = getattr(module, patches)(shifted, 16, **(dict(mixup_from=1) if task == "Denoising" else {}))
+    assert len(list(torch.utils.data.DataLoader(patches))) == len(patches)
+    assert all(torch.equal(a, b) for a, b in zip(patches[2], patches[1, 2], strict=True))
+
+
 def test_streams_are_independent(shifted):
     patches = PairedPatches(shifted, 16)
     values = [patches.generator(*key).random() for key in ((1, 2), (1, 2, 1), (2, 1), (1, 3))]
@@ -365,6 +605,31 @@ def test_packed_file_in_loading_processes(packed):
     here = [patches[key[0]][0] for key in keys]
     loader = torch.utils.data.DataLoader(patches, batch_sampler=keys, num_workers=1)
     assert all(torch.equal(batch[0][0], expected) for batch, expected in zip(loader, here, strict=True))
+
+
+def test_packed_data_are_those_of_the_folder(packed):
+    assert not changed_items(find_pairs(packed), fingerprint(find_pairs(packed.parent)))
+    assert not changed_items(find_pairs(packed.parent), fingerprint(find_pairs(packed)))
+    assert changed_items(find_pairs(packed)[1:], fingerprint(find_pairs(packed))) == "2 gone"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file["target"].move("small", "other"), "small has no partner of the same name in"),
+        (lambda file: file["target"].move("large", "small") if file["target"].pop("small") else 0, "has no partner"),
+        (lambda file: [file.pop("target/0"), file.copy("target/large", "target/0")], "a pair must have one size"),
+        (lambda file: [file.pop("input/0"), file.create_dataset("input/0", data=np.zeros((40, 56), "u1"))], "damaged"),
+        (lambda file: [file.pop("input/0"), file.create_dataset("input/0", data=np.zeros((40, 56, 3)))], "is damaged"),
+        (lambda file: [file.pop("input/0"), file.create_group("input/0")], "is damaged; pack the folder again"),
+        (lambda file: file.pop("target"), "is damaged; pack the folder again"),
+        (lambda file: [file["input"].clear(), file["target"].clear()], "no pictures in"),
+    ],
+)
+def test_unsuitable_pairs_in_a_packed_file(packed, change, message):
+    with h5py.File(packed, "r+") as file:
+        change(file)
+    assert message in refusal(find_pairs, packed)
 
 
 def test_packing_refuses(packed, tmp_path):

@@ -1,6 +1,7 @@
 """The training engine, mostly through the real command line on tiny pictures."""
 
 import csv
+import errno
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from dgunet import create_model, load_model
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import PairedCentres, PairedPatches
+from dgunet.distributed import launch
 from dgunet.engine import Trainer, plot_history, train_command
 from dgunet.errors import UserError
 from dgunet.transforms import unit_range
@@ -513,6 +515,36 @@ def test_weights_that_are_not_finite_do_not_start_a_run(folders):
     save_checkpoint({"state_dict": weights}, folders / "bad.pth")
     with pytest.raises(UserError, match="bad.pth has NaN or infinite numbers in last.rho"):
         make_trainer(folders, MODEL__WEIGHTS=folders / "bad.pth")
+
+
+def test_resume_with_other_training_data_is_refused(folders):
+    """The same samples could not be seen; the same data elsewhere are fine."""
+    trainer = make_trainer(folders)
+    trainer.folder.mkdir(parents=True)
+    trainer.save("model_latest.pth")
+    folders = folders.rename(folders.with_name("elsewhere"))
+    assert make_trainer(folders, TRAINING__RESUME=True).resumed is not None
+    for side in ("input", "target"):
+        (folders / "train" / side / "img3.png").rename(folders / "train" / side / "img9.png")
+    with pytest.raises(UserError, match=r"2 new \(input/img9, ...\), 2 gone. Put that back, or start a run of its own"):
+        make_trainer(folders, TRAINING__RESUME=True)
+
+
+def test_file_where_a_folder_belongs_is_one_line(folders):
+    (folders / "file").touch()
+    done = train(folders, check=2, TRAINING__SAVE_DIR=folders / "file")
+    assert f"{folders / 'file'}" in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def fill_the_disk(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a.png")
+
+
+def test_full_disk_in_started_processes_is_one_line(capfd):
+    with pytest.raises((UserError, SystemExit)) as stop:
+        launch(fill_the_disk, load_config(None, ["DEVICE", "cpu", "PROCESSES", "2"]))
+    told = f"{stop.value}\n{capfd.readouterr().err}"
+    assert "runs/a.png: No space left on device; free some space" in told and "Traceback" not in told
 
 
 def test_start_from_given_weights(folders):

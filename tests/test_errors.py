@@ -1,0 +1,198 @@
+"""What goes wrong on a user's machine ends in one line: full disks, missing packages, ended processes."""
+
+import ast
+import errno
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgunet.errors import EXTRAS, UserError, explain, optional
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def disk_error(number: int, name: str | None = "runs/a.png") -> OSError:
+    return OSError(number, os.strerror(number), name)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (disk_error(errno.ENOSPC), "runs/a.png: No space left on device; free some space, or choose another place"),
+        (disk_error(errno.ENOSPC, None), "No space left on device; free some space, or choose another place"),
+        (disk_error(errno.EROFS), "runs/a.png: Read-only file system; change its permissions, or choose another place"),
+        (disk_error(errno.EACCES), "runs/a.png: Permission denied; change its permissions, or choose another place"),
+        (disk_error(errno.ENOTDIR), "runs/a.png: Not a directory; something is in the way; move it away"),
+        (disk_error(errno.EEXIST), "runs/a.png: File exists; something is in the way; move it away"),
+        (disk_error(errno.EISDIR), "runs/a.png: Is a directory; that is a folder, but a file belongs there"),
+        (disk_error(errno.EMFILE), "runs/a.png: Too many open files; raise the limit on open files (ulimit -n)"),
+        (disk_error(errno.EHOSTDOWN), "runs/a.png: Host is down"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out of memory"),
+        (UserError("as it is"), "as it is"),
+    ],
+)
+def test_told(error, message):
+    told = explain(error)
+    assert told.startswith(message) and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a fault of ours"), KeyError("k"), OSError("no number"), ValueError("")]
+)
+def test_faults_of_ours_keep_their_traceback(error):
+    assert explain(error) is None
+
+
+class Failing(torch.utils.data.Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        if self.error is None:
+            os._exit(1)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (disk_error(errno.ENOSPC), "runs/a.png: No space left on device; free some space"),
+        (
+            ModuleNotFoundError("No module named 'kornia_rs'", name="kornia_rs"),
+            "kornia_rs is not installed; pip install",
+        ),
+        (MemoryError(), "out of memory"),
+        (None, "DataLoader worker (pid"),  # ended, as by the system when memory is short
+    ],
+)
+def test_what_a_loading_process_met(error, message):
+    with pytest.raises(Exception) as caught:
+        list(torch.utils.data.DataLoader(Failing(error), num_workers=1))
+    told = explain(caught.value)
+    assert told.startswith(message) and "\n" not in told
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def command(tmp_path: Path, code: str, **options) -> subprocess.CompletedProcess:
+    """Run ``code`` as a command's main(); the module alone, without the package, starts in no time."""
+    head = f"import sys; sys.path.insert(0, {str(ROOT / 'dgunet')!r})\nfrom errors import *\nimport os\ndef main():\n"
+    body = head + "".join(f"    {line}\n" for line in code.splitlines()) + "run_cli(main)"
+    options = dict(stdout=subprocess.PIPE) | options
+    return subprocess.run([sys.executable, "-c", body], cwd=tmp_path, stderr=subprocess.PIPE, timeout=60, **options)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [
+        ("os.makedirs('file/folder')", 2, "error: file/folder: Not a directory; something is in the way"),
+        ("open('folder', 'w')", 2, "error: folder: Is a directory; "),
+        ("open('none')", 2, "error: none: No such file or directory; check the path"),
+        ("raise MemoryError", 2, "error: out of memory; "),
+        ("import warmup_scheduler.none", 2, "error: warmup_scheduler"),
+        ("raise UserError('no')", 2, "error: no"),
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("return 3", 3, ""),
+    ],
+)
+def test_exit_status_and_one_line(tmp_path, code, status, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    done = command(tmp_path, code)
+    assert (done.returncode, done.stderr.count(b"\n")) == (status, min(len(message), 1))
+    assert done.stderr.decode().startswith(message)
+
+
+def test_fault_of_ours_has_its_traceback(tmp_path):
+    done = command(tmp_path, "{}['key']")
+    assert done.returncode == 1 and b"Traceback" in done.stderr and b"KeyError: 'key'" in done.stderr
+
+
+def test_names_that_are_not_utf8_are_printed(tmp_path):
+    done = command(tmp_path, "print(os.fsdecode(b'a\\xff.png'))\nraise UserError(os.fsdecode(b'b\\xff.png'))")
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"a\\udcff.png\n", b"error: b\\udcff.png\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
+def test_log_on_a_full_disk(tmp_path):
+    with open("/dev/full", "wb") as full:
+        done = command(tmp_path, "print('a result')", stdout=full)
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1) and b"No space left on device" in done.stderr
+
+
+def test_reader_that_leaves(tmp_path):
+    """As in ``command | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = command(tmp_path, "print('a result')", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1) and b"Broken pipe" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ packages
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the packages that import statements of a file name, wherever in it they stand."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def requirements(section: str) -> list[str]:
+    text = re.search(rf"{section}\W*\[(.*?)\n? *\]", (ROOT / "setup.py").read_text(), re.DOTALL)[1]
+    return re.findall(r'"([\w-]+)[>=]', text)
+
+
+def test_every_extra_package_is_known():
+    names = {name: {d.lower().replace("_", "-") for d in found} for name, found in packages_distributions().items()}
+    for extra in ("train", "data"):
+        for package in requirements(extra):
+            modules = [m for m, e in EXTRAS.items() if e == extra and package.lower().replace("_", "-") in names[m]]
+            assert modules, f"EXTRAS lacks the module of {package}"
+
+
+def test_the_package_imports_extras_so_that_a_missing_one_is_told():
+    core = set(sys.stdlib_module_names) | {"dgunet", "torch", "numpy", "natsort", "psutil", "yaml", "yacs"}
+    for path in (ROOT / "dgunet").glob("*.py"):
+        assert imported(path) <= core, f"{path.name} should take them from errors.optional"
+
+
+def test_missing_package_is_told_by_the_library():
+    with pytest.raises(ModuleNotFoundError, match=r"^scipy.none is not installed; pip install .*\[train\]") as error:
+        optional("scipy.none")
+    assert error.value.name == "scipy.none"
+    with pytest.raises(ModuleNotFoundError, match="No module named 'foreign'"):
+        optional("foreign")
+
+
+def test_missing_package_is_told_by_a_command(tmp_path):
+    """Before its main() is reached."""
+    (tmp_path / "h5py.py").write_text("raise ModuleNotFoundError(\"No module named 'h5py'\", name='h5py')")
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/pack_dataset.py", "folder"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=240, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr == f"error: h5py is not installed; pip install '{ROOT}[train]'\n"
+
+
+def test_windows_lacks_these(run_command):
+    others = "import cv2, dgunet, torch.utils.data, tqdm, warmup_scheduler"  # which do without them in their own ways
+    code = "import os, signal; del os.register_at_fork, signal.alarm; import dgunet.engine as e; e._outlive_sigterm()"
+    done = run_command(["-c", f"{others}; {code}"])
+    assert (done.returncode, done.stderr) == (0, "")
