@@ -242,7 +242,7 @@ class TestRun:
                 print(f"no --weights given: this repository's own ({content['about']})")
             self.model = load_model(weights, task=task, device=pick_device(self.args.device), content=content)
             self.name = self.model.name or "DGUNet"
-            self.digest = _digest(self.model, weights)
+            self.digest = _digest(self.model)
             self.noise_sigma = content.get("noise_sigma")  # lowest, highest
             self.folder = self.args.results / task / f"{weights.absolute().parent.name}_{weights.stem}"
             count = sum(p.numel() for p in self.model.parameters())
@@ -358,6 +358,9 @@ class TestRun:
             torch.cuda.empty_cache()
             self.failures.append(f"{name}: out of GPU memory; restore it in tiles, --tile 512")
         except (MemoryError, RuntimeError) as error:
+            if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # of every picture
+                reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
+                raise UserError(f"--compile does not work here ({reason}); test without it") from error
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                 raise
             self.failures.append(f"{name}: out of memory; restore it in tiles, --tile 512")
@@ -547,12 +550,10 @@ def noise_level(image: np.ndarray) -> float:
     return float(np.median(np.abs(differences)) / (0.6745 * 6)) if differences.size else float("nan")
 
 
-def _digest(model: torch.nn.Module, path: Path) -> str:
-    """What a network computes, as a number: of its arguments and weights, which are checked on the way."""
+def _digest(model: torch.nn.Module) -> str:
+    """What a network computes, as a number: of its arguments and weights."""
     digest = hashlib.sha256(json.dumps(model.arguments, sort_keys=True).encode())
     for name, value in model.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise UserError(f"{path}: {name} has NaN or infinite values; take weights from before training failed")
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -21,6 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz", type=int, default=1, help="how many times as many random faults as usual the fuzzers try"
+    )
+
+
+@pytest.fixture
+def fuzz(request) -> int:
+    """How many times as many random faults as usual to try."""
+    return request.config.getoption("--fuzz")
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., DGUNet]:
     """``tiny_model(**overrides)``: a seeded denoising DGUNet of width 8, in evaluation mode."""
