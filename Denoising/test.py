@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dgunet.data import write_image
 from dgunet.errors import UserError, run_cli
-from dgunet.evaluation import ScoreSheet, TestRun, TestSet, to_uint8
+from dgunet.evaluation import ScoreSheet, TestRun, TestSet, find_folder, to_uint8
 
 TEST_SETS = {
     "SIDD": TestSet(
@@ -48,7 +48,7 @@ def main():
 def test_sidd(run: TestRun, out: Path) -> ScoreSheet:
     """Score the validation blocks and write the restored ones as the benchmark's ``Idenoised.mat`` (single)."""
     require_model(run, "SIDD")
-    folder = run.find("SIDD")
+    folder = find_folder(run.args.data_root, TEST_SETS["SIDD"].folder)
     noisy, clean = read_sidd(folder)
     blocks = [[f"{i + 1:04d}_{j + 1:02d}" for j in range(noisy.shape[1])] for i in range(len(noisy))]
     sources = tuple(sorted(folder.glob("*.mat")))
@@ -85,7 +85,7 @@ def test_sidd(run: TestRun, out: Path) -> ScoreSheet:
 def test_dnd(run: TestRun, out: Path) -> ScoreSheet:
     """Write the benchmark's submission: for each picture a .mat file with its 20 restored crops (1-based boxes)."""
     require_model(run, "DND")
-    source = run.find("DND")
+    source = find_folder(run.args.data_root, TEST_SETS["DND"].folder)
     sources = {path.name: (source / "info.mat", path) for path in natsorted(source.glob("images_srgb/*.mat"))}
     sheet = run.sheet("DND", out, "none", sources)
     folder = out / "matfiles"

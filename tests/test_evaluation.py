@@ -64,7 +64,7 @@ def test(tmp_path, monkeypatch, capfd):
         with pytest.raises(SystemExit) as status:
             run_cli(command(task).main)
         out, err = capfd.readouterr()
-        err = "\n".join(line for line in err.splitlines() if "picture/s" not in line and "it]" not in line)
+        err = "\n".join(line for line in err.splitlines() if "grfmt_" not in line)  # of OpenCV's decoders
         return SimpleNamespace(status=status.value.code or 0, out=out, err=err)
 
     return run
@@ -447,7 +447,7 @@ def test_bf16_and_compile_are_options_of_every_task(test, picture_pairs, monkeyp
 
 
 def test_compiled_network_is_not_compiled_for_every_size(test, picture_pairs, monkeypatch):
-    """Once for the first size, and once more for all others."""
+    """Once for the first size, and once more for all others (large enough: see test_model.py)."""
     graphs = []
 
     def count(graph, _):
@@ -460,7 +460,7 @@ def test_compiled_network_is_not_compiled_for_every_size(test, picture_pairs, mo
     torch.manual_seed(0)
     model = create_model("denoising_dgunet", width=8, stages=1)
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, "small.pth")
-    for k, size in enumerate([(64, 64), (72, 96), (96, 72), (64, 104), (88, 80)]):
+    for k, size in enumerate([(96, 96), (104, 120), (120, 96), (96, 128), (88, 104)]):
         picture_pairs(Path(f"part{k}"), count=1, size=size, seed=k)
         for side in ("input", "target"):
             os.makedirs(f"set/{side}", exist_ok=True)
@@ -553,13 +553,15 @@ def test_random_faults_of_inputs_end_in_one_line(test, picture_pairs, fuzz, tmp_
         rng = np.random.default_rng([10, trial])
         monkeypatch.chdir(tmp_path_factory.mktemp("fuzz"))
         task = str(rng.choice(list(FOLDERS)))
-        picture_pairs(Path("set"), count=int(rng.integers(1, 4)), size=tuple(rng.integers(1, 30, 2)), seed=trial)
+        picture_pairs(Path("set"), count=int(rng.integers(1, 4)), size=tuple(rng.integers(9, 40, 2)), seed=trial)
         for _ in range(int(rng.integers(0, 3))):
             spoil(rng, Path("set"))
         words = [str(word) for choices in OPTIONS for word in choices[int(rng.integers(len(choices)))]]
         if task == "compressive_sensing":
             words = [word for word in words if word in ("--bf16", "--save_images")]
-        dataset = rng.choice(["set", "set/input", "set/input/img1.png", "nowhere", "set/../set", "SIDD", "Set11"])
+        dataset = rng.choice(
+            ["set", "set", "set/input", "set/input", "set/input/img1.png", "set/../set", "nowhere", "SIDD"]
+        )
         done = test("--dataset", dataset, *words, task=task)
         told = done.err.strip().splitlines()
         where = f"trial {trial}: {task} {dataset} {words}\n{done.out}\n{done.err}"
@@ -573,13 +575,13 @@ def test_random_faults_of_inputs_end_in_one_line(test, picture_pairs, fuzz, tmp_
             assert "nan" not in row["psnr"], where
         again = test("--dataset", dataset, *words, task=task)
         assert again.status == done.status, where
-    print(outcomes)
+    print(f"{sum(outcomes.values())} trials, exit status: {outcomes}")
     assert min(outcomes.values()) > 0
 
 
 OPTIONS = [
-    [[], [], ["--tile", "16"], ["--tile", "whole"], ["--tile", "23", "--tile_overlap", "11"], ["--tile", "7"],
-     ["--tile", "-3"], ["--tile_overlap", "-1"], ["--tile_overlap", "1000000"], ["--tile", "x"]],
+    [[], [], [], ["--tile", "16"], ["--tile", "whole"], ["--tile", "23", "--tile_overlap", "11"],
+     ["--tile_overlap", "1000000"], ["--tile", "7"], ["--tile_overlap", "-1"], ["--tile", "x"]],
     [[], [], ["--bf16"], ["--self_ensemble"], ["--no-self_ensemble"]],
     [[], ["--save_images"]],
 ]  # fmt: skip
