@@ -476,10 +476,12 @@ class TestRun:
         unlike = [level for level in self.noise if not 2 / 3 * low <= level <= 4 / 3 * high]
         if unlike:
             trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            weakest, strongest = f"{min(unlike):.0f}", f"{max(unlike):.0f}"
+            found = weakest if weakest == strongest else f"{weakest} to {strongest}"
             print(
-                f"note: {len(unlike)} of {len(self.noise)} in {self.label(dataset)} have noise of another strength (by "
-                f"estimate sigma {min(unlike):.0f} to {max(unlike):.0f}) than these weights were trained for (sigma "
-                f"{trained}): where it is weaker they blur the picture, where it is stronger they leave noise"
+                f"note: {len(unlike)} of {len(self.noise)} in {self.label(dataset)}: noise of about sigma {found}, but "
+                f"these weights were trained for sigma {trained}: they blur where it is weaker, and leave some where it "
+                "is stronger"
             )
 
     def _report(self):
@@ -511,8 +513,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).add(1).item()
     except Exception as error:  # each kind of device that is not there fails in its own way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot use --device {name}: {reason}; auto takes what there is") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
+        raise UserError(
+            f"cannot use --device {name}, which is not here ({reason}); auto takes what there is"
+        ) from error
     return device
 
 

@@ -16,7 +16,8 @@ python=.venv/bin/python
 results=results/reproduce
 noisy=Datasets/reproduce/gaussian25
 
-$python scripts/make_demo_data.py --task denoising --noise gaussian --sigma 25 --test_source "$(folder "$data" CBSD68)" --out $noisy
+$python scripts/make_demo_data.py --task denoising --noise gaussian --sigma 25 \
+    --test_source "$(folder "$data" CBSD68)" --out $noisy
 for weights in CompressiveSensing/pretrained_models/*/weights.pth; do
     $python CompressiveSensing/test.py --weights "$weights" --data_root "$data" --results $results
 done
