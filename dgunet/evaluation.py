@@ -480,8 +480,8 @@ class TestRun:
             found = weakest if weakest == strongest else f"{weakest} to {strongest}"
             print(
                 f"note: {len(unlike)} of {len(self.noise)} in {self.label(dataset)}: noise of about sigma {found}, but "
-                f"these weights were trained for sigma {trained}: they blur where it is weaker, and leave some where it "
-                "is stronger"
+                f"these weights were trained for sigma {trained}: they blur where it is weaker, and leave some where "
+                "it is stronger"
             )
 
     def _report(self):
