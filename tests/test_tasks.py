@@ -105,9 +105,11 @@ def test_demo_data_training_and_test(tmp_path, task):
         assert float(row["psnr"]) > float(row["input_psnr"])
     # exported in half precision, it scores the same
     export = [sys.executable, ROOT / "scripts/export_weights.py", tmp_path / "runs/quickstart", "--about", "a test"]
+    export += ["--noise_sigma", "5", "50"]
     out = tmp_path / "exported"
     subprocess.run([*export, "--out", out], check=True, capture_output=True)
     run(task, "test.py", "--weights", out / "weights.pth", "--dataset", test, "--device", "cpu", cwd=tmp_path)
+    assert read_checkpoint(out / "weights.pth")["noise_sigma"] == [5, 50]
     exported = rows(tmp_path, task)[-1]
     assert exported["weights"] != row["weights"] and float(exported["psnr"]) == pytest.approx(
         float(row["psnr"]), abs=0.01
