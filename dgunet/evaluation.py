@@ -35,6 +35,7 @@ from dgunet.metrics import AlignmentError, evaluate_pair
 
 # Protocols that score the unrounded output; the others score pictures as they are written to disk.
 UNROUNDED = ("sidd_unit_range", "cs_y", "train_rgb")
+TEXT = dict(newline="", encoding="utf-8", errors="surrogateescape")  # of a table: names need not be UTF-8
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -74,9 +75,6 @@ class Result:
         """The data set's name in tables; the mean of a part of it is not taken for the whole's."""
         part = f" (incomplete: {self.images} of {self.images + self.missing})" if self.missing else ""
         return self.dataset + part
-
-
-_ANY_TEXT = dict(encoding="utf-8", errors="surrogateescape")  # whatever bytes a file's name is made of
 
 
 class ScoreSheet:
@@ -174,11 +172,11 @@ class ScoreSheet:
         row = (*row, self.files[row[0]])
         with self.lock:
             self.rows[row[0]] = row
-            with open(self.path, "a", newline="", **_ANY_TEXT) as file:
+            with open(self.path, "a", **TEXT) as file:
                 csv.writer(file).writerow(row)
 
     def _read(self):
-        with contextlib.suppress(FileNotFoundError, csv.Error), open(self.path, newline="", **_ANY_TEXT) as file:
+        with contextlib.suppress(FileNotFoundError, csv.Error), open(self.path, **TEXT) as file:
             for row in csv.DictReader(file):
                 name = row.get("name")
                 if name not in self.files or row.get("files") != self.files[name]:
@@ -189,7 +187,7 @@ class ScoreSheet:
 
     def _write(self):
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with open(temporary, "w", newline="", **_ANY_TEXT) as file:
+        with open(temporary, "w", **TEXT) as file:
             writer = csv.writer(file)
             writer.writerow(self.COLUMNS)
             writer.writerows(self.rows.values())
@@ -616,5 +614,5 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
                 "date,weights,model,dataset,protocol,images,psnr,ssim,input_psnr,input_ssim,seconds_per_image,"
                 "settings,command\r\n"
             )
-        with open(path, "a", newline="", **_ANY_TEXT) as file:
+        with open(path, "a", **TEXT) as file:
             file.write(start + text.getvalue())

@@ -29,7 +29,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def fuzz(request) -> int:
-    """How many times as many random faults as usual to try."""
+    """How many times as many random faults as usual to try (``--fuzz N``)."""
     return request.config.getoption("--fuzz")
 
 
