@@ -241,7 +241,9 @@ class TestRun:
             self.model = load_model(weights, task=task, device=pick_device(self.args.device), content=content)
             self.name = self.model.name or "DGUNet"
             self.digest = _digest(self.model)
-            self.noise_sigma = content.get("noise_sigma")  # lowest, highest
+            match content.get("noise_sigma"):
+                case [int() | float() as low, int() | float() as high]:  # anything else is not an entry of ours
+                    self.noise_sigma = (low, high)
             self.folder = self.args.results / task / f"{weights.absolute().parent.name}_{weights.stem}"
             count = sum(p.numel() for p in self.model.parameters())
             print(f"{self.name}, {count:,} parameters, from {weights}")
@@ -259,7 +261,12 @@ class TestRun:
         add = parser.add_argument
         names = ", ".join(self.test_sets)
         add("--weights", help="checkpoint, yours or the original authors' (default: pretrained_models/, if there)")
-        add("--dataset", nargs="+", default=list(self.test_sets), help=f"{names}, or folders (default: all of these)")
+        add(
+            "--dataset",
+            nargs="+",
+            default=list(self.test_sets),
+            help=f"{names}; folders or pictures (default: all of these)",
+        )
         add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
         add("--results", type=Path, default=Path("results"), help="where everything is written (default: results)")
         add("--score_only", type=Path, metavar="FOLDER", help="score the pictures in FOLDER/DATASET, restore nothing")

@@ -507,9 +507,10 @@ def test_noise_that_the_weights_are_not_for_is_told(test, sigma):
     else:
         (line,) = told
         assert line.startswith("note: 2 of 2 in") and "trained for sigma 25:" in line
-    # blind weights, and weights that say nothing
+    # blind weights, weights that say nothing, and weights that say something else
     save_checkpoint(tiny_weights("denoising") | {"noise_sigma": [0.0, 55.0]}, "blind.pth")
-    for weights in ("blind.pth", "tiny.pth"):
+    save_checkpoint(tiny_weights("denoising") | {"noise_sigma": ["a", None, 3]}, "odd.pth")
+    for weights in ("blind.pth", "tiny.pth", "odd.pth"):
         assert "noise of about sigma" not in test("--dataset", "set", weights=weights).out
 
 
