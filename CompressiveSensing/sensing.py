@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from dgunet import DGUNet
 from dgunet.data import to_tensor
+from dgunet.inference import estimate
 from dgunet.transforms import unit_range
 
 
@@ -17,18 +18,21 @@ def pad_to_blocks(luma: np.ndarray, block: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def reconstruct_whole(model: DGUNet, luma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Measure a whole picture and reconstruct it at once: x_K and x_0 = A_adjoint(y), (H, W) float32, not clipped."""
+def reconstruct_whole(model: DGUNet, luma: np.ndarray, bf16: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Measure a whole picture and reconstruct it at once: x_K and x_0 = A_adjoint(y), (H, W) float32, not clipped.
+
+    ``bf16`` as for `restore`.
+    """
     height, width = luma.shape
     operator = model.degradation
     y = operator.A(pad_to_blocks(luma, operator.block).to(operator.matrix.device))
-    results = model(y)[0], operator.A_adjoint(y)
+    results = estimate(model, y, bf16), operator.A_adjoint(y)
     return tuple(x[0, 0, :height, :width].float().cpu().numpy() for x in results)
 
 
 @torch.inference_mode()
 def reconstruct_tiles(
-    model: DGUNet, luma: np.ndarray, tile: int = 128, batch: int = 16
+    model: DGUNet, luma: np.ndarray, bf16: bool = False, tile: int = 128, batch: int = 16
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same in tiles that know nothing of each other, as the original tests.
 
@@ -43,7 +47,7 @@ def reconstruct_tiles(
     finals, initials = [], []
     for part in tiles.to(operator.matrix.device).split(batch):
         y = operator.A(part)
-        finals.append(model(y)[0].float().cpu())
+        finals.append(estimate(model, y, bf16).cpu())
         initials.append(operator.A_adjoint(y).cpu())
 
     def stitch(parts: list[torch.Tensor]) -> np.ndarray:

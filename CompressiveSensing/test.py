@@ -16,13 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from dataset import read_luma
 from sensing import reconstruct_tiles, reconstruct_whole
 
-from dgunet.data import Pair, list_images, write_image
+from dgunet.data import Pair, write_image
 from dgunet.errors import UserError, run_cli
-from dgunet.evaluation import ScoreSheet, TestRun, TestSet, to_uint8
+from dgunet.evaluation import ScoreSheet, TestRun, TestSet, pictures, to_uint8
 
 RATIOS = (1, 4, 10, 25, 50)  # percent
 
@@ -57,10 +56,9 @@ class SensingRun(TestRun):
 
     def add_arguments(self, add: Callable):
         add("--whole", action="store_true", help="reconstruct whole pictures, not tiles of 128x128")
-        add("--bf16", action="store_true", help="bfloat16 autocast: faster, some thousandths of a dB off")
 
-    def settings(self, dataset: str) -> dict:
-        return dict(whole=self.args.whole, bf16=self.args.bf16)
+    def options(self, dataset: str) -> dict:
+        return dict(whole=self.args.whole)
 
     def paper_key(self) -> str:
         if self.model is None:
@@ -71,20 +69,17 @@ class SensingRun(TestRun):
         return f"{self.name} {percent}%" if abs(percent / 100 - ratio) < 0.001 else ""
 
     def items(self, dataset: str) -> list[Pair]:
-        known = self.test_sets.get(dataset)
-        folder = self.args.data_root / known.folder if known else Path(dataset)
-        return [Pair(path.stem, path, path) for path in list_images(folder)]
+        return [Pair(name, path, path) for name, path in pictures(self.find(dataset)).items()]
 
     def test_one(self, dataset: str, item: Pair, sheet: ScoreSheet, out: Path):
         luma = read_luma(item.target)
         if self.model is None:
-            restored = initial = read_luma(self.restored_elsewhere(dataset, item.name))
+            restored = initial = read_luma(self.restored_picture(dataset, item.name))
             if restored.shape != luma.shape:
                 raise UserError(f"{item.name} in {self.args.score_only} has another size than its target")
         else:
             reconstruct = reconstruct_whole if self.args.whole else reconstruct_tiles
-            with torch.autocast(self.model.degradation.matrix.device.type, torch.bfloat16, enabled=self.args.bf16):
-                restored, initial = reconstruct(self.model, luma)
+            restored, initial = reconstruct(self.model, luma, self.args.bf16)
             if self.writes(item, sheet):
                 write_image(out / f"{item.name}.png", to_uint8(restored))
         sheet.add(item.name, restored, luma, initial)

@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from dataset import read_dnd, read_sidd
+from natsort import natsorted
 from tqdm import tqdm
 
 from dgunet.data import write_image
 from dgunet.errors import UserError, optional, run_cli
-from dgunet.evaluation import ScoreSheet, TestRun, TestSet, to_uint8
+from dgunet.evaluation import ScoreSheet, TestRun, TestSet, find_folder, to_uint8
 
 TEST_SETS = {
     "SIDD": TestSet(
@@ -30,41 +31,51 @@ TEST_SETS = {
         "sidd_unit_range",
         {"denoising_dgunet": (39.88, 0.959), "denoising_dgunet_plus": (39.91, 0.960)},
     ),
-    "DND": TestSet("DND/test", "none"),  # scored by its server; the paper has 40.04/0.956, DGUNet+ 40.12/0.957
+    # scored by its server; the paper has 40.04/0.956, DGUNet+ 40.12/0.957, with the self-ensemble as for SIDD
+    "DND": TestSet("DND/test", "none"),
 }
 
 
 def main():
     shipped = Path(__file__).parent / "pretrained_models/gaussian25/weights.pth"
-    run = TestRun("denoising", __doc__, TEST_SETS, protocol="sidd_unit_range", ensembled=("SIDD",), shipped=shipped)
+    run = TestRun(
+        "denoising", __doc__, TEST_SETS, protocol="sidd_unit_range", ensembled=tuple(TEST_SETS), shipped=shipped
+    )
     run.run({"SIDD": test_sidd, "DND": test_dnd})
 
 
 def test_sidd(run: TestRun, out: Path) -> ScoreSheet:
     """Score the validation blocks and write the restored ones as the benchmark's ``Idenoised.mat`` (single)."""
     require_model(run, "SIDD")
-    folder = run.args.data_root / "SIDD" / "test"
+    folder = find_folder(run.args.data_root, TEST_SETS["SIDD"].folder)
     noisy, clean = read_sidd(folder)
-    sheet = run.sheet("SIDD", out, "sidd_unit_range", sorted(folder.glob("*.mat")))
+    blocks = [[f"{i + 1:04d}_{j + 1:02d}" for j in range(noisy.shape[1])] for i in range(len(noisy))]
+    sources = tuple(sorted(folder.glob("*.mat")))
+    sheet = run.sheet("SIDD", out, "sidd_unit_range", {name: sources for names in blocks for name in names})
     parts = out / "parts"  # restored blocks of each picture, so that an interrupted test need not do them again
     parts.mkdir(exist_ok=True)
-    for i in tqdm(range(len(noisy)), desc="SIDD", unit="picture", disable=None):
-        names = [f"{i + 1:04d}_{j + 1:02d}" for j in range(noisy.shape[1])]
+    for i, names in enumerate(tqdm(blocks, desc="SIDD", unit="picture", disable=None)):
         part = parts / f"{i + 1:04d}.npy"
         pictures = [out / f"{name}.png" for name in names] if run.args.save_images else []
         if part.exists() and all(map(sheet.done, names)) and all(path.exists() for path in pictures):
             continue
-        restored = np.empty(noisy.shape[1:], dtype=np.float32)
-        for j in range(0, len(names), 8):  # blocks at a time
-            blocks = noisy[i, j : j + 8].astype(np.float32) / np.float32(255)
-            restored[j : j + 8] = run.restore("SIDD", blocks)
-            for k, block in enumerate(blocks, start=j):
-                sheet.add(names[k], restored[k], clean[i, k], block)
-                if run.args.save_images:
-                    write_image(out / f"{names[k]}.png", to_uint8(restored[k]))
-        np.save(part.with_name("unfinished.npy"), restored)
-        os.replace(part.with_name("unfinished.npy"), part)
-    restored = np.stack([np.load(parts / f"{i + 1:04d}.npy") for i in range(len(noisy))])
+        with run.attempt(f"SIDD's picture {i + 1:04d}"):
+            part.unlink(missing_ok=True)
+            restored = np.empty(noisy.shape[1:], dtype=np.float32)
+            for j in range(0, len(names), 8):  # blocks at a time
+                degraded = noisy[i, j : j + 8].astype(np.float32) / np.float32(255)
+                restored[j : j + 8] = run.restore("SIDD", degraded)
+                for k, block in enumerate(degraded, start=j):
+                    sheet.add(names[k], restored[k], clean[i, k], block)
+                    if run.args.save_images:
+                        write_image(out / f"{names[k]}.png", to_uint8(restored[k]))
+            np.save(part.with_name("unfinished.npy"), restored)
+            os.replace(part.with_name("unfinished.npy"), part)
+    written = [parts / f"{i + 1:04d}.npy" for i in range(len(noisy))]
+    if not all(path.exists() for path in written):
+        (out / "Idenoised.mat").unlink(missing_ok=True)
+        return sheet
+    restored = np.stack([np.load(path) for path in written])
     optional("scipy.io").savemat(out / "Idenoised.mat", {"Idenoised": restored})
     print(f"wrote {out / 'Idenoised.mat'}")
     return sheet
@@ -73,20 +84,22 @@ def test_sidd(run: TestRun, out: Path) -> ScoreSheet:
 def test_dnd(run: TestRun, out: Path) -> ScoreSheet:
     """Write the benchmark's submission: for each picture a .mat file with its 20 restored crops (1-based boxes)."""
     require_model(run, "DND")
-    source = run.args.data_root / "DND" / "test"
-    sheet = run.sheet("DND", out, "none", sorted(source.glob("**/*.mat")))
+    source = find_folder(run.args.data_root, TEST_SETS["DND"].folder)
+    sources = {path.name: (source / "info.mat", path) for path in natsorted(source.glob("images_srgb/*.mat"))}
+    sheet = run.sheet("DND", out, "none", sources)
     folder = out / "matfiles"
     folder.mkdir(exist_ok=True)
     for name, picture, boxes in tqdm(read_dnd(source), desc="DND", disable=None):
         if sheet.done(name) and (folder / name).exists() and not run.args.save_images:
             continue
-        crops = np.empty((1, len(boxes)), dtype=object)
-        for k, (top, left, bottom, right) in enumerate(boxes):
-            crops[0, k] = run.restore("DND", picture[top - 1 : bottom, left - 1 : right])
-            if run.args.save_images:
-                write_image(out / f"{Path(name).stem}_{k + 1:02d}.png", to_uint8(crops[0, k]))
-        optional("scipy.io").savemat(folder / name, {"Idenoised": crops, "israw": False, "eval_version": "1.0"})
-        sheet.tick(name)
+        with run.attempt(f"DND's picture {name}"):
+            crops = np.empty((1, len(boxes)), dtype=object)
+            for k, (top, left, bottom, right) in enumerate(boxes):
+                crops[0, k] = run.restore("DND", picture[top - 1 : bottom, left - 1 : right])
+                if run.args.save_images:
+                    write_image(out / f"{Path(name).stem}_{k + 1:02d}.png", to_uint8(crops[0, k]))
+            optional("scipy.io").savemat(folder / name, {"Idenoised": crops, "israw": False, "eval_version": "1.0"})
+            sheet.tick(name)
     print(f"wrote {folder}; its scores come from the benchmark's server, https://noise.visinf.tu-darmstadt.de")
     return sheet
 

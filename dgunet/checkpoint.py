@@ -5,6 +5,11 @@ A checkpoint of ours is a dict with at least
     state_dict   the weights to use (the averaged ones where EMA was on)
     model        {"name": ..., "arguments": {...}}: what `DGUNet` needs to be built again
 
+may have, where it is shared (scripts/export_weights.py),
+
+    about        how the weights came about
+    noise_sigma  (lowest, highest) standard deviation of the Gaussian noise that they are for, in 8-bit levels
+
 and, for resuming, the training state that `engine.Trainer` adds. Every file is loaded with ``weights_only=True``: a
 checkpoint never runs code.
 """
@@ -122,7 +127,9 @@ def describe_model(model: DGUNet) -> dict:
     return description
 
 
-def load_model(path: str | Path, task: str | None = None, device="cpu", degradation=None) -> DGUNet:
+def load_model(
+    path: str | Path, task: str | None = None, device="cpu", degradation=None, content: dict | None = None
+) -> DGUNet:
     """Build the network that a checkpoint was made by and load its weights.
 
     The file may be one of ours or in the original authors' layout, a training checkpoint or a bare state dict, with
@@ -135,6 +142,7 @@ def load_model(path: str | Path, task: str | None = None, device="cpu", degradat
             denoising's DGUNet are the same network, so weights in the original layout pass for both.
         device: where to put the model.
         degradation: the known degradation of a network that was built with one of your own.
+        content: what `read_checkpoint` gave for ``path``, where it has been read already.
 
     Returns:
         The model in evaluation mode.
@@ -143,7 +151,7 @@ def load_model(path: str | Path, task: str | None = None, device="cpu", degradat
         UserError: not a checkpoint, not a DGUNet, missing or unknown weights (all are listed), weights that are no
             finite numbers, another task.
     """
-    content = read_checkpoint(path)
+    content = read_checkpoint(path) if content is None else content
     description = _description(content, path)
     state_dict = weights_of(content, path)
     arguments = _infer_arguments(state_dict, path) | description.get("arguments", {})

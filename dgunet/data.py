@@ -272,6 +272,20 @@ def list_images(folder: str | Path) -> list[Path]:
     return natsorted(paths, key=lambda p: p.name)
 
 
+def images_by_name(folder: str | Path) -> dict[str, Path]:
+    """The pictures directly inside a folder by their names without ending, naturally sorted.
+
+    Raises:
+        UserError: as `list_images`; two pictures of one name.
+    """
+    by_name: dict[str, Path] = {}
+    for path in list_images(folder):
+        if path.stem in by_name:
+            raise UserError(f"{by_name[path.stem]} and {path.name} have the same name; keep one of the two")
+        by_name[path.stem] = path
+    return by_name
+
+
 def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
     """Pairs of ``root/input`` and ``root/target``, matched by file name (without its ending).
 
@@ -285,18 +299,12 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
     """
     root = Path(root)
     packed = root.is_file()
-    sides = []
-    for side in ("input", "target"):
-        if packed:
-            sides.append({name: Packed(root, f"{side}/{name}") for name in list_packed(root, side)})
-            continue
-        by_name: dict[str, Path] = {}
-        for path in list_images(root / side):
-            if path.stem in by_name:
-                raise UserError(f"{by_name[path.stem]} and {path.name} have the same name; keep one of the two")
-            by_name[path.stem] = path
-        sides.append(by_name)
-    inputs, targets = sides
+    inputs, targets = (
+        {name: Packed(root, f"{side}/{name}") for name in list_packed(root, side)}
+        if packed
+        else images_by_name(root / side)
+        for side in ("input", "target")
+    )
     for have, lack, other in ((inputs, targets, "target"), (targets, inputs, "input")):
         alone = [path for name, path in have.items() if name not in lack]
         if alone:

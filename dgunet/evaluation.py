@@ -1,13 +1,15 @@
 """What the test scripts share: going through test sets, scoring in the background, and telling the outcome.
 
 A test that is interrupted and started again goes on where it was: the scores of a data set are written as they arrive,
-next to a note of the weights and settings that they belong to.
+each with a fingerprint of its picture's files, next to a note of the weights and settings that they belong to.
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import hashlib
+import io
 import json
 import os
 import statistics
@@ -21,12 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from natsort import natsorted
 
 from dgunet.checkpoint import load_model, read_checkpoint
-from dgunet.data import Pair, find_pairs, list_images, read_image, write_image
+from dgunet.data import IMAGE_SUFFIXES, Pair, find_pairs, images_by_name, read_image, write_image
+from dgunet.distributed import sole_writer
 from dgunet.errors import UserError, optional
-from dgunet.inference import restore, use_huge_pages
+from dgunet.inference import check_tiles, restore, use_huge_pages
 from dgunet.metrics import AlignmentError, evaluate_pair
 
 tqdm = optional("tqdm").tqdm
@@ -66,6 +70,13 @@ class Result:
     paper: tuple[float, float] | None = None  # PSNR, SSIM
     seconds_per_image: float = float("nan")  # restoring and scoring, of the pictures of this call
     settings: dict = field(default_factory=dict)
+    missing: int = 0  # pictures of the data set that could not be tested
+
+    @property
+    def label(self) -> str:
+        """The data set's name in tables; the mean of a part of it is not taken for the whole's."""
+        part = f" (incomplete: {self.images} of {self.images + self.missing})" if self.missing else ""
+        return self.dataset + part
 
 
 class ScoreSheet:
@@ -74,19 +85,28 @@ class ScoreSheet:
     Args:
         folder: where the sheet and the note of its settings lie.
         protocol: see `metrics.evaluate_pair`.
-        settings: what the scores depend on. A sheet that was begun with the same settings is continued, and `done`
-            knows its pictures; another one is begun anew.
+        settings: what all of the scores depend on. A sheet that was begun with the same settings is continued, and
+            `done` knows its pictures; another one is begun anew.
+        files: the pictures that the data set consists of, by name, each with a fingerprint of its files. A picture
+            whose fingerprint has changed is not `done`.
         threads: how many; None for one per core.
+
+    Raises:
+        UserError: another process has a sheet open in this folder. It is free again after `finish`, or once that
+            process has ended, however it did.
     """
 
-    COLUMNS = ("name", "psnr", "ssim", "input_psnr", "input_ssim", "note")
+    COLUMNS = ("name", "psnr", "ssim", "input_psnr", "input_ssim", "note", "files")
 
-    def __init__(self, folder: Path, protocol: str, settings: dict, threads: int | None = None):
+    def __init__(self, folder: Path, protocol: str, settings: dict, files: dict[str, str], threads: int | None = None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.protocol = folder / "scores.csv", protocol
+        self.folder_lock = contextlib.ExitStack()
+        advice = "wait for its end, or give --results another folder"
+        self.folder_lock.enter_context(sole_writer(folder.absolute(), "test", advice))
+        self.path, self.protocol, self.files = folder / "scores.csv", protocol, files
         self.rows: dict[str, tuple] = {}
         note, settings = folder / "settings.json", json.dumps(settings | {"protocol": protocol}, sort_keys=True)
-        if note.exists() and note.read_text() == settings:
+        if note.exists() and note.read_bytes() == settings.encode():
             self._read()
         note.write_text(settings)
         self._write()
@@ -123,10 +143,12 @@ class ScoreSheet:
         self.pool.shutdown()
         self.rows = {name: self.rows[name] for name in natsorted(self.rows)}
         self._write()
+        self.folder_lock.close()
         scored = [row[1:5] for row in self.rows.values() if row[1] is not None]
         if not scored:
             return None
-        return Result(dataset, self.protocol, len(scored), *(statistics.fmean(column) for column in zip(*scored)))  # noqa: B905
+        means = (statistics.fmean(column) for column in zip(*scored, strict=True))
+        return Result(dataset, self.protocol, len(scored), *means, missing=len(self.files) - len(self.rows))
 
     def notes(self) -> list[str]:
         return [f"{name}: {row[5]}" for name, row in self.rows.items() if row[5]]
@@ -145,20 +167,21 @@ class ScoreSheet:
         self._append((name, *scores, *before, note))
 
     def _append(self, row: tuple):
+        row = (*row, self.files[row[0]])
         with self.lock:
             self.rows[row[0]] = row
             with open(self.path, "a", **TEXT) as file:
                 csv.writer(file).writerow(row)
 
     def _read(self):
-        with open(self.path, **TEXT) as file:
+        with contextlib.suppress(FileNotFoundError, csv.Error), open(self.path, **TEXT) as file:
             for row in csv.DictReader(file):
-                try:
+                name = row.get("name")
+                if name not in self.files or row.get("files") != self.files[name]:
+                    continue  # of another picture, or the line under way when the test was killed
+                with contextlib.suppress(TypeError, ValueError):  # a damaged line
                     scores = [float(row[key]) if row[key] else None for key in self.COLUMNS[1:5]]
-                except (TypeError, ValueError):
-                    continue  # the line under way when the test was killed
-                if row["note"] is not None:
-                    self.rows[row["name"]] = (row["name"], *scores, row["note"])
+                    self.rows[name] = (name, *scores, row["note"], row["files"])
 
     def _write(self):
         temporary = self.path.with_name(f".{self.path.name}.tmp")
@@ -200,7 +223,8 @@ class TestRun:
         use_huge_pages()
         self.results: list[Result] = []
         self.failures: list[str] = []
-        self.model, self.name = None, "score_only"
+        self.noise: list[float] = []  # of a data set's pictures, where the weights say what noise they are for
+        self.model, self.name, self.noise_sigma = None, "score_only", None
         torch.backends.cudnn.allow_tf32 = False  # digits before speed; for speed there is --bf16
         if self.args.score_only is None:
             self.source = self.args.weights or shipped
@@ -209,14 +233,20 @@ class TestRun:
                     "give --weights MODEL.pth, or --score_only FOLDER for pictures that are already restored"
                 )
             weights = Path(self.source)
+            content = read_checkpoint(weights)  # once: the file may be another one a moment later
             if not self.args.weights:
-                print(f"no --weights given: this repository's own ({read_checkpoint(weights)['about']})")
-            self.model = load_model(weights, task=task, device=pick_device(self.args.device))
+                print(f"no --weights given: this repository's own ({content['about']})")
+            self.model = load_model(weights, task=task, device=pick_device(self.args.device), content=content)
             self.name = self.model.name or "DGUNet"
-            self.digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+            self.digest = _digest(self.model)
+            match content.get("noise_sigma"):
+                case [int() | float() as low, int() | float() as high]:  # anything else is not an entry of ours
+                    self.noise_sigma = (low, high)
             self.folder = self.args.results / task / f"{weights.absolute().parent.name}_{weights.stem}"
             count = sum(p.numel() for p in self.model.parameters())
             print(f"{self.name}, {count:,} parameters, from {weights}")
+            if self.args.compile:
+                self.model.compile()  # once for the first size, and once more for all other sizes
         else:
             self.source = self.args.score_only
             if not self.source.is_dir():
@@ -229,17 +259,32 @@ class TestRun:
         add = parser.add_argument
         names = ", ".join(self.test_sets)
         add("--weights", help="checkpoint, yours or the original authors' (default: pretrained_models/, if there)")
-        add("--dataset", nargs="+", default=list(self.test_sets), help=f"{names}, or folders (default: all of these)")
+        add(
+            "--dataset",
+            nargs="+",
+            default=list(self.test_sets),
+            help=f"{names}; folders or pictures (default: all of these)",
+        )
         add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
         add("--results", type=Path, default=Path("results"), help="where everything is written (default: results)")
         add("--score_only", type=Path, metavar="FOLDER", help="score the pictures in FOLDER/DATASET, restore nothing")
         add("--save_images", action="store_true", help="write restored pictures also where the scores do not need it")
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+        add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
+        add("--bf16", action="store_true", help="bfloat16 autocast: faster, some thousandths of a dB off")
+        add("--compile", action="store_true", help="torch.compile: faster after a minute or more of compiling")
         self.add_arguments(add)
-        return parser.parse_args()
+        args = parser.parse_args()
+        known = {name.lower(): name for name in self.test_sets}
+        names = [d if Path(d).exists() else known.get(d.lower(), d) for d in args.dataset]
+        args.dataset = list(dict.fromkeys(names))
+        labels = [self.label(dataset) for dataset in args.dataset]
+        for dataset, label in zip(args.dataset, labels, strict=True):
+            if labels.count(label) > 1:
+                raise UserError(f"{dataset} and another --dataset would both be written to {label}; test one at a time")
+        return args
 
     def add_arguments(self, add: Callable):
-        """Options of how to restore; a task with others changes these three methods."""
+        """Options of how to restore; a task with others changes this method and `options`."""
         add(
             "--self_ensemble",
             action=argparse.BooleanOptionalAction,
@@ -247,33 +292,81 @@ class TestRun:
         )
         add("--tile", type=_tile_side, default="auto", help="tile side in pixels, whole, or auto (default)")
         add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter of the tile, at most 64)")
-        add("--bf16", action="store_true", help="bfloat16 autocast: faster, some thousandths of a dB off")
 
-    def settings(self, dataset: str) -> dict:
-        """Options of `restore` for a data set; scores computed with others are not continued."""
+    def options(self, dataset: str) -> dict:
+        """Those options for a data set, as `restore` takes them."""
         chosen = self.args.self_ensemble
         ensemble = dataset in self.ensembled if chosen is None else chosen
-        args = self.args
-        return dict(self_ensemble=ensemble, tile=args.tile, tile_overlap=args.tile_overlap, bf16=args.bf16)
+        check_tiles(self.args.tile, self.args.tile_overlap)
+        return dict(self_ensemble=ensemble, tile=self.args.tile, tile_overlap=self.args.tile_overlap)
+
+    def settings(self, dataset: str) -> dict:
+        """All options that change a data set's results; scores computed with others are not continued."""
+        return self.options(dataset) | dict(bf16=self.args.bf16, compile=self.args.compile)
 
     def paper_key(self) -> str:
         """Under which name the paper's values for this network stand in the test sets."""
         return self.name
 
-    def restore(self, dataset: str, images):
-        return restore(self.model, images, **self.settings(dataset))
+    def restore(self, dataset: str, images: np.ndarray) -> np.ndarray:
+        """Restore a picture or a batch of them, floats in [0, 1]."""
+        if self.noise_sigma is not None and np.isfinite(level := noise_level(images)):
+            self.noise.append(255 * level)
+        return restore(self.model, images, bf16=self.args.bf16, **self.options(dataset))
 
     def label(self, dataset: str) -> str:
         """Name of a data set in tables and of its folder; of the user's own folders, so many are called ``test``."""
-        return dataset if dataset in self.test_sets else "_".join(Path(dataset).absolute().parts[-2:])
+        if dataset in self.test_sets:
+            return dataset
+        path = Path(os.path.abspath(dataset))
+        if path.is_file():
+            path = path.with_suffix("")
+        return "_".join(path.parts[1:][-2:]) or "root"  # relative, wherever the folder is
 
-    def sheet(self, dataset: str, folder: Path, protocol: str, files: list[Path]) -> ScoreSheet:
-        """The data set's scores so far: those of the same weights, settings and ``files``, as they are now."""
-        if self.model is None:
-            return ScoreSheet(folder, protocol, {"scored": time.time()})  # never continued: pictures may have changed
-        stamps = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
-        data = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
-        return ScoreSheet(folder, protocol, self.settings(dataset) | {"weights": self.digest, "data": data})
+    def find(self, dataset: str) -> Path:
+        """The folder of a published test set under --data_root, or what else --dataset names."""
+        if dataset in self.test_sets:
+            folder = find_folder(self.args.data_root, self.test_sets[dataset].folder)
+            if not folder.exists():
+                raise UserError(
+                    f"no folder {folder.absolute()}; --data_root names the folder that holds "
+                    f"{self.test_sets[dataset].folder}, see the task's README for the data layout"
+                )
+            return folder
+        if not Path(dataset).exists():
+            raise UserError(
+                f"no folder or picture {Path(dataset).absolute()}; check the path, or name a test set: "
+                f"{', '.join(self.test_sets)}"
+            )
+        return Path(dataset)
+
+    def sheet(self, dataset: str, folder: Path, protocol: str, files: dict[str, tuple[Path, ...]]) -> ScoreSheet:
+        """The data set's scores so far: those of the same weights, settings and files, as they are now.
+
+        ``files`` are each picture's, by the picture's name.
+        """
+        stamps = {name: _stamp(paths) for name, paths in files.items()}
+        if self.model is None:  # never continued: the restored pictures may have changed
+            return ScoreSheet(folder, protocol, {"scored": time.time()}, stamps)
+        return ScoreSheet(folder, protocol, self.settings(dataset) | {"weights": self.digest}, stamps)
+
+    @contextlib.contextmanager
+    def attempt(self, name):
+        """Around the work on a picture: where that cannot be done, it is noted as a failure, and the test goes on."""
+        try:
+            yield
+        except UserError as error:
+            self.failures.append(str(error) if str(name) in str(error) else f"{name}: {error}")
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.failures.append(f"{name}: out of GPU memory; restore it in tiles, --tile 512")
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # of every picture
+                reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
+                raise UserError(f"--compile does not work here ({reason}); test without it") from error
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            self.failures.append(f"{name}: out of memory; restore it in tiles, --tile 512")
 
     def run(self, special: dict[str, Callable] | None = None) -> None:
         """Test every data set asked for; ``special`` handles those that are not folders of pairs.
@@ -283,6 +376,7 @@ class TestRun:
         """
         for dataset in self.args.dataset:
             started = time.monotonic()
+            self.noise.clear()
             try:
                 if special and dataset in special:
                     sheet = special[dataset](self, self.folder / dataset)
@@ -298,44 +392,40 @@ class TestRun:
             notes = sheet.notes()
             if notes:
                 print(f"note: {len(notes)} of {len(sheet.rows)} in {self.label(dataset)}:", *notes, sep="\n  ")
+            self._tell_of_noise(dataset)
             if result is not None:
                 fresh = len(sheet.jobs)
                 result.seconds_per_image = (time.monotonic() - started) / fresh if fresh else float("nan")
-                result.paper = (
-                    self.test_sets[dataset].paper.get(self.paper_key()) if dataset in self.test_sets else None
-                )
+                if dataset in self.test_sets and not result.missing:
+                    result.paper = self.test_sets[dataset].paper.get(self.paper_key())
                 result.settings = self.settings(dataset) if self.model is not None else {}
                 self.results.append(result)
         self._report()
 
     def items(self, dataset: str) -> list[Pair]:
         """What a data set consists of: pairs in ``input/`` and ``target/``, or pictures without targets."""
-        known = self.test_sets.get(dataset)
-        folder = self.args.data_root / known.folder if known else Path(dataset)
-        if known is not None or (folder / "input").is_dir():
-            return find_pairs(folder, check_sizes=False)
+        source = self.find(dataset)
+        if dataset in self.test_sets or (source / "input").is_dir():
+            return find_pairs(source, check_sizes=False)
         if self.model is None:
-            raise UserError(f"{folder} has no input/ and target/, so there is nothing to score against")
-        return [Pair(path.stem, path, None) for path in list_images(folder)]
+            raise UserError(f"{source} has no input/ and target/, so there is nothing to score against")
+        return [Pair(name, path, None) for name, path in pictures(source).items()]
 
     def _folder(self, dataset: str) -> ScoreSheet:
         protocol = self.test_sets[dataset].protocol if dataset in self.test_sets else self.protocol
         items = self.items(dataset)
+        if self.model is None:
+            self.restored_elsewhere(dataset)
         out = self.folder / self.label(dataset)
-        files = [path for item in items for path in (item.input, item.target) if path is not None]
+        files = {item.name: (item.input, item.target) if item.target else (item.input,) for item in items}
         sheet = self.sheet(dataset, out, protocol, files)
         if sheet.continued:
             print(f"{dataset}: {sheet.continued} of {len(items)} pictures are done already")
         for item in tqdm(items, desc=Path(dataset).name, unit="picture", disable=None):
             if sheet.done(item.name) and ((out / f"{item.name}.png").exists() or not self.writes(item, sheet)):
                 continue
-            try:
+            with self.attempt(item.input):
                 self.test_one(dataset, item, sheet, out)
-            except UserError as error:
-                self.failures.append(str(error))
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                self.failures.append(f"{item.input}: out of GPU memory; restore it in tiles, --tile 512")
         return sheet
 
     def writes(self, item: Pair, sheet: ScoreSheet) -> bool:
@@ -352,7 +442,7 @@ class TestRun:
             raise UserError(f"{item.input} and {item.target} differ in size: {degraded.shape} and {target.shape}")
         unrounded = sheet.protocol in UNROUNDED
         if self.model is None:
-            restored = read_image(self.restored_elsewhere(dataset, item.name))
+            restored = read_image(self.restored_picture(dataset, item.name))
             if restored.shape != target.shape:
                 raise UserError(f"{item.name} in {self.args.score_only} has another size than its target")
         else:
@@ -366,20 +456,39 @@ class TestRun:
         else:
             sheet.add(item.name, restored, target, degraded)
 
-    def restored_elsewhere(self, dataset: str, name: str) -> Path:
-        """Where --score_only finds a picture: in FOLDER/DATASET, or in FOLDER itself."""
-        folder = self.args.score_only / self.label(dataset)
-        if not folder.is_dir():
-            folder = self.args.score_only / Path(dataset).name
-        folder = folder if folder.is_dir() else self.args.score_only
+    def restored_elsewhere(self, dataset: str) -> dict[str, Path]:
+        """The pictures that --score_only finds, by name: in FOLDER/DATASET, or in FOLDER itself."""
+        folders = (find_folder(self.args.score_only, name) for name in (self.label(dataset), Path(dataset).name))
+        folder = next((folder for folder in folders if folder.is_dir()), self.args.score_only)
         if folder not in self.listings:
-            self.listings[folder] = {path.stem: path for path in list_images(folder)}
-        if name not in self.listings[folder]:
-            raise UserError(f"no restored {name} in {folder}")
-        return self.listings[folder][name]
+            self.listings[folder] = images_by_name(folder)
+        return self.listings[folder]
+
+    def restored_picture(self, dataset: str, name: str) -> Path:
+        there = self.restored_elsewhere(dataset)
+        if name not in there:
+            raise UserError(f"no restored {name} in {next(iter(there.values())).parent}")
+        return there[name]
+
+    def _tell_of_noise(self, dataset: str):
+        """One sentence where pictures have other noise than the weights are for."""
+        if not self.noise:
+            return
+        low, high = self.noise_sigma
+        # The estimates are 0.7 to 1.1 of the truth where noise is visible, more where it is weaker than texture.
+        unlike = [level for level in self.noise if not 2 / 3 * low <= level <= 4 / 3 * high]
+        if unlike:
+            trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            weakest, strongest = f"{min(unlike):.0f}", f"{max(unlike):.0f}"
+            found = weakest if weakest == strongest else f"{weakest} to {strongest}"
+            print(
+                f"note: {len(unlike)} of {len(self.noise)} in {self.label(dataset)}: noise of about sigma {found}, but "
+                f"these weights were trained for sigma {trained}: they blur where it is weaker, and leave some where "
+                "it is stronger"
+            )
 
     def _report(self):
-        scored = {result.dataset for result in self.results}
+        scored = {result.dataset for result in self.results if not result.missing}
         if self.average is not None and scored >= self.test_sets.keys():
             mean = average([r for r in self.results if r.dataset in self.test_sets])
             mean.paper = self.average.get(self.name)
@@ -396,15 +505,70 @@ class TestRun:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (a GPU where there is one) or a device by PyTorch's name."""
+    """``auto`` (a CUDA GPU where there is one, else the CPU) or a device by PyTorch's name.
+
+    Raises:
+        UserError: no such device here, or one that cannot compute.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+        torch.ones(1, device=device).add(1).item()
+    except Exception as error:  # each kind of device that is not there fails in its own way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
+        raise UserError(
+            f"cannot use --device {name}, which is not here ({reason}); auto takes what there is"
+        ) from error
     return device
+
+
+def find_folder(root: Path, relative: str) -> Path:
+    """``root/relative``, or where that is not there, the one folder whose name differs in upper and lower case."""
+    folder = root
+    for part in Path(relative).parts:
+        exact = folder / part
+        alike = [] if exact.exists() or not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
+        alike = [p for p in alike if p.name.lower() == part.lower()]
+        folder = alike[0] if len(alike) == 1 else exact
+    return folder
+
+
+def pictures(source: Path) -> dict[str, Path]:
+    """The pictures of a folder by name, or the one picture that ``source`` is.
+
+    Raises:
+        UserError: neither of the two, no picture in the folder, or two of one name.
+    """
+    if not source.is_file():
+        return images_by_name(source)
+    if source.suffix.lower() not in IMAGE_SUFFIXES:
+        raise UserError(f"{source} is neither a folder nor a picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return {source.stem: source}
+
+
+def noise_level(image: np.ndarray) -> float:
+    """Estimate of the standard deviation of white noise in (..., H, W, C) pictures, in their unit; nan for tiny ones.
+
+    The median of the absolute second differences along both axes (Immerkaer's mask), which smooth areas make and edges
+    do not reach. Fine texture counts as noise.
+    """
+    differences = np.diff(np.diff(image[..., :1024, :1024, :], 2, axis=-3), 2, axis=-2)
+    return float(np.median(np.abs(differences)) / (0.6745 * 6)) if differences.size else float("nan")
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """What a network computes, as a number: of its arguments and weights."""
+    digest = hashlib.sha256(json.dumps(model.arguments, sort_keys=True).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _stamp(paths: tuple[Path, ...]) -> str:
+    """A fingerprint of files as they are now."""
+    stats = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.exists()]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
 
 def _tile_side(text: str) -> int | str | None:
@@ -429,7 +593,7 @@ def format_table(results: list[Result]) -> str:
             paper = f"{r.paper[0]:.2f}/{r.paper[1]:.{digits}f}"
             difference = f"{r.psnr - r.paper[0]:+.2f}/{r.ssim - r.paper[1]:+.{digits}f}"
         degraded, restored = f"{r.input_psnr:.2f}/{r.input_ssim:.4f}", f"{r.psnr:.2f}/{r.ssim:.4f}"
-        rows.append([r.dataset, str(r.images), degraded, restored, paper, difference])
+        rows.append([r.label, str(r.images), degraded, restored, paper, difference])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -438,18 +602,22 @@ def format_table(results: list[Result]) -> str:
 def append_results(path: Path, results: list[Result], weights: str, model: str):
     """Add a row for each result to a CSV file of all results so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with open(path, "a", **TEXT) as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(
-                ["date", "weights", "model", "dataset", "protocol", "images", "psnr", "ssim",
-                 "input_psnr", "input_ssim", "seconds_per_image", "settings", "command"]
-            )  # fmt: skip
-        for r in results:
-            settings = " ".join(f"{key}={value}" for key, value in r.settings.items())
-            writer.writerow(
-                [datetime.datetime.now().isoformat(timespec="seconds"), weights, model, r.dataset, r.protocol, r.images,
-                 f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.input_psnr:.4f}", f"{r.input_ssim:.6f}",
-                 f"{r.seconds_per_image:.3f}", settings, " ".join(sys.argv)]
-            )  # fmt: skip
+    text = io.StringIO()
+    writer = csv.writer(text)
+    for r in results:
+        settings = " ".join(f"{key}={value}" for key, value in r.settings.items())
+        writer.writerow(
+            [datetime.datetime.now().isoformat(timespec="seconds"), weights, model, r.label, r.protocol, r.images,
+             f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.input_psnr:.4f}", f"{r.input_ssim:.6f}",
+             f"{r.seconds_per_image:.3f}", settings, " ".join(sys.argv)]
+        )  # fmt: skip
+    with FileLock(path.with_name(f".{path.name}.lock")):  # tests that end together do not mix their rows
+        before = path.read_bytes() if path.exists() else b""
+        start = "" if before.endswith(b"\n") else "\r\n"  # after a line that was cut off
+        if not before:
+            start = (
+                "date,weights,model,dataset,protocol,images,psnr,ssim,input_psnr,input_ssim,seconds_per_image,"
+                "settings,command\r\n"
+            )
+        with open(path, "a", **TEXT) as file:
+            file.write(start + text.getvalue())

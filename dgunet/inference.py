@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ def restore(
     network runs on the device it is on, the result is cropped back and clamped to [0, 1].
 
     Args:
-        model: a DGUNet with learned degradation, for C channels.
+        model: a DGUNet with learned degradation, for C channels; of any floating type (``model.half()``), and compiled
+            (``model.compile()``) or not.
         image: one of
             a NumPy array (H, W, C), (B, H, W, C), or for C = 1 also (H, W): uint8, uint16, or floats in [0, 1];
             a tensor (C, H, W), (B, C, H, W), or for C = 1 also (H, W): uint8, uint16, or floats in [0, 1];
@@ -47,8 +49,8 @@ def restore(
             for the whole picture where the memory allows it, and else for tiles, with a warning. Tiles do not give
             exactly the whole picture's result: channel attention, instance norm and subspace projection see only the
             tile. (The quickstart's network: 0.006 on average between tiles of 256 and a whole picture of 512.)
-        tile_overlap: pixels that neighbouring tiles share; the seams are blended linearly over them. None for a quarter
-            of the tile, at most 64.
+        tile_overlap: pixels that neighbouring tiles share, at most half of their side; the seams are blended linearly
+            over them. None for a quarter of the tile, at most 64.
         self_ensemble: mean over the 8 flips and rotations: 8 times the work for some hundredths of a dB.
         bf16: run the network under bfloat16 autocast.
 
@@ -56,44 +58,98 @@ def restore(
         The restored picture(s), of the same type, shape and dtype as ``image``, tensors on the same device.
 
     Raises:
-        UserError: a shape, type or range that is none of the above, or not-a-number pixels.
+        UserError: a shape, type or range that is none of the above, not-a-number pixels, or a network that makes some.
     """
     if isinstance(image, list | tuple):
         options = dict(tile=tile, tile_overlap=tile_overlap, self_ensemble=self_ensemble, bf16=bf16)
-        return type(image)(restore(model, one, **options) for one in image)
-    if model.degradation is not None:
-        raise UserError("restore is for networks that learn their degradation; call model(y)[0] with the measurement")
-    if isinstance(tile, int) and tile_overlap is None:
-        tile_overlap = min(tile // 4, 64)
-    if tile not in (None, "auto") and (not isinstance(tile, int) or tile < 16 or not 0 <= tile_overlap <= tile // 2):
-        raise UserError(
-            f"tile must be None, 'auto' or at least 16 pixels, and tile_overlap from 0 to half of it; got tile={tile}, "
-            f"tile_overlap={tile_overlap}"
-        )
+        restored = [restore(model, one, **options) for one in image]
+        return restored if isinstance(image, list) else tuple(restored)
+    check_tiles(tile, tile_overlap)
+    device = _check_network(model)
     x, back = _as_batch(image, model.channels)
-    device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad():
             x = x.to(device)
-            if tile == "auto":
+            if isinstance(tile, str):
                 tile = _automatic_tile(model, x)
-                tile_overlap = 0 if tile is None else min(tile // 4, 64)
+            if tile is not None:
+                tile = int(tile)  # NumPy's integers overflow
+                tile_overlap = min(tile // 4, 64) if tile_overlap is None else min(int(tile_overlap), tile // 2)
             turns = range(8) if self_ensemble else (0,)
-            out = sum(undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap), k) for k in turns)
+            out = sum(undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap, bf16), k) for k in turns)
             restored = (out / len(turns)).clamp(0, 1)
     finally:
         model.train(training)
     return back(restored)
 
 
-def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int) -> Tensor:
+def check_tiles(tile, tile_overlap):
+    """Raises UserError for what `restore` does not take as ``tile`` and ``tile_overlap``."""
+
+    def whole(value) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+
+    good = tile is None or (isinstance(tile, str) and tile == "auto") or (whole(tile) and tile >= 16)
+    most = tile // 2 if good and whole(tile) else math.inf
+    if not good or not (tile_overlap is None or (whole(tile_overlap) and 0 <= tile_overlap <= most)):
+        raise UserError(
+            "tile must be None, 'auto' or at least 16 pixels, and tile_overlap from 0 to half of it; "
+            f"got tile={tile!r}, tile_overlap={tile_overlap!r}"
+        )
+
+
+def _check_network(model) -> torch.device:
+    """Where the network is, if `restore` can run it."""
+    if not isinstance(model, torch.nn.Module) or not all(hasattr(model, name) for name in ("channels", "degradation")):
+        raise UserError(
+            f"restore takes a network as load_model or DGUNet(...) gives it, not {type(model).__name__}"
+            + ("; pass its .module" if hasattr(model, "module") else "")
+        )
+    if model.degradation is not None:
+        raise UserError("restore is for networks that learn their degradation; call model(y)[0] with the measurement")
+    kinds = {(p.device, p.dtype) for p in model.parameters()}
+    if len(kinds) != 1:
+        raise UserError(
+            "the network's weights are not all of one type on one device; model.to(device, dtype) moves them"
+        )
+    device = kinds.pop()[0]
+    if device.type == "meta":
+        raise UserError("the network has no weights yet: it is on the meta device; load_model(path) loads some")
+    return device
+
+
+def estimate(model, y: Tensor, bf16: bool = False) -> Tensor:
+    """The network's final estimate x_K, (B, C, H, W) float32, without gradients.
+
+    Args:
+        model: a DGUNet; weights of any floating type.
+        y: degraded images (B, C, H, W) with sides that are multiples of 8, or measurements; float32.
+        bf16: run the network under bfloat16 autocast.
+
+    Raises:
+        UserError: an estimate is NaN or infinite.
+    """
+    y = y.to(next(model.parameters()).dtype)
+    with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, enabled=bf16):
+        estimates = model(y)
+    if not torch.isfinite(estimates[0]).all():
+        stage = next(k for k, x in enumerate(estimates[::-1], start=1) if not torch.isfinite(x).all())
+        raise UserError(
+            f"stage {stage} of the network gave NaN or infinite values: its weights are damaged"
+            + ("" if not bf16 and y.dtype == torch.float32 else ", or half precision is too little for them")
+        )
+    return estimates[0].float()
+
+
+def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int | None, bf16: bool) -> Tensor:
     height, width = x.shape[2:]
     if tile is None or (height <= tile and width <= tile):
-        return _restore_whole(model, x)
+        return _restore_whole(model, x, bf16)
     # On multiples of 8 a tile's scales lie on the same grid as the whole picture's.
     tile, overlap = tile // 8 * 8, -(-overlap // 8) * 8
+    overlap = min(overlap, tile - 8)
     out = torch.zeros_like(x)
     weight = x.new_zeros(1, 1, height, width)
     for top in _tile_starts(height, tile, overlap):
@@ -102,15 +158,15 @@ def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int) -> Tensor:
             part = x[area]
             # Pyramids: falling linearly over the overlap towards the tile's borders, they blend neighbours.
             ramp = _ramp(part.shape[2], overlap, x)[:, None] * _ramp(part.shape[3], overlap, x)
-            out[area] += ramp * _restore_whole(model, part)
+            out[area] += ramp * _restore_whole(model, part, bf16)
             weight[area] += ramp
     return out / weight
 
 
-def _restore_whole(model, x: Tensor) -> Tensor:
+def _restore_whole(model, x: Tensor, bf16: bool) -> Tensor:
     height, width = x.shape[2:]
     padded = pad_to(x, -(-height // 8) * 8, -(-width // 8) * 8)
-    return model(padded.to(memory_format=torch.channels_last))[0][..., :height, :width].float()
+    return estimate(model, padded.to(memory_format=torch.channels_last), bf16)[..., :height, :width]
 
 
 def _tile_starts(size: int, tile: int, overlap: int) -> list[int]:
@@ -160,12 +216,20 @@ def _automatic_tile(model, x: Tensor) -> int | None:
 def _as_batch(image, channels: int):
     """The picture(s) as a (B, C, H, W) float32 tensor, and a function from such a result to the caller's type."""
     if isinstance(image, np.ndarray):
+        if isinstance(image, np.ma.MaskedArray):
+            raise UserError("restore takes no masked arrays, whose masked pixels have no value; use image.filled(0)")
         layout, dtype = "HWC", image.dtype
         floating = np.issubdtype(dtype, np.floating)
-        scale = 1 if floating else {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(dtype)
+        depths = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+        scale = 1 if floating else depths.get(dtype.newbyteorder("="))
         # np.array copies: the result of from_numpy would share the caller's memory
         x = torch.from_numpy(np.array(image, dtype=np.float32)) if scale else None
     elif isinstance(image, Tensor):
+        if image.is_nested or image.layout != torch.strided or image.is_quantized or image.device.type == "meta":
+            raise UserError(
+                "restore takes ordinary tensors, not nested, sparse, quantised or meta ones; "
+                "image.to_dense() or image.dequantize() makes them so, a list takes pictures of several sizes"
+            )
         layout, dtype = "CHW", image.dtype
         scale = 1 if image.is_floating_point() else {torch.uint8: 255, torch.uint16: 65535}.get(dtype)
         x = image.detach().to(torch.float32) if scale else None

@@ -25,6 +25,8 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, help="folders of the runs, in the order they built on each other")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
     parser.add_argument("--about", required=True, help="what was trained, how long, on what, when")
+    add = parser.add_argument
+    add("--noise_sigma", nargs=2, type=float, metavar=("LOW", "HIGH"), help="Gaussian noise that they are for, of 255")
     args = parser.parse_args()
     if args.out.exists():
         raise UserError(f"{args.out} exists; remove it, or give another --out")
@@ -35,10 +37,10 @@ def main():
     content = read_checkpoint(args.runs[-1] / "model_best.pth")
     weights = {name: value.half() for name, value in content["state_dict"].items()}
     args.out.mkdir(parents=True)
-    save_checkpoint(
-        {"state_dict": weights, "model": content["model"], "config": content["config"], "about": args.about},
-        args.out / "weights.pth",
-    )
+    shared = {"state_dict": weights, "model": content["model"], "config": content["config"], "about": args.about}
+    if args.noise_sigma:
+        shared["noise_sigma"] = args.noise_sigma
+    save_checkpoint(shared, args.out / "weights.pth")
     for step, run in enumerate(args.runs, start=1):
         suffix = f"_step{step}" if len(args.runs) > 1 else ""
         for name in ("history.csv", "curves.png"):

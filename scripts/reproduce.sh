@@ -4,7 +4,9 @@
 # DATA holds the folders Set11 and BSD68 (grey pictures) and CBSD68 (the same in colour). A run that was interrupted goes
 # on where it was.
 set -euo pipefail
-if [ $# != 1 ] || [ ! -d "$1/Set11" ] || [ ! -d "$1/BSD68" ] || [ ! -d "$1/CBSD68" ]; then
+folder() { find -L "$1" -maxdepth 1 -type d -iname "$2" -print -quit; }  # in upper or lower case
+if [ $# != 1 ] || [ ! -d "$1" ] || [ -z "$(folder "$1" Set11)" ] || [ -z "$(folder "$1" BSD68)" ] ||
+    [ -z "$(folder "$1" CBSD68)" ]; then
     echo "usage: bash scripts/reproduce.sh DATA    (a folder with Set11/, BSD68/ and CBSD68/)" >&2
     exit 2
 fi
@@ -14,7 +16,8 @@ python=.venv/bin/python
 results=results/reproduce
 noisy=Datasets/reproduce/gaussian25
 
-$python scripts/make_demo_data.py --task denoising --noise gaussian --sigma 25 --test_source "$data/CBSD68" --out $noisy
+$python scripts/make_demo_data.py --task denoising --noise gaussian --sigma 25 \
+    --test_source "$(folder "$data" CBSD68)" --out $noisy
 for weights in CompressiveSensing/pretrained_models/*/weights.pth; do
     $python CompressiveSensing/test.py --weights "$weights" --data_root "$data" --results $results
 done

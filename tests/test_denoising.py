@@ -179,7 +179,7 @@ def test_dnd(tmp_path, weights, dnd):
         top, left, bottom, right = boxes[1]
         crop = mat["Idenoised"][0, 1]
         assert crop.shape == (32, 56, 3) and crop.dtype == np.float32
-        expected = restore(model, pictures[number - 1][top - 1 : bottom, left - 1 : right])
+        expected = restore(model, pictures[number - 1][top - 1 : bottom, left - 1 : right], self_ensemble=True)
         np.testing.assert_allclose(crop, expected, atol=1e-6)
     assert not (tmp_path / "results/denoising.csv").exists()  # DND is scored by its server
 
@@ -290,6 +290,7 @@ def test_score_only(tmp_path, weights, picture_pairs):
     (restored / f"{tmp_path.name}_set/img2.png").unlink()
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 2 and "no restored img2" in done.stderr and results(tmp_path)[2]["images"] == "1"
+    assert results(tmp_path)[2]["dataset"] == f"{tmp_path.name}_set (incomplete: 1 of 2)"
 
 
 def test_folders_of_one_name_and_changed_pictures_are_told_apart(tmp_path, weights, picture_pairs):
@@ -300,7 +301,7 @@ def test_folders_of_one_name_and_changed_pictures_are_told_apart(tmp_path, weigh
     assert (first["dataset"], second["dataset"]) == ("a_test", "b_test") and first["psnr"] != second["psnr"]
     picture_pairs(tmp_path / "a" / "test", count=1, size=(24, 24), seed=7)
     done = run_test(weights, "--dataset", "a/test", cwd=tmp_path)
-    assert "done already" not in done.stdout and results(tmp_path)[2]["psnr"] != first["psnr"]
+    assert "1 of 2 pictures are done already" in done.stdout and results(tmp_path)[2]["psnr"] != first["psnr"]
 
 
 def test_a_missing_data_set_does_not_cost_the_others(tmp_path, weights, picture_pairs):

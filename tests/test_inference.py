@@ -330,7 +330,74 @@ def test_bf16_is_close(model):
     assert 0 < difference.max() < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, dict(tile=16, tile_overlap=8), dict(bf16=True)], ids=str)
+def test_network_of_another_precision(model, dtype, options):
+    image = picture(24, 24)
+    expected = restore(model, image, **options)
+    restored = restore(model.to(dtype), image, **options)
+    assert restored.dtype == np.float32 and np.abs(restored - expected).max() < 0.05
+
+
+def test_compiled_network(tiny_model):
+    """Compiled in place or wrapped, with a backend that needs no compiler."""
+    model = tiny_model(stages=1)
+    image = picture(24, 24)
+    expected = restore(model, image)
+    torch._dynamo.reset()
+    wrapped = torch.compile(model, backend="eager").train()
+    np.testing.assert_allclose(restore(wrapped, image), expected, atol=1e-6)
+    assert wrapped.training and model.training
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    np.testing.assert_allclose(restore(model, image), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", ["auto", 64])
+def test_overlap_that_is_asked_for_is_taken(monkeypatch, tile):
+    model = Local()
+    image = picture(160, 256)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 2**20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        some, none = (restore(model, image, tile=tile, tile_overlap=overlap) for overlap in (32, 0))
+        side = 128 if tile == "auto" else tile
+        np.testing.assert_array_equal(some, restore(model, image, tile=side, tile_overlap=32))
+        assert np.abs(some - none).max() > 1e-3
+        # of an automatic tile, whose side nobody knows, half at most
+        most = restore(model, image, tile="auto", tile_overlap=10**6)
+        np.testing.assert_array_equal(most, restore(model, image, tile=128, tile_overlap=64))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int16, np.uint8])
+def test_tiles_of_numpy_integers(model, kind):
+    image = picture(300, 40)
+    expected = restore(model, image, tile=120, tile_overlap=24)
+    np.testing.assert_array_equal(restore(model, image, tile=kind(120), tile_overlap=kind(24)), expected)
+
+
+def test_bytes_in_the_other_order(model):
+    image = (picture(13, 20) * 65535).astype(np.uint16)
+    for kind in (np.dtype("<u2"), np.dtype(">u2")):
+        restored = restore(model, image.astype(kind))
+        assert restored.dtype == kind
+        np.testing.assert_array_equal(restored.astype(np.uint16), restore(model, image))
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("part", "stage"), [("first", 1), ("middle", 2), ("last", 3)])
+def test_network_that_gives_no_numbers(model, value, part, stage):
+    """The stage is named; an infinite value must not pass as white."""
+    stages = model.middle[0] if part == "middle" else getattr(model, part)
+    with torch.no_grad():
+        stages.rho.fill_(value)
+    for options in ({}, dict(tile=16, tile_overlap=0), dict(self_ensemble=True), dict(bf16=True)):
+        told = refusal(model, picture(24, 24), **options)
+        assert f"stage {stage} of the network gave NaN or infinite values" in told
+        assert ("half precision" in told) == ("bf16" in options)
 
 
 def with_value(value) -> np.ndarray:
@@ -374,7 +441,50 @@ def test_colour_picture_for_a_grey_model(tiny_model):
     assert "restores grey pictures, got RGB" in refusal(tiny_model(channels=1, stages=2), picture(8, 8))
 
 
-@pytest.mark.parametrize("options", [dict(tile=8), dict(tile="large"), dict(tile=64.5), dict(tile=64, tile_overlap=40)])
+def odd_tensors() -> dict[str, torch.Tensor]:
+    x = torch.rand(3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {
+            "meta": x.to("meta"),
+            "sparse": x.to_sparse(),
+            "sparse rows": x[0].to_sparse_csr(),
+            "nested": torch.nested.nested_tensor([x, x[:, :8]]),
+            "jagged": torch.nested.nested_tensor([x[0], x[0, :8]], layout=torch.jagged),
+            "quantised": torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+        }
+
+
+@pytest.mark.parametrize("kind", odd_tensors())
+def test_unsuitable_tensor(model, kind):
+    assert "ordinary tensors, not nested, sparse, quantised or meta" in refusal(model, odd_tensors()[kind])
+
+
+def test_masked_array(model):
+    image = picture(8, 8)
+    assert "masked" in refusal(model, np.ma.masked_array(image, image > 0.5))
+
+
+def test_unsuitable_network(model, tiny_model):
+    image = picture(16, 16)
+    assert "not NoneType" in refusal(None, image)
+    assert "not Conv2d" in refusal(nn.Conv2d(3, 3, 3), image)
+    assert "pass its .module" in refusal(nn.DataParallel(model), image)
+    assert "meta device" in refusal(tiny_model(stages=2).to("meta"), image)
+    model.last.half()
+    assert "not all of one type" in refusal(model, image)
+
+
+ODD_TILES = [
+    dict(tile=8), dict(tile="large"), dict(tile=64.5), dict(tile=64, tile_overlap=40), dict(tile=True), dict(tile=64.0),
+    dict(tile=float("nan")), dict(tile=np.array([64, 64])), dict(tile=[64]), dict(tile=b"auto"), dict(tile=-64),
+    dict(tile=64, tile_overlap=8.5), dict(tile=64, tile_overlap=True), dict(tile=64, tile_overlap="8"),
+    dict(tile=64, tile_overlap=float("nan")), dict(tile=64, tile_overlap=np.array([8])), dict(tile_overlap=-1),
+    dict(tile=None, tile_overlap=-1), dict(tile=None, tile_overlap="x"), dict(tile_overlap=1j), dict(tile=1j),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ODD_TILES, ids=str)
 def test_unsuitable_tiles(model, options):
     assert "tile must be None, 'auto' or at least 16" in refusal(model, picture(8, 8), **options)
     assert "tile must be" in refusal(model, picture(8, 8), **(dict(tile=64, tile_overlap=-1)))
@@ -383,6 +493,106 @@ def test_unsuitable_tiles(model, options):
 def test_network_of_a_known_degradation(tiny_model):
     model = tiny_model("compressive_sensing_dgunet")
     assert "call model(y)[0] with the measurement" in refusal(model, picture(32, 32, 1))
+
+
+def random_picture(rng: np.random.Generator):
+    """A picture, a batch or a list of them, of any type and shape; often not a suitable one."""
+    kind = int(rng.integers(8))
+    if kind == 0:
+        return [random_picture(rng) for _ in range(int(rng.integers(3)))]
+    shape = [3, *rng.integers(0 if rng.random() < 0.1 else 1, 40, 2)]
+    shape = [int(rng.integers(0, 5)), *shape[1:]] if rng.random() < 0.2 else shape
+    shape = [int(rng.integers(0, 3)), *shape] if rng.random() < 0.3 else shape
+    shape = shape[1:] if rng.random() < 0.1 else shape
+    x = rng.random(shape)
+    if rng.random() < 0.2 and x.size:
+        x.flat[int(rng.integers(x.size))] = rng.choice([np.nan, np.inf, -np.inf, 300.0, -7.0, 1e300])
+    if kind <= 4:
+        x = np.moveaxis(x, -3, -1) if x.ndim >= 3 else x
+        dtype = str(
+            rng.choice(["u1", "<u2", ">u2", "f2", "<f4", ">f4", "f8", "g", "i4", "?", "c8", "O", "S3", "M8[s]"])
+        )
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            array = (x if "f" in dtype or dtype == "g" else np.nan_to_num(x * 200).astype(np.int64)).astype(dtype)
+        view = [array, array[::-1], array[..., ::-1], np.asfortranarray(array), np.ma.masked_array(array)]
+        return view[int(rng.integers(len(view)))] if array.ndim else array
+    if kind == 7:
+        return [None, 1.5, "photo.png", b"", {}, object(), {1, 2}, range(3)][int(rng.integers(8))]
+    dtypes = [torch.uint8, torch.uint16, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64,
+              torch.bool, torch.complex64, torch.float8_e4m3fn]  # fmt: skip
+    tensor = torch.from_numpy(np.clip(x, -(10**6), 10**6))
+    dtype = dtypes[int(rng.integers(len(dtypes)))]
+    tensor = (tensor.nan_to_num() * 200 if not dtype.is_floating_point else tensor).to(dtype)
+    changes = [lambda t: t, lambda t: t.requires_grad_(t.is_floating_point()), lambda t: t.mT if t.dim() > 1 else t,
+               lambda t: t.expand(2, *t.shape), lambda t: t.to("meta"), lambda t: t.to_sparse(),
+               lambda t: nn.Parameter(t, requires_grad=False), lambda t: t[..., ::2]]  # fmt: skip
+    try:
+        return changes[int(rng.integers(len(changes)))](tensor)
+    except RuntimeError:  # PyTorch has no such tensor
+        return tensor
+
+
+def test_random_arguments_are_restored_or_refused_in_one_line(tiny_model, fuzz):
+    """Whatever is restored has the type, shape and range of what came in, and is what the float network makes of it."""
+    networks = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        networks[dtype] = tiny_model(width=4, growth=2, final_growth=2, stages=2).to(dtype)
+    odd = [
+        None,
+        "auto",
+        16,
+        17,
+        18,
+        23,
+        24,
+        31,
+        64,
+        10**30,
+        0,
+        -1,
+        15,
+        16.0,
+        True,
+        "x",
+        float("nan"),
+        np.int8(24),
+        (16,),
+    ]
+    restored = refused = 0
+    for trial in range(100 * fuzz):
+        rng = np.random.default_rng([11, trial])
+        image = random_picture(rng)
+        options = {}
+        if rng.random() < 0.6:
+            options["tile"] = odd[int(rng.integers(len(odd)))]
+        if rng.random() < 0.4:
+            overlaps = [0, 1, 7, 8, 9, 11, 15, 32, -1, 2.5, True, None, "8", np.uint8(8)]
+            options["tile_overlap"] = overlaps[int(rng.integers(len(overlaps)))]
+        options |= dict(self_ensemble=rng.random() < 0.2, bf16=rng.random() < 0.2)
+        network = list(networks.values())[int(rng.choice(4, p=[0.7, 0.1, 0.1, 0.1]))]
+        where = f"trial {trial}: {type(image)} {getattr(image, 'dtype', '')} {getattr(image, 'shape', '')} {options}"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about 1e300 in float32
+                out = restore(network, image, **options)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(error), where
+            continue
+        except BaseException as error:
+            raise AssertionError(where) from error
+        restored += 1
+        for one, result in zip(image, out, strict=True) if isinstance(image, list) else [(image, out)]:
+            if isinstance(one, list):
+                continue
+            assert isinstance(result, torch.Tensor if isinstance(one, torch.Tensor) else np.ndarray), where
+            assert result.shape == one.shape and result.dtype == one.dtype, where
+            values = np.asarray(result.float() if isinstance(result, torch.Tensor) else result, dtype=np.float64)
+            whole = str(one.dtype).startswith(("torch.uint", "uint", ">u"))
+            assert np.isfinite(values).all() and values.min() >= 0 and (whole or values.max() <= 1), where
+    print(f"{restored + refused} trials: {restored} restored, {refused} refused")
+    assert restored > 10 and refused > 10
 
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -30,8 +30,11 @@ SAME_OPENCV = cv2.__version__.startswith("5.")
 ALIGNED_TOLERANCES = (1e-4, 1e-5) if SAME_OPENCV else (0.1, 2e-3)
 
 PINNED_ALIGNMENTS = [name for name, row in PAIRS.items() if row["realblur_aligned"]["psnr"] is not None]
+# On the 16 pixels of astronaut_tiny it depends on the processor's instructions whether an alignment is found.
 FAILING_ALIGNMENTS = [
-    name for name, row in PAIRS.items() if "stops with an error" in row["realblur_aligned"].get("note", "")
+    name
+    for name, row in PAIRS.items()
+    if "stops with an error" in row["realblur_aligned"].get("note", "") and name != "astronaut_tiny"
 ]
 UNPINNED_ALIGNMENTS = [name for name, row in PAIRS.items() if "not pinned" in row["realblur_aligned"].get("note", "")]
 
@@ -109,6 +112,26 @@ def test_failing_alignment_raises_and_can_be_left_out(name):
     with pytest.raises(AlignmentError, match="cannot be aligned"):
         evaluate_pair(restored, target, "realblur_aligned")
     psnr, ssim = evaluate_pair(restored, target, "realblur_aligned", align=False)
+    assert math.isfinite(psnr) and -1 <= ssim <= 1
+
+
+@pytest.mark.parametrize("dark", ["restored", "target", "both"])
+def test_pictures_without_gradient_cannot_be_aligned(dark):
+    """Of a black picture, whose gradient is zero however it is computed, no shift can be told."""
+    noisy, clean = noisy_pair(32, 40)
+    black = np.zeros_like(clean)
+    restored, target = {"restored": (black, clean), "target": (noisy, black), "both": (black, black)}[dark]
+    with pytest.raises(AlignmentError, match="cannot be aligned"):
+        evaluate_pair(restored, target, "realblur_aligned")
+
+
+def test_tiny_pictures_are_aligned_or_told():
+    restored, target = read_pair("astronaut_tiny")
+    try:
+        psnr, ssim = evaluate_pair(restored, target, "realblur_aligned")
+    except AlignmentError as error:
+        assert "cannot be aligned" in str(error)
+        psnr, ssim = evaluate_pair(restored, target, "realblur_aligned", align=False)
     assert math.isfinite(psnr) and -1 <= ssim <= 1
 
 

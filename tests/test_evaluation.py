@@ -1,0 +1,624 @@
+"""The test commands, each run in this process: what they do beside one another, at faults, and on a second call."""
+
+import csv
+import importlib.util
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import scipy.io
+import torch
+
+from dgunet import DGUNet, UserError, create_model, evaluation
+from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
+from dgunet.errors import run_cli
+from dgunet.evaluation import Result, TestRun, append_results, average, find_folder, noise_level, pick_device
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"deraining": "Deraining", "denoising": "Denoising", "compressive_sensing": "CompressiveSensing"}
+
+
+@cache
+def command(task: str) -> ModuleType:
+    """A task's test.py as a module."""
+    folder = ROOT / FOLDERS[task]
+    for name in ("dataset", "sensing"):  # each folder has its own
+        sys.modules.pop(name, None)
+    sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location(f"test_of_{task}", folder / "test.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("dataset", "sensing"):
+        sys.modules.pop(name, None)
+    sys.path[:] = [path for path in sys.path if path != str(folder)]
+    return module
+
+
+@cache
+def tiny_weights(task: str, seed: int = 0) -> dict:
+    torch.manual_seed(seed)
+    model = create_model(f"{task}_dgunet", width=8, growth=4, final_growth=4, stages=2)
+    return {"state_dict": model.state_dict(), "model": describe_model(model)}
+
+
+@pytest.fixture
+def test(tmp_path, monkeypatch, capfd):
+    """``test(*words)`` runs a task's test.py in an empty folder: its exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, task: str = "denoising", weights: str | None = "tiny.pth") -> SimpleNamespace:
+        if weights == "tiny.pth" and not Path(weights).exists():
+            save_checkpoint(tiny_weights(task), weights)
+        words = [*map(str, words), "--device", "cpu", *(["--weights", weights] if weights else [])]
+        monkeypatch.setattr(sys, "argv", ["test.py", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as status:
+            run_cli(command(task).main)
+        out, err = capfd.readouterr()
+        err = "\n".join(line for line in err.splitlines() if "grfmt_" not in line)  # of OpenCV's decoders
+        return SimpleNamespace(status=status.value.code or 0, out=out, err=err)
+
+    return run
+
+
+def rows(task: str = "denoising") -> list[dict]:
+    path = Path("results") / f"{task}.csv"
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def sheet(name: str = "scores.csv") -> Path:
+    (path,) = Path("results").glob(f"*/*/*/{name}")
+    return path
+
+
+def one_line(done: SimpleNamespace) -> str:
+    assert done.status == 2 and "Traceback" not in done.err, done.err
+    assert done.err.strip().count("\n") == 0, done.err
+    return done.err
+
+
+# ------------------------------------------------------------------------------------------------------------- locking
+
+
+def test_two_tests_at_once_do_not_mix_and_a_killed_one_goes_on_at_once(test, picture_pairs, monkeypatch):
+    picture_pairs(Path("set"), count=3, size=(16, 16))
+    save_checkpoint(tiny_weights("denoising"), "tiny.pth")
+    ready, started = os.pipe()
+    child = os.fork()
+    if child == 0:  # a test that restores two pictures and is then still busy
+        try:
+            restore, calls = evaluation.restore, []
+
+            def slow(*args, **options):
+                if len(calls) == 2:
+                    time.sleep(0.2)  # the scores of the two
+                    os.write(started, b"x")
+                    time.sleep(600)
+                calls.append(args)
+                return restore(*args, **options)
+
+            evaluation.restore = slow
+            test("--dataset", "set")
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(ready, 1) == b"x"
+        assert "another test is writing to" in one_line(test("--dataset", "set"))
+        assert rows() == []
+        picture_pairs(Path("other"), count=1, size=(16, 16))
+        assert test("--dataset", "other").status == 0  # another folder is free
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    done = test("--dataset", "set")
+    assert done.status == 0 and "2 of 3 pictures are done already" in done.out
+    assert rows()[-1]["images"] == "3"
+    assert test("--dataset", "set").status == 0  # one that has ended leaves no lock
+
+
+def test_rows_of_results_are_whole(tmp_path):
+    """After a test that was killed while it wrote its row, and when several write at once."""
+    result = Result("set", "cs_y", 3, 30.0, 0.9, 20.0, 0.5)
+    table = tmp_path / "results.csv"
+    append_results(table, [result], "w.pth", "DGUNet")
+    table.write_bytes(table.read_bytes()[:-30])
+    append_results(table, [result], "w.pth", "DGUNet")
+    with open(table, newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 2 and (found[1]["dataset"], found[1]["psnr"]) == ("set", "30.0000")
+
+    table.unlink()
+    children = []
+    for _ in range(4):
+        children.append(os.fork())
+        if children[-1] == 0:
+            for _ in range(10):
+                append_results(table, [result, result], "w.pth", "DGUNet")
+            os._exit(0)
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+    with open(table, newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 80 and {row["psnr"] for row in found} == {"30.0000"}
+
+
+# ----------------------------------------------------------------------------------------- what a second call continues
+
+
+def test_weights_replaced_while_the_test_starts_are_not_scored_under_the_old_name(test, picture_pairs, monkeypatch):
+    picture_pairs(Path("set"), count=2, size=(16, 16))
+    load_model = evaluation.load_model
+
+    def replaced(*args, **options):
+        model = load_model(*args, **options)
+        save_checkpoint(tiny_weights("denoising", seed=1), "tiny.pth")
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "load_model", replaced)
+        test("--dataset", "set")
+    done = test("--dataset", "set")
+    assert "done already" not in done.out
+    first, second = rows()
+    assert first["psnr"] != second["psnr"]
+    assert "2 of 2 pictures are done already" in test("--dataset", "set").out
+
+
+def test_only_pictures_that_changed_are_restored_again(test, picture_pairs):
+    picture_pairs(Path("set"), count=3, size=(16, 16))
+    for side in ("input", "target"):
+        os.rename(f"set/{side}/img3.png", f"set/{side}.png")
+    test("--dataset", "set", "--save_images")
+    written = {path.stem: path.stat().st_mtime_ns for path in Path("results").rglob("*.png")}
+    assert set(written) == {"img1", "img2"}
+    for side in ("input", "target"):  # one is added
+        os.rename(f"set/{side}.png", f"set/{side}/img3.png")
+    done = test("--dataset", "set", "--save_images")
+    assert "2 of 3 pictures are done already" in done.out and rows()[-1]["images"] == "3"
+    # another changes
+    cv2.imwrite("set/input/img2.png", 255 - cv2.imread("set/input/img2.png"))
+    done = test("--dataset", "set", "--save_images")
+    assert "2 of 3 pictures are done already" in done.out and rows()[-1]["psnr"] != rows()[-2]["psnr"]
+    now = {path.stem: path.stat().st_mtime_ns for path in Path("results").rglob("*.png")}
+    assert now["img1"] == written["img1"] and now["img2"] > written["img2"]
+    # one goes: the mean is that of the others
+    for side in ("input", "target"):
+        os.remove(f"set/{side}/img2.png")
+    done = test("--dataset", "set", "--save_images")
+    assert "2 of 2 pictures are done already" in done.out and rows()[-1]["dataset"].endswith("set")
+    with open(sheet(), newline="") as file:
+        kept = list(csv.DictReader(file))
+    assert [row["name"] for row in kept] == ["img1", "img3"]
+    assert float(rows()[-1]["psnr"]) == pytest.approx(np.mean([float(row["psnr"]) for row in kept]), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "settings.json"])
+@pytest.mark.parametrize("content", [b"", b"\0\xff\n,,\n", b"name,psnr\nimg1,x\n", b'{"a": [', b'"' * 200_000])
+def test_damaged_records_are_begun_anew(test, picture_pairs, name, content):
+    picture_pairs(Path("set"), count=2, size=(16, 16))
+    test("--dataset", "set")
+    sheet(name).write_bytes(content)
+    done = test("--dataset", "set")
+    assert done.status == 0 and "done already" not in done.out and rows()[0]["psnr"] == rows()[1]["psnr"]
+
+
+# ------------------------------------------------------------------------------------------------- what is not a number
+
+
+@pytest.fixture
+def broken_on_white(monkeypatch):
+    """The network's second stage gives NaN for white pictures; calling this ends it."""
+    forward = DGUNet.forward
+
+    def broken(self, y):
+        estimates = forward(self, y)
+        white = (y == 1).flatten(1).all(1)[:, None, None, None]
+        estimates[0] = torch.where(white, math.nan, estimates[0])
+        return estimates
+
+    monkeypatch.setattr(DGUNet, "forward", broken)
+    return lambda: monkeypatch.setattr(DGUNet, "forward", forward)
+
+
+def test_nan_is_refused_and_the_other_pictures_are_kept(test, picture_pairs, broken_on_white):
+    picture_pairs(Path("set"), count=3, size=(16, 16))
+    cv2.imwrite("set/input/img2.png", np.full((16, 16, 3), 255, np.uint8))
+    done = test("--dataset", "set", "--save_images")
+    assert done.status == 2 and "1 not tested" in done.err and "Traceback" not in done.err
+    (line,) = [line for line in done.err.splitlines() if "NaN" in line]
+    assert "set/input/img2.png: stage 2 of the network gave NaN" in line
+    assert {path.stem for path in Path("results").rglob("*.png")} == {"img1", "img3"}
+    (row,) = rows()
+    assert row["dataset"].endswith("set (incomplete: 2 of 3)") and "nan" not in row["psnr"]
+    broken_on_white()
+    done = test("--dataset", "set", "--save_images")
+    assert done.status == 0 and "2 of 3 pictures are done already" in done.out and rows()[-1]["images"] == "3"
+
+
+def test_nan_in_pictures_alone(test, broken_on_white):
+    os.mkdir("photos")
+    cv2.imwrite("photos/white.png", np.full((16, 16, 3), 255, np.uint8))
+    cv2.imwrite("photos/grey.png", np.full((16, 16, 3), 99, np.uint8))
+    done = test("--dataset", "photos")
+    assert done.status == 2 and "photos/white.png: stage 2" in done.err
+    assert {path.stem for path in Path("results").rglob("*.png")} == {"grey"}
+
+
+def write_sidd(noisy: np.ndarray, clean: np.ndarray):
+    folder = Path("Datasets/SIDD/test")
+    folder.mkdir(parents=True)
+    for kind, blocks in (("Noisy", noisy), ("Gt", clean)):
+        key = f"Validation{kind}BlocksSrgb"
+        scipy.io.savemat(folder / f"{key}.mat", {key: blocks})
+
+
+def test_nan_in_sidd(test, broken_on_white):
+    blocks = np.random.default_rng(0).integers(0, 200, (3, 2, 16, 16, 3), dtype=np.uint8)
+    noisy = blocks.copy()
+    noisy[1, 1] = 255
+    write_sidd(noisy, blocks)
+    done = test("--dataset", "SIDD")
+    assert done.status == 2 and "SIDD's picture 0002: stage 2 of the network gave NaN" in done.err
+    assert rows()[0]["dataset"] == "SIDD (incomplete: 4 of 6)" and "39.88" not in done.out
+    assert not list(Path("results").rglob("Idenoised.mat"))
+    broken_on_white()
+    assert test("--dataset", "SIDD").status == 0
+    assert (rows()[1]["dataset"], rows()[1]["images"]) == ("SIDD", "6") and list(Path("results").rglob("Idenoised.mat"))
+
+
+def test_nan_in_compressive_sensing(test, monkeypatch):
+    os.mkdir("grey")
+    for name in ("a", "b"):
+        cv2.imwrite(f"grey/{name}.png", np.full((32, 32), 255 if name == "b" else 99, np.uint8))
+    weights = tiny_weights("compressive_sensing")
+    matrix = weights["state_dict"]["degradation.matrix"]
+    # what the network makes of large measurements does not fit into numbers
+    scaled = weights["state_dict"] | {"degradation.matrix": torch.full_like(matrix, 2e18)}
+    save_checkpoint(weights | {"state_dict": scaled}, "huge.pth")
+    for words in ((), ("--whole",)):
+        done = test("--dataset", "grey", *words, task="compressive_sensing", weights="huge.pth")
+        assert done.status == 2 and "2 not tested" in done.err and "Traceback" not in done.err
+        assert "grey/a.png: stage 1 of the network gave NaN or infinite" in done.err
+    assert rows("compressive_sensing") == []
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def test_average_is_of_the_sets_means_whatever_their_sizes():
+    results = [Result("a", "p", 1, 40.0, 0.9, 20.0, 0.5), Result("b", "p", 3, 30.0, 0.8, 10.0, 0.1)]
+    mean = average(results)
+    assert (mean.psnr, mean.input_psnr, mean.images) == (35, 15, 4)
+    assert (mean.ssim, mean.input_ssim) == pytest.approx((0.85, 0.3))
+
+
+def test_incomplete_scores_are_marked_and_enter_no_average(test, picture_pairs):
+    names = ["Test100", "Rain100H", "Rain100L", "Test2800", "Test1200"]
+    for count, name in enumerate(names, start=1):
+        picture_pairs(Path("Datasets/test") / name, count=count, size=(16, 16))
+        picture_pairs(Path("other") / name, count=count, size=(16, 16), seed=1)
+        os.rename(f"other/{name}/input", f"restored_{name}")
+    os.mkdir("restored")
+    for name in names:
+        os.rename(f"restored_{name}", f"restored/{name}")
+
+    assert test("--score_only", "restored", task="deraining", weights=None).status == 0
+    table = {row["dataset"]: row for row in rows("deraining")}
+    assert list(table) == [*names, "average"] and table["average"]["images"] == "15"
+    sets = [float(table[name]["psnr"]) for name in names]
+    assert float(table["average"]["psnr"]) == pytest.approx(np.mean(sets), abs=1e-4)
+    of_all = np.average(sets, weights=range(1, 6))
+    assert abs(of_all - np.mean(sets)) > 0.01
+
+    os.remove("restored/Rain100L/img2.png")
+    done = test("--score_only", "restored", task="deraining", weights=None)
+    assert done.status == 2 and "no restored img2 in restored/Rain100L" in done.err
+    assert "Rain100L (incomplete: 2 of 3)" in done.out
+    later = [row["dataset"] for row in rows("deraining")[6:]]
+    assert later == ["Test100", "Rain100H", "Rain100L (incomplete: 2 of 3)", "Test2800", "Test1200"]
+
+
+def test_score_only_without_the_folder_says_so_once(test, picture_pairs):
+    picture_pairs(Path("set"), count=3, size=(16, 16))
+    os.mkdir("restored")
+    assert "no pictures in" in one_line(test("--score_only", "restored", "--dataset", "set", weights=None))
+
+
+# ---------------------------------------------------------------------------------------------- what --dataset may name
+
+
+def test_a_single_picture_is_restored(test):
+    os.mkdir("holiday")
+    for name in ("beach.jpg", "town.png"):
+        cv2.imwrite(f"holiday/{name}", np.full((13, 21, 3), 99, np.uint8))
+    done = test("--dataset", "holiday/beach.jpg")
+    assert done.status == 0
+    (written,) = Path("results").rglob("*.png")
+    assert written.name == "beach.png" and cv2.imread(str(written)).shape == (13, 21, 3)
+    assert test("--dataset", "holiday/beach.jpg", "holiday/town.png").status == 0
+    assert {path.name for path in Path("results").rglob("*.png")} == {"beach.png", "town.png"}
+    Path("notes.txt").write_text("no picture")
+    assert "neither a folder nor a picture" in one_line(test("--dataset", "notes.txt"))
+    done = test("--score_only", "holiday", "--dataset", "holiday/beach.jpg", weights=None)
+    assert "nothing to score against" in one_line(done)
+
+
+def test_a_single_picture_is_measured_and_reconstructed(test):
+    cv2.imwrite("photo.png", np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8))
+    assert test("--dataset", "photo.png", task="compressive_sensing").status == 0
+    assert rows("compressive_sensing")[0]["images"] == "1"
+
+
+def test_pictures_of_one_name_do_not_overwrite_each_other(test):
+    os.mkdir("photos")
+    for name in ("a.png", "a.jpg"):
+        cv2.imwrite(f"photos/{name}", np.full((16, 16, 3), 99, np.uint8))
+    for task in ("denoising", "compressive_sensing"):
+        Path("tiny.pth").unlink(missing_ok=True)
+        assert "have the same name; keep one" in one_line(test("--dataset", "photos", task=task))
+
+
+def test_folders_of_one_label_do_not_overwrite_each_other(test, picture_pairs):
+    for root in ("one", "two"):
+        picture_pairs(Path(root) / "a/test", count=1, size=(16, 16))
+    error = one_line(test("--dataset", "one/a/test", "two/a/test"))
+    assert "two/a/test" in error or "one/a/test" in error
+    assert test("--dataset", "one/a/test", "one/a/test").status == 0  # named twice, tested once
+    assert len(rows()) == 1
+
+
+LABELS = [("/photos", "photos"), ("/a/b/c", "b_c"), ("/", "root"), ("/a/b/../c", "a_c"), ("SIDD", "SIDD")]
+
+
+@pytest.mark.parametrize(("dataset", "label"), LABELS)
+def test_label_is_a_folder_below_the_results(dataset, label):
+    assert TestRun.label(SimpleNamespace(test_sets={"SIDD": None}), dataset) == label
+
+
+def test_published_sets_are_found_in_upper_and_lower_case(test, picture_pairs):
+    picture_pairs(Path("data/TEST/rain100l"), count=1, size=(16, 16))
+    for name in ("Rain100L", "RAIN100L"):
+        assert test("--data_root", "data", "--dataset", name, task="deraining").status == 0
+        assert rows("deraining")[-1]["dataset"] == "Rain100L"
+    os.makedirs("data/set11")
+    cv2.imwrite("data/set11/a.png", np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8))
+    Path("tiny.pth").unlink()
+    assert test("--data_root", "data", "--dataset", "Set11", task="compressive_sensing").status == 0
+    assert rows("compressive_sensing")[-1]["dataset"] == "Set11"
+
+
+def test_find_folder(tmp_path):
+    for name in ("a/SET", "a/Set", "b/sEt/X"):
+        (tmp_path / name).mkdir(parents=True)
+    assert find_folder(tmp_path, "a/Set") == tmp_path / "a/Set"  # as it is written
+    assert find_folder(tmp_path, "a/set") == tmp_path / "a/set"  # which of the two?
+    assert find_folder(tmp_path, "B/set/x") == tmp_path / "b/sEt/X"
+    assert find_folder(tmp_path / "nowhere", "Set11") == tmp_path / "nowhere/Set11"
+
+
+def test_data_root_mistakes(test, picture_pairs):
+    picture_pairs(Path("data/Rain100L"), count=1, size=(16, 16))
+    for root in ("nowhere", "data/Rain100L", "data"):
+        error = one_line(test("--data_root", root, "--dataset", "Rain100L", task="deraining"))
+        assert "--data_root names the folder that holds test/Rain100L" in error
+    error = one_line(test("--dataset", "Rain1000L", task="deraining"))
+    assert "no folder or picture" in error and "Rain100H, Rain100L" in error
+
+
+def test_reproduce_finds_its_folders_whatever_their_case(tmp_path):
+    for name in ("set11", "Bsd68"):
+        (tmp_path / name).mkdir()
+    # without the third it stops before it installs anything
+    done = subprocess.run(["bash", ROOT / "scripts/reproduce.sh", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage" in done.stderr
+    script = (ROOT / "scripts/reproduce.sh").read_text().splitlines()
+    (function,) = [line for line in script if line.startswith("folder()")]
+    code = f'{function}\nfolder "{tmp_path}" Set11; folder "{tmp_path}" BSD68; folder "{tmp_path}" CBSD68'
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [str(tmp_path / "set11"), str(tmp_path / "Bsd68")]
+
+
+# ----------------------------------------------------------------------------------------------------- bf16 and compile
+
+
+@pytest.mark.parametrize("task", FOLDERS)
+def test_bf16_and_compile_are_options_of_every_task(test, picture_pairs, monkeypatch, task):
+    compiled = []
+    monkeypatch.setattr(DGUNet, "compile", lambda self, **options: compiled.append(self))
+    picture_pairs(Path("set"), count=2, size=(24, 32))
+    dataset = "set/target" if task == "compressive_sensing" else "set"
+    for words in ((), ("--compile",), ("--bf16",)):
+        done = test("--dataset", dataset, *words, task=task)
+        assert done.status == 0 and "done already" not in done.out
+    settings = [row["settings"] for row in rows(task)]
+    assert ["compile=True" in s for s in settings] == [False, True, False]
+    assert ["bf16=True" in s for s in settings] == [False, False, True]
+    plain, same, bf16 = (float(row["ssim"]) for row in rows(task))
+    assert plain == same and 0 < abs(plain - bf16) < 0.01
+    assert len(compiled) == 1
+
+
+def test_compiled_network_is_not_compiled_for_every_size(test, picture_pairs, monkeypatch):
+    """Once for the first size, and once more for all others (large enough: see test_model.py)."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend=count, **options))
+    torch.manual_seed(0)
+    model = create_model("denoising_dgunet", width=8, stages=1)
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, "small.pth")
+    for k, size in enumerate([(96, 96), (104, 120), (120, 96), (96, 128), (88, 104)]):
+        picture_pairs(Path(f"part{k}"), count=1, size=size, seed=k)
+        for side in ("input", "target"):
+            os.makedirs(f"set/{side}", exist_ok=True)
+            os.rename(f"part{k}/{side}/img1.png", f"set/{side}/{k}.png")
+    for words in ((), ("--compile",)):
+        assert test("--dataset", "set", *words, weights="small.pth").status == 0
+    plain, compiled = (float(row["psnr"]) for row in rows())
+    assert compiled == pytest.approx(plain, abs=2e-3) and len(graphs) == 2
+
+
+def test_failing_compiler_is_told_in_one_line(test, picture_pairs, monkeypatch):
+    def fails(graph, _):
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    torch._dynamo.reset()
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend=fails, **options))
+    picture_pairs(Path("set"), count=2, size=(16, 16))
+    error = one_line(test("--dataset", "set", "--compile"))
+    assert "--compile" in error and "no C++ compiler" in error
+
+
+# --------------------------------------------------------------------------------------------------------------- noise
+
+
+def noisy_set(root: Path, sigma: float, count: int = 2):
+    photograph = cv2.imread(str(ROOT / "tests/golden/metrics/pairs/coffee_blur_target.png"))[:96, :96]
+    rng = np.random.default_rng(0)
+    for k in range(count):
+        for side, strength in (("input", sigma), ("target", 0)):
+            (root / side).mkdir(parents=True, exist_ok=True)
+            picture = photograph + rng.normal(0, strength, photograph.shape)
+            cv2.imwrite(str(root / side / f"{k}.png"), picture.clip(0, 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("sigma", [5, 25, 50])
+def test_noise_that_the_weights_are_not_for_is_told(test, sigma):
+    noisy_set(Path("set"), sigma)
+    save_checkpoint(tiny_weights("denoising") | {"noise_sigma": [25.0, 25.0]}, "sigma25.pth")
+    done = test("--dataset", "set", weights="sigma25.pth")
+    told = [line for line in done.out.splitlines() if "noise of about sigma" in line]
+    if sigma == 25:
+        assert not told
+    else:
+        (line,) = told
+        assert line.startswith("note: 2 of 2 in") and "trained for sigma 25:" in line
+    # blind weights, weights that say nothing, and weights that say something else
+    save_checkpoint(tiny_weights("denoising") | {"noise_sigma": [0.0, 55.0]}, "blind.pth")
+    save_checkpoint(tiny_weights("denoising") | {"noise_sigma": ["a", None, 3]}, "odd.pth")
+    for weights in ("blind.pth", "tiny.pth", "odd.pth"):
+        assert "noise of about sigma" not in test("--dataset", "set", weights=weights).out
+
+
+def test_shipped_denoiser_says_what_it_is_for():
+    assert read_checkpoint(ROOT / "Denoising/pretrained_models/gaussian25/weights.pth")["noise_sigma"] == [25, 25]
+
+
+@pytest.mark.parametrize("sigma", [5, 15, 25, 50])
+def test_noise_level(sigma):
+    photograph = cv2.imread(str(ROOT / "tests/golden/metrics/pairs/coffee_blur_target.png"))
+    noisy = photograph + np.random.default_rng(0).normal(0, sigma, photograph.shape)
+    assert noise_level(noisy) == pytest.approx(sigma, rel=0.2)
+    assert noise_level(noisy[None].repeat(2, axis=0)) == pytest.approx(noise_level(noisy))
+    assert math.isnan(noise_level(np.zeros((2, 9, 3))))
+
+
+# -------------------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("name", ["mps", "cuda:99", "meta", "nonsense", "xla", "cpu:x", ""])
+def test_device_that_is_not_there(name):
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("has one")
+    with pytest.raises(UserError, match=f"cannot use --device {name}") as error:
+        pick_device(name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_device_that_is_there():
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type in ("cpu", "cuda")
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_random_faults_of_inputs_end_in_one_line(test, picture_pairs, fuzz, tmp_path_factory, monkeypatch):
+    """Pictures that are damaged, missing, of other sizes and kinds, oddly named; options that do not fit."""
+    outcomes = {0: 0, 2: 0}
+    for trial in range(12 * fuzz):
+        rng = np.random.default_rng([10, trial])
+        monkeypatch.chdir(tmp_path_factory.mktemp("fuzz"))
+        task = str(rng.choice(list(FOLDERS)))
+        picture_pairs(Path("set"), count=int(rng.integers(1, 4)), size=tuple(rng.integers(9, 40, 2)), seed=trial)
+        for _ in range(int(rng.integers(0, 3))):
+            spoil(rng, Path("set"))
+        words = [str(word) for choices in OPTIONS for word in choices[int(rng.integers(len(choices)))]]
+        if task == "compressive_sensing":
+            words = [word for word in words if word in ("--bf16", "--save_images")]
+        dataset = rng.choice(
+            ["set", "set", "set/input", "set/input", "set/input/img1.png", "set/../set", "nowhere", "SIDD"]
+        )
+        done = test("--dataset", dataset, *words, task=task)
+        told = done.err.strip().splitlines()
+        where = f"trial {trial}: {task} {dataset} {words}\n{done.out}\n{done.err}"
+        outcomes[done.status] += 1
+        assert "Traceback" not in done.err, where
+        if done.status == 2:
+            count = int(told[0].split()[1]) if "not tested, all others were" in told[0] else 0
+            assert len(told) == 1 + count or "usage:" in told[0], where
+            assert told[0].startswith(("error: ", "usage: ")), where
+        for row in rows(task):
+            assert "nan" not in row["psnr"], where
+        again = test("--dataset", dataset, *words, task=task)
+        assert again.status == done.status, where
+    print(f"{sum(outcomes.values())} trials, exit status: {outcomes}")
+    assert min(outcomes.values()) > 0
+
+
+OPTIONS = [
+    [[], [], [], ["--tile", "16"], ["--tile", "whole"], ["--tile", "23", "--tile_overlap", "11"],
+     ["--tile_overlap", "1000000"], ["--tile", "7"], ["--tile_overlap", "-1"], ["--tile", "x"]],
+    [[], [], ["--bf16"], ["--self_ensemble"], ["--no-self_ensemble"]],
+    [[], ["--save_images"]],
+]  # fmt: skip
+
+
+def spoil(rng: np.random.Generator, root: Path):
+    """One random fault of a picture file."""
+    paths = sorted(path for path in root.glob("*/*") if path.is_file())
+    if not paths:
+        return
+    path = paths[int(rng.integers(len(paths)))]
+    content = bytearray(path.read_bytes())
+    fault = int(rng.integers(9))
+    if fault == 0:
+        path.write_bytes(content[: int(rng.integers(len(content) + 1))])
+    elif fault == 1:
+        for _ in range(int(rng.integers(1, 20))):
+            content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+    elif fault == 2:
+        path.unlink()
+    elif fault == 3:
+        kind = [(9, 9), (9, 9, 4), (40, 8, 3), (1, 1, 3)][int(rng.integers(4))]
+        cv2.imwrite(str(path), rng.integers(0, 256, kind, dtype=np.uint8))
+    elif fault == 4:
+        cv2.imwrite(str(path), rng.integers(0, 65536, (9, 9, 3), dtype=np.uint16))
+    elif fault == 5:
+        name = str(rng.choice(["ü ñ.png", "-x.png", "a\tb.png", "%s{}.png", "x" * 200 + ".png", "'\".png", "#,;.png"]))
+        for side in ("input", "target"):
+            if (root / side / path.name).exists():
+                os.rename(root / side / path.name, root / side / name)
+    elif fault == 6:
+        path.unlink()
+        path.symlink_to("nowhere.png")
+    elif fault == 7:
+        path.unlink()
+        path.mkdir()
+    else:
+        (path.parent / f"{path.stem}.jpg").write_bytes(content)
