@@ -448,7 +448,7 @@ def probe(args) -> list[dict]:
         print(f"{what:44} {seconds * 1000:9.3f} ms {amount / seconds / 1e12:9.3f} {unit}", flush=True)
         rows.append({"table": "probe", "name": what, "seconds": seconds, "rate": amount / seconds, "unit": unit})
 
-    scale = 1 if cuda else 8  # a CPU runs all of it, on less
+    scale = 1 if cuda else 16  # a CPU runs all of it, on less
     print(f"\nprobe of {args.device}, {dtype}")
     a, b = (torch.randn(8192 // scale, 8192 // scale, device=args.device, dtype=dtype) for _ in range(2))
     report(f"product of {len(a)}x{len(a)}", lambda: a @ b, 2 * len(a) ** 3, "Tflop/s")

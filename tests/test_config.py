@@ -191,3 +191,13 @@ def test_every_key_is_read_somewhere(key):
     files += [p for p in ROOT.glob("[A-Z]*/*.py")]
     leaf = key.rsplit(".", 1)[-1]
     assert any(re.search(rf"\.{leaf}\b", p.read_text()) for p in files), f"nobody reads {key}"
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("True", True), ("false", False)])
+def test_a_switch_that_may_be_left_to_us(text, value, tmp_path):
+    """SPEED.CHANNELS_LAST was a switch once: the configs and checkpoints of that time keep their meaning."""
+    cfg = load_config(None, ["SPEED.CHANNELS_LAST", text])
+    assert cfg.SPEED.CHANNELS_LAST is value or cfg.SPEED.CHANNELS_LAST == value == "auto"
+    (tmp_path / "a.yaml").write_text(format_config(cfg))
+    assert load_config(tmp_path / "a.yaml").SPEED.CHANNELS_LAST == value
+    assert changed_keys(type(cfg).load_cfg(cfg.dump()), cfg) == []
