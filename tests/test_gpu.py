@@ -213,6 +213,7 @@ def folders(tmp_path, picture_pairs):
         {"SPEED__COMPILE": True, "SPEED__COMPILE_MODE": "reduce-overhead"},
         {"SPEED__CHECKPOINTING": True},
     ],
+    ids=str,
 )
 def test_training_and_resuming(folders, extra):
     """Through the command line, on every GPU there is: NCCL where there are several."""
