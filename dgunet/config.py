@@ -92,7 +92,7 @@ _C.AUGMENT.MIXUP_FROM_EPOCH = 6
 
 _C.SPEED = CN()
 _C.SPEED.AMP = "auto"  # bf16, fp32, or auto: bf16 where the hardware computes it
-_C.SPEED.CHANNELS_LAST = True
+_C.SPEED.CHANNELS_LAST = "auto"  # memory format: True, False (NCHW), or auto: whichever trains faster on the hardware
 _C.SPEED.COMPILE = False  # torch.compile: faster after a minute or more of compiling
 _C.SPEED.COMPILE_MODE = "default"  # its mode; reduce-overhead runs CUDA graphs, which helps small networks and crops
 _C.SPEED.CHECKPOINTING = False  # recompute each stage in the backward pass: much less memory, a third more time
@@ -323,7 +323,7 @@ def _hint(key: str) -> str:
 
 def _coerce(default, value, key: str, source: str):
     """Bring a value to the type of the key's default, where nothing is lost by it."""
-    if _is(bool, default) and _is(bool, value):
+    if (_is(bool, default) or default == "auto") and _is(bool, value):  # a switch, or one that may be left to us
         return value
     if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:

@@ -1,5 +1,6 @@
 """The training loop, one for all tasks and any number of processes."""
 
+import copy
 import csv
 import ctypes
 import functools
@@ -217,9 +218,9 @@ class Trainer:
             if cfg.MODEL.MATRIX_START and matrix is not None and matrix.shape != given.shape:
                 weights["degradation.matrix"] = matrix  # a network of another ratio: all the rest is taken over
             load_weights(model, weights, path)
-        memory_format = torch.channels_last if cfg.SPEED.CHANNELS_LAST else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=memory_format)
-        self.memory_format = memory_format
+        self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)
+        self.model = model.to(self.device, memory_format=self.memory_format)
+        torch.backends.cudnn.benchmark = True  # crops are of one size: it pays to try cuDNN's algorithms once
         self.loss = StageLoss({name.lower(): w for name, w in cfg.LOSS.items() if name != "CLAMP"}, cfg.LOSS.CLAMP)
         self.loss.to(self.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -228,10 +229,8 @@ class Trainer:
             weight_decay=cfg.OPTIM.WEIGHT_DECAY, fused=True,
         )  # fmt: skip
         self.schedule = EpochSchedule(self.optimizer, cfg.OPTIM)
-        self.ema = None
-        if cfg.OPTIM.EMA_DECAY > 0:
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.OPTIM.EMA_DECAY)
-            self.ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+        self.ema = copy.deepcopy(model).requires_grad_(False) if cfg.OPTIM.EMA_DECAY > 0 else None
+        self.averaged = 0  # steps that went into it
 
         self.epoch, self.step = 1, 0  # the epoch under way and the steps done in it
         self.best = {"psnr": float("-inf"), "epoch": 0}
@@ -255,7 +254,7 @@ class Trainer:
                 )
             self.model.compile(mode=cfg.SPEED.COMPILE_MODE)
         self.network = self._takes_images(self.model)  # what runs the forward pass: measuring, distributed
-        if world > 1:
+        if dist.is_initialized():  # a group of one as well, so that one GPU runs what several do
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.network, device_ids, gradient_as_bucket_view=True)
 
@@ -295,8 +294,8 @@ class Trainer:
         raw = state["raw_state_dict" if averaged else "state_dict"]
         load_weights(self.model, weights_of({"state_dict": raw}, path), path)
         if averaged and self.ema is not None:
-            load_weights(self.ema.module, weights_of(state, path), path)
-            self.ema.n_averaged.fill_(state["averaged"])
+            load_weights(self.ema, weights_of(state, path), path)
+            self.averaged = state["averaged"]
         self._load_moments(state["optimizer"]["state"], path)
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.history, self.last_psnr = state["best"], state["history"], state["last_psnr"]
@@ -371,12 +370,12 @@ class Trainer:
         }
         if self.ema is not None:
             state["raw_state_dict"] = self.model.state_dict()
-            state["averaged"] = int(self.ema.n_averaged)
+            state["averaged"] = self.averaged
         return state
 
     def weights(self) -> dict:
         """What using the network needs: its weights (the averaged ones where EMA is on), name and config."""
-        used = self.model if self.ema is None else self.ema.module
+        used = self.model if self.ema is None else self.ema
         return {"state_dict": used.state_dict(), "model": describe_model(self.model), "config": self.cfg.dump()}
 
     def save(self, *names: str, state: dict | None = None):
@@ -528,13 +527,23 @@ class Trainer:
         self.optimizer.found_inf = (~finite).float()
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self._average()
 
         skipped = (~finite).double()
         self.totals[0] += torch.where(finite, loss, 0).double()
         self.totals[1] += 1 - skipped
         self.totals[2] += skipped
         self.totals[3] = (self.totals[3] + 1) * skipped
+
+    @torch.no_grad()
+    def _average(self):
+        """As AveragedModel does, whose count of the steps is a tensor on the device: each step would wait for it."""
+        averaged, current = list(self.ema.parameters()), list(self.model.parameters())
+        if self.averaged == 0:
+            torch._foreach_copy_(averaged, current)
+        else:
+            torch._foreach_lerp_(averaged, current, 1 - self.cfg.OPTIM.EMA_DECAY)
+        self.averaged += 1
 
     look_every = 1  # steps between two looks at the device's counters, which make the CPU wait for it
 
@@ -574,8 +583,9 @@ class Trainer:
     @torch.inference_mode()
     def validate(self) -> float:
         """Mean PSNR (protocol ``train_rgb``) of the final estimate over the validation set, whatever the processes."""
-        model = self._takes_images(self.model if self.ema is None else self.ema.module)
+        model = self._takes_images(self.model if self.ema is None else self.ema)
         model.eval()
+        torch.backends.cudnn.benchmark = len(self.val_set.sizes) == 1
         rank, world = distributed.rank(), distributed.world_size()
         scores = torch.zeros(len(self.val_set), dtype=torch.float64, device=self.device)
         mine = range(rank, len(self.val_set), world)
@@ -596,6 +606,7 @@ class Trainer:
         finally:
             _end_workers(batches)
         model.train()
+        torch.backends.cudnn.benchmark = True
         return distributed.sum_over_processes(scores).mean().item()
 
     def _validation_batch(self) -> int:
@@ -743,8 +754,26 @@ def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:  # PyTorch has no public question for this
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            fast = fast and _has_avx512()  # which ATEN_CPU_CAPABILITY may have taken away
         choice = "bf16" if fast else "fp32"
     return torch.bfloat16 if choice == "bf16" else None
+
+
+def memory_format(choice: str | bool, device: torch.device, amp: torch.dtype | None) -> torch.memory_format:
+    """The memory format for SPEED.CHANNELS_LAST; ``auto`` takes the one that trains faster.
+
+    That is channels_last, without which oneDNN and cuDNN reorder the maps around each convolution; but for float32 on
+    processors without AVX-512, where oneDNN needs twice as long for a weight's gradient as in NCHW.
+    """
+    if choice not in ("auto", True, False):
+        raise UserError(f"SPEED.CHANNELS_LAST is auto, True or False, got {choice!r}")
+    if choice == "auto":
+        choice = device.type == "cuda" or amp is not None or _has_avx512()
+    return torch.channels_last if choice else torch.contiguous_format
+
+
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def plot_history(history: list[dict], steps: int, path: Path, title: str):

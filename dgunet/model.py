@@ -95,6 +95,13 @@ class DGUNet(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
+        if degradation is not None:
+            absent = [name for name in ("A", "A_adjoint") if not callable(getattr(degradation, name, None))]
+            if absent:
+                raise ValueError(
+                    f"a known degradation has the methods A(x) and A_adjoint(y); {type(degradation).__name__} has no "
+                    + " and no ".join(absent)
+                )
         # What load_model needs to build this network again; a known degradation is recognised by its own weights.
         self.name = None
         self.arguments = dict(
@@ -135,6 +142,19 @@ class DGUNet(nn.Module):
             yield self.middle[k % len(self.middle)]
         yield self.last
 
+    def compile(self, **options):
+        """`torch.compile` the stages one by one, with its ``options``.
+
+        They make up 3 graphs where the whole network would be one of K stages, which takes three times as long to
+        compile; the middle stages have one between them, also those with weights of their own.
+        """
+        for stage in dict.fromkeys(self.unrolled()):
+            stage.compile(**options)
+        # A CUDA graph's results live until the next pass begins, which has to be told: each stage seems one.
+        self._compiled = True
+
+    _compiled = False
+
     def forward(self, y: Tensor) -> list[Tensor]:
         """Returns the estimates x_K, ..., x_1, the restored image first.
 
@@ -145,6 +165,8 @@ class DGUNet(nn.Module):
         Raises:
             ValueError: wrong number of channels, or sides that are not multiples of 8.
         """
+        if self._compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         x = y if self.degradation is None else self.degradation.A_adjoint(y)
         self._check(x)
         memory = None

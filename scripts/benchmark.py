@@ -4,10 +4,13 @@
     python scripts/benchmark.py forward train --variants deblurring_dgunet deraining_dgunet --batch 16 --crop 256
     python scripts/benchmark.py forward --sizes 1280x720 --compile --profile
     python scripts/benchmark.py data --pictures Datasets/GoPro/train
+    python scripts/benchmark.py probe                        # what a GPU can do, and whether training waits for it
 
 The baseline is the same network in the original's form: float32, NCHW, eager; half instance norm by splitting and
-concatenating, subspace fusion with an explicit inverse; Adam parameter by parameter, the loss read after each step;
-pictures decoded, converted and augmented whole, then cropped; three-dimensional SSIM with its 11x11x11 window.
+concatenating, subspace fusion with an explicit inverse; Adam as PyTorch chooses to run it (on a CPU parameter by
+parameter), the loss read after each step; pictures decoded, converted and augmented whole, then cropped;
+three-dimensional SSIM with its 11x11x11 window. Both sides have PyTorch's precision of float32 (on a GPU: TF32 in
+convolutions only) and, as both train.py do, cuDNN's benchmark in training; bfloat16 where the hardware computes it.
 
 Every case runs in a process of its own, so that its peak memory is its own. On a CPU the cases of a table take turns,
 so that whatever else the machine does meets all of them; times are medians. Weights and pictures are never zeros.
@@ -16,13 +19,17 @@ so that whatever else the machine does meets all of them; times are medians. Wei
 import argparse
 import dataclasses
 import json
+import math
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,13 +42,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Deblurring")]
 
 from dgunet.config import load_config  # noqa: E402
+from dgunet.engine import Trainer, autocast_dtype, keep_freed_memory  # noqa: E402
 from dgunet.errors import UserError, run_cli  # noqa: E402
 from dgunet.inference import use_huge_pages  # noqa: E402
 from dgunet.layers import ChannelAttentionBlock, ConvBlock, HalfInstanceNorm  # noqa: E402
 from dgunet.model import Measured, create_model, list_models  # noqa: E402
-from dgunet.pathways import ISFF, SubspaceFusion  # noqa: E402
+from dgunet.pathways import ISFF, SubspaceFusion, project  # noqa: E402
 
-SECTIONS = ("forward", "train", "data", "evaluate", "startup")
+SECTIONS = ("forward", "train", "data", "evaluate", "startup")  # and "probe", which has to be asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +144,7 @@ def _pictures(case: Case, channels: int) -> torch.Tensor:
 def _network(case: Case) -> nn.Module:
     torch.manual_seed(0)
     model = create_model(case.variant, checkpointing=case.checkpointing).to(case.device)
-    if case.baseline:
-        return as_original(model)
-    return model.to(memory_format=torch.channels_last)
+    return as_original(model) if case.baseline else model
 
 
 def _forward(case: Case) -> Callable:
@@ -146,7 +152,8 @@ def _forward(case: Case) -> Callable:
         use_huge_pages()
     model = _network(case).eval()
     y = _pictures(case, model.channels)
-    if not case.baseline:
+    if not case.baseline:  # as load_model and restore do
+        model.to(memory_format=torch.channels_last)
         y = y.contiguous(memory_format=torch.channels_last)
     if case.compile:
         model.compile()
@@ -160,8 +167,6 @@ def _forward(case: Case) -> Callable:
 
 
 def _train(case: Case) -> Callable:
-    from dgunet.engine import Trainer, keep_freed_memory
-
     if not case.baseline and not case.device.startswith("cuda"):
         keep_freed_memory()
     task = case.variant.removesuffix("_plus").removesuffix("_dgunet")
@@ -169,7 +174,7 @@ def _train(case: Case) -> Callable:
     if case.device.startswith("cuda"):
         options += ["GPU", f"[{torch.cuda.current_device()}]"]
     options += ["SPEED.AMP", "bf16" if case.bf16 else "fp32", "SPEED.COMPILE", str(case.compile)]
-    options += ["SPEED.CHANNELS_LAST", str(not case.baseline)]
+    options += ["SPEED.CHANNELS_LAST", "False" if case.baseline else "auto"]
     cfg = load_config(ROOT / "configs" / task / "dgunet.yaml", [*options, "TRAINING.SAVE_DIR", tempfile.mkdtemp()])
     model = _network(case)
     trainer = Trainer(cfg, model, train_set=range(case.batch), val_set=None)
@@ -184,7 +189,7 @@ def _train(case: Case) -> Callable:
             return weight.grad
 
         return run
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, foreach=False, fused=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
     network = trainer.network
 
     def run():
@@ -280,24 +285,52 @@ def _measure_in_turn(cases: list[Case], runs: int, seconds: float) -> list[dict]
         results.append(result)
         try:
             result |= pipe.recv()  # after it has warmed up
-            workers.append((worker, pipe, result))
-        except EOFError:  # its message is above, perhaps that the memory is full; the others can still be measured
-            worker.join()
+            workers.append((case, worker, pipe, result))
+        except (EOFError, OSError):  # the others can still be measured
+            _tell_end(case, worker)
     started = time.monotonic()
     for turn in range(runs):
         if turn and time.monotonic() - started > seconds:
             break
-        for _, pipe, result in workers:
-            pipe.send(True)
-            result["times"].append(pipe.recv())
-    for worker, pipe, result in workers:
+        for case, worker, pipe, result in list(workers):
+            try:
+                pipe.send(True)
+                result["times"].append(pipe.recv())
+            except (EOFError, OSError):
+                _tell_end(case, worker)
+                workers.remove((case, worker, pipe, result))
+    for _, worker, pipe, result in workers:
         pipe.send(False)
         worker.join()
         result["seconds"] = statistics.median(result["times"])
     return results
 
 
+def _tell_end(case: Case, worker):
+    """Say in a line that a process ended before it was done."""
+    worker.join()
+    if worker.exitcode != _TOLD:
+        why = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit status {worker.exitcode}"
+        hint = ": perhaps the memory is full" if worker.exitcode == -9 else ""
+        print(f"{case.name}: its process ended with {why}{hint}", file=sys.stderr)
+
+
+_TOLD = 3  # exit status of a process that has said itself why
+
+
 def _work(case: Case, pipe):
+    try:
+        _run(case, pipe)
+    except (EOFError, BrokenPipeError):  # the one who asked is gone
+        os._exit(_TOLD)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = " ".join(str(error).split())
+        print(f"{case.name}: {type(error).__name__} in {where.name}: {message[:300]}", file=sys.stderr, flush=True)
+        os._exit(_TOLD)
+
+
+def _run(case: Case, pipe):
     if case.threads:
         torch.set_num_threads(case.threads)
     cuda = select(case.device)
@@ -319,22 +352,27 @@ def _work(case: Case, pipe):
     else:
         peak = resident_memory() - before
     pipe.send({"peak_memory": peak})
-    calls = 20 if case.section == "data" else 1  # crops differ, and so does the work for them
+    # Crops differ, and so does the work for them. Training does not wait for the GPU after each step, testing does.
+    calls = 20 if case.section == "data" else 5 if cuda and case.section == "train" else 1
     while pipe.recv():
-        started = time.perf_counter()
-        for _ in range(calls):
-            run()
-        if cuda:
-            torch.cuda.synchronize()
-        pipe.send((time.perf_counter() - started) / calls)
+        pipe.send(_seconds(run, calls, cuda))
+
+
+def _seconds(run: Callable, calls: int, cuda: bool) -> float:
+    """Seconds of one call of several, with one wait for the GPU at their end."""
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / calls
 
 
 def select(device: str) -> bool:
-    """Make a GPU the current one, with TF32 in convolutions and products alike; whether ``device`` is a GPU."""
+    """Make a GPU the current one; whether ``device`` is a GPU."""
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(torch.device(device).index or 0)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     return cuda
 
 
@@ -373,25 +411,111 @@ def operations(case: Case) -> int:
     return counter.get_total_flops() * case.batch * case.height * case.width // 64**2
 
 
-def matrix_peak(device: str, threads: int) -> dict[bool, float]:
-    """Floating-point operations per second of large matrix products: in bfloat16 (True) and float32 (False)."""
+def has_bf16(device: str) -> bool:
+    """Whether the hardware computes bfloat16; one that does not emulates it, a hundred times slower."""
+    return autocast_dtype("auto", torch.device(device)) is not None
+
+
+def matrix_peak(device: str, threads: int, size: int = 0) -> dict[bool, float | None]:
+    """Floating-point operations per second of large matrix products: in float32 (False), in bfloat16 (True) or None."""
     if threads:
         torch.set_num_threads(threads)
-    cuda, peaks = select(device), {}
-    for bf16 in (True, False):
-        size = 8192 if cuda else 3072
+    cuda, peaks = select(device), {True: None}
+    size = size or (8192 if cuda else 3072)
+    for bf16 in (True, False) if has_bf16(device) else (False,):
         a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else None) for _ in range(2))
-        times = []
-        for _ in range(6):
-            if cuda:
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            a @ b
-            if cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        peaks[bf16] = 2 * size**3 / min(times)
+        times = [_seconds(lambda a=a, b=b: a @ b, 1, cuda) for _ in range(6)]
+        peaks[bf16] = 2 * size**3 / min(times[1:])
     return peaks
+
+
+# ------------------------------------------------------------------------------------------- what a GPU can do
+
+
+def probe(args) -> list[dict]:
+    """Ceilings of the device, the operations that decide how near training comes, and its waits; rows for the JSON."""
+    cuda, rows = select(args.device), []
+    dtype = torch.bfloat16 if has_bf16(args.device) else torch.float32
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    def report(what: str, run: Callable, amount: float, unit: str):
+        for _ in range(3):
+            run()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = statistics.median(_seconds(run, 5 if cuda else 1, cuda) for _ in range(args.runs))
+        print(f"{what:44} {seconds * 1000:9.3f} ms {amount / seconds / 1e12:9.3f} {unit}", flush=True)
+        rows.append({"table": "probe", "name": what, "seconds": seconds, "rate": amount / seconds, "unit": unit})
+
+    scale = 1 if cuda else 16  # a CPU runs all of it, on less
+    print(f"\nprobe of {args.device}, {dtype}")
+    a, b = (torch.randn(8192 // scale, 8192 // scale, device=args.device, dtype=dtype) for _ in range(2))
+    report(f"product of {len(a)}x{len(a)}", lambda: a @ b, 2 * len(a) ** 3, "Tflop/s")
+    source = torch.randn(2**29 // scale**2, device=args.device)
+    target = torch.empty_like(source)
+    report(f"copy of {4 * len(source) / 2**20:.0f} MiB", lambda: target.copy_(source), 8 * len(source), "TB/s")
+
+    for batch, height, width in ((16, 256, 256), (1, 720, 1280)):
+        shape = (max(batch // scale, 1), height // scale, width // scale)
+        basis, maps = (_maps(shape, channels, args.device, torch.float32) for channels in (16, 80))
+        least = 4 * basis.numel() + 2 * 4 * maps.numel()  # bytes: each value read or written once
+        with torch.no_grad():
+            report(f"project, {shape}, forward", lambda basis=basis, maps=maps: project(basis, maps), least, "TB/s")
+        for x in (basis, maps):
+            x.requires_grad_()
+        weights = torch.randn_like(maps)
+
+        def both(basis=basis, maps=maps, weights=weights):
+            return torch.autograd.grad(project(basis, maps), (basis, maps), weights)
+
+        report(f"project, {shape}, and backward", both, 3 * least, "TB/s")
+
+    for channels in (3, 60, 64, 80, 100, 128):
+        shape = (16 // scale, 256 // scale, 256 // scale)
+        conv = nn.Conv2d(channels, channels, 3, padding=1).to(args.device, dtype, memory_format=torch.channels_last)
+        x = _maps(shape, channels, args.device, dtype).requires_grad_()
+        gradient = torch.randn_like(x)
+        for tuned in (False, True):
+            torch.backends.cudnn.benchmark = tuned
+            what = f"convolution of {channels} channels, cuDNN's benchmark {'on' if tuned else 'off'}"
+            operations_ = 3 * 2 * 9 * channels**2 * math.prod(shape)  # forward, and twice as much backward
+
+            def step(conv=conv, x=x, gradient=gradient):
+                return torch.autograd.grad(conv(x), (x, *conv.parameters()), gradient)
+
+            report(what, step, operations_, "Tflop/s")
+
+    bf16 = dtype == torch.bfloat16
+    run = prepare(Case("train", "waits", args.variants[0], 1, 64, 64, bf16=bf16, device=args.device))
+    run(), run()  # libraries are loaded and algorithms chosen
+    waits = count_waits(lambda: [run() for _ in range(3)], args.device)
+    print(f"waits for the device in three training steps: {waits if cuda else 'none to wait for'}")
+    return [*rows, {"table": "probe", "name": "waits", "count": waits}]
+
+
+def _maps(shape: tuple[int, int, int], channels: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    batch, height, width = shape
+    x = torch.randn(batch, channels, height, width, device=device, dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def count_waits(run: Callable, device: str) -> int:
+    """How often ``run`` makes the CPU wait for the GPU; each place is printed."""
+    if not device.startswith("cuda"):
+        run()
+        return 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "synchronizing" in str(warning.message)]
+    for warning in waits:
+        print(f"waits at {warning.filename}:{warning.lineno}")
+    return len(waits)
 
 
 # ------------------------------------------------------------------------------------------- the tables
@@ -405,12 +529,15 @@ def network_cases(args, section: str, variant: str, height: int, width: int, bat
     cases = [
         Case(name="baseline", baseline=True, **common),
         Case(name="float32", **common, profile=args.profile),
-        Case(name="bfloat16", bf16=True, **common, profile=args.profile),
     ]
+    bf16, precision = has_bf16(args.device), "float32"
+    if bf16:
+        precision = "bfloat16"
+        cases.append(Case(name=precision, bf16=True, **common, profile=args.profile))
     if section == "train":
-        cases.append(Case(name="bfloat16, checkpointing", bf16=True, checkpointing=True, **common))
+        cases.append(Case(name=f"{precision}, checkpointing", bf16=bf16, checkpointing=True, **common))
     if args.compile:
-        cases.append(Case(name="bfloat16, compiled", bf16=True, compile=True, **common, profile=args.profile))
+        cases.append(Case(name=f"{precision}, compiled", bf16=bf16, compile=True, **common, profile=args.profile))
     return cases
 
 
@@ -504,7 +631,7 @@ def finish(title: str, cases: list[Case], rows: list[dict]) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all)")
+    add("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all of these), probe")
     add("--variants", nargs="+", default=["deraining_dgunet"], help=f"of {', '.join(list_models())}")
     add("--sizes", nargs="+", default=["256x256", "1280x720"], help="forward: WIDTHxHEIGHT")
     add("--batch", type=int, default=2, help="training: pictures in a step (default: 2; the paper's is 16)")
@@ -518,9 +645,13 @@ def main():
     add("--profile", action="store_true", help="also print where the time of this repository's networks goes")
     add("--out", type=Path, default=Path("benchmark.json"), help="JSON file to write (default: benchmark.json)")
     args = parser.parse_args()
-    unknown = set(args.sections) - set(SECTIONS)
+    unknown = set(args.sections) - {*SECTIONS, "probe"}
     if unknown:
-        raise UserError(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+        raise UserError(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}, probe")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {args.device}: PyTorch sees no GPU; check nvidia-smi and the driver, or --device cpu"
+        )
     sections = args.sections or SECTIONS
 
     cuda = args.device.startswith("cuda")
@@ -537,7 +668,8 @@ def main():
 
     if {"forward", "train"} & set(sections):
         peaks = matrix_peak(args.device, args.threads)
-        print(f"matrix products: {peaks[True] / 1e12:.2f} Tflop/s in bfloat16, {peaks[False] / 1e12:.2f} in float32")
+        bf16 = f", {peaks[True] / 1e12:.2f} in bfloat16" if peaks[True] else "; no bfloat16 in this hardware"
+        print(f"matrix products: {peaks[False] / 1e12:.2f} Tflop/s in float32{bf16}")
     for section in sections:
         if section == "forward":
             for variant in args.variants:
@@ -549,7 +681,8 @@ def main():
                 cases = network_cases(args, section, variant, args.crop, args.crop, args.batch)
                 add_rows(network_table(args, cases, peaks))
         else:
-            add_rows({"data": data_table, "evaluate": evaluate_table, "startup": startup_table}[section](args))
+            tables = {"data": data_table, "evaluate": evaluate_table, "startup": startup_table, "probe": probe}
+            add_rows(tables[section](args))
     print(f"\nwrote {args.out}")
 
 

@@ -1,7 +1,12 @@
 """The benchmark compares like with like, and says what it found."""
 
+import argparse
 import json
+import multiprocessing
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ from dgunet import create_model
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import benchmark  # noqa: E402
 from benchmark import Case, as_original, prepare  # noqa: E402
 
 
@@ -37,9 +43,12 @@ def test_tables(run_command, tmp_path):
     done = run_command([*command, "--out", tmp_path / "out.json"])
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "out.json").read_text())
-    assert content["matrix_peak"]["bfloat16"] > 1e9
+    bf16 = benchmark.has_bf16("cpu")
+    assert content["matrix_peak"]["float32"] > 1e9 and bool(content["matrix_peak"]["bfloat16"]) == bf16
+    assert sum("ValueError in A: block sampling" in line for line in done.stderr.splitlines()) == 2 + bf16
+    assert "Traceback" not in done.stderr
     rows = {(row["section"], row["width"], row["name"]): row for row in content["rows"]}
-    assert len(rows) == 3 + 4
+    assert len(rows) == 2 + bf16 + 3 + bf16
     for (_, width, name), row in rows.items():
         if width == 40:
             assert not row["times"]
@@ -47,3 +56,75 @@ def test_tables(run_command, tmp_path):
         baseline = rows[row["section"], width, "baseline"]
         assert row["speed_ratio"] == pytest.approx(baseline["seconds"] / row["seconds"])
         assert 0 < row["share_of_peak"] and name in done.stdout
+
+
+def test_hardware_without_bfloat16_is_not_asked_for_it(monkeypatch):
+    """It would emulate a large product for minutes."""
+    monkeypatch.setattr(benchmark, "autocast_dtype", lambda choice, device: None)
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *a, dtype=None, **k: randn(*a, **k) if dtype is None else pytest.fail())
+    peaks = benchmark.matrix_peak("cpu", 0, size=64)
+    assert peaks[True] is None and peaks[False] > 0
+    args = argparse.Namespace(device="cpu", threads=1, profile=False, compile=True)
+    cases = benchmark.network_cases(args, "train", "deraining_dgunet", 32, 32, 1)
+    assert [case.name for case in cases] == ["baseline", "float32", "float32, checkpointing", "float32, compiled"]
+    assert not any(case.bf16 for case in cases)
+
+
+def test_baseline_trains_with_the_originals_settings(monkeypatch):
+    """Adam and float32 as PyTorch chooses them on the device; nothing that training does not do, on either side."""
+    options, adam = [], torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda p, **k: options.append(k) or adam(p, **k))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    assert benchmark.select("cuda:0")
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+    prepare(Case("train", "baseline", "compressive_sensing_dgunet", 1, 32, 32, baseline=True))
+    assert not {"foreach", "fused"} & options[-1].keys() and torch.backends.cudnn.benchmark
+
+
+def test_process_that_dies_is_told_in_a_line(monkeypatch, capfd):
+    """While it is timed, as by the system where memory is full; the others are measured to the end."""
+
+    def work(case, pipe):
+        pipe.send({"peak_memory": 1})
+        while pipe.recv():
+            if case.name == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            pipe.send(0.5)
+
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.setattr(benchmark, "_work", work)
+    cases = [Case("train", "dies"), Case("train", "lives")]
+    dead, alive = benchmark.measure(cases, runs=3, seconds=60)
+    assert dead["times"] == [] and dead["seconds"] != dead["seconds"] and alive["times"] == [0.5] * 3
+    assert capfd.readouterr().err == "dies: its process ended with signal 9: perhaps the memory is full\n"
+
+
+def test_several_steps_for_each_wait(monkeypatch):
+    waits, calls = [], []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    assert benchmark._seconds(lambda: (calls.append(1), time.sleep(0.01)), 5, cuda=True) == pytest.approx(0.01, rel=0.9)
+    assert (len(calls), len(waits)) == (5, 1)
+
+
+def test_probe(capsys):
+    """All that it does on a GPU, on less."""
+    args = argparse.Namespace(device="cpu", threads=0, runs=1, variants=["compressive_sensing_dgunet"])
+    tuned = torch.backends.cudnn.benchmark
+    try:
+        rows = benchmark.probe(args)
+    finally:
+        torch.backends.cudnn.benchmark = tuned
+    assert len(rows) == 2 + 2 * 2 + 6 * 2 + 1 and all(row["rate"] > 0 for row in rows[:-1])
+    assert rows[-1] == {"table": "probe", "name": "waits", "count": 0}
+    printed = capsys.readouterr().out
+    for words in (
+        "product of",
+        "copy of",
+        "project, (1, 45, 80), and backward",
+        "convolution of 100 channels",
+        "waits",
+    ):
+        assert words in printed

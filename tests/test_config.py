@@ -490,3 +490,13 @@ def sensing_train():
     finally:
         sys.path.pop(0)
         sys.modules.pop("dataset", None)
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("True", True), ("false", False)])
+def test_a_switch_that_may_be_left_to_us(text, value, tmp_path):
+    """SPEED.CHANNELS_LAST was a switch once: the configs and checkpoints of that time keep their meaning."""
+    cfg = load_config(None, ["SPEED.CHANNELS_LAST", text])
+    assert cfg.SPEED.CHANNELS_LAST is value or cfg.SPEED.CHANNELS_LAST == value == "auto"
+    (tmp_path / "a.yaml").write_text(format_config(cfg))
+    assert load_config(tmp_path / "a.yaml").SPEED.CHANNELS_LAST == value
+    assert changed_keys(type(cfg).load_cfg(cfg.dump()), cfg) == []

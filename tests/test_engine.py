@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from test_model import Operations
 
 import dgunet.engine
 from dgunet import create_model, load_model
@@ -22,7 +24,7 @@ from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import PairedCentres, PairedPatches
 from dgunet.distributed import launch
-from dgunet.engine import Trainer, plot_history, train_command
+from dgunet.engine import Trainer, autocast_dtype, memory_format, plot_history, train_command
 from dgunet.errors import UserError
 from dgunet.transforms import unit_range
 
@@ -265,7 +267,7 @@ def test_compile_switch_compiles(folders, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
     trainer = make_trainer(folders, SPEED__COMPILE=True)
-    assert compiled == [trainer.model]
+    assert compiled == [trainer.model.first, *trainer.model.middle, trainer.model.last]
 
 
 def test_clipping_bounds_the_step(folders):
@@ -335,6 +337,81 @@ def test_curves_of_one_epoch(folders, monkeypatch):
         assert lr.get_ylim()[0] == 0 and "0.0001" in lr.get_title()
     assert "0.031" in figures[0].axes[0].get_title() and "31.25" in figures[0].axes[1].get_title()
     assert "none" in loss.get_title() and "none" in psnr.get_title()
+
+
+def test_ema_is_that_of_pytorch(folders):
+    """To the last bit that of AveragedModel, whose state older checkpoints hold."""
+    trainer = make_trainer(folders, OPTIM__EMA_DECAY=0.9)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    expected = torch.optim.swa_utils.AveragedModel(trainer.model, multi_avg_fn=average)
+    for _ in range(3):
+        trainer.train_step(*batch(trainer))
+        expected.update_parameters(trainer.model)
+    state = trainer.state()
+    assert_same_weights(state["state_dict"], expected.module.state_dict())
+    assert state["averaged"] == 3 and type(state["averaged"]) is int
+
+
+def test_training_step_does_nothing_that_waits_for_a_gpu(folders):
+    trainer = make_trainer(folders, OPTIM__EMA_DECAY=0.9, OPTIM__CLIP_NORM=1.0, OPTIM__ACCUMULATE=2)
+    data = batch(trainer)
+    trainer.train_step(*data)
+    with Operations() as operations:
+        trainer.train_step(*data)
+    assert "_foreach_lerp_" in operations.names and "_fused_adam_" in operations.names
+    assert not {"_local_scalar_dense", "nonzero", "_cholesky_solve_helper"} & operations.names
+
+
+@pytest.mark.parametrize(
+    ("choice", "capability", "amp", "device", "channels_last"),
+    [
+        ("auto", "AVX2", None, "cpu", False),
+        ("auto", "DEFAULT", None, "cpu", False),
+        ("auto", "AVX512", None, "cpu", True),
+        ("auto", "AVX2", torch.bfloat16, "cpu", True),
+        ("auto", "AVX2", None, "cuda", True),
+        (True, "AVX2", None, "cpu", True),
+        (False, "AVX512", torch.bfloat16, "cuda", False),
+    ],
+)
+def test_memory_format_is_the_one_that_trains_faster(monkeypatch, choice, capability, amp, device, channels_last):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    expected = torch.channels_last if channels_last else torch.contiguous_format
+    assert memory_format(choice, torch.device(device), amp) == expected
+
+
+def test_trainer_takes_the_memory_format(folders, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for choice, expected in (("auto", torch.contiguous_format), (True, torch.channels_last)):
+        trainer = make_trainer(folders, SPEED__CHANNELS_LAST=choice)
+        assert trainer.model.last.proximal.image_conv.weight.is_contiguous(memory_format=expected)
+        assert trainer._move(torch.rand(2, 3, 32, 32)).is_contiguous(memory_format=expected)
+
+
+def test_processor_without_avx512_computes_no_bfloat16(monkeypatch):
+    """Also where that is only emulated (ATEN_CPU_CAPABILITY=avx2)."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for capability, dtype in (("AVX2", None), ("AVX512", torch.bfloat16)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert autocast_dtype("auto", torch.device("cpu")) == dtype
+
+
+def test_group_of_one_is_distributed(folders):
+    """What several GPUs run, one runs as well: torchrun --nproc_per_node 1."""
+    alone = make_trainer(folders)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = make_trainer(folders, OPTIM__ACCUMULATE=2)
+        assert isinstance(group.network, torch.nn.parallel.DistributedDataParallel)
+        for trainer in (alone, group):
+            trainer.train_step(*batch(trainer))
+        assert group.totals[0].item() == pytest.approx(alone.totals[0].item(), rel=1e-6)
+        for one, other in zip(alone.model.parameters(), group.model.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-3)
+        del group, trainer
+    finally:
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def test_non_finite_step_is_skipped_and_counted(folders):

@@ -1,16 +1,21 @@
 """What only a CUDA GPU shows: ``pytest -m gpu``."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_engine import assert_same_weights, batch, history, make_trainer, train
+from test_engine import TRAIN, assert_same_weights, batch, history, make_trainer, options, train
+from test_model import random_maps, split_and_concatenated
 from test_parity import OURS, SPECS, write_original
 
 from dgunet import load_model, restore
-from dgunet.pathways import SubspaceFusion
+from dgunet.layers import HalfInstanceNorm
+from dgunet.pathways import SubspaceFusion, project
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 CASES = Path(__file__).parent / "parity" / "cases"
@@ -59,6 +64,61 @@ def test_fusion_survives_degenerate_maps(kind, bf16):
         assert torch.isfinite(tensor).all()
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_projection_and_its_gradients_are_those_of_the_cpu(memory_format):
+    basis, features = random_maps(size=(64, 48))
+    basis[:, 1] = basis[:, 0] + 1e-2 * basis[:, 1]
+    weights = torch.randn_like(features)
+
+    def compute(device: str):
+        maps = [x.float().to(device).contiguous(memory_format=memory_format) for x in (basis, features)]
+        basis_, features_ = (x.requires_grad_() for x in maps)
+        projected = project(basis_, features_)
+        gradients = torch.autograd.grad((weights.float().to(device) * projected).sum(), maps)
+        return [x.detach().cpu() for x in (projected, *gradients)]
+
+    for found, expected in zip(compute(DEVICE), compute("cpu"), strict=True):
+        assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 6, 8, 10), (4, 80, 64, 64), (1, 128, 90, 160)])
+def test_half_instance_norm_and_its_gradients_are_those_of_the_cpu(shape, memory_format):
+    """The norm of training, which computes its gradients itself."""
+    norm = HalfInstanceNorm(shape[1]).train()
+    torch.nn.init.normal_(norm.norm.weight), torch.nn.init.normal_(norm.norm.bias)
+    x = (3 + 2 * torch.randn(shape)).contiguous(memory_format=memory_format)
+    weights = torch.randn_like(x)
+
+    def compute(norm: HalfInstanceNorm, function, device: str, dtype: torch.dtype):
+        norm = copy.deepcopy(norm).to(device, dtype)
+        x_ = x.to(device, dtype).requires_grad_()
+        out = function(x_, norm)
+        loss = (weights.to(device, dtype) * out.square()).sum()
+        gradients = torch.autograd.grad(loss, (x_, norm.norm.weight, norm.norm.bias))
+        return [y.detach().cpu().double() for y in (out, *gradients)]
+
+    found = compute(norm, lambda x, norm: norm(x), DEVICE, torch.float32)
+    plain = compute(norm, lambda x, norm: split_and_concatenated(x, norm.norm), "cpu", torch.float64)
+    for a, b in zip(found, plain, strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
+    for a, b in zip(compute(norm, lambda x, norm: norm(x), DEVICE, torch.bfloat16), plain, strict=True):
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
+def test_network_gradients_are_those_of_the_cpu(tiny_model):
+    """In training mode, all of them, so that an operation that goes wrong on a GPU shows by its weight's name."""
+    model = tiny_model(stages=4).train()
+    twin = copy.deepcopy(model).to(DEVICE, memory_format=torch.channels_last)
+    y = torch.rand(2, 3, 64, 64)
+    for network, x in ((model, y), (twin, y.to(DEVICE, memory_format=torch.channels_last))):
+        sum((estimate - 0.3).square().mean() for estimate in network(x)).backward()
+    largest = max(p.grad.norm() for p in model.parameters())
+    for (name, expected), found in zip(model.named_parameters(), twin.parameters(), strict=True):
+        difference = (found.grad.cpu() - expected.grad).norm()
+        assert difference < 1e-3 * expected.grad.norm() + 1e-5 * largest, name
+
+
 def test_training_step_under_bf16_is_finite(tiny_model):
     model = tiny_model().to(DEVICE, memory_format=torch.channels_last)
     y = torch.rand(2, 3, 64, 64, device=DEVICE)
@@ -83,19 +143,55 @@ def test_compiled_model_agrees_with_eager(tiny_model):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-2)
 
 
-@pytest.mark.parametrize("options", [{}, dict(tile=64, tile_overlap=16), dict(self_ensemble=True)], ids=str)
-def test_restore_is_that_of_the_cpu(tiny_model, options):
+def test_stages_compiled_one_by_one_agree_with_eager(tiny_model):
+    """The networks of shared and of own stages, in training and in inference, at a second size as well."""
+    for shared in (True, False):
+        model = tiny_model(stages=5, shared=shared).to(DEVICE, memory_format=torch.channels_last).train()
+        compiled = copy.deepcopy(model)
+        compiled.compile()
+        for size in (64, 96):
+            y = torch.rand(2, 3, size, size, device=DEVICE)
+            for a, b in zip(model(y), compiled(y), strict=True):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+            with torch.inference_mode():
+                for a, b in zip(model(y), compiled(y), strict=True):
+                    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_projection_can_be_held_by_a_cuda_graph():
+    """Captured once, replayed on other maps, five times: nothing in it waits, nothing is decided on the CPU."""
+    static = [x.float().to(DEVICE).contiguous(memory_format=torch.channels_last) for x in random_maps(size=(64, 48))]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        for _ in range(3):
+            project(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        out = project(*static)
+    for seed in range(1, 6):
+        maps = [x.float().to(DEVICE) for x in random_maps(seed, size=(64, 48))]
+        for place, x in zip(static, maps, strict=True):
+            place.copy_(x)
+        graph.replay()
+        with torch.no_grad():
+            torch.testing.assert_close(out, project(*maps), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("restoring", [{}, dict(tile=64, tile_overlap=16), dict(self_ensemble=True)], ids=str)
+def test_restore_is_that_of_the_cpu(tiny_model, restoring):
     model = tiny_model(stages=3)
     image = np.random.default_rng(0).random((93, 141, 3)).astype(np.float32)
-    expected = restore(model, image, **options)
+    expected = restore(model, image, **restoring)
     model.to(DEVICE)
-    restored = restore(model, image, **options)
+    restored = restore(model, image, **restoring)
     assert restored.dtype == np.float32
     assert np.abs(restored - expected).max() < 1e-3
     tensor = torch.from_numpy(image.transpose(2, 0, 1).copy())
     assert restore(model, tensor).device.type == "cpu"
     assert restore(model, tensor.to(DEVICE)).device.type == DEVICE
-    assert np.abs(restore(model, image, bf16=True, **options) - expected).max() < 0.05
+    assert np.abs(restore(model, image, bf16=True, **restoring) - expected).max() < 0.05
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -117,6 +213,7 @@ def folders(tmp_path, picture_pairs):
         {"SPEED__COMPILE": True, "SPEED__COMPILE_MODE": "reduce-overhead"},
         {"SPEED__CHECKPOINTING": True},
     ],
+    ids=str,
 )
 def test_training_and_resuming(folders, extra):
     """Through the command line, on every GPU there is: NCCL where there are several."""
@@ -126,6 +223,79 @@ def test_training_and_resuming(folders, extra):
     rows = history(folders)
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
     assert all(float(row["loss"]) < 10 and row["skipped_steps"] == "0" for row in rows)
+
+
+def losses(folders, steps: int = 8, **extra) -> list[float]:
+    """Of so many steps, each on a batch of its own; the validations between them are those of training."""
+    settings = dict(DEVICE="cuda", OPTIM__BATCH_SIZE=4, OPTIM__EMA_DECAY=0.9) | extra
+    trainer = make_trainer(folders, **settings)
+    found, before = [], 0.0
+    for step in range(steps):
+        samples = [trainer.train_set[step + 1, i] for i in range(4)]
+        trainer.train_step(*(trainer._move(torch.stack(side)) for side in zip(*samples, strict=True)))
+        total = trainer.totals[0].item()
+        found.append(total - before)
+        before = total
+        if step == 3:
+            assert 5 < trainer.validate() < 60
+    assert trainer.totals.tolist()[1:] == [steps, 0, 0]
+    return found
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"SPEED__COMPILE": True},
+        {"SPEED__COMPILE": True, "SPEED__COMPILE_MODE": "reduce-overhead"},
+        {"SPEED__COMPILE": True, "SPEED__COMPILE_MODE": "reduce-overhead", "OPTIM__EMA_DECAY": 0.0},
+        {"SPEED__COMPILE": True, "SPEED__CHECKPOINTING": True},
+        {"SPEED__CHECKPOINTING": True},
+        {"SPEED__CHANNELS_LAST": False},
+        {"OPTIM__ACCUMULATE": 2},
+    ],
+    ids=str,
+)
+def test_losses_are_those_of_eager(folders, extra):
+    """Step by step, in float32. With CUDA graphs: two steps warm up, one is recorded, five at least are replayed."""
+    plain = {} if "OPTIM__EMA_DECAY" not in extra else {"OPTIM__EMA_DECAY": extra["OPTIM__EMA_DECAY"]}
+    np.testing.assert_allclose(losses(folders, 10, **extra), losses(folders, 10, **plain), rtol=2e-3)
+
+
+def test_losses_are_those_of_the_cpu(folders):
+    cpu = make_trainer(folders)
+    gpu = make_trainer(folders, DEVICE="cuda")
+    for _ in range(5):
+        for trainer in (cpu, gpu):
+            trainer.train_step(*(trainer._move(side) for side in batch(trainer)))
+    assert gpu.totals[0].item() == pytest.approx(cpu.totals[0].item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("amp", ["fp32", "bf16"])
+def test_training_step_never_waits(folders, amp):
+    trainer = make_trainer(folders, DEVICE="cuda", OPTIM__EMA_DECAY=0.9, OPTIM__CLIP_NORM=1.0, SPEED__AMP=amp)
+    input, target = (trainer._move(side) for side in batch(trainer))
+    for _ in range(3):
+        trainer.train_step(input, target)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.train_step(input, target)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("extra", [{}, {"SPEED__COMPILE": True}, {"SPEED__CHECKPOINTING": True}], ids=str)
+def test_a_group_trains_as_a_lone_process(folders, extra):
+    """NCCL and DistributedDataParallel, on the one GPU that there may be."""
+    settings = dict(DEVICE="cuda", GPU=[0], OPTIM__NUM_EPOCHS=2, **extra)
+    train(folders, "alone", DEVICE="cuda", GPU=[0], OPTIM__NUM_EPOCHS=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", TRAIN]
+    done = subprocess.run(
+        [*command, *options(folders, "group", **settings)], capture_output=True, text=True, timeout=400, env=os.environ
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone, group = ([float(row["loss"]) for row in history(folders, run)] for run in ("alone", "group"))
+    np.testing.assert_allclose(group, alone, rtol=5e-3)
 
 
 def test_non_finite_step_leaves_the_weights_alone(folders):

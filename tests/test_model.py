@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dgunet import DGUNet, UserError, create_model, list_models
 from dgunet.degradations import BlockSampling, sampling_operator, start_matrix
@@ -302,6 +304,16 @@ def test_own_degradation_takes_the_place_of_the_learned_one(degradation):
     torch.testing.assert_close(model(y)[-1], model.first.proximal(v, None)[0])
 
 
+@pytest.mark.parametrize("methods", [(), ("A",), ("A_adjoint",)], ids=str)
+def test_own_degradation_without_its_methods_is_told_at_once(methods):
+    half = type("HalfDone", (), {name: lambda self, x: x for name in methods})()
+    absent = " and no ".join(name for name in ("A", "A_adjoint") if name not in methods)
+    with pytest.raises(ValueError, match=rf"methods A\(x\) and A_adjoint\(y\); HalfDone has no {absent}$"):
+        DGUNet(**SMALL, degradation=half)
+    with pytest.raises(UserError, match="compressive_sensing_dgunet: .*HalfDone"):
+        create_model("compressive_sensing_dgunet", degradation=half)
+
+
 def test_last_stage_of_a_known_degradation_is_a_residual_to_v():
     model = DGUNet(**SMALL, stages=1, degradation=HalfBrightness())
     nn.init.zeros_(model.last.proximal.image_conv.weight)
@@ -418,17 +430,69 @@ def least_squares(basis: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     return (V @ torch.linalg.lstsq(V, target).solution).mT.reshape(features.shape)
 
 
-def test_projection_is_least_squares():
+PRECISIONS = [torch.float64, torch.float32]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_projection_is_least_squares(precision, memory_format):
     basis, features = random_maps()
-    projected = project(basis.float(), features.float())
+    maps = [x.float().contiguous(memory_format=memory_format) for x in (basis, features)]
+    projected = project(*maps, precision)
+    assert projected.is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(projected.double(), least_squares(basis, features), atol=1e-5, rtol=0)
+    mixed = project(maps[0], features.float().contiguous(memory_format=torch.channels_last), precision)
+    torch.testing.assert_close(mixed, projected, atol=1e-6, rtol=0)
 
 
-def test_projection_onto_nearly_dependent_maps_is_least_squares():
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_projection_onto_nearly_dependent_maps_is_least_squares(precision):
     basis, features = random_maps()
     basis[:, 1] = basis[:, 0] + 1e-2 * basis[:, 1]  # condition number of the Gram matrix: 1e5
-    projected = project(basis.float(), features.float())
+    projected = project(basis.float(), features.float(), precision)
     torch.testing.assert_close(projected.double(), least_squares(basis, features), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_of_the_projection(precision, memory_format):
+    """Against those of a projection written out in float64, at a condition number of 1e3."""
+    basis, features = random_maps()
+    basis[:, 1] = basis[:, 0] + 1e-1 * basis[:, 1]
+    weights = torch.randn_like(features)
+    basis.requires_grad_(), features.requires_grad_()
+    V = basis.flatten(2).mT
+    exact = (V @ torch.linalg.solve(V.mT @ V, V.mT @ features.flatten(2).mT)).mT.reshape(features.shape)
+    expected = torch.autograd.grad((weights * exact).sum(), (basis, features))
+    maps = [x.detach().float().contiguous(memory_format=memory_format).requires_grad_() for x in (basis, features)]
+    found = torch.autograd.grad((weights.float() * project(*maps, precision)).sum(), maps)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() < 1e-3 * b.norm()
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of the operations that run, and the types of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.dtypes = set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.names.add(function.overloadpacket.__name__)
+        self.dtypes |= {x.dtype for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_projection_does_nothing_that_waits_for_a_gpu(precision):
+    basis, features = (x.float().requires_grad_() for x in random_maps())
+    with Operations() as operations:
+        project(basis, features, precision).sum().backward()
+    assert "linalg_cholesky_ex" in operations.names
+    assert not {"cholesky_solve", "_cholesky_solve_helper", "_local_scalar_dense", "nonzero"} & operations.names
+    assert (torch.float64 in operations.dtypes) == (precision == torch.float64)
 
 
 def test_projection_is_idempotent():
@@ -467,13 +531,14 @@ DEGENERATE = ["constant", "coinciding", "opposite", "one zero", "zero", "more ma
 
 @pytest.mark.parametrize("kind", DEGENERATE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_projection_survives_degenerate_maps(kind, dtype):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_projection_survives_degenerate_maps(kind, dtype, precision):
     basis = degenerate(kind)
     features = torch.randn(2, 6, *basis.shape[2:], generator=torch.Generator().manual_seed(1)).to(dtype)
     basis.requires_grad_()
     features.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        projected = project(basis.to(dtype), features)
+        projected = project(basis.to(dtype), features, precision)
     projected.float().square().sum().backward()
     assert projected.dtype == dtype
     for x in (projected, basis.grad, features.grad):
@@ -619,3 +684,25 @@ def test_compiles_whole_and_for_all_sizes_at_once(name):
             y = x if model.degradation is None else model.degradation.A(x)
             torch.testing.assert_close(compiled(y), model(y), atol=1e-5, rtol=0)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("name", ["deraining_dgunet_plus", "compressive_sensing_dgunet"])
+def test_compiles_stage_by_stage(name):
+    """Three graphs, however many stages and whoever owns their weights; other sizes share three more."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = create_model(name, width=8, growth=4, final_growth=4, stages=6).eval()
+    plain = copy.deepcopy(model)
+    model.compile(backend=count)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for (height, width), total in (((256, 256), 3), ((288, 320), 6), ((320, 256), 6)):
+        x = torch.rand(1, model.channels, height, width)
+        y = x if model.degradation is None else model.degradation.A(x)
+        with torch.no_grad():
+            torch.testing.assert_close(model(y), plain(y), atol=1e-5, rtol=0)
+        assert len(graphs) == total
