@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  imported later, by DistributedDataParallel, it would keep the group for ever
 from torch import Tensor
 
-from dgunet.errors import UserError, run_cli, told_in_one_line
+from dgunet.errors import UserError, optional, run_cli, told_in_one_line
 
 
 def launch(function: Callable, cfg, *args):
@@ -192,13 +192,12 @@ def sole_writer(folder: Path, what: str, advice: str):
     Raises:
         UserError: another process holds the lock.
     """
-    from filelock import FileLock, Timeout
-
+    filelock = optional("filelock")
     # Not a lock that is a file's existence: that would outlive a killed process.
-    lock = FileLock(folder / ".lock", fallback_to_soft=False)
+    lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
-    except Timeout as error:
+    except filelock.Timeout as error:
         raise UserError(f"another {what} is writing to {folder}; {advice}") from error
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What the package needs beyond its own requirements: module to the extra of setup.py that installs it.
 EXTRAS = {
-    **dict.fromkeys(("PIL", "cv2", "h5py", "kornia_rs", "matplotlib", "scipy", "skimage"), "train"),
+    **dict.fromkeys(("PIL", "cv2", "filelock", "h5py", "kornia_rs", "matplotlib", "scipy", "skimage"), "train"),
     **dict.fromkeys(("torchvision", "tqdm", "warmup_scheduler"), "train"),
     "gdown": "data",
 }

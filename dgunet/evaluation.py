@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from natsort import natsorted
 
 from dgunet.checkpoint import load_model, read_checkpoint
@@ -33,7 +32,7 @@ from dgunet.errors import UserError, optional
 from dgunet.inference import check_tiles, restore, use_huge_pages
 from dgunet.metrics import AlignmentError, evaluate_pair
 
-tqdm = optional("tqdm").tqdm
+tqdm, FileLock = optional("tqdm").tqdm, optional("filelock").FileLock
 
 # Protocols that score the unrounded output; the others score pictures as they are written to disk.
 UNROUNDED = ("sidd_unit_range", "cs_y", "train_rgb")

@@ -168,7 +168,7 @@ def test_every_extra_package_is_known():
 
 
 def test_the_package_imports_extras_so_that_a_missing_one_is_told():
-    core = set(sys.stdlib_module_names) | {"dgunet", "torch", "numpy", "natsort", "psutil", "yaml", "yacs", "filelock"}
+    core = set(sys.stdlib_module_names) | {"dgunet", "torch", "numpy", "natsort", "psutil", "yaml", "yacs"}
     for path in (ROOT / "dgunet").glob("*.py"):
         assert imported(path) <= core, f"{path.name} should take them from errors.optional"
 
