@@ -43,7 +43,7 @@ def optimizer_step(trainer: Trainer):
         parameter.grad = torch.full_like(parameter, 0.1)
     trainer.optimizer.found_inf = torch.zeros(())
     trainer.optimizer.step()
-    trainer.ema.update_parameters(trainer.model)
+    trainer._average()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,7 +106,7 @@ def loads(path: Path, expected: dict | None) -> bool:
 def resumes(path: Path, state: dict, trainer: Trainer) -> bool:
     """Whether a run continues from a file. If it does, then with the weights and the moments of the whole state."""
     with torch.no_grad():
-        for parameter in (*trainer.model.parameters(), *trainer.ema.module.parameters()):
+        for parameter in (*trainer.model.parameters(), *trainer.ema.parameters()):
             parameter.zero_()
     try:
         trainer._resume(path)
