@@ -26,8 +26,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch
 OVERRIDES = dict(width=4, growth=2, final_growth=2, stages=2)
 
 
+class Files(list):
+    """In the place of a training set: the files that it would read."""
+
+    items = property(list)
+
+
 def make_trainer(folder: Path, *options) -> Trainer:
-    """A trainer of a tiny network, without data, in ``folder``."""
+    """A trainer of a tiny network, which reads no data, in ``folder``."""
     settings = {
         "DEVICE": "cpu", "MODEL.SESSION": "run", "TRAINING.SAVE_DIR": folder, "OPTIM.BATCH_SIZE": 2,
         "OPTIM.EMA_DECAY": 0.9, "TRAINING.TRAIN_PS": 8,
@@ -35,7 +41,9 @@ def make_trainer(folder: Path, *options) -> Trainer:
     words = [str(word) for pair in settings.items() for word in pair]
     cfg = load_config(ROOT / "configs/denoising/dgunet.yaml", words + list(options))
     torch.manual_seed(0)
-    return Trainer(cfg, create_model("denoising_dgunet", **OVERRIDES), range(8), range(2))
+    return Trainer(
+        cfg, create_model("denoising_dgunet", **OVERRIDES), Files(sorted(ROOT.glob("dgunet/*.py"))[:8]), range(2)
+    )
 
 
 def optimizer_step(trainer: Trainer):
