@@ -26,8 +26,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch
 OVERRIDES = dict(width=4, growth=2, final_growth=2, stages=2)
 
 
+class Files(list):
+    """In the place of a training set: the files that it would read."""
+
+    items = property(list)
+
+
 def make_trainer(folder: Path, *options) -> Trainer:
-    """A trainer of a tiny network, without data, in ``folder``."""
+    """A trainer of a tiny network, which reads no data, in ``folder``."""
     settings = {
         "DEVICE": "cpu", "MODEL.SESSION": "run", "TRAINING.SAVE_DIR": folder, "OPTIM.BATCH_SIZE": 2,
         "OPTIM.EMA_DECAY": 0.9, "TRAINING.TRAIN_PS": 8,
@@ -35,7 +41,9 @@ def make_trainer(folder: Path, *options) -> Trainer:
     words = [str(word) for pair in settings.items() for word in pair]
     cfg = load_config(ROOT / "configs/denoising/dgunet.yaml", words + list(options))
     torch.manual_seed(0)
-    return Trainer(cfg, create_model("denoising_dgunet", **OVERRIDES), range(8), range(2))
+    return Trainer(
+        cfg, create_model("denoising_dgunet", **OVERRIDES), Files(sorted(ROOT.glob("dgunet/*.py"))[:8]), range(2)
+    )
 
 
 def optimizer_step(trainer: Trainer):
@@ -43,7 +51,7 @@ def optimizer_step(trainer: Trainer):
         parameter.grad = torch.full_like(parameter, 0.1)
     trainer.optimizer.found_inf = torch.zeros(())
     trainer.optimizer.step()
-    trainer.ema.update_parameters(trainer.model)
+    trainer._average()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,7 +114,7 @@ def loads(path: Path, expected: dict | None) -> bool:
 def resumes(path: Path, state: dict, trainer: Trainer) -> bool:
     """Whether a run continues from a file. If it does, then with the weights and the moments of the whole state."""
     with torch.no_grad():
-        for parameter in (*trainer.model.parameters(), *trainer.ema.module.parameters()):
+        for parameter in (*trainer.model.parameters(), *trainer.ema.parameters()):
             parameter.zero_()
     try:
         trainer._resume(path)
