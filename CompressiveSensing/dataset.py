@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dgunet.data import Packed, RandomPatches, open_image, read_image, to_tensor
 from dgunet.errors import UserError, optional
+from dgunet.transforms import unit_range
 
 
 def read_luma(path: str | Path) -> np.ndarray:
@@ -49,6 +51,20 @@ class LumaPatches(RandomPatches):
 
     def __init__(self, paths: list, patch: int, repeat: int = 200, flip: bool = True, seed: int = 1234):
         super().__init__(paths, patch, repeat, flip, seed)
+
+    def blocks(self, count: int = 16384) -> Tensor:
+        """Blocks of all pictures at random places, (N, 1024), N at least ``count``, range [0, 1]."""
+        rng = np.random.default_rng(self.seed)
+        found, size = [], self.multiple
+        for item in self.items:
+            picture = open_luma(item)[:, :]
+            rows, columns = (side - size + 1 for side in picture.shape)
+            if min(rows, columns) < 1:
+                raise UserError(f"{item} is smaller than a block of {size}x{size} pixels")
+            for _ in range(-(-count // len(self.items))):
+                top, left = rng.integers(rows), rng.integers(columns)
+                found.append(picture[top : top + size, left : left + size].ravel())
+        return unit_range(torch.from_numpy(np.stack(found)))
 
     def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
         epoch, index = self.key(key)

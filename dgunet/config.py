@@ -113,7 +113,6 @@ _RANGES = {
     "MODEL.OVERRIDES.fusion": ["subspace", "concat"],
     "MODEL.OVERRIDES.final_fusion": ["concat", "subspace"],
     "MODEL.RATIO": (0.001, 1),
-    "MODEL.MATRIX": ["learned", "fixed"],
     "OPTIM.BATCH_SIZE": (1, 2**16),
     "OPTIM.NUM_EPOCHS": (1, _EPOCHS),
     "OPTIM.LR_INITIAL": (1e-12, 1),

@@ -126,8 +126,10 @@ def sampling_operator(
         blocks: for a start from principal components, see `start_matrix`.
 
     Raises:
-        UserError: an impossible ratio, or a file that holds no such matrix.
+        UserError: neither learned nor fixed, an impossible ratio, or a file that holds no such matrix.
     """
+    if matrix not in ("learned", "fixed"):
+        raise UserError(f"MODEL.MATRIX is learned or fixed, got {matrix!r}; a .npy file goes to MODEL.MATRIX_START")
     learned = matrix == "learned"
     start = start or ("xavier" if learned else "orthonormal")
     try:

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -123,7 +122,7 @@ def train(cfg, train_set, val_set, dry_run: bool = False, missing: list[str] = (
         if start == "pca" and not len(train_set):
             start = "orthonormal"  # a dry run before there are pictures to take components of
         overrides["degradation"] = sampling_operator(
-            cfg.MODEL.RATIO, cfg.MODEL.MATRIX, start, lambda: sample_blocks(train_set)
+            cfg.MODEL.RATIO, cfg.MODEL.MATRIX, start, lambda: train_set.blocks()
         )
     model = create_model(cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **overrides)
     trainer = Trainer(cfg, model, train_set, val_set, list(missing) if dry_run else None)
@@ -724,16 +723,6 @@ class Trainer:
             signal.signal(number, handler)
         if self.board is not None:
             self.board.close()
-
-
-def sample_blocks(train_set, block: int = 32, count: int = 16384) -> torch.Tensor:
-    """Blocks of pixels (N, block^2), range [0, 1], of the crops of an epoch that no training sees."""
-    blocks, index = [], 0
-    while sum(map(len, blocks)) < count:
-        crop = unit_range(train_set[0, index][1])
-        blocks.append(F.unfold(crop[None], block, stride=block)[0].mT)
-        index += 1
-    return torch.cat(blocks)
 
 
 def keep_freed_memory():

@@ -500,7 +500,9 @@ class TestRun:
         if self.model is not None:
             print(f"pictures and scores of each picture are in {self.folder}")
         if self.failures:
-            raise UserError(f"{len(self.failures)} not tested, all others were\n" + "\n".join(self.failures))
+            for failure in self.failures:
+                print(f"not tested: {UserError(failure)}", file=sys.stderr)
+            raise UserError(f"{len(self.failures)} not tested, all others were")
 
 
 def pick_device(name: str) -> torch.device:

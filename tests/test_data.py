@@ -308,11 +308,11 @@ def test_names_that_are_not_utf8(tmp_path, picture_pairs, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*samples, strict=True))
     assert not changed_items(packed, fingerprint(pairs))
 
-    sheet = ScoreSheet(tmp_path / "scores", "train_rgb", {})
+    sheet = ScoreSheet(tmp_path / "scores", "train_rgb", {}, {name: "its fingerprint"})
     picture = read_image(pairs[1].input)
     sheet.add(name, picture, picture // 2, picture)
     assert sheet.finish("set").images == 1
-    assert ScoreSheet(tmp_path / "scores", "train_rgb", {}).done(name)
+    assert ScoreSheet(tmp_path / "scores", "train_rgb", {}, {name: "its fingerprint"}).done(name)
 
 
 @pytest.mark.parametrize("kind", ["plain", "interlaced", "transparent colour", "palette"])

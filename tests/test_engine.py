@@ -596,9 +596,7 @@ def test_weights_that_are_not_finite_do_not_start_a_run(folders):
 
 def test_resume_with_other_training_data_is_refused(folders):
     """The same samples could not be seen; the same data elsewhere are fine."""
-    trainer = make_trainer(folders)
-    trainer.folder.mkdir(parents=True)
-    trainer.save("model_latest.pth")
+    stopped_run(folders)
     folders = folders.rename(folders.with_name("elsewhere"))
     assert make_trainer(folders, TRAINING__RESUME=True).resumed is not None
     for side in ("input", "target"):
@@ -761,7 +759,7 @@ def test_trains_on_clean_pictures_with_synthetic_noise(folders):
     done = train(
         folders, TRAINING__VAL_DIR="", TRAINING__VAL_HOLD_BACK=2, SYNTHESIS__OPTIONS__sigma="[0, 50]", **changed
     )
-    assert "6 pictures of" in done.stdout and "2 pictures of" in done.stdout
+    assert "7 pictures of" in done.stdout and "1 pictures of" in done.stdout
     assert float(history(folders)[-1]["psnr"]) > 10
     failed = train(folders, check=2, SYNTHESIS__OPTIONS__sigma=5, **changed | {"SYNTHESIS__NAME": "fog"})
     assert "SYNTHESIS.NAME" in failed.stderr

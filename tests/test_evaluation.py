@@ -569,9 +569,10 @@ def test_random_faults_of_inputs_end_in_one_line(test, picture_pairs, fuzz, tmp_
         outcomes[done.status] += 1
         assert "Traceback" not in done.err, where
         if done.status == 2:
-            count = int(told[0].split()[1]) if "not tested, all others were" in told[0] else 0
+            count = int(told[-1].split()[1]) if "not tested, all others were" in told[-1] else 0
             assert len(told) == 1 + count or "usage:" in told[0], where
-            assert told[0].startswith(("error: ", "usage: ")), where
+            assert all(line.startswith("not tested: ") for line in told[:count]), where
+            assert "usage:" in told[0] or told[-1].startswith("error: "), where
         for row in rows(task):
             assert "nan" not in row["psnr"], where
         again = test("--dataset", dataset, *words, task=task)
