@@ -84,7 +84,8 @@ def test_demo_data_training_and_test(tmp_path, task):
         "--config", ROOT / "configs" / task / "quickstart.yaml", "TRAINING.TRAIN_DIR", data / "train",
         "TRAINING.VAL_DIR", data / "val", "TRAINING.SAVE_DIR", tmp_path / "runs", "TRAINING.VAL_PS", 64,
         "TRAINING.TRAIN_PS", 32, "TRAINING.REPEAT", 4, "TRAINING.WORKERS", 0, "OPTIM.NUM_EPOCHS", 5, "DEVICE", "cpu",
-        "TRAINING.VAL_AFTER_EVERY", 1, "OPTIM.LR_INITIAL", 1e-3, "OPTIM.EMA_DECAY", 0.8, "MODEL.OVERRIDES.stages", 2, "MODEL.OVERRIDES.width", 8,
+        "TRAINING.VAL_AFTER_EVERY", 1, "OPTIM.LR_INITIAL", 1e-3, "OPTIM.EMA_DECAY", 0.8,
+        "MODEL.OVERRIDES.stages", 2, "MODEL.OVERRIDES.width", 8,
         "MODEL.OVERRIDES.growth", 4,
     ]  # fmt: skip
     run(task, "train.py", *words, cwd=tmp_path)
