@@ -107,8 +107,8 @@ class ScoreSheet:
         note, settings = folder / "settings.json", json.dumps(settings | {"protocol": protocol}, sort_keys=True)
         if note.exists() and note.read_bytes() == settings.encode():
             self._read()
+        self._write()  # before the note: killed in between, the former scores must not pass for these settings'
         note.write_text(settings)
-        self._write()
         self.continued = len(self.rows)
         # The filters behind the metrics work outside of Python's lock, so threads use all cores.
         threads = threads or os.cpu_count()

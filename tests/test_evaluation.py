@@ -21,7 +21,16 @@ import torch
 from dgunet import DGUNet, UserError, create_model, evaluation
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.errors import run_cli
-from dgunet.evaluation import Result, TestRun, append_results, average, find_folder, noise_level, pick_device
+from dgunet.evaluation import (
+    Result,
+    ScoreSheet,
+    TestRun,
+    append_results,
+    average,
+    find_folder,
+    noise_level,
+    pick_device,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"deraining": "Deraining", "denoising": "Denoising", "compressive_sensing": "CompressiveSensing"}
@@ -208,6 +217,22 @@ def test_damaged_records_are_begun_anew(test, picture_pairs, name, content):
     sheet(name).write_bytes(content)
     done = test("--dataset", "set")
     assert done.status == 0 and "done already" not in done.out and rows()[0]["psnr"] == rows()[1]["psnr"]
+
+
+def test_killed_while_the_sheet_is_begun_anew(tmp_path, monkeypatch):
+    """Scores of other settings are gone before the note says that the sheet's are of these."""
+    sheet = ScoreSheet(tmp_path, "train_rgb", {"bf16": False}, {"img": "its fingerprint"})
+    sheet.tick("img")
+    sheet.finish("set")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for method in ((ScoreSheet, "_write"), (Path, "write_text")):
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+            context.setattr(*method, killed)
+            ScoreSheet(tmp_path, "train_rgb", {"bf16": True}, {"img": "its fingerprint"})
+    assert not ScoreSheet(tmp_path, "train_rgb", {"bf16": True}, {"img": "its fingerprint"}).done("img")
 
 
 # ------------------------------------------------------------------------------------------------- what is not a number
