@@ -537,10 +537,10 @@ class Trainer:
     @torch.no_grad()
     def _average(self):
         """As AveragedModel does, whose count of the steps is a tensor on the device: each step would wait for it."""
-        averaged, current = list(self.ema.parameters()), list(self.model.parameters())
         if self.averaged == 0:
-            torch._foreach_copy_(averaged, current)
+            self.ema.load_state_dict(self.model.state_dict())  # with what is not trained, such as a fixed matrix
         else:
+            averaged, current = list(self.ema.parameters()), list(self.model.parameters())
             torch._foreach_lerp_(averaged, current, 1 - self.cfg.OPTIM.EMA_DECAY)
         self.averaged += 1
 

@@ -23,6 +23,7 @@ from dgunet import create_model, load_model
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import PairedCentres, PairedPatches
+from dgunet.degradations import BlockSampling
 from dgunet.distributed import launch
 from dgunet.engine import Trainer, autocast_dtype, memory_format, plot_history, train_command
 from dgunet.errors import UserError
@@ -350,6 +351,16 @@ def test_ema_is_that_of_pytorch(folders):
     state = trainer.state()
     assert_same_weights(state["state_dict"], expected.module.state_dict())
     assert state["averaged"] == 3 and type(state["averaged"]) is int
+
+
+def test_average_has_the_fixed_matrix_of_its_network(folders):
+    """Also where the matrix comes with a run that is continued, and was not averaged before."""
+    cfg = load_config(None, options(folders, OPTIM__EMA_DECAY=0.9))
+    model = create_model("compressive_sensing_dgunet", degradation=BlockSampling(0.1, learned=False), **OVERRIDES)
+    trainer = Trainer(cfg, model, PairedPatches(folders / "train", 32), PairedCentres(folders / "val", 32))
+    trainer.model.degradation.matrix.neg_()
+    trainer.train_step(*torch.rand(2, 2, 1, 32, 32))
+    assert torch.equal(trainer.ema.degradation.matrix, trainer.model.degradation.matrix)
 
 
 def test_training_step_does_nothing_that_waits_for_a_gpu(folders):
