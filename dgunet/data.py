@@ -587,10 +587,11 @@ class SyntheticPatches(RandomPatches):
         self, items: list, degrade: Callable, patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234,
         margin: int = 32,
     ):  # fmt: skip
-        super().__init__(items, patch + 2 * margin, repeat, flip, seed)
+        super().__init__(items, patch, repeat, flip, seed)
+        self.patch += 2 * margin
         self.degrade, self.margin = degrade, margin
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
         epoch, index = self.key(key)
         rng = self.generator(epoch, index)
         (crop,) = self.crop(rng, open_image(self.items[index % len(self.items)]))

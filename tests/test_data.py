@@ -793,6 +793,11 @@ def test_clean_pictures_are_degraded_on_the_way(tmp_path, picture_pairs):
     assert torch.equal(centres[0][1], PairedCentres(find_pairs(tmp_path), 32)[0][1])
 
 
+def test_size_of_synthetic_crops_is_told_as_it_was_given():
+    with pytest.raises(UserError, match="TRAIN_PS must be a multiple of 8 pixels, got 100"):
+        SyntheticPatches([], None, 100)
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [("snow", {}, "added_rain"), ("gaussian_noise", {"sigmas": 3}, "gaussian_noise has no sigmas; it has sigma, clip")],
