@@ -44,7 +44,7 @@ def main():
         if matrix.shape != trained.shape or not np.allclose(matrix, trained, atol=1e-5):
             raise UserError(
                 f"{args.measurements} was measured with another matrix than {args.weights} was trained with; use the "
-                "weights of that matrix, or train with MODEL.MATRIX set to it"
+                "weights of that matrix, or train with MODEL.MATRIX fixed and MODEL.MATRIX_START a .npy file of it"
             )
     with torch.inference_mode():
         x = model(torch.from_numpy(y)[None].to(device))[0][0, 0].float().cpu().numpy()
