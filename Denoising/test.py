@@ -10,7 +10,6 @@ for SIDD: RGB in [0, 1], not rounded to 8 bits, SSIM over three dimensions. A te
 was.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from dgunet.data import write_image
 from dgunet.errors import UserError, optional, run_cli
 from dgunet.evaluation import ScoreSheet, TestRun, TestSet, find_folder, to_uint8
+from dgunet.files import replacing
 
 TEST_SETS = {
     "SIDD": TestSet(
@@ -69,8 +69,8 @@ def test_sidd(run: TestRun, out: Path) -> ScoreSheet:
                     sheet.add(names[k], restored[k], clean[i, k], block)
                     if run.args.save_images:
                         write_image(out / f"{names[k]}.png", to_uint8(restored[k]))
-            np.save(part.with_name("unfinished.npy"), restored)
-            os.replace(part.with_name("unfinished.npy"), part)
+            with replacing(part) as temporary, open(temporary, "wb") as file:
+                np.save(file, restored)
     written = [parts / f"{i + 1:04d}.npy" for i in range(len(noisy))]
     if not all(path.exists() for path in written):
         (out / "Idenoised.mat").unlink(missing_ok=True)

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import logging
 import math
-import os
 import signal
 import sys
 import time
@@ -43,6 +42,7 @@ from dgunet.data import (
 from dgunet.degradations import sampling_operator
 from dgunet.distributed import launch
 from dgunet.errors import UserError, optional, shorten
+from dgunet.files import replacing
 from dgunet.losses import StageLoss
 from dgunet.metrics import psnr_batch
 from dgunet.model import Measured, create_model
@@ -663,12 +663,10 @@ class Trainer:
                     self.board.add_scalar(key, row[key], done)
 
     def _write_history(self):
-        temporary = self.folder / ".history.csv.tmp"
-        with open(temporary, "w", newline="") as file:
+        with replacing(self.folder / "history.csv") as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, self.history[0].keys())
             writer.writeheader()
             writer.writerows(self.history)
-        os.replace(temporary, self.folder / "history.csv")
         plot_history(self.history, self.batches.steps, self.folder / "curves.png", self.cfg.MODEL.SESSION)
 
     # ------------------------------------------------------------------------------------------------------ plumbing

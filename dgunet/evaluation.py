@@ -29,6 +29,7 @@ from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import IMAGE_SUFFIXES, Pair, find_pairs, images_by_name, read_image, write_image
 from dgunet.distributed import sole_writer
 from dgunet.errors import UserError, optional
+from dgunet.files import replacing
 from dgunet.inference import check_tiles, restore, use_huge_pages
 from dgunet.metrics import AlignmentError, evaluate_pair
 
@@ -183,12 +184,10 @@ class ScoreSheet:
                     self.rows[name] = (name, *scores, row["note"], row["files"])
 
     def _write(self):
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with open(temporary, "w", **TEXT) as file:
+        with replacing(self.path) as temporary, open(temporary, "w", **TEXT) as file:
             writer = csv.writer(file)
             writer.writerow(self.COLUMNS)
             writer.writerows(self.rows.values())
-        os.replace(temporary, self.path)
 
 
 class TestRun:
