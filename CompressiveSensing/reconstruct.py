@@ -20,6 +20,7 @@ from dgunet.data import write_image
 from dgunet.errors import UserError, run_cli
 from dgunet.evaluation import pick_device, to_uint8
 from dgunet.files import open_file
+from dgunet.inference import estimate
 
 MAX_BYTES = 2**30  # of an array: the measurements of a gigapixel at 25 %
 
@@ -46,8 +47,10 @@ def main():
                 f"{args.measurements} was measured with another matrix than {args.weights} was trained with; use the "
                 "weights of that matrix, or train with MODEL.MATRIX fixed and MODEL.MATRIX_START a .npy file of it"
             )
-    with torch.inference_mode():
-        x = model(torch.from_numpy(y)[None].to(device))[0][0, 0].float().cpu().numpy()
+    try:
+        x = estimate(model, torch.from_numpy(y)[None].to(device))[0, 0].cpu().numpy()
+    except UserError as error:
+        raise UserError(f"{args.measurements}: {error}, or the measurements are far too large") from error
     write_image(args.out, to_uint8(x[:height, :width]))
     print(f"wrote {args.out}: {width}x{height} pixels from {y.size:,} measurements")
 

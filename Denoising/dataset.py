@@ -1,6 +1,5 @@
 """What is special about denoising data: mix-up while training, and the layouts of the SIDD and DND benchmarks."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +72,7 @@ def read_sidd(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     blocks = []
     for key in ("ValidationNoisyBlocksSrgb", "ValidationGtBlocksSrgb"):
         array = read_mat(folder / f"{key}.mat", key)
-        if array.ndim != 5 or array.shape[-1] != 3 or array.dtype != np.uint8:
+        if array.ndim != 5 or array.shape[-1] != 3 or array.dtype != np.uint8 or not array.size:
             raise UserError(
                 f"{folder / key}.mat should hold uint8 blocks (pictures, blocks, H, W, 3), "
                 f"got {array.dtype} {array.shape}"
@@ -84,11 +83,10 @@ def read_sidd(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return tuple(blocks)
 
 
-def read_dnd(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """DND's pictures: (file name, (H, W, 3) float32 in [0, 1], boxes).
+def read_dnd(folder: Path) -> dict[str, np.ndarray]:
+    """DND's pictures: file names below ``images_srgb/`` and the boxes of each, by HDF5 references in ``info.mat``.
 
-    Reads ``info.mat`` (boxes by HDF5 references) and ``images_srgb/0001.mat`` ... A row of boxes is (top, left, bottom,
-    right) of a crop to be restored, counted from 1 and inclusive.
+    A row of boxes is (top, left, bottom, right) of a crop to be restored, counted from 1 and inclusive.
     """
     h5py = optional("h5py")
 
@@ -99,8 +97,19 @@ def read_dnd(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         with h5py.File(info) as file:
             references = np.array(file["info"]["boundingboxes"]).ravel()
             boxes = [np.array(file["info"][reference]).T.astype(int) for reference in references]
+        sound = all((b[:, :2] >= 1).all() and (b[:, 2:] >= b[:, :2]).all() and b.shape[1:] == (4,) for b in boxes)
     except Exception as error:
         raise UserError(f"{info} is not DND's info.mat, or is damaged; download it again") from error
-    for number, picture_boxes in enumerate(boxes, start=1):
-        name = f"{number:04d}.mat"
-        yield name, read_mat(folder / "images_srgb" / name, "InoisySRGB").astype(np.float32), picture_boxes
+    if not sound:
+        raise UserError(f"{info} holds something else than boxes (top, left, bottom, right); download it again")
+    return {f"{number:04d}.mat": picture_boxes for number, picture_boxes in enumerate(boxes, start=1)}
+
+
+def read_dnd_picture(path: Path, boxes: np.ndarray) -> np.ndarray:
+    """One of DND's pictures, (H, W, 3) float32 in [0, 1], which its boxes lie in."""
+    picture = read_mat(path, "InoisySRGB")
+    if picture.dtype.kind != "f" or picture.ndim != 3 or picture.shape[2] != 3:
+        raise UserError(f"{path} should hold a picture (H, W, 3) of floats, got {picture.dtype} {picture.shape}")
+    if (boxes[:, 2:] > picture.shape[:2]).any():
+        raise UserError(f"{path} is smaller than its boxes in info.mat; download it again")
+    return picture.astype(np.float32)

@@ -16,8 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from dataset import read_dnd, read_sidd
-from natsort import natsorted
+from dataset import read_dnd, read_dnd_picture, read_sidd
 from tqdm import tqdm
 
 from dgunet.data import write_image
@@ -85,14 +84,16 @@ def test_dnd(run: TestRun, out: Path) -> ScoreSheet:
     """Write the benchmark's submission: for each picture a .mat file with its 20 restored crops (1-based boxes)."""
     require_model(run, "DND")
     source = find_folder(run.args.data_root, TEST_SETS["DND"].folder)
-    sources = {path.name: (source / "info.mat", path) for path in natsorted(source.glob("images_srgb/*.mat"))}
-    sheet = run.sheet("DND", out, "none", sources)
+    boxes_of = read_dnd(source)
+    files = {name: source / "images_srgb" / name for name in boxes_of}
+    sheet = run.sheet("DND", out, "none", {name: (source / "info.mat", path) for name, path in files.items()})
     folder = out / "matfiles"
     folder.mkdir(exist_ok=True)
-    for name, picture, boxes in tqdm(read_dnd(source), desc="DND", disable=None):
+    for name, boxes in tqdm(boxes_of.items(), desc="DND", unit="picture", disable=None):
         if sheet.done(name) and (folder / name).exists() and not run.args.save_images:
             continue
         with run.attempt(f"DND's picture {name}"):
+            picture = read_dnd_picture(files[name], boxes)
             crops = np.empty((1, len(boxes)), dtype=object)
             for k, (top, left, bottom, right) in enumerate(boxes):
                 crops[0, k] = run.restore("DND", picture[top - 1 : bottom, left - 1 : right])

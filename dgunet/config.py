@@ -152,6 +152,7 @@ _RANGES = {
     "AUGMENT.MIXUP": (0, 100),
     "AUGMENT.MIXUP_FROM_EPOCH": (0, _EPOCHS),
     "SPEED.AMP": ["auto", "bf16", "fp32"],
+    "SPEED.CHANNELS_LAST": ["auto", True, False],
     "SPEED.COMPILE_MODE": ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
 }
 
@@ -358,7 +359,7 @@ def _check_range(key: str, value, source: str):
     """Raise a UserError where a value of the right type is out of its range."""
     allowed = _RANGES.get(key)
     if isinstance(allowed, list) and value not in allowed:
-        raise UserError(f"{source}: {key} is {', '.join(allowed[:-1])} or {allowed[-1]}, got {_short(value)}")
+        raise UserError(f"{source}: {key} is {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}, got {_short(value)}")
     if isinstance(allowed, tuple):
         lowest, highest = allowed
         for number in value if isinstance(value, list) else [value]:

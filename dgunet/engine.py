@@ -752,8 +752,6 @@ def memory_format(choice: str | bool, device: torch.device, amp: torch.dtype | N
     That is channels_last, without which oneDNN and cuDNN reorder the maps around each convolution; but for float32 on
     processors without AVX-512, where oneDNN needs twice as long for a weight's gradient as in NCHW.
     """
-    if choice not in ("auto", True, False):
-        raise UserError(f"SPEED.CHANNELS_LAST is auto, True or False, got {choice!r}")
     if choice == "auto":
         choice = device.type == "cuda" or amp is not None or _has_avx512()
     return torch.channels_last if choice else torch.contiguous_format

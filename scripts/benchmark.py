@@ -39,11 +39,14 @@ from torch import nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "Deblurring")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "Deblurring")]
+
+from prepare_patches import Parser, at_least  # noqa: E402
 
 from dgunet.config import load_config  # noqa: E402
 from dgunet.engine import Trainer, autocast_dtype, keep_freed_memory  # noqa: E402
 from dgunet.errors import UserError, run_cli  # noqa: E402
+from dgunet.evaluation import pick_device  # noqa: E402
 from dgunet.inference import use_huge_pages  # noqa: E402
 from dgunet.layers import ChannelAttentionBlock, ConvBlock, HalfInstanceNorm  # noqa: E402
 from dgunet.model import Measured, create_model, list_models  # noqa: E402
@@ -556,7 +559,10 @@ def data_table(args) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(args.pictures or make_pictures(Path(folder) / "pictures"))
         packed = Path(folder) / "packed.h5"
-        subprocess.run([sys.executable, ROOT / "scripts/pack_dataset.py", source, "--out", packed], check=True)
+        pack = [sys.executable, ROOT / "scripts/pack_dataset.py", source, "--out", packed]
+        done = subprocess.run(pack, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"--pictures: {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
         common = dict(section="data", height=256, width=256)
         cases = [
             Case(name="baseline: PNG", baseline=True, pictures=str(source), **common),
@@ -628,19 +634,29 @@ def finish(title: str, cases: list[Case], rows: list[dict]) -> list[dict]:
     return finished
 
 
+def size(text: str) -> tuple[int, int]:
+    width, height = map(int, text.lower().split("x"))
+    if min(width, height) < 8 or width % 8 or height % 8:
+        raise argparse.ArgumentTypeError(f"sides are multiples of 8, got {text}")
+    return width, height
+
+
+size.__name__ = "WIDTHxHEIGHT"  # argparse's name for it in "invalid ... value"
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all of these), probe")
     add("--variants", nargs="+", default=["deraining_dgunet"], help=f"of {', '.join(list_models())}")
-    add("--sizes", nargs="+", default=["256x256", "1280x720"], help="forward: WIDTHxHEIGHT")
-    add("--batch", type=int, default=2, help="training: pictures in a step (default: 2; the paper's is 16)")
-    add("--crop", type=int, default=128, help="training: side of the crops (default: 128; the paper's is 256)")
+    add("--sizes", nargs="+", type=size, default=[(256, 256), (1280, 720)], help="forward: WIDTHxHEIGHT")
+    add("--batch", type=at_least(1), default=2, help="training: pictures in a step (default: 2; the paper's is 16)")
+    add("--crop", type=at_least(8), default=128, help="training: side of the crops (default: 128; the paper's is 256)")
     add("--compile", action="store_true", help="also torch.compile")
     add("--pictures", help="data: folder of 1280x720 pairs (default: enlarged photographs of scikit-image)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, ...")
     add("--threads", type=int, default=0, help="of the CPU (default: PyTorch's choice)")
-    add("--runs", type=int, default=7, help="medians are of so many runs")
+    add("--runs", type=at_least(1), default=7, help="medians are of so many runs")
     add("--seconds", type=float, default=60, help="but no new round after this long")
     add("--profile", action="store_true", help="also print where the time of this repository's networks goes")
     add("--out", type=Path, default=Path("benchmark.json"), help="JSON file to write (default: benchmark.json)")
@@ -648,10 +664,7 @@ def main():
     unknown = set(args.sections) - {*SECTIONS, "probe"}
     if unknown:
         raise UserError(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}, probe")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {args.device}: PyTorch sees no GPU; check nvidia-smi and the driver, or --device cpu"
-        )
+    args.device = str(pick_device(args.device))
     sections = args.sections or SECTIONS
 
     cuda = args.device.startswith("cuda")
@@ -673,8 +686,7 @@ def main():
     for section in sections:
         if section == "forward":
             for variant in args.variants:
-                for size in args.sizes:
-                    width, height = map(int, size.lower().split("x"))
+                for width, height in args.sizes:
                     add_rows(network_table(args, network_cases(args, section, variant, height, width, 1), peaks))
         elif section == "train":
             for variant in args.variants:

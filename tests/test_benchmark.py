@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dgunet import create_model
+from dgunet.errors import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -128,3 +129,25 @@ def test_probe(capsys):
         "waits",
     ):
         assert words in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["forward", "--sizes", "12"], "argument --sizes: invalid WIDTHxHEIGHT value: '12'"),
+        (["forward", "--sizes", "64x63"], "sides are multiples of 8, got 64x63"),
+        (["forward", "--sizes", "0x8"], "sides are multiples of 8, got 0x8"),
+        (["train", "--batch", "0"], "--batch: must be at least 1, not 0"),
+        (["data", "--runs", "0"], "--runs: must be at least 1, not 0"),
+        (["data", "--pictures", "nowhere"], "/nowhere/input; check the path"),
+        (["forward", "--device", "banana"], "cannot use --device banana"),
+        (["nothing"], "unknown section nothing"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    with pytest.raises(SystemExit) as end:
+        run_cli(benchmark.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and message in said and said.startswith("error: ") and said.count("\n") == 1

@@ -287,9 +287,9 @@ def test_every_number_has_a_range(yaml_file, key):
 
 @pytest.mark.parametrize("key", [key for key, allowed in _RANGES.items() if isinstance(allowed, list)])
 def test_every_choice(key):
-    *others, last = _RANGES[key]
+    *others, last = map(str, _RANGES[key])
     for choice in _RANGES[key]:
-        assert leaves(load_config(None, [key, choice]))[key] == choice
+        assert leaves(load_config(None, [key, str(choice)]))[key] == choice
     assert f"{key} is {', '.join(others)} or {last}, got 'neither'" in refusal(None, [key, "neither"])
     assert f"{key} is {others[0]}" in refusal(None, [key, ""])
 

@@ -11,11 +11,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dgunet import UserError, data
+from dgunet import UserError, create_model, data
+from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.data import find_pairs, image_size, open_image, read_image
 from dgunet.degradations import sampling_operator
+from dgunet.errors import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTREMES = (0, 1, 2, 255, 65535, 100_000, 2**31 - 1, 2**31, 2**32 - 1)
@@ -234,6 +237,21 @@ def test_unsuitable_measurements(tmp_path, reconstruct, monkeypatch, changed, me
     with pytest.raises(UserError) as error:
         read(reconstruct, tmp_path / "a.npz", measurements(**changed))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_measurements_that_the_network_makes_no_numbers_of(tmp_path, reconstruct, monkeypatch, capsys):
+    torch.manual_seed(0)
+    model = create_model("compressive_sensing_dgunet", width=8, growth=4, final_growth=4, stages=2)
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "model.pth")
+    np.savez(tmp_path / "a.npz", y=np.full((256, 1, 1), 3e38, np.float32))
+    words = ["a.npz", "--weights", "model.pth", "--out", "a.png", "--ignore_matrix", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words])
+    with pytest.raises(SystemExit) as end:
+        run_cli(reconstruct.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "the network gave NaN or infinite values" in said and said.count("\n") == 1
+    assert "a.npz" in said and not Path("a.png").exists()
 
 
 def test_measurements_of_whole_blocks_need_no_size(tmp_path, reconstruct):

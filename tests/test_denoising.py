@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+from test_evaluation import command
 
-from dgunet import create_model, load_model, restore
+from dgunet import UserError, create_model, load_model, restore
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.data import read_image
+from dgunet.errors import run_cli
 from dgunet.metrics import evaluate_pair
 from dgunet.transforms import unit_range
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "Denoising"))
-from dataset import NoisyPatches, read_dnd, read_sidd  # noqa: E402
+from dataset import NoisyPatches, read_dnd, read_dnd_picture, read_sidd  # noqa: E402
 
 sys.path.remove(str(ROOT / "Denoising"))
 
@@ -166,8 +168,9 @@ def dnd(tmp_path):
 
 def test_dnd(tmp_path, weights, dnd):
     folder, pictures, boxes = dnd
-    for (name, picture, picture_boxes), number in zip(read_dnd(folder), (1, 2), strict=True):
+    for (name, picture_boxes), number in zip(read_dnd(folder).items(), (1, 2), strict=True):
         assert name == f"{number:04d}.mat"
+        picture = read_dnd_picture(folder / "images_srgb" / name, picture_boxes)
         np.testing.assert_array_equal(picture, pictures[number - 1])
         np.testing.assert_array_equal(picture_boxes, boxes)
     run_test(weights, "--dataset", "DND", cwd=tmp_path)
@@ -182,6 +185,50 @@ def test_dnd(tmp_path, weights, dnd):
         expected = restore(model, pictures[number - 1][top - 1 : bottom, left - 1 : right], self_ensemble=True)
         np.testing.assert_allclose(crop, expected, atol=1e-6)
     assert not (tmp_path / "results/denoising.csv").exists()  # DND is scored by its server
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (b"cut", "is not a MATLAB file, or is damaged"),
+        (None, "see Denoising/README.md"),
+        (np.zeros((40, 64, 3), np.float32), "smaller than its boxes"),
+        (np.zeros((48, 64), np.float32), "should hold a picture (H, W, 3) of floats, got float32 (48, 64)"),
+        (np.zeros((48, 64, 3), np.uint8), "of floats, got uint8"),
+    ],
+    ids=["damaged", "missing", "small", "grey", "bytes"],
+)
+def test_dnd_picture_that_cannot_be_read_does_not_cost_the_others(
+    tmp_path, weights, dnd, picture, message, monkeypatch, capsys
+):
+    path = dnd[0] / "images_srgb" / "0001.mat"
+    path.unlink()
+    if isinstance(picture, bytes):
+        path.write_bytes(picture)
+    elif picture is not None:
+        write_mat(path, "InoisySRGB", picture, "v7.3")
+    monkeypatch.chdir(tmp_path)
+    words = ["--weights", str(weights), "--dataset", "DND", "--no-self_ensemble", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["test.py", *words])
+    with pytest.raises(SystemExit) as end:
+        run_cli(command("denoising").main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and message in said and "error: 1 not tested, all others were" in said
+    assert [p.name for p in (out(tmp_path, weights) / "DND/matfiles").iterdir()] == ["0002.mat"]
+
+
+@pytest.mark.parametrize(
+    "boxes", [np.zeros((3, 3)), np.zeros((3, 4)), np.array([[5, 5, 2, 9]]), np.ones(4), np.ones((2, 5)), b"no"], ids=str
+)
+def test_dnd_boxes_that_are_none(tmp_path, boxes):
+    (tmp_path / "info.mat").write_bytes(b"no")
+    if isinstance(boxes, np.ndarray):
+        with h5py.File(tmp_path / "info.mat", "w") as file:
+            file["info/boxes"] = boxes.T
+            references = np.array([file["info/boxes"].ref], dtype=h5py.ref_dtype)
+            file["info"].create_dataset("boundingboxes", data=references, dtype=h5py.ref_dtype)
+    with pytest.raises(UserError, match="info.mat .*; download it again"):
+        read_dnd(tmp_path)
 
 
 # --------------------------------------------------------------------- folders

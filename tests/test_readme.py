@@ -38,7 +38,7 @@ def test_parameter_counts():
 
 def test_files_that_the_documents_name_exist():
     """Scripts, configs, modules and pictures; what a command writes, and data that must be downloaded, need not."""
-    for document in DOCUMENTS:
+    for document in (*DOCUMENTS, *ROOT.glob("configs/*/*.yaml")):
         text = document.read_text()
         for name in re.findall(r"(?:scripts|configs|dgunet|docs|tests|[A-Z]\w+)/[\w/]+\.(?:py|sh|yaml|md|png)", text):
             if not name.startswith(("Datasets/", "SIDD", "DND")) and "/TASK/" not in name:

@@ -1,5 +1,6 @@
 """The learning rate of every epoch, and when validation is due."""
 
+import csv
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dgunet.config import load_config
 from dgunet.schedule import EpochSchedule, validation_steps
 
 BASE, LOWEST = 2e-4, 1e-6
+SHIPPED = sorted(Path(__file__).parents[1].glob("*/pretrained_models/*/config*.yaml"))
 
 
 def config(**options):
@@ -105,6 +107,15 @@ def test_lowest_rate_in_the_last_epoch():
         found = rates(optim(12, warmup, COSINE_EXTRA_EPOCHS=-1))
         assert found[warmup + 1] == pytest.approx(BASE, rel=1e-12)
         assert found[12] == pytest.approx(LOWEST, rel=1e-12) and found[11] > 1.5 * LOWEST
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_shipped_configs_end_at_the_rates_of_their_histories(path):
+    options = load_config(path).OPTIM
+    with open(path.with_name(path.name.replace("config", "history")).with_suffix(".csv")) as file:
+        *_, last = csv.DictReader(file)
+    assert int(last["epoch"]) == options.NUM_EPOCHS
+    assert rates(options)[options.NUM_EPOCHS] == pytest.approx(float(last["lr"]), rel=1e-9)
 
 
 def test_step():
