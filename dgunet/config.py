@@ -18,7 +18,7 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from dgunet.errors import UserError
-from dgunet.model import DGUNet
+from dgunet.model import ARGUMENT_RANGES, DGUNet
 
 _C = CN()
 _C.SEED = 1234  # of everything random
@@ -101,14 +101,11 @@ _C.SPEED.CHECKPOINTING = False  # recompute each stage in the backward pass: muc
 # What `load_config` accepts: (lowest, highest), both included, of a list for each of its numbers; or [the choices].
 _EPOCHS = 10**6
 _RANGES = {
+    **{f"MODEL.OVERRIDES.{name}": allowed for name, allowed in ARGUMENT_RANGES.items()},
     "SEED": (0, 2**32 - 1),
     "DEVICE": ["auto", "cuda", "cpu"],
     "GPU": (0, 1023),
     "PROCESSES": (0, 256),
-    "MODEL.OVERRIDES.width": (4, 512),
-    "MODEL.OVERRIDES.growth": (0, 512),
-    "MODEL.OVERRIDES.final_growth": (0, 512),
-    "MODEL.OVERRIDES.stages": (1, 50),
     "MODEL.OVERRIDES.rho": (0, 10),
     "MODEL.OVERRIDES.fusion": ["subspace", "concat"],
     "MODEL.OVERRIDES.final_fusion": ["concat", "subspace"],

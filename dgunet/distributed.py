@@ -49,8 +49,14 @@ def launch(function: Callable, cfg, *args):
     context = torch.multiprocessing.start_processes(
         _child, args=(processes, port, function, cfg, args), nprocs=processes, join=False, start_method="spawn"
     )
+
+    def pass_on(received, _):
+        for process in context.processes:
+            if process.is_alive():  # the others have no number any more
+                os.kill(process.pid, received)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: [os.kill(pid, received) for pid in context.pids()])
+        signal.signal(number, pass_on)
     try:
         while not context.join(grace_period=10):
             pass
@@ -181,13 +187,14 @@ def _report(error: BaseException) -> int:
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path, what: str, advice: str):
+def sole_writer(folder: Path, what: str, advice: str = "", wait: bool = False):
     """Lock an existing folder for this process: the lock ends with the ``with``, or with the process however it ends.
 
     Args:
         folder: its ``.lock`` is the file that is locked, and stays.
         what: what two must not do at once, e.g. ``"training"``.
         advice: what else to do.
+        wait: for the other to let go.
 
     Raises:
         UserError: another process holds the lock.
@@ -196,7 +203,7 @@ def sole_writer(folder: Path, what: str, advice: str):
     # Not a lock that is a file's existence: that would outlive a killed process.
     lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(blocking=wait)
     except filelock.Timeout as error:
         raise UserError(f"another {what} is writing to {folder}; {advice}") from error
     except OSError as error:

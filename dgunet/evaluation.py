@@ -33,7 +33,7 @@ from dgunet.files import replacing
 from dgunet.inference import check_tiles, restore, use_huge_pages
 from dgunet.metrics import AlignmentError, evaluate_pair
 
-tqdm, FileLock = optional("tqdm").tqdm, optional("filelock").FileLock
+tqdm = optional("tqdm").tqdm
 
 # Protocols that score the unrounded output; the others score pictures as they are written to disk.
 UNROUNDED = ("sidd_unit_range", "cs_y", "train_rgb")
@@ -611,7 +611,7 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
              f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.input_psnr:.4f}", f"{r.input_ssim:.6f}",
              f"{r.seconds_per_image:.3f}", settings, " ".join(sys.argv)]
         )  # fmt: skip
-    with FileLock(path.with_name(f".{path.name}.lock")):  # tests that end together do not mix their rows
+    with sole_writer(path.parent, "test", wait=True):  # tests that end together do not mix their rows
         before = path.read_bytes() if path.exists() else b""
         start = "" if before.endswith(b"\n") else "\r\n"  # after a line that was cut off
         if not before:

@@ -191,14 +191,14 @@ class DGUNet(nn.Module):
 
 
 # The smallest and the largest of each: beyond what anyone uses, and small enough to be built or refused at once.
-_RANGES = dict(channels=(1, 1024), width=(4, 1024), growth=(0, 1024), stages=(1, 100), final_growth=(0, 1024))
+ARGUMENT_RANGES = dict(channels=(1, 1024), width=(4, 1024), growth=(0, 1024), stages=(1, 100), final_growth=(0, 1024))
 
 
 def _check_arguments(arguments: dict):
     for name, value in arguments.items():
         got = f"got {value!r:.60}"
-        if name in _RANGES:
-            least, most = _RANGES[name]
+        if name in ARGUMENT_RANGES:
+            least, most = ARGUMENT_RANGES[name]
             if type(value) is not int or not least <= value <= most:
                 raise ValueError(f"{name} must be at least {least} and at most {most}, a whole number; {got}")
             if name in ("width", "growth") and value % 2:

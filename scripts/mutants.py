@@ -19,9 +19,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
+from subprocess import DEVNULL
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -70,13 +71,13 @@ def main():
         for job in range(args.jobs):
             copies.put(shutil.copytree(ROOT, Path(folder) / str(job), ignore=ignored, symlinks=True))
         with ThreadPoolExecutor(args.jobs) as pool:
-            results = pool.map(lambda mutant: tested(copies, *mutant), chosen)
-            unnoticed = []
-            for number, (mutant, noticed) in enumerate(zip(chosen, results, strict=True), start=1):
-                if not noticed:
-                    unnoticed.append(mutant)
-                    print(difference(*mutant))
-                print(f"{number} tried, {number - len(unnoticed)} noticed", flush=True)
+            jobs = {pool.submit(tested, copies, *mutant): mutant for mutant in chosen}
+            unnoticed = 0
+            for number, job in enumerate(as_completed(jobs), start=1):
+                if not job.result():
+                    unnoticed += 1
+                    print(difference(*jobs[job]))
+                print(f"{number} tried, {number - unnoticed} noticed", flush=True)
 
 
 def draw_mutants(paths: list[Path], count: int, seed: int) -> list[tuple[Path, str]]:
@@ -127,10 +128,10 @@ def tested(copies: SimpleQueue, path: Path, code: str) -> bool:
     place = copy / path.relative_to(ROOT)
     try:
         place.write_text(code)
-        command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
-        return subprocess.run(command, cwd=copy, capture_output=True, timeout=1200).returncode != 0
-    except subprocess.TimeoutExpired:
-        return True
+        options = ["-x", "-n", "0", "-p", "no:cacheprovider"]
+        options += ["-o", "faulthandler_timeout=120", "-o", "faulthandler_exit_on_timeout=true"]  # of a test that hangs
+        command = [sys.executable, "-m", "pytest", *options, *tests]
+        return subprocess.run(command, cwd=copy, stdout=DEVNULL, stderr=DEVNULL).returncode != 0
     finally:
         place.write_text(path.read_text())
         copies.put(copy)

@@ -321,7 +321,7 @@ def test_text_that_no_path_can_hold(key):
         (["TRAINING.VAL_PS", "7"], "0 (whole pictures) or at least 8"),
         (["OPTIM.LR_INITIAL", "1e-7"], "OPTIM.LR_MIN 1e-06 is above OPTIM.LR_INITIAL 1e-07"),
         (["OPTIM.LR_MILESTONES", "[60, 0]"], "OPTIM.LR_MILESTONES must be from 1"),
-        (["MODEL.OVERRIDES", "{stages: 1000000000}"], "MODEL.OVERRIDES.stages must be from 1 to 50, got 1000000000"),
+        (["MODEL.OVERRIDES", "{stages: 1000000000}"], "MODEL.OVERRIDES.stages must be from 1 to 100, got 1000000000"),
         (["SYNTHESIS.OPTIONS", "{sigma: [50, 0]}"], "SYNTHESIS.OPTIONS.sigma must be a number or a range"),
         (["SYNTHESIS.OPTIONS.sigma", "[0, 50, 100]"], "SYNTHESIS.OPTIONS.sigma must be a number or a range"),
         (["SYNTHESIS.OPTIONS.sigma", "[0, 500]"], "SYNTHESIS.OPTIONS.sigma must be from 0 to 255, got 500"),

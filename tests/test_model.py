@@ -349,6 +349,11 @@ def test_fixed_matrix_is_orthonormal_and_not_trained():
     torch.testing.assert_close(sampling.matrix @ sampling.matrix.T, torch.eye(103), atol=1e-5, rtol=0)
 
 
+def test_matrix_of_another_block_is_refused():
+    with pytest.raises(ValueError, match=r"for 16x16 blocks is \(M, 256\), got \(9, 1024\)"):
+        BlockSampling(block=16, matrix=torch.rand(9, 1024))
+
+
 @pytest.mark.parametrize("start", ["orthonormal", "dct", "pca"])
 def test_matrices_that_start_orthonormal(start):
     blocks = torch.rand(200, 1024)
