@@ -101,7 +101,7 @@ _C.SPEED.CHECKPOINTING = False  # recompute each stage in the backward pass: muc
 # What `load_config` accepts: (lowest, highest), both included, of a list for each of its numbers; or [the choices].
 _EPOCHS = 10**6
 _RANGES = {
-    **{f"MODEL.OVERRIDES.{name}": allowed for name, allowed in ARGUMENT_RANGES.items()},
+    **{f"MODEL.OVERRIDES.{name}": allowed for name, allowed in ARGUMENT_RANGES.items() if name != "channels"},
     "SEED": (0, 2**32 - 1),
     "DEVICE": ["auto", "cuda", "cpu"],
     "GPU": (0, 1023),
