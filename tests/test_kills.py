@@ -31,6 +31,7 @@ def kill_until_done(command: list, first_file: Path, kills: int, seconds: float)
             time.sleep(0.005)
         output = process.communicate(timeout=300)[0].decode()
         if process.returncode == 0:
+            print(f"killed {killed} times")
             return killed
         assert process.returncode == -9, output
         killed += 1
@@ -45,9 +46,9 @@ def test_training_killed_at_random(tmp_path, picture_pairs, fuzz):
     settings = {
         "TRAINING.TRAIN_DIR": tmp_path / "train", "TRAINING.VAL_DIR": tmp_path / "val", "TRAINING.SAVE_DIR": tmp_path,
         "TRAINING.TRAIN_PS": 32, "TRAINING.VAL_PS": 32, "TRAINING.WORKERS": 0, "TRAINING.SAVE_MINUTES": 0,
-        "TRAINING.SAVE_EACH_VALIDATION": False, "TRAINING.RESUME": True, "OPTIM.BATCH_SIZE": 2,
-        "OPTIM.LR_INITIAL": 1e-3, "OPTIM.NUM_EPOCHS": 4 * kills, "OPTIM.WARMUP_EPOCHS": 1, "OPTIM.EMA_DECAY": 0.9,
-        "AUGMENT.MIXUP_FROM_EPOCH": 1,
+        "TRAINING.SAVE_EACH_VALIDATION": False, "TRAINING.RESUME": True, "TRAINING.REPEAT": 4,
+        "OPTIM.BATCH_SIZE": 2, "OPTIM.LR_INITIAL": 1e-3, "OPTIM.NUM_EPOCHS": kills, "OPTIM.WARMUP_EPOCHS": 1,
+        "OPTIM.EMA_DECAY": 0.9, "AUGMENT.MIXUP_FROM_EPOCH": 1,
         "MODEL.OVERRIDES": "{width: 8, growth: 4, final_growth: 4, stages: 3}",
     }  # fmt: skip
     command += [word for pair in settings.items() for word in pair]
