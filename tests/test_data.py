@@ -200,9 +200,20 @@ def test_pipe_named_like_a_picture(tmp_path, luma, impatient):
     assert "MODEL.MATRIX_START" in refusal(sampling_operator, 0.25, "fixed", str(tmp_path / "a.png"))
 
 
+@pytest.mark.parametrize("change", [-1, 1])
+def test_picture_of_another_size_than_its_header_says(tmp_path, monkeypatch, change):
+    """Training has planned its crops by the header."""
+    path = tmp_path / "a.bmp"
+    write_image(path, random_picture(8, 8))
+    decode = cv2.imdecode
+    monkeypatch.setattr(cv2, "imdecode", lambda *args: cv2.resize(decode(*args), (8, 8 + change)))
+    assert "damaged" in refusal(read_image, path)
+
+
 @pytest.mark.parametrize(
     ("ending", "side"),
-    [(".png", 30_000)] + [(e, s) for e in (".png", ".bmp", ".tif", ".jpg") for s in (100_000, 2**31 - 1)],
+    [(".png", 30_000), (".bmp", 32_769)]
+    + [(e, s) for e in (".png", ".bmp", ".tif", ".jpg") for s in (100_000, 2**31 - 1)],
 )
 def test_absurd_size_in_the_header(tmp_path, capfd, ending, side, luma):
     path = tmp_path / f"a{ending}"
@@ -223,6 +234,8 @@ def test_absurd_size_in_the_header(tmp_path, capfd, ending, side, luma):
     path.write_bytes(content)
     for call in (read_image, luma):
         assert refusal(call, path).startswith(str(path))
+        if ending == ".bmp":
+            assert "more than can be read" in refusal(call, path)
     try:
         image_size(path)  # knows the header alone
     except UserError as error:
