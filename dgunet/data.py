@@ -571,6 +571,11 @@ class PairedPatches(RandomPatches):
         return dihedral(input, k).contiguous(), dihedral(target, k).contiguous()
 
 
+def degraded(degrade: Callable, target: Tensor, rng: np.random.Generator) -> Tensor:
+    """A clean picture (3, H, W) uint8, degraded by a function of `dgunet.synthesis`: (3, H, W) float32."""
+    return to_tensor(degrade(target.permute(1, 2, 0).numpy().astype(np.float32) / 255, rng))
+
+
 class SyntheticPatches(RandomPatches):
     """Random crops of clean pictures, degraded on the way: ``dataset[epoch, index]`` is ``(input, target)``.
 
@@ -598,9 +603,8 @@ class SyntheticPatches(RandomPatches):
         target = self.extend(crop)
         if self.flip:
             target = dihedral(target, int(rng.integers(8)))
-        degraded = self.degrade(target.permute(1, 2, 0).numpy().astype(np.float32) / 255, rng)
         inside = (..., slice(self.margin, -self.margin or None), slice(self.margin, -self.margin or None))
-        return to_tensor(degraded)[inside].contiguous(), target[inside].contiguous()
+        return degraded(self.degrade, target, rng)[inside].contiguous(), target[inside].contiguous()
 
 
 class PairedCentres(Dataset):
@@ -652,7 +656,7 @@ class SyntheticCentres(PairedCentres):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         _, target = super().__getitem__(index)
         rng = np.random.default_rng([self.seed, index])
-        return to_tensor(self.degrade(target.permute(1, 2, 0).numpy().astype(np.float32) / 255, rng)), target
+        return degraded(self.degrade, target, rng), target
 
 
 class EpochBatches(Sampler):
