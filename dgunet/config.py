@@ -62,6 +62,7 @@ _C.LOSS.CLAMP = False  # clamp the estimates to [0, 1] before the loss
 
 _C.TRAINING = CN()
 _C.TRAINING.TRAIN_DIR = ""  # folder with input/ and target/
+_C.TRAINING.EXCLUDE = ""  # text file: names, one to a line, of pictures to leave out, such as those of a test set
 _C.TRAINING.VAL_DIR = ""  # the same for validation; empty: VAL_HOLD_BACK of TRAIN_DIR
 _C.TRAINING.VAL_HOLD_BACK = 32  # without VAL_DIR: the last by name, so many or a tenth, are only validated with
 _C.TRAINING.SAVE_DIR = "checkpoints"

@@ -342,6 +342,27 @@ def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
     return items[:-count], items[-count:]
 
 
+def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
+    """Leave out the pictures, or pairs, that a text file names: one to a line, with or without ending.
+
+    Raises:
+        UserError: no such file, or nothing is left.
+    """
+    try:
+        lines = [line.strip() for line in Path(listing).read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"TRAINING.EXCLUDE: cannot read {listing}; it is a text file with one name to a line") from error
+    names = {Path(line).stem if Path(line).suffix.lower() in IMAGE_SUFFIXES else line for line in lines}
+
+    def name(item):
+        return item.key if isinstance(item, Packed) else item.stem if isinstance(item, Path) else item.name
+
+    left = [item for item in items if name(item) not in names]
+    if not left:
+        raise UserError(f"TRAINING.EXCLUDE: {listing} names all of the {len(items)} pictures")
+    return left
+
+
 def fingerprint(items: list[Path | Packed | Pair]) -> dict[str, Tensor | bool]:
     """What tells training data from others, wherever they lie: the files' names, and how large each is.
 

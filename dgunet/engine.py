@@ -34,6 +34,7 @@ from dgunet.data import (
     SyntheticCentres,
     SyntheticPatches,
     changed_items,
+    exclude,
     find_images,
     find_pairs,
     fingerprint,
@@ -97,6 +98,8 @@ def train_command(
 
     else:
         items = look(find, training.TRAIN_DIR)
+    if training.EXCLUDE and items:
+        items = exclude(items, training.EXCLUDE)
     if training.VAL_DIR:
         val_items = look(find, training.VAL_DIR)
     elif items:

@@ -23,11 +23,13 @@ from PIL import Image
 from dgunet import UserError
 from dgunet.data import (
     EpochBatches,
+    Packed,
     PairedCentres,
     PairedPatches,
     SyntheticCentres,
     SyntheticPatches,
     changed_items,
+    exclude,
     find_images,
     find_pairs,
     fingerprint,
@@ -438,6 +440,28 @@ def test_a_tenth_at_most_is_held_back(items, count, held):
 @pytest.mark.parametrize(("items", "count"), [(1, 32), (10, 0), (10, -3)])
 def test_holding_back_what_cannot_be(items, count):
     assert "TRAINING.VAL_HOLD_BACK" in refusal(hold_back, list(range(items)), count, "folder")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_excluded_pictures_are_left_out(tmp_path, picture_pairs, packed):
+    folder = picture_pairs(tmp_path / "pairs", count=4)
+    listing = tmp_path / "names.txt"
+    listing.write_text("img2.jpg\n img4 \nabsent.png\n\nimg\n")
+    if packed:
+        items = [Packed(tmp_path / "p.h5", f"img{k}") for k in range(1, 5)]
+        assert [item.key for item in exclude(items, listing)] == ["img1", "img3"]
+    else:
+        assert [pair.name for pair in exclude(find_pairs(folder), listing)] == ["img1", "img3"]
+        assert [path.name for path in exclude(find_images(folder / "input"), listing)] == ["img1.png", "img3.png"]
+
+
+def test_excluding_everything_or_by_no_list(tmp_path):
+    listing = tmp_path / "names.txt"
+    assert f"cannot read {listing}" in refusal(exclude, [Path("a.png")], listing)
+    listing.write_bytes(b"\xff\xfe")
+    assert f"cannot read {listing}" in refusal(exclude, [Path("a.png")], listing)
+    listing.write_text("a")
+    assert "names all of the 1 pictures" in refusal(exclude, [Path("a.png")], listing)
 
 
 def test_fingerprint_knows_training_data(tmp_path, picture_pairs):
