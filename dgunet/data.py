@@ -351,7 +351,9 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
     try:
         lines = [line.strip() for line in Path(listing).read_text("utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"TRAINING.EXCLUDE: cannot read {listing}; it is a text file with one name to a line") from error
+        raise UserError(
+            f"TRAINING.EXCLUDE: cannot read {listing}; it is a text file with one name to a line"
+        ) from error
     names = {Path(line).stem if Path(line).suffix.lower() in IMAGE_SUFFIXES else line for line in lines}
 
     def name(item):

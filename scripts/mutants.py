@@ -1,13 +1,15 @@
-"""Does a test notice when the code is wrong? Puts faults into dgunet/, one at a time, and runs that module's tests.
+"""Does a test notice when the code is wrong? Puts faults into dgunet/, one at a time, and runs the tests.
 
-    pip install cosmic-ray
+    pip install cosmic-ray pytest-cov
     python scripts/mutants.py --count 100 --jobs 2          # about an hour of two cores; too slow for every change
     python scripts/mutants.py --count 30 --module metrics   # of one module
 
 The faults are drawn, seeded: a file, by its length; a kind of fault that cosmic-ray knows to make (another operator,
 another number, a condition turned round, ...); a place. Those in annotations change nothing and do not count. They are
-put into a copy of the repository, whose tests should pass as they are. Faults that no test noticed are printed as
-differences: write the test, or be sure that nothing is wrong with them.
+put into a copy of the repository, whose tests should pass as they are. First all tests run once, to know which of them
+run which lines, and for how long. Of a fault, those that run its lines are tried, the quick ones first; then all tests
+of its module, since some run in other processes. Faults that no test noticed are printed as differences: write the
+test, or be sure that nothing is wrong with them.
 """
 
 import argparse
@@ -19,17 +21,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
 from subprocess import DEVNULL
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dgunet.errors import UserError, run_cli  # noqa: E402
 
-# Tests of a module besides tests/test_MODULE.py, the quick ones first.
+# Tests of a module besides tests/test_MODULE.py.
 ALSO = {
     "checkpoint": ["test_checkpoint_faults.py", "test_engine.py"],
     "data": ["test_damaged_files.py", "test_engine.py"],
@@ -70,8 +74,9 @@ def main():
         copies = SimpleQueue()
         for job in range(args.jobs):
             copies.put(shutil.copytree(ROOT, Path(folder) / str(job), ignore=ignored, symlinks=True))
+        quickest = measure(Path(folder) / "0", args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = {pool.submit(tested, copies, *mutant): mutant for mutant in chosen}
+            jobs = {pool.submit(tested, copies, quickest(*mutant), *mutant): mutant for mutant in chosen}
             unnoticed = 0
             for number, job in enumerate(as_completed(jobs), start=1):
                 if not job.result():
@@ -120,20 +125,52 @@ def meaning(code: str) -> str | None:
     return ast.dump(tree)
 
 
-def tested(copies: SimpleQueue, path: Path, code: str) -> bool:
-    """Whether the tests of a module fail with this code in its place."""
+def measure(copy: Path, jobs: int) -> Callable[[Path, str], list[str]]:
+    """Run all tests; returns what tells those that run the lines that differ in a mutant, the quick ones first."""
+    options = ["-n", str(jobs), "--cov=dgunet", "--cov-context=test", "--cov-report=", "--junitxml=seconds.xml"]
+    if subprocess.run([sys.executable, "-m", "pytest", *options], cwd=copy, stdout=DEVNULL).returncode:
+        raise UserError("the tests fail without any fault, or pytest-cov is missing; run bash scripts/test.sh")
+    from coverage import CoverageData
+
+    data = CoverageData(str(copy / ".coverage"))
+    data.read()
+    seconds = {}
+    for case in ElementTree.parse(copy / "seconds.xml").iter("testcase"):
+        seconds[f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"] = float(case.get("time"))
+
+    def quickest(path: Path, code: str) -> list[str]:
+        before = path.read_text().splitlines()
+        changes = difflib.SequenceMatcher(None, before, code.splitlines(), autojunk=False).get_opcodes()
+        changed = {line for tag, i, j, *_ in changes if tag != "equal" for line in range(i + 1, max(j, i + 1) + 1)}
+        contexts = data.contexts_by_lineno(str(copy / path.relative_to(ROOT)))
+        run_by = [set(contexts.get(line, [])) - {""} for line in changed]
+        if not any(run_by):  # a line of the import concerns whatever the module does, or follows one that is run
+            run_by = map(set, contexts.values())
+        tests = {context.split("|")[0] for tests in run_by for context in tests}
+        return sorted(tests & seconds.keys(), key=seconds.get)
+
+    return quickest
+
+
+def tested(copies: SimpleQueue, quickest: list[str], path: Path, code: str) -> bool:
+    """Whether the tests of a module, the ``quickest`` before the others, fail with this code in its place."""
     names = [f"test_{path.stem}.py", *ALSO.get(path.stem, [])]
     tests = [f"tests/{name}" for name in names if (ROOT / "tests" / name).exists()]
     copy = copies.get()
     place = copy / path.relative_to(ROOT)
+    before = place.read_text()
     try:
         place.write_text(code)
-        options = ["-x", "-n", "0", "-p", "no:cacheprovider"]
+        options = ["-x", "-n", "0", "-p", "no:cacheprovider", "-p", "no:cov"]
         options += ["-o", "faulthandler_timeout=120", "-o", "faulthandler_exit_on_timeout=true"]  # of a test that hangs
-        command = [sys.executable, "-m", "pytest", *options, *tests]
-        return subprocess.run(command, cwd=copy, stdout=DEVNULL, stderr=DEVNULL).returncode != 0
+        command = [sys.executable, "-m", "pytest", *options]
+        return any(
+            subprocess.run(command + some, cwd=copy, stdout=DEVNULL, stderr=DEVNULL).returncode != 0
+            for some in (quickest, tests)
+            if some
+        )
     finally:
-        place.write_text(path.read_text())
+        place.write_text(before)
         copies.put(copy)
 
 

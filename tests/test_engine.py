@@ -774,7 +774,7 @@ def test_trains_on_clean_pictures_with_synthetic_noise(folders):
     assert float(history(folders)[-1]["psnr"]) > 10
     listing = folders / "names.txt"
     listing.write_text("img1.png\nimg2\n")
-    fewer = train(folders, "--dry_run", TRAINING__EXCLUDE=listing, TRAINING__VAL_DIR="", **changed)
+    fewer = train(folders, "fewer", OPTIM__NUM_EPOCHS=1, TRAINING__EXCLUDE=listing, TRAINING__VAL_DIR="", **changed)
     assert "5 pictures of" in fewer.stdout and "1 pictures of" in fewer.stdout
     failed = train(folders, check=2, SYNTHESIS__OPTIONS__sigma=5, **changed | {"SYNTHESIS__NAME": "fog"})
     assert "SYNTHESIS.NAME" in failed.stderr
