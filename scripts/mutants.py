@@ -7,9 +7,9 @@
 The faults are drawn, seeded: a file, by its length; a kind of fault that cosmic-ray knows to make (another operator,
 another number, a condition turned round, ...); a place. Those in annotations change nothing and do not count. They are
 put into a copy of the repository, whose tests should pass as they are. First all tests run once, to know which of them
-run which lines, and for how long. Of a fault, those that run its lines are tried, the quick ones first; then all tests
-of its module, since some run in other processes. Faults that no test noticed are printed as differences: write the
-test, or be sure that nothing is wrong with them.
+run which lines, and for how long. Of a fault, those that run its lines are tried first, then all others of its module,
+some of which run it in other processes; the quick ones before the slow ones. Faults that no test noticed are printed as
+differences: write the test, or be sure that nothing is wrong with them.
 """
 
 import argparse
@@ -74,9 +74,9 @@ def main():
         copies = SimpleQueue()
         for job in range(args.jobs):
             copies.put(shutil.copytree(ROOT, Path(folder) / str(job), ignore=ignored, symlinks=True))
-        quickest = measure(Path(folder) / "0", args.jobs)
+        tests_of = measure(Path(folder) / "0", args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = {pool.submit(tested, copies, quickest(*mutant), *mutant): mutant for mutant in chosen}
+            jobs = {pool.submit(tested, copies, tests_of(*mutant), *mutant): mutant for mutant in chosen}
             unnoticed = 0
             for number, job in enumerate(as_completed(jobs), start=1):
                 if not job.result():
@@ -126,7 +126,7 @@ def meaning(code: str) -> str | None:
 
 
 def measure(copy: Path, jobs: int) -> Callable[[Path, str], list[str]]:
-    """Run all tests; returns what tells those that run the lines that differ in a mutant, the quick ones first."""
+    """Run all tests; returns what tells those to try on a mutant: that run its lines, then the others of its module."""
     options = ["-n", str(jobs), "--cov=dgunet", "--cov-context=test", "--cov-report=", "--junitxml=seconds.xml"]
     if subprocess.run([sys.executable, "-m", "pytest", *options], cwd=copy, stdout=DEVNULL).returncode:
         raise UserError("the tests fail without any fault, or pytest-cov is missing; run bash scripts/test.sh")
@@ -138,24 +138,22 @@ def measure(copy: Path, jobs: int) -> Callable[[Path, str], list[str]]:
     for case in ElementTree.parse(copy / "seconds.xml").iter("testcase"):
         seconds[f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"] = float(case.get("time"))
 
-    def quickest(path: Path, code: str) -> list[str]:
+    def tests_of(path: Path, code: str) -> list[str]:
         before = path.read_text().splitlines()
         changes = difflib.SequenceMatcher(None, before, code.splitlines(), autojunk=False).get_opcodes()
         changed = {line for tag, i, j, *_ in changes if tag != "equal" for line in range(i + 1, max(j, i + 1) + 1)}
         contexts = data.contexts_by_lineno(str(copy / path.relative_to(ROOT)))
         run_by = [set(contexts.get(line, [])) - {""} for line in changed]
-        if not any(run_by):  # a line of the import concerns whatever the module does, or follows one that is run
-            run_by = map(set, contexts.values())
-        tests = {context.split("|")[0] for tests in run_by for context in tests}
-        return sorted(tests & seconds.keys(), key=seconds.get)
+        covering = {context.split("|")[0] for contexts in run_by for context in contexts} & seconds.keys()
+        names = {f"tests/test_{path.stem}.py", *(f"tests/{name}" for name in ALSO.get(path.stem, []))}
+        others = {test for test in seconds if test.split("::")[0] in names} - covering
+        return sorted(covering, key=seconds.get) + sorted(others, key=seconds.get)
 
-    return quickest
+    return tests_of
 
 
-def tested(copies: SimpleQueue, quickest: list[str], path: Path, code: str) -> bool:
-    """Whether the tests of a module, the ``quickest`` before the others, fail with this code in its place."""
-    names = [f"test_{path.stem}.py", *ALSO.get(path.stem, [])]
-    tests = [f"tests/{name}" for name in names if (ROOT / "tests" / name).exists()]
+def tested(copies: SimpleQueue, tests: list[str], path: Path, code: str) -> bool:
+    """Whether one of the tests, tried in this order, fails with this code in its place."""
     copy = copies.get()
     place = copy / path.relative_to(ROOT)
     before = place.read_text()
@@ -163,12 +161,8 @@ def tested(copies: SimpleQueue, quickest: list[str], path: Path, code: str) -> b
         place.write_text(code)
         options = ["-x", "-n", "0", "-p", "no:cacheprovider", "-p", "no:cov"]
         options += ["-o", "faulthandler_timeout=120", "-o", "faulthandler_exit_on_timeout=true"]  # of a test that hangs
-        command = [sys.executable, "-m", "pytest", *options]
-        return any(
-            subprocess.run(command + some, cwd=copy, stdout=DEVNULL, stderr=DEVNULL).returncode != 0
-            for some in (quickest, tests)
-            if some
-        )
+        command = [sys.executable, "-m", "pytest", *options, *tests]
+        return subprocess.run(command, cwd=copy, stdout=DEVNULL, stderr=DEVNULL).returncode != 0
     finally:
         place.write_text(before)
         copies.put(copy)
