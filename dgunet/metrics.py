@@ -101,9 +101,7 @@ def evaluate_pair(
     >>> f"{psnr:.3f} {ssim:.3f}"
     '20.172 0.995'
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}; known are {', '.join(PROTOCOLS)}")
-    record = PROTOCOLS[protocol]
+    record = find_protocol(protocol)
     _check_image("restored", restored, record.restored, protocol)
     _check_image("target", target, record.target, protocol)
     _check_shapes(restored, target, protocol)
@@ -267,6 +265,17 @@ PROTOCOLS = {
 }
 
 
+def find_protocol(name: str) -> Protocol:
+    """A protocol by its name.
+
+    Raises:
+        ValueError: unknown.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}; known are {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
 # What they are made of
 
 
@@ -387,7 +396,9 @@ def _check_shapes(restored: np.ndarray, target: np.ndarray, protocol: str):
     smallest_side = PROTOCOLS[protocol].smallest_side
     if PROTOCOLS[protocol].luma and restored.dtype != np.uint8:
         if restored.ndim != 2:
-            raise ValueError(f"{protocol} needs a float restored image as its luma alone, H x W, got shape {restored.shape}")
+            raise ValueError(
+                f"{protocol} needs a float restored image as its luma alone, H x W, got shape {restored.shape}"
+            )
         fits = restored.shape == target.shape[:2]
     else:
         fits = restored.shape == target.shape
