@@ -20,7 +20,7 @@ import torch
 
 from dgunet import DGUNet, UserError, create_model, evaluation, load_model, restore, testing
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
-from dgunet.data import find_pairs, read_image
+from dgunet.data import find_pairs, read_image, write_image
 from dgunet.errors import run_cli
 from dgunet.evaluation import PictureSet, Result, Sample, ScoreSheet, evaluate, pick_device
 from dgunet.metrics import evaluate_pair
@@ -344,6 +344,24 @@ def test_incomplete_scores_are_marked_and_enter_no_average(test, picture_pairs):
     assert "Rain100L (incomplete: 2 of 3)" in done.out
     later = [row["dataset"] for row in rows("deraining")[6:]]
     assert later == ["Test100", "Rain100H", "Rain100L (incomplete: 2 of 3)", "Test2800", "Test1200"]
+
+
+def test_score_only_of_blocks_and_of_measured_pictures(test):
+    blocks = np.random.default_rng(0).integers(0, 256, (1, 2, 16, 16, 3), dtype=np.uint8)
+    write_sidd(blocks, blocks // 2)
+    assert test("--dataset", "SIDD", "--save_images").status == 0
+    where = sheet().parent.parent
+    assert test("--score_only", where, "--dataset", "SIDD", weights=None).status == 0
+    first, second = rows()
+    assert second["images"] == "2" and float(second["psnr"]) == pytest.approx(float(first["psnr"]), abs=0.05)
+    assert not list(Path("results").glob("denoising/scores_of_*/SIDD/[!s.]*"))  # nothing but scores and settings
+
+    for name, strength in (("grey", 0), ("restored", 9)):
+        write_image(f"{name}/a.png", np.full((16, 16), 99 + strength, np.uint8))
+    words = ("--score_only", "restored", "--dataset", "grey")
+    assert test(*words, task="compressive_sensing", weights=None).status == 0
+    (row,) = rows("compressive_sensing")
+    assert float(row["psnr"]) == pytest.approx(20 * math.log10(255 / 9), abs=1e-3) and row["input_psnr"] == "nan"
 
 
 def test_score_only_without_the_folder_says_so_once(test, picture_pairs):
