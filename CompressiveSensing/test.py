@@ -42,8 +42,8 @@ def paper(dgunet: list[tuple], plus: list[tuple]) -> dict[str, tuple[float, floa
     return {f"{name} {ratio}%": v for name, values in named.items() for ratio, v in zip(RATIOS, values, strict=True)}
 
 
-def benchmark(folder: str, dgunet: list[tuple], plus: list[tuple]) -> Benchmark:
-    return Benchmark(folder, "cs_y", paper(dgunet, plus), open=luma)
+def benchmark(place: str, dgunet: list[tuple], plus: list[tuple]) -> Benchmark:
+    return Benchmark(place, "cs_y", paper(dgunet, plus), open=luma)
 
 
 BENCHMARKS = {

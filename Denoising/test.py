@@ -35,9 +35,9 @@ from dgunet.transforms import unit_range
 class SiddBlocks(PictureSet):
     """The validation blocks; the restored ones are written as the benchmark's ``Idenoised.mat`` (single)."""
 
-    def __init__(self, folder: Path):
-        noisy, clean = read_sidd(folder)
-        files = tuple(sorted(folder.glob("*.mat")))
+    def __init__(self, source: Path):
+        noisy, clean = read_sidd(source.parent)
+        files = tuple(sorted(source.parent.glob("*.mat")))
         samples = []
         for i in range(len(noisy)):
             name = f"{i + 1:04d}"
@@ -68,17 +68,17 @@ class SiddBlocks(PictureSet):
 class DndCrops(PictureSet):
     """The benchmark's submission: for each picture a .mat file with its 20 restored crops (1-based boxes)."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, info: Path):
         def read(path: Path, boxes: np.ndarray) -> tuple[list[np.ndarray], None]:
             picture = read_dnd_picture(path, boxes)
             return [picture[top - 1 : bottom, left - 1 : right] for top, left, bottom, right in boxes], None
 
         samples = []
-        for name, boxes in read_dnd(folder).items():
-            path = folder / "images_srgb" / name
+        for name, boxes in read_dnd(info.parent).items():
+            path = info.parent / "images_srgb" / name
             crops = tuple(f"{path.stem}_{k + 1:02d}" for k in range(len(boxes)))
-            files = (folder / "info.mat", path)
-            samples.append(Sample(name, files, partial(read, path, boxes), crops, title=f"DND's picture {name}"))
+            read_crops = partial(read, path, boxes)
+            samples.append(Sample(name, (info, path), read_crops, crops, title=f"DND's picture {name}"))
         super().__init__(samples, targets=False)
 
     def keep(self, folder: Path, sample: Sample, restored: list[np.ndarray]):
@@ -117,20 +117,20 @@ def noisy(source: Path, sigma: float) -> PictureSet:
     return picture_samples(source, read)
 
 
-def gaussian(folder: str, sigma: float) -> Benchmark:
-    return Benchmark(folder, "gaussian_rgb", open=partial(noisy, sigma=sigma), sigma=sigma)
+def gaussian(place: str, sigma: float) -> Benchmark:
+    return Benchmark(place, "gaussian_rgb", open=partial(noisy, sigma=sigma), sigma=sigma)
 
 
 BENCHMARKS = {
     "SIDD": Benchmark(
-        "SIDD/test",
+        "SIDD/test/ValidationNoisyBlocksSrgb.mat",
         "sidd_unit_range",
         {"denoising_dgunet": (39.88, 0.959), "denoising_dgunet_plus": (39.91, 0.960)},
         open=SiddBlocks,
         self_ensemble=True,
     ),
     # scored by its server; the paper has 40.04/0.956, DGUNet+ 40.12/0.957, with the self-ensemble as for SIDD
-    "DND": Benchmark("DND/test", None, open=DndCrops, self_ensemble=True),
+    "DND": Benchmark("DND/test/info.mat", None, open=DndCrops, self_ensemble=True),
     **{f"{name}_{sigma}": gaussian(name, sigma) for name in ("CBSD68", "Kodak24") for sigma in (15, 25, 50)},
 }
 

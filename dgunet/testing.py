@@ -39,7 +39,7 @@ from dgunet.transforms import unit_range
 class Benchmark:
     """A published test set, or how a folder of the user's own is tested."""
 
-    folder: str  # under the data root; nothing for the user's own
+    place: str  # a folder, or a file, under the data root; nothing for the user's own
     protocol: str | None  # see `metrics.PROTOCOLS`; None where a server scores
     paper: dict[str, tuple[float, float]] = field(default_factory=dict)  # by network: PSNR, SSIM
     open: Callable[[Path], PictureSet] = paired
@@ -237,15 +237,15 @@ def label(word: str) -> str:
 
 
 def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
-    """The folder of a published test set, or what else --dataset names."""
+    """Where a published test set is, or what else --dataset names."""
     if word in benchmarks:
-        folder = find_folder(data_root, benchmarks[word].folder)
-        if not folder.exists():
+        place = benchmarks[word].place
+        if not (source := find_folder(data_root, place)).exists():
             raise UserError(
-                f"no folder {folder.absolute()}; --data_root names the folder that holds {benchmarks[word].folder}, "
-                "see the task's README for the data layout"
+                f"no {source.absolute()}; --data_root names the folder that holds {place}, see the task's README for "
+                "the data layout"
             )
-        return folder
+        return source
     if not Path(word).exists():
         raise UserError(
             f"no folder or picture {Path(word).absolute()}; check the path, or name a test set: {', '.join(benchmarks)}"
