@@ -434,7 +434,7 @@ def _attempt(title: str, failures: list[str]) -> Iterator[None]:
 
 def _digest(model: torch.nn.Module) -> str:
     """What a network computes, as a number: of its arguments and weights."""
-    digest = hashlib.sha256(json.dumps(model.arguments, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(getattr(model, "arguments", None), sort_keys=True).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

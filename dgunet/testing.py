@@ -114,16 +114,16 @@ def command(
         raise UserError(f"no folder {args.score_only.absolute()} with restored pictures")
     tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, own(args))
     results, failures = [], []
-    for label, (word, benchmark) in tests.items():
+    for name, (word, benchmark) in tests.items():
         levels: list[float] = []
         try:
             source = _find(word, args.data_root, benchmarks)
             data = benchmark.open(source)
-            common = dict(data=data, protocol=benchmark.protocol, folder=folder / label, name=label, say=print)
+            common = dict(data=data, protocol=benchmark.protocol, folder=folder / name, name=name, say=print)
             if network is None:
                 if not data.targets:
                     raise UserError(f"{source} has no input/ and target/, so there is nothing to score against")
-                restored = _restored_elsewhere(args.score_only, (label, Path(word).name), data)
+                restored = _restored_elsewhere(args.score_only, (name, Path(word).name), data)
                 result = evaluate(restored, save_images=False, **common)
             else:
                 chosen = options(args, benchmark) | dict(bf16=args.bf16)
@@ -138,9 +138,9 @@ def command(
         failures += result.failures
         notes = [f"{row.name}: {row.note}" for row in result.rows if row.note]
         if notes:
-            print(f"note: {len(notes)} of {len(result.rows)} in {label}:", *notes, sep="\n  ")
+            print(f"note: {len(notes)} of {len(result.rows)} in {name}:", *notes, sep="\n  ")
         if levels:
-            _tell_of_noise(label, noise, levels)
+            _tell_of_noise(name, noise, levels)
         if network is not None and not result.missing:
             result.paper = benchmark.paper.get(paper_key(network.model))
         if result.images:
