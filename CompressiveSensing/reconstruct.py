@@ -18,9 +18,10 @@ import torch
 from dgunet import load_model
 from dgunet.data import write_image
 from dgunet.errors import UserError, run_cli
-from dgunet.evaluation import pick_device, to_uint8
+from dgunet.evaluation import pick_device
 from dgunet.files import open_file
 from dgunet.inference import estimate
+from dgunet.transforms import to_uint8
 
 MAX_BYTES = 2**30  # of an array: the measurements of a gigapixel at 25 %
 

@@ -16,26 +16,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dgunet.errors import run_cli
-from dgunet.evaluation import TestRun, TestSet
+from dgunet.testing import Benchmark, command, own_folder
 
-TEST_SETS = {
-    "GoPro": TestSet(
+BENCHMARKS = {
+    "GoPro": Benchmark(
         "GoPro/test",
         "rgb_matlab",
         {"deblurring_dgunet": (32.71, 0.960), "deblurring_dgunet_plus": (33.17, 0.963)},
     ),
-    "HIDE": TestSet(
+    "HIDE": Benchmark(
         "HIDE/test",
         "rgb_matlab",
         {"deblurring_dgunet": (30.96, 0.940), "deblurring_dgunet_plus": (31.40, 0.944)},
     ),
-    "RealBlur_J": TestSet("RealBlur_J/test", "realblur_aligned"),
-    "RealBlur_R": TestSet("RealBlur_R/test", "realblur_aligned"),
+    "RealBlur_J": Benchmark("RealBlur_J/test", "realblur_aligned"),
+    "RealBlur_R": Benchmark("RealBlur_R/test", "realblur_aligned"),
 }
 
 
 def main():
-    TestRun("deblurring", __doc__, TEST_SETS, protocol="rgb_matlab").run()
+    command("deblurring", __doc__, BENCHMARKS, own_folder("rgb_matlab"))
 
 
 if __name__ == "__main__":

@@ -4,110 +4,161 @@
     python Denoising/test.py --weights model.pth --dataset DND               # writes the files to submit
     python Denoising/test.py --weights model.pth --dataset path/to/folder    # pairs in input/ and target/, or pictures
     python Denoising/test.py --dataset path/to/folder                        # our own weights: Gaussian noise, sigma 25
+    python Denoising/test.py --weights model.pth --dataset CBSD68_25 Kodak24_25              # clean sets, noise added
+    python Denoising/test.py --weights model.pth --dataset path/to/folder --sigma 15 25 50   # clean pictures of yours
 
 The weights may be this repository's or the original authors'; the variant is recognised. PSNR and SSIM are computed as
-for SIDD: RGB in [0, 1], not rounded to 8 bits, SSIM over three dimensions. A test that was interrupted goes on where it
-was.
+for SIDD: RGB in [0, 1], not rounded to 8 bits, SSIM over three dimensions. Where Gaussian noise is added it is neither
+clipped nor rounded, but the result is rounded to 8 bits; SSIM is the mean of the three channels'. A test that was
+interrupted goes on where it was.
 """
 
+import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from dataset import read_dnd, read_dnd_picture, read_sidd
-from tqdm import tqdm
 
-from dgunet.data import write_image
+from dgunet.data import read_image
 from dgunet.errors import UserError, optional, run_cli
-from dgunet.evaluation import ScoreSheet, TestRun, TestSet, find_folder, to_uint8
+from dgunet.evaluation import PictureSet, Sample, picture_samples
 from dgunet.files import replacing
+from dgunet.testing import Benchmark, add_tiling, command, own_folder
+from dgunet.transforms import unit_range
 
-TEST_SETS = {
-    "SIDD": TestSet(
-        "SIDD/test",
+
+class SiddBlocks(PictureSet):
+    """The validation blocks; the restored ones are written as the benchmark's ``Idenoised.mat`` (single)."""
+
+    def __init__(self, source: Path):
+        noisy, clean = read_sidd(source.parent)
+        files = tuple(sorted(source.parent.glob("*.mat")))
+        samples = []
+        for i in range(len(noisy)):
+            name = f"{i + 1:04d}"
+            blocks = tuple(f"{name}_{j + 1:02d}" for j in range(noisy.shape[1]))
+            read = partial(lambda i: (noisy[i], clean[i]), i)
+            samples.append(Sample(name, files, read, blocks, title=f"SIDD's picture {name}"))
+        super().__init__(samples)
+
+    def _part(self, folder: Path, sample: Sample) -> Path:
+        return folder / "parts" / f"{sample.name}.npy"  # so that an interrupted test need not do it again
+
+    def keep(self, folder: Path, sample: Sample, restored: np.ndarray):
+        with replacing(self._part(folder, sample)) as temporary, open(temporary, "wb") as file:
+            np.save(file, restored)
+
+    def kept(self, folder: Path, sample: Sample) -> bool:
+        return self._part(folder, sample).exists()
+
+    def finish(self, folder: Path, complete: bool) -> str | None:
+        whole = folder / "Idenoised.mat"
+        if not complete:
+            whole.unlink(missing_ok=True)
+            return None
+        write_mat(whole, {"Idenoised": np.stack([np.load(self._part(folder, sample)) for sample in self.samples])})
+        return f"wrote {whole}"
+
+
+class DndCrops(PictureSet):
+    """The benchmark's submission: for each picture a .mat file with its 20 restored crops (1-based boxes)."""
+
+    def __init__(self, info: Path):
+        def read(path: Path, boxes: np.ndarray) -> tuple[list[np.ndarray], None]:
+            picture = read_dnd_picture(path, boxes)
+            return [picture[top - 1 : bottom, left - 1 : right] for top, left, bottom, right in boxes], None
+
+        samples = []
+        for name, boxes in read_dnd(info.parent).items():
+            path = info.parent / "images_srgb" / name
+            crops = tuple(f"{path.stem}_{k + 1:02d}" for k in range(len(boxes)))
+            read_crops = partial(read, path, boxes)
+            samples.append(Sample(name, (info, path), read_crops, crops, title=f"DND's picture {name}"))
+        super().__init__(samples, targets=False)
+
+    def keep(self, folder: Path, sample: Sample, restored: list[np.ndarray]):
+        crops = np.empty((1, len(restored)), dtype=object)
+        crops[0, :] = restored
+        content = {"Idenoised": crops, "israw": False, "eval_version": "1.0"}
+        write_mat(folder / "matfiles" / sample.name, content)
+
+    def kept(self, folder: Path, sample: Sample) -> bool:
+        return (folder / "matfiles" / sample.name).exists()
+
+    def finish(self, folder: Path, complete: bool) -> str:
+        server = "https://noise.visinf.tu-darmstadt.de"
+        return f"wrote {folder / 'matfiles'}; its scores come from the benchmark's server, {server}"
+
+
+def write_mat(path: Path, content: dict):
+    with replacing(path) as temporary:
+        optional("scipy.io").savemat(temporary, content, appendmat=False)
+
+
+def with_noise(clean: np.ndarray, sigma: float) -> np.ndarray:
+    """A clean 8-bit picture with Gaussian noise, float32: in [0, 1] but for the noise, neither clipped nor rounded.
+
+    As KAIR's test scripts add it: the random numbers begin anew with each picture, whose noise is the same every time.
+    """
+    noise = np.random.RandomState(0).normal(0, sigma / 255, clean.shape)
+    return (unit_range(clean) + noise).astype(np.float32)
+
+
+def noisy(source: Path, sigma: float) -> PictureSet:
+    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+        clean = read_image(path)
+        return with_noise(clean, sigma), clean
+
+    return picture_samples(source, read)
+
+
+def gaussian(place: str, sigma: float) -> Benchmark:
+    return Benchmark(place, "gaussian_rgb", open=partial(noisy, sigma=sigma), sigma=sigma)
+
+
+BENCHMARKS = {
+    "SIDD": Benchmark(
+        "SIDD/test/ValidationNoisyBlocksSrgb.mat",
         "sidd_unit_range",
         {"denoising_dgunet": (39.88, 0.959), "denoising_dgunet_plus": (39.91, 0.960)},
+        open=SiddBlocks,
+        self_ensemble=True,
     ),
     # scored by its server; the paper has 40.04/0.956, DGUNet+ 40.12/0.957, with the self-ensemble as for SIDD
-    "DND": TestSet("DND/test", "none"),
+    "DND": Benchmark("DND/test/info.mat", None, open=DndCrops, self_ensemble=True),
+    **{f"{name}_{sigma}": gaussian(name, sigma) for name in ("CBSD68", "Kodak24") for sigma in (15, 25, 50)},
 }
+
+
+def noise_sigma(text: str) -> float:
+    if not 0 < float(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a standard deviation in 8-bit levels, such as 25")
+    return float(text)
+
+
+def add_options(add: Callable):
+    add_tiling(add)
+    told = "the --dataset is clean pictures of your own: add Gaussian noise of these standard deviations (8-bit levels)"
+    add("--sigma", nargs="+", type=noise_sigma, default=[], metavar="S", help=told)
+
+
+def own(args: argparse.Namespace) -> dict[str, Benchmark]:
+    if not args.sigma:
+        return own_folder("sidd_unit_range")(args)
+    published = {name.lower() for name in BENCHMARKS}
+    if not published.isdisjoint(map(str.lower, args.dataset or BENCHMARKS)):
+        raise UserError("--sigma adds noise to clean pictures of your own; name their folder with --dataset")
+    return {f"_{sigma:g}": gaussian("", sigma) for sigma in args.sigma}
 
 
 def main():
     shipped = Path(__file__).parent / "pretrained_models/gaussian25/weights.pth"
-    run = TestRun(
-        "denoising", __doc__, TEST_SETS, protocol="sidd_unit_range", ensembled=tuple(TEST_SETS), shipped=shipped
-    )
-    run.run({"SIDD": test_sidd, "DND": test_dnd})
-
-
-def test_sidd(run: TestRun, out: Path) -> ScoreSheet:
-    """Score the validation blocks and write the restored ones as the benchmark's ``Idenoised.mat`` (single)."""
-    require_model(run, "SIDD")
-    folder = find_folder(run.args.data_root, TEST_SETS["SIDD"].folder)
-    noisy, clean = read_sidd(folder)
-    blocks = [[f"{i + 1:04d}_{j + 1:02d}" for j in range(noisy.shape[1])] for i in range(len(noisy))]
-    sources = tuple(sorted(folder.glob("*.mat")))
-    sheet = run.sheet("SIDD", out, "sidd_unit_range", {name: sources for names in blocks for name in names})
-    parts = out / "parts"  # restored blocks of each picture, so that an interrupted test need not do them again
-    parts.mkdir(exist_ok=True)
-    for i, names in enumerate(tqdm(blocks, desc="SIDD", unit="picture", disable=None)):
-        part = parts / f"{i + 1:04d}.npy"
-        pictures = [out / f"{name}.png" for name in names] if run.args.save_images else []
-        if part.exists() and all(map(sheet.done, names)) and all(path.exists() for path in pictures):
-            continue
-        with run.attempt(f"SIDD's picture {i + 1:04d}"):
-            part.unlink(missing_ok=True)
-            restored = np.empty(noisy.shape[1:], dtype=np.float32)
-            for j in range(0, len(names), 8):  # blocks at a time
-                degraded = noisy[i, j : j + 8].astype(np.float32) / np.float32(255)
-                restored[j : j + 8] = run.restore("SIDD", degraded)
-                for k, block in enumerate(degraded, start=j):
-                    sheet.add(names[k], restored[k], clean[i, k], block)
-                    if run.args.save_images:
-                        write_image(out / f"{names[k]}.png", to_uint8(restored[k]))
-            with replacing(part) as temporary, open(temporary, "wb") as file:
-                np.save(file, restored)
-    written = [parts / f"{i + 1:04d}.npy" for i in range(len(noisy))]
-    if not all(path.exists() for path in written):
-        (out / "Idenoised.mat").unlink(missing_ok=True)
-        return sheet
-    restored = np.stack([np.load(path) for path in written])
-    optional("scipy.io").savemat(out / "Idenoised.mat", {"Idenoised": restored})
-    print(f"wrote {out / 'Idenoised.mat'}")
-    return sheet
-
-
-def test_dnd(run: TestRun, out: Path) -> ScoreSheet:
-    """Write the benchmark's submission: for each picture a .mat file with its 20 restored crops (1-based boxes)."""
-    require_model(run, "DND")
-    source = find_folder(run.args.data_root, TEST_SETS["DND"].folder)
-    boxes_of = read_dnd(source)
-    files = {name: source / "images_srgb" / name for name in boxes_of}
-    sheet = run.sheet("DND", out, "none", {name: (source / "info.mat", path) for name, path in files.items()})
-    folder = out / "matfiles"
-    folder.mkdir(exist_ok=True)
-    for name, boxes in tqdm(boxes_of.items(), desc="DND", unit="picture", disable=None):
-        if sheet.done(name) and (folder / name).exists() and not run.args.save_images:
-            continue
-        with run.attempt(f"DND's picture {name}"):
-            picture = read_dnd_picture(files[name], boxes)
-            crops = np.empty((1, len(boxes)), dtype=object)
-            for k, (top, left, bottom, right) in enumerate(boxes):
-                crops[0, k] = run.restore("DND", picture[top - 1 : bottom, left - 1 : right])
-                if run.args.save_images:
-                    write_image(out / f"{Path(name).stem}_{k + 1:02d}.png", to_uint8(crops[0, k]))
-            optional("scipy.io").savemat(folder / name, {"Idenoised": crops, "israw": False, "eval_version": "1.0"})
-            sheet.tick(name)
-    print(f"wrote {folder}; its scores come from the benchmark's server, https://noise.visinf.tu-darmstadt.de")
-    return sheet
-
-
-def require_model(run: TestRun, dataset: str):
-    if run.model is None:
-        raise UserError(f"--score_only reads pictures; {dataset} comes in MATLAB files, give --weights")
+    command("denoising", __doc__, BENCHMARKS, own, add_options=add_options, shipped=shipped)
 
 
 if __name__ == "__main__":

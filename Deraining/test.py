@@ -15,25 +15,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dgunet.errors import run_cli
-from dgunet.evaluation import TestRun, TestSet
+from dgunet.testing import Benchmark, command, own_folder
 
 
-def test_set(name: str, dgunet: tuple[float, float], plus: tuple[float, float]) -> TestSet:
-    return TestSet(f"test/{name}", "deraining_y", {"deraining_dgunet": dgunet, "deraining_dgunet_plus": plus})
+def benchmark(name: str, dgunet: tuple[float, float], plus: tuple[float, float]) -> Benchmark:
+    return Benchmark(f"test/{name}", "deraining_y", {"deraining_dgunet": dgunet, "deraining_dgunet_plus": plus})
 
 
-TEST_SETS = {
-    "Test100": test_set("Test100", (30.32, 0.899), (30.86, 0.907)),
-    "Rain100H": test_set("Rain100H", (30.66, 0.891), (31.06, 0.897)),
-    "Rain100L": test_set("Rain100L", (37.42, 0.969), (38.25, 0.974)),
-    "Test2800": test_set("Test2800", (33.68, 0.938), (34.01, 0.942)),
-    "Test1200": test_set("Test1200", (33.23, 0.920), (33.08, 0.916)),
+BENCHMARKS = {
+    "Test100": benchmark("Test100", (30.32, 0.899), (30.86, 0.907)),
+    "Rain100H": benchmark("Rain100H", (30.66, 0.891), (31.06, 0.897)),
+    "Rain100L": benchmark("Rain100L", (37.42, 0.969), (38.25, 0.974)),
+    "Test2800": benchmark("Test2800", (33.68, 0.938), (34.01, 0.942)),
+    "Test1200": benchmark("Test1200", (33.23, 0.920), (33.08, 0.916)),
 }
 AVERAGE = {"deraining_dgunet": (33.06, 0.923), "deraining_dgunet_plus": (33.46, 0.927)}  # the paper's, of all five
 
 
 def main():
-    TestRun("deraining", __doc__, TEST_SETS, protocol="deraining_y", average=AVERAGE).run()
+    command("deraining", __doc__, BENCHMARKS, own_folder("deraining_y"), paper_average=AVERAGE)
 
 
 if __name__ == "__main__":

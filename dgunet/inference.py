@@ -259,7 +259,7 @@ def _as_batch(image, channels: int):
     low, high = x.aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise UserError("the picture has pixels that are NaN or infinite; replace them before restoring")
-    if scale == 1 and (high > 2 or low < -1):
+    if scale == 1 and (high > 4 or low < -3):  # strong noise goes as far
         raise UserError(f"float pictures must be in [0, 1], got {low:.3g} to {high:.3g}; divide by 255 (or 65535)")
     home = x.device
 

@@ -8,6 +8,7 @@ protocol          used for                              restored, target     as 
 ================  ====================================  ===================  =========================
 deraining_y       Rain100L/H, Test100, Test1200/2800    uint8, uint8         ``evaluate_PSNR_SSIM.m``
 rgb_matlab        GoPro, HIDE                           uint8, uint8         ``evaluate_GOPRO_HIDE.m``
+gaussian_rgb      CBSD68, Kodak24 with Gaussian noise   uint8, uint8         KAIR's test scripts
 sidd_unit_range   SIDD validation blocks                float32 or uint8     ``evaluate_SIDD.m``
 cs_y              Set11, BSD68                          float32 luma, uint8  the test script's own code
 realblur_aligned  RealBlur-J, RealBlur-R                uint8, uint8         ``evaluate_RealBlur.py``
@@ -28,10 +29,15 @@ and L the nominal range. The protocols differ in the window, in what happens at 
 call an image.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from dgunet.errors import optional
+from dgunet.transforms import unit_range
 
 # cv2 and skimage are imported where they are used: a model that is only trained or run needs neither.
 
@@ -44,7 +50,9 @@ class AlignmentError(ValueError):
     """The ECC alignment of ``realblur_aligned`` found no warp from the restored image to its target."""
 
 
-def evaluate_pair(restored, target, protocol, *, align=True):
+def evaluate_pair(
+    restored: np.ndarray, target: np.ndarray, protocol: str, *, align: bool = True
+) -> tuple[float, float]:
     """PSNR in dB and SSIM of a restored image against its target, as the named protocol computes them.
 
     Args:
@@ -58,6 +66,8 @@ def evaluate_pair(restored, target, protocol, *, align=True):
             ``rgb_matlab``: uint8. One mean over all pixels and channels; peak 255; MATLAB's ``ssim`` of an
             H x W x 3 array, which is three-dimensional: the Gaussian window runs over the channels too, edges
             replicated.
+            ``gaussian_rgb``: uint8. The same PSNR; SSIM is the mean of the three channels', each with an 11 x 11
+            Gaussian window where it fits into the image.
             ``sidd_unit_range``: float32 or uint8. The same on the range [0, 1], evaluated in double;
             ``restored`` is clamped to it.
             ``cs_y``: ``restored`` float32 luma or uint8, ``target`` uint8. OpenCV's full-range luma (0..255)
@@ -84,29 +94,27 @@ def evaluate_pair(restored, target, protocol, *, align=True):
         AlignmentError: ``realblur_aligned`` on images that cannot be aligned: flat or inverted ones everywhere, tiny
             ones as the processor rounds.
         ValueError: unknown protocol; a dtype that the protocol does not take; shapes that differ or are no
-            picture's; sides below 11 (``deraining_y``, ``realblur_aligned``) or below 7 (``cs_y``).
+            picture's; sides below 11 (``deraining_y``, ``gaussian_rgb``, ``realblur_aligned``) or below 7 (``cs_y``).
 
     >>> white, grey = np.full((16, 16, 3), 255, np.uint8), np.full((16, 16, 3), 230, np.uint8)
     >>> psnr, ssim = evaluate_pair(white, grey, "rgb_matlab")
     >>> f"{psnr:.3f} {ssim:.3f}"
     '20.172 0.995'
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}; known are {', '.join(PROTOCOLS)}")
-    score, restored_types, target_types, smallest_side = _PROTOCOL_TABLE[protocol]
-    _check_image("restored", restored, restored_types, protocol)
-    _check_image("target", target, target_types, protocol)
-    _check_shapes(restored, target, protocol, smallest_side)
+    record = find_protocol(protocol)
+    _check_image("restored", restored, record.restored, protocol)
+    _check_image("target", target, record.target, protocol)
+    _check_shapes(restored, target, protocol)
 
     # OpenCV does not read every strided view, such as the flipped channels of a picture that it has loaded.
     restored, target = np.ascontiguousarray(restored), np.ascontiguousarray(target)
-    options = {"align": align} if protocol == "realblur_aligned" else {}
-    psnr, ssim = score(restored, target, **options)
+    options = {"align": align} if record.aligns else {}
+    psnr, ssim = record.score(restored, target, **options)
     return float(psnr), float(ssim)
 
 
 @torch.no_grad()
-def psnr_batch(restored, target):
+def psnr_batch(restored: Tensor, target: Tensor) -> Tensor:
     """PSNR of each image of a batch, for validation while training (the protocol ``train_rgb``).
 
         20 log10(1 / rmse),    rmse over all pixels and channels of one image, both clamped to [0, 1]
@@ -139,17 +147,21 @@ def psnr_batch(restored, target):
 
 # The protocols: each takes two checked arrays and returns (psnr, ssim).
 
+Scores = tuple[float, float]
 
-def _deraining_y(restored, target):
-    structural_similarity = optional("skimage.metrics").structural_similarity
 
-    restored, target = _studio_luma(restored), _studio_luma(target)
+def _deraining_y(restored: np.ndarray, target: np.ndarray) -> Scores:
+    return _gaussian_rgb(_studio_luma(restored), _studio_luma(target))
+
+
+def _gaussian_rgb(restored: np.ndarray, target: np.ndarray) -> Scores:
     # scikit-image cuts the window's radius off the map before its mean: what is left are the positions at
     # which the window fits, so its own border rule has no influence.
-    ssim = structural_similarity(
+    ssim = optional("skimage.metrics").structural_similarity(
         restored,
         target,
         data_range=255,
+        channel_axis=2 if restored.ndim == 3 else None,
         gaussian_weights=True,
         sigma=_GAUSSIAN_SIGMA,
         use_sample_covariance=False,
@@ -157,20 +169,20 @@ def _deraining_y(restored, target):
     return _psnr(restored, target, peak=255), ssim
 
 
-def _rgb_matlab(restored, target):
+def _rgb_matlab(restored: np.ndarray, target: np.ndarray) -> Scores:
     restored, target = restored.astype(np.float64), target.astype(np.float64)
     return _psnr(restored, target, peak=255), _matlab_ssim(restored, target, value_range=255)
 
 
-def _sidd_unit_range(restored, target):
+def _sidd_unit_range(restored: np.ndarray, target: np.ndarray) -> Scores:
     # Values are rounded to single, as in the .mat file; MATLAB's arithmetic on them is single too, but how
     # accurately it sums is unknown: double is the value that it approximates.
-    restored = np.clip(_unit_float32(restored), 0, 1).astype(np.float64)
-    target = _unit_float32(target).astype(np.float64)
+    restored = np.clip(unit_range(restored), 0, 1).astype(np.float64)
+    target = unit_range(target).astype(np.float64)
     return _psnr(restored, target, peak=1), _matlab_ssim(restored, target, value_range=1)
 
 
-def _cs_y(restored, target):
+def _cs_y(restored: np.ndarray, target: np.ndarray) -> Scores:
     structural_similarity = optional("skimage.metrics").structural_similarity
 
     if restored.dtype == np.uint8:
@@ -182,10 +194,10 @@ def _cs_y(restored, target):
     return psnr, structural_similarity(restored, target, data_range=255)
 
 
-def _realblur_aligned(restored, target, align):
+def _realblur_aligned(restored: np.ndarray, target: np.ndarray, align: bool) -> Scores:
     structural_similarity = optional("skimage.metrics").structural_similarity
 
-    restored, target = _unit_float32(_as_colour(restored)), _unit_float32(_as_colour(target))
+    restored, target = unit_range(_as_colour(restored)), unit_range(_as_colour(target))
     energy = np.sum(restored * restored)
     if energy > 0:  # an all-black image has no best factor
         restored = (np.sum(target * restored) / energy) * restored
@@ -213,9 +225,9 @@ def _realblur_aligned(restored, target, align):
     return psnr, ssim
 
 
-def _train_rgb(restored, target):
+def _train_rgb(restored: np.ndarray, target: np.ndarray) -> Scores:
     restored, target = (
-        torch.from_numpy(np.array(_as_colour(_unit_float32(image)).transpose(2, 0, 1)[None], order="C"))
+        torch.from_numpy(np.array(_as_colour(unit_range(image)).transpose(2, 0, 1)[None], order="C"))
         for image in (restored, target)
     )
     return psnr_batch(restored, target).item(), float("nan")
@@ -223,30 +235,60 @@ def _train_rgb(restored, target):
 
 _UINT8 = (np.uint8,)
 _UNIT_RANGE = (np.float32, np.uint8)
-_PROTOCOL_TABLE = {  # scoring function, dtypes of restored and of target, smallest side
-    "deraining_y": (_deraining_y, _UINT8, _UINT8, _GAUSSIAN_TAPS),
-    "rgb_matlab": (_rgb_matlab, _UINT8, _UINT8, 1),
-    "sidd_unit_range": (_sidd_unit_range, _UNIT_RANGE, _UNIT_RANGE, 1),
-    "cs_y": (_cs_y, _UNIT_RANGE, _UINT8, 7),
-    "realblur_aligned": (_realblur_aligned, _UINT8, _UINT8, _GAUSSIAN_TAPS),
-    "train_rgb": (_train_rgb, _UNIT_RANGE, _UNIT_RANGE, 1),
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How one part of the literature scores a picture."""
+
+    score: Callable[..., Scores]  # of two checked arrays; with ``align``, where it aligns
+    restored: tuple[type, ...] = _UINT8  # accepted types
+    target: tuple[type, ...] = _UINT8
+    smallest_side: int = 1
+    aligns: bool = False
+    luma: bool = False  # a float picture is the luma alone, of a target that may have colours
+
+    @property
+    def rounded(self) -> bool:
+        """Whether pictures are scored as they are written to disk, in 8 bits."""
+        return np.float32 not in self.restored
+
+
+PROTOCOLS = {
+    "deraining_y": Protocol(_deraining_y, smallest_side=_GAUSSIAN_TAPS),
+    "rgb_matlab": Protocol(_rgb_matlab),
+    "gaussian_rgb": Protocol(_gaussian_rgb, smallest_side=_GAUSSIAN_TAPS),
+    "sidd_unit_range": Protocol(_sidd_unit_range, _UNIT_RANGE, _UNIT_RANGE),
+    "cs_y": Protocol(_cs_y, _UNIT_RANGE, smallest_side=7, luma=True),
+    "realblur_aligned": Protocol(_realblur_aligned, smallest_side=_GAUSSIAN_TAPS, aligns=True),
+    "train_rgb": Protocol(_train_rgb, _UNIT_RANGE, _UNIT_RANGE),
 }
-PROTOCOLS = tuple(_PROTOCOL_TABLE)
+
+
+def find_protocol(name: str) -> Protocol:
+    """A protocol by its name.
+
+    Raises:
+        ValueError: unknown.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}; known are {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
 
 
 # What they are made of
 
 
-def _psnr(restored, target, peak):
+def _psnr(restored: np.ndarray, target: np.ndarray, peak: float) -> float:
     difference = restored.astype(np.float64) - target
     return _psnr_of_mse(np.mean(difference * difference), peak)
 
 
-def _psnr_of_mse(mse, peak):
+def _psnr_of_mse(mse: float, peak: float) -> float:
     return float("inf") if mse == 0 else 10 * np.log10(peak**2 / mse)
 
 
-def _matlab_ssim(restored, target, value_range):
+def _matlab_ssim(restored: np.ndarray, target: np.ndarray, value_range: float) -> float:
     """MATLAB's ``ssim`` of two double arrays H x W (2-D) or H x W x 3 (3-D), edges replicated."""
     mean_r, mean_t = _gaussian_filter(restored), _gaussian_filter(target)
     variances = _gaussian_filter(restored * restored + target * target) - mean_r * mean_r - mean_t * mean_t
@@ -257,7 +299,7 @@ def _matlab_ssim(restored, target, value_range):
     return np.mean(numerator / denominator)
 
 
-def _gaussian_filter(volume):
+def _gaussian_filter(volume: np.ndarray) -> np.ndarray:
     """Separable Gaussian over all axes of a double H x W or H x W x C array, the channel axis included."""
     cv2 = optional("cv2")
 
@@ -275,7 +317,7 @@ def _gaussian_filter(volume):
     return cv2.transform(filtered, mixing)
 
 
-def _studio_luma(image):
+def _studio_luma(image: np.ndarray) -> np.ndarray:
     """Y = 16 + (65.481 R + 128.553 G + 24.966 B) / 255, rounded half up to uint8, of MATLAB's ``rgb2ycbcr``.
 
     Integers, in units of 1/255000, so that no rounding noise decides the 194 colours that fall on a half.
@@ -286,14 +328,14 @@ def _studio_luma(image):
     return ((luma + 127_500) // 255_000).astype(np.uint8)
 
 
-def _full_luma(image):
+def _full_luma(image: np.ndarray) -> np.ndarray:
     """OpenCV's full-range luma on uint8: fixed-point, so not always the exact sum rounded."""
     cv2 = optional("cv2")
 
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[..., 0]
 
 
-def _align(restored, target):
+def _align(restored: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Warp ``restored`` onto ``target``, both float32 H x W x 3.
 
     Returns the warped image and the mask (0 or 1, same shape) of where it is defined.
@@ -336,16 +378,12 @@ def _align(restored, target):
     return warped, mask
 
 
-def _unit_float32(image):
-    return image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image
-
-
-def _as_colour(image):
+def _as_colour(image: np.ndarray) -> np.ndarray:
     """A grey picture as three equal channels, which changes neither MSE nor per-channel SSIM."""
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
 
 
-def _check_image(name, image, types, protocol):
+def _check_image(name: str, image: np.ndarray, types: tuple[type, ...], protocol: str):
     wanted = " or ".join(np.dtype(kind).name for kind in types)
     if not isinstance(image, np.ndarray) or image.dtype not in types:
         found = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
@@ -354,10 +392,13 @@ def _check_image(name, image, types, protocol):
         raise ValueError(f"{name} must be H x W x 3 (RGB) or H x W, got shape {image.shape}")
 
 
-def _check_shapes(restored, target, protocol, smallest_side):
-    if protocol == "cs_y" and restored.dtype != np.uint8:
+def _check_shapes(restored: np.ndarray, target: np.ndarray, protocol: str):
+    smallest_side = PROTOCOLS[protocol].smallest_side
+    if PROTOCOLS[protocol].luma and restored.dtype != np.uint8:
         if restored.ndim != 2:
-            raise ValueError(f"cs_y needs a float restored image as its luma alone, H x W, got shape {restored.shape}")
+            raise ValueError(
+                f"{protocol} needs a float restored image as its luma alone, H x W, got shape {restored.shape}"
+            )
         fits = restored.shape == target.shape[:2]
     else:
         fits = restored.shape == target.shape

@@ -1,5 +1,6 @@
 """Flips, rotations, padding and range of (..., H, W) tensors, shared by training and inference."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,6 +31,13 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
-def unit_range(x: Tensor) -> Tensor:
-    """8-bit values as float32 in [0, 1]; floats as they are."""
+def unit_range(x: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    """8-bit values, in a tensor or an array, as float32 in [0, 1]; floats as they are."""
+    if isinstance(x, np.ndarray):
+        return x.astype(np.float32) / np.float32(255) if x.dtype == np.uint8 else x
     return x.float().div_(255) if x.dtype == torch.uint8 else x
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Floats in [0, 1] as an 8-bit picture: clamped, times 255, rounded to nearest; one of 8 bits as it is."""
+    return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * np.float32(255)).round().astype(np.uint8)

@@ -54,6 +54,7 @@ ALSO = {
     "proximal": ["test_model.py", "test_parity.py"],
     "schedule": ["test_engine.py"],
     "synthesis": ["test_demo_data.py", "test_data.py"],
+    "testing": ["test_evaluation.py", "test_denoising.py", "test_tasks.py"],
     "transforms": ["test_data.py", "test_inference.py"],
 }
 

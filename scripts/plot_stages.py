@@ -24,9 +24,8 @@ from sensing import pad_to_blocks
 from dgunet import load_model
 from dgunet.data import find_pairs, list_images, read_image, to_tensor
 from dgunet.errors import UserError, run_cli
-from dgunet.evaluation import to_uint8
 from dgunet.metrics import psnr_batch
-from dgunet.transforms import pad_to, unit_range
+from dgunet.transforms import pad_to, to_uint8, unit_range
 
 
 def main():

@@ -18,19 +18,14 @@ import pytest
 import scipy.io
 import torch
 
-from dgunet import DGUNet, UserError, create_model, evaluation
+from dgunet import DGUNet, UserError, create_model, evaluation, load_model, restore, testing
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
+from dgunet.data import find_pairs, read_image, write_image
 from dgunet.errors import run_cli
-from dgunet.evaluation import (
-    Result,
-    ScoreSheet,
-    TestRun,
-    append_results,
-    average,
-    find_folder,
-    noise_level,
-    pick_device,
-)
+from dgunet.evaluation import PictureSet, Result, Sample, ScoreSheet, evaluate, pick_device
+from dgunet.metrics import evaluate_pair
+from dgunet.testing import append_results, average, find_folder, noise_level
+from dgunet.transforms import to_uint8, unit_range
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"deraining": "Deraining", "denoising": "Denoising", "compressive_sensing": "CompressiveSensing"}
@@ -164,7 +159,7 @@ def test_rows_of_results_are_whole(tmp_path):
 
 def test_weights_replaced_while_the_test_starts_are_not_scored_under_the_old_name(test, picture_pairs, monkeypatch):
     picture_pairs(Path("set"), count=2, size=(16, 16))
-    load_model = evaluation.load_model
+    load_model = testing.load_model
 
     def replaced(*args, **options):
         model = load_model(*args, **options)
@@ -172,7 +167,7 @@ def test_weights_replaced_while_the_test_starts_are_not_scored_under_the_old_nam
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "load_model", replaced)
+        patch.setattr(testing, "load_model", replaced)
         test("--dataset", "set")
     done = test("--dataset", "set")
     assert "done already" not in done.out
@@ -351,6 +346,24 @@ def test_incomplete_scores_are_marked_and_enter_no_average(test, picture_pairs):
     assert later == ["Test100", "Rain100H", "Rain100L (incomplete: 2 of 3)", "Test2800", "Test1200"]
 
 
+def test_score_only_of_blocks_and_of_measured_pictures(test):
+    blocks = np.random.default_rng(0).integers(0, 256, (1, 2, 16, 16, 3), dtype=np.uint8)
+    write_sidd(blocks, blocks // 2)
+    assert test("--dataset", "SIDD", "--save_images").status == 0
+    where = sheet().parent.parent
+    assert test("--score_only", where, "--dataset", "SIDD", weights=None).status == 0
+    first, second = rows()
+    assert second["images"] == "2" and float(second["psnr"]) == pytest.approx(float(first["psnr"]), abs=0.05)
+    assert not list(Path("results").glob("denoising/scores_of_*/SIDD/[!s.]*"))  # nothing but scores and settings
+
+    for name, strength in (("grey", 0), ("restored", 9)):
+        write_image(f"{name}/a.png", np.full((16, 16), 99 + strength, np.uint8))
+    words = ("--score_only", "restored", "--dataset", "grey")
+    assert test(*words, task="compressive_sensing", weights=None).status == 0
+    (row,) = rows("compressive_sensing")
+    assert float(row["psnr"]) == pytest.approx(20 * math.log10(255 / 9), abs=1e-3) and row["input_psnr"] == "nan"
+
+
 def test_score_only_without_the_folder_says_so_once(test, picture_pairs):
     picture_pairs(Path("set"), count=3, size=(16, 16))
     os.mkdir("restored")
@@ -405,7 +418,7 @@ LABELS = [("/photos", "photos"), ("/a/b/c", "b_c"), ("/", "root"), ("/a/b/../c",
 
 @pytest.mark.parametrize(("dataset", "label"), LABELS)
 def test_label_is_a_folder_below_the_results(dataset, label):
-    assert TestRun.label(SimpleNamespace(test_sets={"SIDD": None}), dataset) == label
+    assert list(testing._tests([dataset], {"SIDD": None}, {"": None})) == [label]
 
 
 def test_published_sets_are_found_in_upper_and_lower_case(test, picture_pairs):
@@ -550,6 +563,144 @@ def test_noise_level(sigma):
     assert noise_level(noisy) == pytest.approx(sigma, rel=0.2)
     assert noise_level(noisy[None].repeat(2, axis=0)) == pytest.approx(noise_level(noisy))
     assert math.isnan(noise_level(np.zeros((2, 9, 3))))
+
+
+def test_gaussian_noise_is_that_of_the_literature():
+    """As KAIR adds it: seed 0 for each picture, floats, not clipped, not rounded."""
+    clean = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    for _ in range(2):
+        np.random.seed(0)
+        expected = np.float32(clean / 255.0)
+        expected += np.random.normal(0, 50 / 255.0, expected.shape)
+        noisy = command("denoising").with_noise(clean, 50)
+        assert noisy.dtype == np.float32 and noisy.min() < 0 and noisy.max() > 1
+        np.testing.assert_array_equal(noisy, expected)
+    black = command("denoising").with_noise(np.zeros((1, 1, 3), np.uint8), 255)  # the generator's first numbers
+    np.testing.assert_allclose(black.ravel(), [1.764052, 0.400157, 0.978738], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"),
+    [
+        (None, ["SIDD", "DND"]),
+        ((25, 25), ["CBSD68_25", "Kodak24_25"]),
+        ((0, 30), ["CBSD68_15", "CBSD68_25", "Kodak24_15", "Kodak24_25"]),
+        ((30, 40), ["SIDD", "DND"]),
+    ],
+)
+def test_weights_are_tested_on_the_noise_that_they_are_for(noise, expected):
+    assert testing._default(command("denoising").BENCHMARKS, noise) == expected
+
+
+def test_gaussian_sets(test, picture_pairs):
+    for name in ("cbsd68", "KODAK24"):
+        picture_pairs(Path("pairs"), count=2, size=(21, 30), seed=len(name))
+        os.renames("pairs/target", f"Datasets/{name}")
+    save_checkpoint(tiny_weights("denoising") | {"noise_sigma": [20, 25]}, "gaussian.pth")
+    assert test(weights="gaussian.pth").status == 0
+    table = rows()
+    assert [(row["dataset"], row["protocol"]) for row in table] == [
+        ("CBSD68_25", "gaussian_rgb"), ("Kodak24_25", "gaussian_rgb")
+    ]  # fmt: skip
+    model, scores = load_model("gaussian.pth"), []
+    for path in sorted(Path("Datasets/cbsd68").iterdir()):
+        clean = read_image(path)
+        noisy = command("denoising").with_noise(clean, 25)
+        restored = to_uint8(restore(model, noisy))
+        scores.append(
+            (*evaluate_pair(restored, clean, "gaussian_rgb"), *evaluate_pair(to_uint8(noisy), clean, "gaussian_rgb"))
+        )
+    measured = [float(table[0][key]) for key in ("psnr", "ssim", "input_psnr", "input_ssim")]
+    assert measured == pytest.approx(np.mean(scores, axis=0), abs=1e-4)
+    assert "2 of 2 pictures are done already" in test("--dataset", "kodak24_25", weights="gaussian.pth").out
+
+
+def test_noise_on_clean_pictures_of_ones_own(test, picture_pairs):
+    picture_pairs(Path("set"), count=2, size=(21, 30))
+    assert test("--dataset", "set/target", "--sigma", "7.5", "100").status == 0
+    weak, strong = rows()
+    assert (weak["dataset"], strong["dataset"]) == ("set_target_7.5", "set_target_100")
+    assert float(weak["input_psnr"]) == pytest.approx(-20 * math.log10(7.5 / 255), abs=0.5)
+    assert float(strong["input_psnr"]) < 12
+    for words in ((), ("--dataset", "set/target", "sidd")):
+        assert "clean pictures of your own" in one_line(test("--sigma", "25", *words))
+    for sigma in ("0", "nan", "101", "strong"):
+        done = test("--dataset", "set/target", "--sigma", sigma)
+        assert done.status == 2 and "--sigma" in done.err.splitlines()[-1]
+
+
+# --------------------------------------------------------------------------------------------------------- from Python
+
+
+def test_evaluate_from_python(tmp_path, tiny_model, picture_pairs, monkeypatch):
+    """Without a command line, and without files unless asked for: the rows and means of the pictures as they are."""
+    monkeypatch.chdir(tmp_path)
+    picture_pairs(Path("set"), count=3, size=(21, 30))
+    model, before = tiny_model(stages=2), torch.backends.cudnn.allow_tf32
+    result = evaluate(model, "set", "rgb_matlab", self_ensemble=True)
+    assert os.listdir() == ["set"] and torch.backends.cudnn.allow_tf32 == before
+    assert (result.dataset, result.images, result.missing, result.failures) == ("set", 3, 0, [])
+    for row, pair in zip(result.rows, find_pairs("set"), strict=True):
+        degraded, target = read_image(pair.input), read_image(pair.target)
+        restored = to_uint8(restore(model, unit_range(degraded), self_ensemble=True))
+        assert row.name == pair.name and row[1:3] == evaluate_pair(restored, target, "rgb_matlab")
+        assert row[3:5] == evaluate_pair(degraded, target, "rgb_matlab")
+    assert result.psnr == pytest.approx(np.mean([row.psnr for row in result.rows]))
+
+    # with a folder it goes on where it was, and the function of another method has its say as well
+    told = []
+    for _ in range(2):
+        again = evaluate(model, "set", "rgb_matlab", "out", self_ensemble=True, say=told.append)
+        assert again.rows == result.rows and len(list(Path("out").glob("*.png"))) == 3
+    assert told == ["set: 3 of 3 pictures are done already"]
+    blur = evaluate(lambda sample, y: (cv2.blur(y, (3, 3)), y), "set", "rgb_matlab", "blurred")
+    assert blur.psnr > blur.input_psnr == result.input_psnr and len(list(Path("blurred").glob("*.png"))) == 3
+
+
+def test_evaluate_tells_what_it_could_not_test(tmp_path, tiny_model, picture_pairs):
+    picture_pairs(tmp_path, count=2, size=(16, 16))
+    (tmp_path / "input/img2.png").write_bytes(b"no picture")
+    result = evaluate(tiny_model(stages=2), tmp_path, "sidd_unit_range")
+    assert (result.images, result.missing) == (1, 1) and "img2.png is not a picture" in result.failures[0]
+    small = evaluate(tiny_model(stages=2), tmp_path, "deraining_y")
+    assert small.images == 1
+    photos = evaluate(tiny_model(stages=2), tmp_path / "target", None)
+    assert photos.images == 0 and math.isnan(photos.psnr) and [row.psnr for row in photos.rows] == [None, None]
+    with pytest.raises(ValueError, match="unknown protocol 'psnr'; known are"):
+        evaluate(tiny_model(stages=2), tmp_path, "psnr")
+
+
+def test_sample_of_several_pictures(tmp_path, tiny_model):
+    """Of one size or of several: each is scored and written under its own name."""
+    rng = np.random.default_rng(0)
+    stack = rng.integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    crops = [rng.integers(0, 256, (16, width, 3), dtype=np.uint8) for width in (16, 24)]
+    model = tiny_model(stages=2)
+    for given in (stack, crops):
+        names = tuple(f"block{k}" for k in range(len(given)))
+        data = PictureSet([Sample("picture", (tmp_path / "file.mat",), lambda given=given: (given, given[:]), names)])
+        out = tmp_path / str(len(given))
+        result = evaluate(model, data, "sidd_unit_range", out, save_images=True)
+        assert [row.name for row in result.rows] == list(names) and result.input_psnr == math.inf
+        for name, picture in zip(names, given, strict=True):
+            restored = restore(model, unit_range(picture))
+            assert np.abs(read_image(out / f"{name}.png").astype(int) - to_uint8(restored)).max() <= 1
+
+
+def test_file_for_the_benchmark_is_whole_or_not_there(test, monkeypatch):
+    blocks = np.random.default_rng(0).integers(0, 200, (1, 2, 16, 16, 3), dtype=np.uint8)
+    write_sidd(blocks, blocks)
+
+    def full(path, *_, **__):
+        Path(path).write_bytes(b"the first half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(scipy.io, "savemat", full)
+        assert "Idenoised.mat: No space left" in one_line(test("--dataset", "SIDD"))
+    assert not list(Path("results").rglob("*Idenoised*"))
+    assert test("--dataset", "SIDD").status == 0
+    assert scipy.io.loadmat(next(Path("results").rglob("Idenoised.mat")))["Idenoised"].shape == blocks.shape
 
 
 # -------------------------------------------------------------------------------------------------------------- devices

@@ -1,0 +1,369 @@
+"""The command line of the tasks' test.py: its options, its test sets one after the other, its table."""
+
+import argparse
+import csv
+import datetime
+import io
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dgunet.checkpoint import load_model, read_checkpoint
+from dgunet.data import images_by_name
+from dgunet.distributed import sole_writer
+from dgunet.errors import UserError
+from dgunet.evaluation import (
+    TEXT,
+    Pictures,
+    PictureSet,
+    Result,
+    Sample,
+    evaluate,
+    paired,
+    pairs_or_pictures,
+    pick_device,
+    restore_pictures,
+)
+from dgunet.inference import check_tiles, use_huge_pages
+from dgunet.transforms import unit_range
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A published test set, or how a folder of the user's own is tested."""
+
+    place: str  # a folder, or a file, under the data root; nothing for the user's own
+    protocol: str | None  # see `metrics.PROTOCOLS`; None where a server scores
+    paper: dict[str, tuple[float, float]] = field(default_factory=dict)  # by network: PSNR, SSIM
+    open: Callable[[Path], PictureSet] = paired
+    self_ensemble: bool = False  # whether the original restores it so
+    sigma: float | None = None  # of the Gaussian noise that is added, in 8-bit levels
+
+
+def own_folder(protocol: str) -> Callable[[argparse.Namespace], dict[str, Benchmark]]:
+    """Folders of the user's own: pairs, scored by the protocol, or pictures, restored only."""
+    return lambda args: {"": Benchmark("", protocol, open=pairs_or_pictures)}
+
+
+def add_tiling(add: Callable):
+    """The options of `restore`."""
+    add(
+        "--self_ensemble",
+        action=argparse.BooleanOptionalAction,
+        help="mean over 8 flips and rotations (default: of SIDD and DND, as in the original)",
+    )
+    add("--tile", type=_tile_side, default="auto", help="tile side in pixels, whole, or auto (default)")
+    add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter of the tile, at most 64)")
+
+
+def tiling(args: argparse.Namespace, benchmark: Benchmark) -> dict:
+    check_tiles(args.tile, args.tile_overlap)
+    ensemble = benchmark.self_ensemble if args.self_ensemble is None else args.self_ensemble
+    return dict(self_ensemble=ensemble, tile=args.tile, tile_overlap=args.tile_overlap)
+
+
+def command(
+    task: str,
+    description: str,
+    benchmarks: dict[str, Benchmark],
+    own: Callable[[argparse.Namespace], dict[str, Benchmark]],
+    *,
+    method: Callable = restore_pictures,
+    add_options: Callable[[Callable], None] = add_tiling,
+    options: Callable[[argparse.Namespace, Benchmark], dict] = tiling,
+    paper_key: Callable[[torch.nn.Module], str] = lambda model: model.name,
+    paper_average: dict[str, tuple[float, float]] | None = None,
+    shipped: Path | None = None,
+):
+    """Run a test.py: parse its command line, `evaluate` each data set asked for, print and append the table.
+
+    Args:
+        task: e.g. ``"denoising"``; weights of another task are refused.
+        description: the script's docstring.
+        benchmarks: the published test sets, by name.
+        own: what a folder of the user's own is tested as, by what is added to its name, given the parsed options.
+        method: see `evaluate`.
+        add_options: adds the options of the task, given an argument parser's ``add_argument``.
+        options: those of the method, given the parsed ones and the test set.
+        paper_key: under which name the paper's values for a network stand in the benchmarks.
+        paper_average: where the mean over all benchmarks is a row of its own: the paper's, by network.
+        shipped: this repository's own weights for the task, tested where none are given.
+
+    Raises:
+        UserError: at the end, listing the pictures that could not be tested.
+    """
+    args = _parse(description, benchmarks, add_options)
+    use_huge_pages()
+    network, noise = None, None
+    if args.score_only is None:
+        network = _load(task, args.weights, shipped, args.device)
+        folder = args.results / task / f"{network.path.absolute().parent.name}_{network.path.stem}"
+        noise = network.noise_sigma if any(benchmark.sigma for benchmark in benchmarks.values()) else None
+        if args.compile:
+            network.model.compile()  # once for the first size, and once more for all other sizes
+    elif args.score_only.is_dir():
+        folder = args.results / task / f"scores_of_{args.score_only.absolute().name}"
+    else:
+        raise UserError(f"no folder {args.score_only.absolute()} with restored pictures")
+    tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, own(args))
+    results, failures = [], []
+    for name, (word, benchmark) in tests.items():
+        levels: list[float] = []
+        try:
+            source = _find(word, args.data_root, benchmarks)
+            data = benchmark.open(source)
+            common = dict(data=data, protocol=benchmark.protocol, folder=folder / name, name=name, say=print)
+            if network is None:
+                if not data.targets:
+                    raise UserError(f"{source} has no input/ and target/, so there is nothing to score against")
+                restored = _restored_elsewhere(args.score_only, (name, Path(word).name), data)
+                result = evaluate(restored, save_images=False, **common)
+            else:
+                chosen = options(args, benchmark) | dict(bf16=args.bf16)
+                common |= dict(settings=dict(compile=args.compile), save_images=args.save_images or None)
+                restoring = method if noise is None else _listening(method, levels)
+                result = evaluate(network.model, method=restoring, **common, **chosen)
+        except UserError as error:
+            if len(tests) == 1:
+                raise
+            failures.append(f"{word}: {error}")
+            continue
+        failures += result.failures
+        notes = [f"{row.name}: {row.note}" for row in result.rows if row.note]
+        if notes:
+            print(f"note: {len(notes)} of {len(result.rows)} in {name}:", *notes, sep="\n  ")
+        if levels:
+            _tell_of_noise(name, noise, levels)
+        if network is not None and not result.missing:
+            result.paper = benchmark.paper.get(paper_key(network.model))
+        if result.images:
+            results.append(result)
+    published = [result for result in results if result.dataset in benchmarks and not result.missing]
+    if paper_average is not None and len(published) == len(benchmarks):
+        results.append(average(published))
+        results[-1].paper = paper_average.get(network and network.name)
+    if results:
+        print(format_table(results))
+        table = args.results / f"{task}.csv"
+        source = args.score_only or network.source
+        append_results(table, results, str(source), "score_only" if network is None else network.name)
+        print(f"appended to {table}")
+    if network is not None:
+        print(f"pictures and scores of each picture are in {folder}")
+    if failures:
+        for failure in failures:
+            print(f"not tested: {UserError(failure)}", file=sys.stderr)
+        raise UserError(f"{len(failures)} not tested, all others were")
+
+
+def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Callable) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    noisy = any(benchmark.sigma for benchmark in benchmarks.values())
+    usual = "those whose noise the weights are for" if noisy else "all of these"
+    add("--weights", help="checkpoint, yours or the original authors' (default: pretrained_models/, if there)")
+    add("--dataset", nargs="+", help=f"{', '.join(benchmarks)}; folders or pictures (default: {usual})")
+    add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
+    add("--results", type=Path, default=Path("results"), help="where everything is written (default: results)")
+    add("--score_only", type=Path, metavar="FOLDER", help="score the pictures in FOLDER/DATASET, restore nothing")
+    add("--save_images", action="store_true", help="write restored pictures also where the scores do not need it")
+    add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
+    add("--bf16", action="store_true", help="bfloat16 autocast: faster, some thousandths of a dB off")
+    add("--compile", action="store_true", help="torch.compile: faster after a minute or more of compiling")
+    add_options(add)
+    return parser.parse_args()
+
+
+class _Network(NamedTuple):
+    model: torch.nn.Module
+    name: str
+    source: str | Path  # as it was given
+    path: Path
+    noise_sigma: tuple[float, float] | None  # weakest and strongest noise that it is for
+
+
+def _load(task: str, weights: str | None, shipped: Path | None, device: str) -> _Network:
+    source = weights or shipped
+    if source is None:
+        raise UserError("give --weights MODEL.pth, or --score_only FOLDER for pictures that are already restored")
+    path = Path(source)
+    content = read_checkpoint(path)  # once: the file may be another one a moment later
+    if not weights:
+        print(f"no --weights given: this repository's own ({content['about']})")
+    model = load_model(path, task=task, device=pick_device(device), content=content)
+    name, noise = model.name or "DGUNet", None
+    match content.get("noise_sigma"):
+        case [int() | float() as low, int() | float() as high]:  # anything else is not an entry of ours
+            noise = (low, high)
+    print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, from {path}")
+    return _Network(model, name, source, path, noise)
+
+
+def _default(benchmarks: dict[str, Benchmark], noise: tuple[float, float] | None) -> list[str]:
+    """The test sets of the Gaussian noise that a network is for, if any, or else those of none."""
+    sigmas = {name: benchmark.sigma for name, benchmark in benchmarks.items()}
+    fitting = [name for name, sigma in sigmas.items() if sigma and noise and noise[0] <= sigma <= noise[1]]
+    return fitting or [name for name, sigma in sigmas.items() if sigma is None]
+
+
+def _tests(
+    words: list[str], benchmarks: dict[str, Benchmark], own: dict[str, Benchmark]
+) -> dict[str, tuple[str, Benchmark]]:
+    """By name in tables: what --dataset names, and how it is tested."""
+    known = {name.lower(): name for name in benchmarks}
+    tests = {}
+    for word in dict.fromkeys(word if Path(word).exists() else known.get(word.lower(), word) for word in words):
+        alike = {word: benchmarks[word]} if word in benchmarks else {label(word) + end: how for end, how in own.items()}
+        for name, benchmark in alike.items():
+            if name in tests:
+                raise UserError(f"{word} and another --dataset would both be written to {name}; test one at a time")
+            tests[name] = word, benchmark
+    return tests
+
+
+def label(word: str) -> str:
+    """Name of the user's own folder or picture in tables, and of its folder; so many are called ``test``."""
+    path = Path(os.path.abspath(word))
+    if path.is_file():
+        path = path.with_suffix("")
+    return "_".join(path.parts[1:][-2:]) or "root"  # relative, wherever the folder is
+
+
+def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
+    """Where a published test set is, or what else --dataset names."""
+    if word in benchmarks:
+        place = benchmarks[word].place
+        if not (source := find_folder(data_root, place)).exists():
+            raise UserError(
+                f"no {source.absolute()}; --data_root names the folder that holds {place}, see the task's README for "
+                "the data layout"
+            )
+        return source
+    if not Path(word).exists():
+        raise UserError(
+            f"no folder or picture {Path(word).absolute()}; check the path, or name a test set: {', '.join(benchmarks)}"
+        )
+    return Path(word)
+
+
+def find_folder(root: Path, relative: str) -> Path:
+    """``root/relative``, or where that is not there, the one folder whose name differs in upper and lower case."""
+    folder = root
+    for part in Path(relative).parts:
+        exact = folder / part
+        alike = [] if exact.exists() or not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
+        alike = [p for p in alike if p.name.lower() == part.lower()]
+        folder = alike[0] if len(alike) == 1 else exact
+    return folder
+
+
+def _restored_elsewhere(root: Path, names: tuple[str, ...], data: PictureSet) -> Callable:
+    """For `evaluate`: the pictures in one of the folders of these names in ``root``, or in ``root`` itself."""
+    folders = (find_folder(root, name) for name in names)
+    folder = next((folder for folder in folders if folder.is_dir()), root)
+    there = images_by_name(folder)
+
+    def read(sample: Sample, degraded: Pictures) -> tuple[Pictures, Pictures]:
+        for name in sample.names:
+            if name not in there:
+                raise UserError(f"no restored {name} in {folder}")
+        restored = [data.read_image(there[name]) for name in sample.names]
+        return restored if sample.parts else restored[0], degraded
+
+    return read
+
+
+def _listening(method: Callable, levels: list[float]) -> Callable:
+    """The same method, which notes the noise of the pictures, in 8-bit levels."""
+
+    def restore(model: torch.nn.Module, degraded: Pictures, **options) -> tuple[Pictures, Pictures]:
+        for images in degraded if isinstance(degraded, list) else [degraded]:
+            if np.isfinite(level := noise_level(unit_range(images))):
+                levels.append(255 * level)
+        return method(model, degraded, **options)
+
+    return restore
+
+
+def noise_level(image: np.ndarray) -> float:
+    """Estimate of the standard deviation of white noise in (..., H, W, C) pictures, in their unit; nan for tiny ones.
+
+    The median of the absolute second differences along both axes (Immerkaer's mask), which smooth areas make and edges
+    do not reach. Fine texture counts as noise.
+    """
+    differences = np.diff(np.diff(image[..., :1024, :1024, :], 2, axis=-3), 2, axis=-2)
+    return float(np.median(np.abs(differences)) / (0.6745 * 6)) if differences.size else float("nan")
+
+
+def _tell_of_noise(name: str, trained: tuple[float, float], levels: list[float]):
+    """One sentence where pictures have other noise than the weights are for."""
+    low, high = trained
+    # The estimates are 0.7 to 1.1 of the truth where noise is visible, more where it is weaker than texture.
+    unlike = [level for level in levels if not 2 / 3 * low <= level <= 4 / 3 * high]
+    if unlike:
+        told = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        weakest, strongest = f"{min(unlike):.0f}", f"{max(unlike):.0f}"
+        found = weakest if weakest == strongest else f"{weakest} to {strongest}"
+        print(
+            f"note: {len(unlike)} of {len(levels)} in {name}: noise of about sigma {found}, but these weights were "
+            f"trained for sigma {told}: they blur where it is weaker, and leave some where it is stronger"
+        )
+
+
+def _tile_side(text: str) -> int | str | None:
+    """``auto``, ``whole`` (None) or a number, for `restore`."""
+    return {"auto": "auto", "whole": None}[text] if text in ("auto", "whole") else int(text)
+
+
+def average(results: list[Result]) -> Result:
+    """The mean of the sets' means, each with equal weight whatever its size."""
+    means = [statistics.fmean(getattr(r, key) for r in results) for key in ("psnr", "ssim", "input_psnr", "input_ssim")]
+    return Result("average", results[0].protocol, sum(r.images for r in results), *means, settings=results[0].settings)
+
+
+def format_table(results: list[Result]) -> str:
+    """The measured values beside the paper's, a line for each data set."""
+    header = ["dataset", "images", "input PSNR/SSIM", "PSNR/SSIM", "paper", "difference"]
+    rows = [header]
+    for r in results:
+        paper = difference = "-"
+        if r.paper is not None:
+            digits = 3 if round(r.paper[1], 3) == r.paper[1] else 4  # as many as the paper has
+            paper = f"{r.paper[0]:.2f}/{r.paper[1]:.{digits}f}"
+            difference = f"{r.psnr - r.paper[0]:+.2f}/{r.ssim - r.paper[1]:+.{digits}f}"
+        degraded, restored = f"{r.input_psnr:.2f}/{r.input_ssim:.4f}", f"{r.psnr:.2f}/{r.ssim:.4f}"
+        rows.append([r.label, str(r.images), degraded, restored, paper, difference])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def append_results(path: Path, results: list[Result], weights: str, model: str):
+    """Add a row for each result to a CSV file of all results so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    for r in results:
+        settings = " ".join(f"{key}={value}" for key, value in r.settings.items())
+        writer.writerow(
+            [datetime.datetime.now().isoformat(timespec="seconds"), weights, model, r.label, r.protocol, r.images,
+             f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.input_psnr:.4f}", f"{r.input_ssim:.6f}",
+             f"{r.seconds_per_image:.3f}", settings, " ".join(sys.argv)]
+        )  # fmt: skip
+    with sole_writer(path.parent, "test", wait=True):  # tests that end together do not mix their rows
+        before = path.read_bytes() if path.exists() else b""
+        start = "" if before.endswith(b"\n") else "\r\n"  # after a line that was cut off
+        if not before:
+            start = (
+                "date,weights,model,dataset,protocol,images,psnr,ssim,input_psnr,input_ssim,seconds_per_image,"
+                "settings,command\r\n"
+            )
+        with open(path, "a", **TEXT) as file:
+            file.write(start + text.getvalue())
