@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from dataset import read_luma
 from sensing import pad_to_blocks
 
 from dgunet import load_model
+from dgunet.data import read_luma
 from dgunet.degradations import sampling_operator
 from dgunet.errors import run_cli
 from dgunet.files import replacing

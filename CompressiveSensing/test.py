@@ -16,10 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import read_luma
 from sensing import reconstruct_tiles, reconstruct_whole
 
-from dgunet.data import Pair, write_image
+from dgunet.data import Pair, read_luma, write_image
 from dgunet.errors import UserError, run_cli
 from dgunet.evaluation import ScoreSheet, TestRun, TestSet, pictures, to_uint8
 

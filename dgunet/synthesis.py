@@ -205,12 +205,14 @@ def motion_blur(image: np.ndarray, rng: Generator, extent: tuple[float, float] =
     return to_srgb(np.clip(light, 0, 1))
 
 
-DEGRADATIONS = {
+Degrade = Callable[[np.ndarray, Generator], np.ndarray]
+
+DEGRADATIONS: dict[str, Degrade] = {
     function.__name__: function for function in (gaussian_noise, sensor_noise, rain_streaks, added_rain, motion_blur)
 }
 
 
-def find_degradation(name: str, options: dict) -> Callable[[np.ndarray, Generator], np.ndarray]:
+def find_degradation(name: str, options: dict) -> Degrade:
     """One of the degradations above, with its own options.
 
     Raises:

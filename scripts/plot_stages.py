@@ -15,14 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CompressiveSensing
 
 import numpy as np
 import torch
-from dataset import read_luma
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from sensing import pad_to_blocks
 
 from dgunet import load_model
-from dgunet.data import find_pairs, list_images, read_image, to_tensor
+from dgunet.data import find_pairs, list_images, read_image, read_luma, to_tensor
 from dgunet.errors import UserError, run_cli
 from dgunet.evaluation import to_uint8
 from dgunet.metrics import psnr_batch
