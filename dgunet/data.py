@@ -326,13 +326,16 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
     if not check_sizes:
         return pairs
     with ThreadPoolExecutor(1 if packed else 16) as pool:
-        sizes = pool.map(lambda pair: (image_size(pair.input), image_size(pair.target)), pairs)
-        for pair, (a, b) in zip(pairs, sizes, strict=True):
-            if a != b:
-                raise UserError(
-                    f"{pair.input} is {a[1]}x{a[0]} but {pair.target} is {b[1]}x{b[0]}; a pair must have one size"
-                )
+        list(pool.map(pair_size, pairs))
     return pairs
+
+
+def pair_size(pair: Pair) -> tuple[int, int]:
+    """(height, width) of both pictures, from their headers; raises as `find_pairs` does."""
+    a, b = image_size(pair.input), image_size(pair.target)
+    if a != b:
+        raise UserError(f"{pair.input} is {a[1]}x{a[0]} but {pair.target} is {b[1]}x{b[0]}; a pair must have one size")
+    return a
 
 
 def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:

@@ -5,6 +5,7 @@ degraded picture, of the same shape, float32 in [0, 1].
 """
 
 import inspect
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -210,6 +211,12 @@ Degrade = Callable[[np.ndarray, Generator], np.ndarray]
 DEGRADATIONS: dict[str, Degrade] = {
     function.__name__: function for function in (gaussian_noise, sensor_noise, rain_streaks, added_rain, motion_blur)
 }
+
+
+def degrade_picture(image: np.ndarray, degrade: Degrade, seed: int, name: str) -> np.ndarray:
+    """A picture (H, W, 3) uint8, degraded, in 8 bits again: random numbers as (seed, name) say, whatever the others."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return np.round(degrade(image.astype(np.float32) / 255, rng) * 255).astype(np.uint8)
 
 
 def find_degradation(name: str, options: dict) -> Degrade:

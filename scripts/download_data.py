@@ -22,10 +22,10 @@ from pathlib import Path, PureWindowsPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prepare_patches import Parser, describe, sidd_pairs  # noqa: E402
+from prepare_patches import Parser, describe, sidd_pairs
 
-from dgunet.data import IMAGE_SUFFIXES, find_pairs  # noqa: E402
-from dgunet.errors import UserError, optional, run_cli  # noqa: E402
+from dgunet.data import IMAGE_SUFFIXES, find_pairs
+from dgunet.errors import UserError, optional, run_cli
 
 tqdm = optional("tqdm").tqdm
 
