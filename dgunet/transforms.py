@@ -30,6 +30,11 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
+def pad_to_blocks(x: Tensor, block: int) -> Tensor:
+    """Extend (B, C, H, W) at the right and bottom by zeros, to the next multiples of ``block``."""
+    return F.pad(x, (0, -x.shape[3] % block, 0, -x.shape[2] % block))
+
+
 def unit_range(x: Tensor) -> Tensor:
     """8-bit values as float32 in [0, 1]; floats as they are."""
     return x.float().div_(255) if x.dtype == torch.uint8 else x
