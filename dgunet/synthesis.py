@@ -15,8 +15,6 @@ from numpy.random import Generator
 
 from dgunet.errors import UserError, optional
 
-cv2 = optional("cv2")
-
 
 def to_linear(image: np.ndarray) -> np.ndarray:
     """sRGB values in [0, 1] -> linear light in [0, 1] (IEC 61966-2-1), any shape."""
@@ -101,6 +99,7 @@ def rain_mask(shape: tuple[int, int], rng: Generator, layer: RainLayer, degrees:
     The drops fall in a few groups, each with its own length and a direction some degrees off the common
     one, so that the streaks are not ruled lines.
     """
+    cv2 = optional("cv2")
     mask = np.zeros(shape, np.float32)
     for _ in range(groups):
         kernel = streak_kernel(rng.uniform(*layer.length), layer.width, degrees + rng.normal(0, 2.5))
@@ -201,6 +200,7 @@ def motion_blur(image: np.ndarray, rng: Generator, extent: tuple[float, float] =
     image: (H, W, 3) in [0, 1]; extent: range of the kernel's larger side, in pixels.
     Returns (H, W, 3) in [0, 1].
     """
+    cv2 = optional("cv2")
     kernel = motion_kernel(rng, extent)[::-1, ::-1]  # filter2D correlates; flipped, it convolves
     light = cv2.filter2D(to_linear(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101)
     return to_srgb(np.clip(light, 0, 1))

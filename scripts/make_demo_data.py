@@ -23,6 +23,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def folder_photos(folder: Path) -> list[Photo]:
     return [Photo(name, path) for name, path in images_by_name(folder).items()]
 
 
-def choose_photos(args):
+def choose_photos(args) -> dict[str, list[Photo]]:
     """{"train": [Photo, ...], "val": ..., "test": ...}: embedded ones, or the user's where asked for."""
     photos = {}
     if args.source is None:
@@ -74,7 +75,7 @@ def choose_photos(args):
     return photos
 
 
-def fingerprints(photos):
+def fingerprints(photos: dict[str, list[Photo]]) -> dict[str, dict[str, str]]:
     """{split: {name: which part of which file}}; a UserError if two splits share a file."""
     prints, split_of = {}, {}
     for split in SPLITS:
@@ -88,7 +89,7 @@ def fingerprints(photos):
     return prints
 
 
-def encode_png(image):
+def encode_png(image: np.ndarray) -> bytes:
     """(H, W, 3) uint8 RGB -> the bytes of a PNG file, always the same for the same pixels."""
     fast = [cv2.IMWRITE_PNG_COMPRESSION, 1]  # noise hardly compresses at any level
     done, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), fast)
@@ -109,7 +110,7 @@ def make_degradation(args) -> Degrade | None:
     return {"deraining": rain_streaks, "deblurring": motion_blur, "compressive_sensing": None}[args.task]
 
 
-def split_files(photos, split, args):
+def split_files(photos: list[Photo], split: str, args) -> Iterator[tuple[str, bytes, float | None]]:
     """Yield (relative path, PNG bytes, PSNR against the target or None) for every file of a split."""
     degradation = make_degradation(args)
     folder = "test/DEMO" if (args.task, split) == ("deraining", "test") else split
@@ -127,7 +128,7 @@ def split_files(photos, split, args):
             yield f"{folder}/input/{name}", encode_png(degraded), evaluate_pair(degraded, clean, "train_rgb")[0]
 
 
-def write_into(folder, photos, manifest, args):
+def write_into(folder: Path, photos: dict[str, list[Photo]], manifest: dict, args) -> list[str]:
     """Write every split and the manifest into an empty folder; returns the report, one line per split."""
     report, checksums = [], {}
     for split in SPLITS:
@@ -145,7 +146,7 @@ def write_into(folder, photos, manifest, args):
     return report
 
 
-def write_all(out, photos, manifest, args):
+def write_all(out: Path, photos: dict[str, list[Photo]], manifest: dict, args) -> list[str]:
     """Write beside `out` and rename at the end: whatever happens, `out` is complete or not there."""
     part = out.with_name(f".{out.name}.part{os.getpid()}")
     part.mkdir(parents=True)
@@ -157,7 +158,7 @@ def write_all(out, photos, manifest, args):
     return report
 
 
-def check_existing(out, manifest):
+def check_existing(out: Path, manifest: dict) -> bool:
     """True if `out` holds exactly what would be written, False if free, a UserError if anything else."""
     if not out.exists():
         return False
@@ -186,7 +187,7 @@ def check_existing(out, manifest):
     return True
 
 
-def check_files(out, checksums):
+def check_files(out: Path, checksums: dict[str, int]):
     """Raise a UserError unless `out` holds the manifest's files, unchanged, and no others but hidden ones.
 
     checksums: {path relative to `out`: CRC-32 of the file}.
@@ -248,7 +249,7 @@ def check_args(args):
         raise UserError(f"--seed must not be negative, not {args.seed}")
 
 
-def make_manifest(photos, args):
+def make_manifest(photos: dict[str, list[Photo]], args) -> dict:
     """What decides the content of every file; two runs with equal manifests write equal files."""
     options = {"version": VERSION, "--task": args.task}
     if args.task != "compressive_sensing":  # nothing is random there

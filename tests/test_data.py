@@ -21,7 +21,7 @@ import torch
 from luma import LumaPatches
 from PIL import Image
 
-from dgunet import UserError
+from dgunet import UserError, data
 from dgunet.data import (
     Packed,
     changed_items,
@@ -732,6 +732,15 @@ def test_centres(tmp_path):
     whole = Centres(tmp_path, 0)
     assert whole.sizes == {(40, 48), (16, 64), (8, 8)}
     assert {tuple(whole[k][0].shape) for k in range(3)} == {(3, 40, 48), (3, 16, 64), (3, 8, 8)}
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".tif", ".bmp"])
+def test_sizes_for_validation_come_from_headers(tmp_path, monkeypatch, ending):
+    """Also of grey pictures: no picture is decoded before it is needed."""
+    write_image(tmp_path / f"colour{ending}", random_picture(70, 100))
+    write_image(tmp_path / f"grey{ending}", random_picture(64, 99)[:, :, 0])
+    monkeypatch.setattr(data, "_decode", None)
+    assert Centres(list_images(tmp_path), 32, luma=True, multiple=32, area=256).sizes == {(6, 32, 32)}
 
 
 @pytest.mark.parametrize("patch", [0, 32])
