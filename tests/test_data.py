@@ -146,7 +146,7 @@ def test_missing_picture(tmp_path):
 @pytest.mark.parametrize(
     "kind", ["JPEG", "MPO", "PNG", "PNG, exif at the end", "PNG palette", "WEBP", "TIFF", "TIFF LZW"]
 )
-def test_photograph_is_turned_upright(tmp_path, kind, orientation, luma):
+def test_photograph_is_turned_upright(tmp_path, kind, orientation):
     upright = smooth_picture()
     # as a camera held otherwise stores it: the inverse of what the tag asks for
     inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of PIL's transpositions

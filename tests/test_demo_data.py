@@ -174,8 +174,8 @@ def test_compressive_sensing_gets_clean_pictures(made):
 @pytest.mark.parametrize("task, low, high", [("denoising", 20, 23), ("deraining", 22, 26), ("deblurring", 22, 27)])
 def test_mean_input_psnr(made, task, low, high):
     inputs = sorted((made[task] / "test").rglob("input/*.png"))
-    psnr = [psnr(read_image(p), read_image(p.parents[1] / "target" / p.name)) for p in inputs]
-    assert low < np.mean(psnr) < high
+    scores = [psnr(read_image(p), read_image(p.parents[1] / "target" / p.name)) for p in inputs]
+    assert low < np.mean(scores) < high
 
 
 def test_no_scene_is_in_two_splits():
