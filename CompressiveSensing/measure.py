@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from dataset import read_luma
-from sensing import pad_to_blocks
 
 from dgunet import load_model
+from dgunet.data import read_luma, to_tensor
 from dgunet.degradations import sampling_operator
 from dgunet.errors import run_cli
 from dgunet.files import replacing
+from dgunet.transforms import pad_to_blocks, unit_range
 
 
 def main():
@@ -41,7 +41,7 @@ def main():
     else:
         operator = sampling_operator(ratio=0.25, matrix="fixed", start=args.matrix)
     with torch.inference_mode():
-        y = operator.A(pad_to_blocks(luma, operator.block))[0].numpy()
+        y = operator.A(pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block))[0].numpy()
     height, width = luma.shape
     with replacing(args.out) as temporary, open(temporary, "wb") as file:
         np.savez(file, y=y, matrix=operator.matrix.detach().numpy(), height=height, width=width)

@@ -1,4 +1,4 @@
-"""Measuring pictures block by block and reconstructing them, for test.py, measure.py and reconstruct.py."""
+"""Measuring pictures block by block and reconstructing them, for test.py."""
 
 import numpy as np
 import torch
@@ -7,14 +7,7 @@ from torch.nn import functional as F
 from dgunet import DGUNet
 from dgunet.data import to_tensor
 from dgunet.inference import estimate
-from dgunet.transforms import unit_range
-
-
-def pad_to_blocks(luma: np.ndarray, block: int) -> torch.Tensor:
-    """(H, W) uint8 to a (1, 1, h, w) tensor in [0, 1], zeros added right and bottom up to multiples of ``block``."""
-    x = unit_range(to_tensor(luma)[None])
-    height, width = luma.shape
-    return F.pad(x, (0, -width % block, 0, -height % block))
+from dgunet.transforms import pad_to_blocks, unit_range
 
 
 @torch.inference_mode()
@@ -25,7 +18,8 @@ def reconstruct_whole(model: DGUNet, luma: np.ndarray, bf16: bool = False) -> tu
     """
     height, width = luma.shape
     operator = model.degradation
-    y = operator.A(pad_to_blocks(luma, operator.block).to(operator.matrix.device))
+    x = pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block)
+    y = operator.A(x.to(operator.matrix.device))
     results = estimate(model, y, bf16), operator.A_adjoint(y)
     return tuple(x[0, 0, :height, :width].float().cpu().numpy() for x in results)
 

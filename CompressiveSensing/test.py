@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from dataset import read_luma
 from sensing import reconstruct_tiles, reconstruct_whole
 
 from dgunet import DGUNet
+from dgunet.data import read_luma
 from dgunet.errors import run_cli
 from dgunet.evaluation import PictureSet, picture_samples
 from dgunet.testing import Benchmark, command

@@ -15,11 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import LumaCentres, LumaPatches
+from luma import LumaPatches
 
 from dgunet.data import find_images
 from dgunet.engine import train_command
 from dgunet.errors import run_cli
+from dgunet.patches import Centres
 
 
 def train_set(cfg, paths) -> LumaPatches:
@@ -27,8 +28,9 @@ def train_set(cfg, paths) -> LumaPatches:
     return LumaPatches(paths, training.TRAIN_PS, repeat=training.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
 
 
-def val_set(cfg, paths) -> LumaCentres:
-    return LumaCentres(paths, cfg.TRAINING.VAL_PS)
+def val_set(cfg, paths) -> Centres:
+    """Validates as the original does: in blocks as large as those trained on, which know nothing of each other."""
+    return Centres(paths, cfg.TRAINING.VAL_PS, luma=True, multiple=LumaPatches.multiple, area=256)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import BlurredPatches
-
 from dgunet.engine import train_command
 from dgunet.errors import run_cli
+from dgunet.patches import SaturationPatches
 
 
-def train_set(cfg, pairs) -> BlurredPatches:
-    return BlurredPatches(
+def train_set(cfg, pairs) -> SaturationPatches:
+    return SaturationPatches(
         pairs,
         cfg.TRAINING.TRAIN_PS,
         saturation=cfg.AUGMENT.SATURATION,

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from dataset import read_dnd, read_dnd_picture, read_sidd
+from benchmarks import read_dnd, read_dnd_picture, read_sidd
 
 from dgunet.data import read_image
 from dgunet.errors import UserError, optional, run_cli

@@ -13,14 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import NoisyPatches
-
 from dgunet.engine import train_command
 from dgunet.errors import run_cli
+from dgunet.patches import MixupPatches
 
 
-def train_set(cfg, pairs) -> NoisyPatches:
-    return NoisyPatches(
+def train_set(cfg, pairs) -> MixupPatches:
+    return MixupPatches(
         pairs,
         cfg.TRAINING.TRAIN_PS,
         mixup=cfg.AUGMENT.MIXUP,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.data import PairedPatches
 from dgunet.engine import train_command
 from dgunet.errors import run_cli
+from dgunet.patches import PairedPatches
 
 
 def train_set(cfg, pairs) -> PairedPatches:

@@ -1,18 +1,12 @@
-"""Pictures on disk: reading, pairing, packing, cropping, and the order in which training sees them.
-
-A training sample is a function of (seed, epoch, index) alone: datasets are indexed with (epoch, index), and draw
-from a generator seeded with these numbers. Neither the number of loading workers nor that of training processes
-changes a sample, and a resumed epoch sees what the first one would have seen.
-"""
+"""Pictures on disk: reading, pairing, packing, and which of them are trained on."""
 
 import hashlib
 import io
-import operator
 import os
 import shlex
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -21,11 +15,9 @@ import numpy as np
 import torch
 from natsort import natsorted
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
 from dgunet.errors import UserError, optional
 from dgunet.files import open_file, replacing
-from dgunet.transforms import dihedral, pad_to
 
 PACK_FORMAT = "dgunet pictures 1"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
@@ -81,11 +73,31 @@ def open_image(source: str | Path | Packed, grey: bool = False):
         raise UserError(f"{source} needs more memory than there is; make it smaller, or remove it") from error
 
 
+def read_luma(source: str | Path | Packed) -> np.ndarray:
+    """Luminance of a picture, (H, W) uint8: OpenCV's full-range Y of YCrCb; grey pictures as they are.
+
+    Reads what the published sets of compressive sensing come in: grey, colour and palette pictures, .png, .tif, ...
+
+    Raises:
+        UserError: unreadable, with transparency, or not 8 bits per channel.
+    """
+    return open_luma(source)[:, :]
+
+
+def open_luma(source: str | Path | Packed):
+    """A picture's luminance to take a crop from, as `open_image`; single pictures are packed as luminance already."""
+    picture = open_image(source, grey=True)
+    if len(picture.shape) == 2:
+        return picture
+    cv2 = optional("cv2")
+    return cv2.cvtColor(picture, cv2.COLOR_RGB2YCrCb)[:, :, 0]
+
+
 class _Header(NamedTuple):
     """What the first bytes of a file say of the picture in it."""
 
     size: tuple[int, int]  # height and width of the upright picture
-    mode: str  # RGB, P (a palette of RGB), or another one in Pillow's words, which does not suit
+    mode: str  # RGB, P (a palette of RGB), L (grey), or another one in Pillow's words, which does not suit
     turn: int = 1  # EXIF orientation that decoding does not heed
     plain_png: tuple[int, int] | None = None  # height and width as stored, of a PNG that kornia reads
 
@@ -132,7 +144,7 @@ def _png_header(file: BinaryIO) -> _Header | None:
     if b"tRNS" in chunks:
         mode = "RGBA"
     else:
-        mode = "P" if colour == 3 else "RGB" if (depth, colour) == (8, 2) else "another"
+        mode = "P" if colour == 3 else {(8, 2): "RGB", (8, 0): "L"}.get((depth, colour), "another")
     size = height, width
     return _Header(size[::-1] if turn >= 5 else size, mode, turn, size if mode == "RGB" else None)
 
@@ -314,13 +326,16 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
     if not check_sizes:
         return pairs
     with ThreadPoolExecutor(1 if packed else 16) as pool:
-        sizes = pool.map(lambda pair: (image_size(pair.input), image_size(pair.target)), pairs)
-        for pair, (a, b) in zip(pairs, sizes, strict=True):
-            if a != b:
-                raise UserError(
-                    f"{pair.input} is {a[1]}x{a[0]} but {pair.target} is {b[1]}x{b[0]}; a pair must have one size"
-                )
+        list(pool.map(pair_size, pairs))
     return pairs
+
+
+def pair_size(pair: Pair) -> tuple[int, int]:
+    """(height, width) of both pictures, from their headers; raises as `find_pairs` does."""
+    a, b = image_size(pair.input), image_size(pair.target)
+    if a != b:
+        raise UserError(f"{pair.input} is {a[1]}x{a[0]} but {pair.target} is {b[1]}x{b[0]}; a pair must have one size")
+    return a
 
 
 def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
@@ -497,217 +512,18 @@ if hasattr(os, "register_at_fork"):  # loading processes that share an open HDF5
     os.register_at_fork(before=_close_packed_files)
 
 
-def image_size(path: str | Path | Packed) -> tuple[int, int]:
-    """(height, width) of an upright picture, from its header alone; raises as `read_image` does."""
-    if isinstance(path, Packed):
-        return open_image(path).shape[:2]
-    with open_file(path) as file:
+def image_size(source: str | Path | Packed, grey: bool = False) -> tuple[int, int]:
+    """(height, width) of an upright picture, from its header alone; arguments and exceptions as of `read_image`."""
+    if isinstance(source, Packed):
+        return open_image(source).shape[:2]
+    with open_file(source) as file:
         header = _header(file)
-    if header is None or header.mode not in ("RGB", "P") or header.size[0] * header.size[1] > MAX_PIXELS:
-        return read_image(path).shape[:2]  # knows more, or says what is wrong with it
+    suits = ("RGB", "P", "L") if grey else ("RGB", "P")
+    if header is None or header.mode not in suits or header.size[0] * header.size[1] > MAX_PIXELS:
+        return read_image(source, grey).shape[:2]  # knows more, or says what is wrong with it
     return header.size
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
     """(H, W, C) or (H, W) to a (C, H, W) tensor of the same type; see `transforms.unit_range`."""
     return torch.from_numpy(np.array(image if image.ndim == 2 else image.transpose(2, 0, 1))).view(-1, *image.shape[:2])
-
-
-class RandomPatches(Dataset):
-    """What training data sets share: crops that are a function of (seed, epoch, index).
-
-    ``dataset[epoch, index]`` is what training asks for. A plain ``dataset[index]``, as of an ordinary DataLoader, is
-    that of epoch ``dataset.epoch``: 1, the same crops each time, until you set it.
-
-    Crops are uint8, and become floats on the device (`transforms.unit_range`): a fourth of the way for the bytes.
-
-    Args:
-        items: pictures or pairs.
-        patch: side of the crops in pixels, a multiple of ``multiple``.
-        repeat: how often each item counts in an epoch.
-        flip: whether to augment by flips and rotations.
-        seed: of all randomness.
-    """
-
-    multiple = 8
-    epoch = 1  # of plain indices
-
-    def __init__(self, items: list, patch: int, repeat: int, flip: bool, seed: int):
-        if patch < self.multiple or patch % self.multiple:
-            raise UserError(f"TRAINING.TRAIN_PS must be a multiple of {self.multiple} pixels, got {patch}")
-        self.items, self.patch, self.repeat, self.flip, self.seed = items, patch, repeat, flip, seed
-
-    def __len__(self) -> int:
-        return len(self.items) * self.repeat
-
-    def key(self, key: tuple[int, int] | int) -> tuple[int, int]:
-        """(epoch, index) of what was asked for.
-
-        Raises:
-            IndexError: a plain index that is out of range, where a loop over the data set ends.
-        """
-        if isinstance(key, tuple):
-            return key
-        return self.epoch, range(len(self))[operator.index(key)]
-
-    def generator(self, epoch: int, index: int, stream: int = 0) -> np.random.Generator:
-        """The generator of one sample; another ``stream`` is independent of the crop and augmentation."""
-        return np.random.default_rng([self.seed, epoch, index, stream])
-
-    def crop(self, rng: np.random.Generator, *pictures) -> list[np.ndarray]:
-        """The same random area of each picture, smaller than ``patch`` where the pictures are."""
-        height, width = pictures[0].shape[:2]
-        top = int(rng.integers(max(height - self.patch, 0) + 1))
-        left = int(rng.integers(max(width - self.patch, 0) + 1))
-        return [p[top : min(top + self.patch, height), left : min(left + self.patch, width)] for p in pictures]
-
-    def extend(self, crop: np.ndarray) -> Tensor:
-        """A crop as a (C, patch, patch) tensor, extended by reflection where it is too small."""
-        return pad_to(to_tensor(crop)[None], self.patch, self.patch)[0]
-
-
-class PairedPatches(RandomPatches):
-    """Random aligned crops of picture pairs, for training.
-
-    ``dataset[epoch, index]`` is ``(input, target)``, two (3, patch, patch) tensors: uint8, or float32 in [0, 1] where a
-    task's augmentation computes with them. Pictures smaller than the crop are extended by reflection. A task changes
-    `augment`, or adds to `__getitem__`.
-
-    Args:
-        root: folder with ``input/`` and ``target/``, every pair of which is checked now, its packed file, or pairs.
-        patch, repeat, flip, seed: see `RandomPatches`.
-    """
-
-    def __init__(self, root: str | Path | list[Pair], patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234):
-        super().__init__(root if isinstance(root, list) else find_pairs(root), patch, repeat, flip, seed)
-
-    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
-        epoch, index = self.key(key)
-        rng = self.generator(epoch, index)
-        pair = self.items[index % len(self.items)]
-        crops = self.crop(rng, open_image(pair.input), open_image(pair.target))
-        return self.augment(rng, *map(self.extend, crops))
-
-    def augment(self, rng: np.random.Generator, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The original's flips and rotations: of 9 equally likely choices, two leave the crop as it is."""
-        k = int(rng.integers(9)) % 8 if self.flip else 0
-        return dihedral(input, k).contiguous(), dihedral(target, k).contiguous()
-
-
-def degraded(degrade: Callable, target: Tensor, rng: np.random.Generator) -> Tensor:
-    """A clean picture (3, H, W) uint8, degraded by a function of `dgunet.synthesis`: (3, H, W) float32."""
-    return to_tensor(degrade(target.permute(1, 2, 0).numpy().astype(np.float32) / 255, rng))
-
-
-class SyntheticPatches(RandomPatches):
-    """Random crops of clean pictures, degraded on the way: ``dataset[epoch, index]`` is ``(input, target)``.
-
-    No crop is seen twice with the same degradation. Both are (3, patch, patch), input float32, target uint8.
-
-    Args:
-        items: pictures.
-        degrade: a function of `dgunet.synthesis`: picture (H, W, 3) in [0, 1] and generator to degraded picture.
-        patch, repeat, flip, seed: see `RandomPatches`.
-        margin: pixels around the crop that are degraded with it, so that rain falls and blur comes in from outside.
-    """
-
-    def __init__(
-        self, items: list, degrade: Callable, patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234,
-        margin: int = 32,
-    ):  # fmt: skip
-        super().__init__(items, patch, repeat, flip, seed)
-        self.patch += 2 * margin
-        self.degrade, self.margin = degrade, margin
-
-    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
-        epoch, index = self.key(key)
-        rng = self.generator(epoch, index)
-        (crop,) = self.crop(rng, open_image(self.items[index % len(self.items)]))
-        target = self.extend(crop)
-        if self.flip:
-            target = dihedral(target, int(rng.integers(8)))
-        inside = (..., slice(self.margin, -self.margin or None), slice(self.margin, -self.margin or None))
-        return degraded(self.degrade, target, rng)[inside].contiguous(), target[inside].contiguous()
-
-
-class PairedCentres(Dataset):
-    """Central crops of picture pairs, for validation: ``dataset[index]`` is ``(input, target)``, (3, H, W) uint8.
-
-    Args:
-        root: folder with ``input/`` and ``target/``, or pairs.
-        patch: side of the crops in pixels, 0 for whole pictures. Crops are cut to multiples of 8.
-    """
-
-    def __init__(self, root: str | Path | list[Pair], patch: int):
-        self.pairs = root if isinstance(root, list) else find_pairs(root)
-        self.patch = patch
-        # Those that occur: crops of one size can be batched.
-        self.sizes = {self.crop_size(*image_size(pair.input), pair.input) for pair in self.pairs}
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def crop_size(self, height: int, width: int, path: Path | Packed) -> tuple[int, int]:
-        if self.patch:
-            height, width = min(height, self.patch), min(width, self.patch)
-        if min(height, width) < 8:
-            raise UserError(f"{path} is smaller than 8x8 pixels, too small to validate with; remove it")
-        return height - height % 8, width - width % 8
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        pair = self.pairs[index]
-        crops = []
-        for path in (pair.input, pair.target):
-            picture = open_image(path)
-            height, width = self.crop_size(*picture.shape[:2], path)
-            top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
-            crops.append(to_tensor(picture[top : top + height, left : left + width]))
-        return tuple(crops)
-
-
-class SyntheticCentres(PairedCentres):
-    """Central crops of clean pictures, each degraded in its own way, always the same: for validation.
-
-    ``dataset[index]`` is ``(input, target)``, input float32 and target uint8; the arguments are those of
-    `SyntheticPatches`.
-    """
-
-    def __init__(self, items: list, degrade: Callable, patch: int, seed: int = 1234):
-        super().__init__([Pair(str(item), item, item) for item in items], patch)
-        self.degrade, self.seed = degrade, seed
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        _, target = super().__getitem__(index)
-        rng = np.random.default_rng([self.seed, index])
-        return degraded(self.degrade, target, rng), target
-
-
-class EpochBatches(Sampler):
-    """Batches of (epoch, index) keys: this process's share of every global batch of an epoch.
-
-    The order is a permutation drawn from (seed, epoch). Nothing is left out: what the last batch lacks is taken from
-    the beginning of the order, as an index beyond the data set's length, which makes other random crops of it.
-    Set ``epoch`` and ``start`` (batches already done) before iterating.
-    """
-
-    def __init__(self, size: int, batch: int, seed: int, rank: int = 0, world: int = 1):
-        self.size, self.batch, self.seed = size, batch, seed
-        self.rank, self.world = rank, world
-        self.epoch, self.start = 1, 0
-
-    @property
-    def steps(self) -> int:
-        """Batches in a whole epoch."""
-        return max(-(-self.size // self.batch), 1)
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        rounds, places = np.divmod(np.arange(self.steps * self.batch), self.size)
-        order = order[places] + self.size * rounds
-        share = self.batch // self.world
-        for step in range(self.start, self.steps):
-            first = step * self.batch + self.rank * share
-            yield [(self.epoch, int(index)) for index in order[first : first + share]]

@@ -28,18 +28,7 @@ from dgunet.checkpoint import (
     weights_of,
 )
 from dgunet.config import changed_keys, format_config, parse_args
-from dgunet.data import (
-    EpochBatches,
-    PairedCentres,
-    SyntheticCentres,
-    SyntheticPatches,
-    changed_items,
-    exclude,
-    find_images,
-    find_pairs,
-    fingerprint,
-    hold_back,
-)
+from dgunet.data import changed_items, exclude, find_images, find_pairs, fingerprint, hold_back
 from dgunet.degradations import sampling_operator
 from dgunet.distributed import launch
 from dgunet.errors import UserError, optional, shorten
@@ -47,6 +36,7 @@ from dgunet.files import replacing
 from dgunet.losses import StageLoss
 from dgunet.metrics import psnr_batch
 from dgunet.model import Measured, create_model
+from dgunet.patches import Centres, EpochBatches, SyntheticPatches, TrainingSet, ValidationSet
 from dgunet.schedule import EpochSchedule, validation_steps
 from dgunet.synthesis import find_degradation
 from dgunet.transforms import unit_range
@@ -62,7 +52,7 @@ def train_command(
     description: str,
     default_config: str,
     make_train_set: Callable,
-    make_val_set: Callable = lambda cfg, pairs: PairedCentres(pairs, cfg.TRAINING.VAL_PS),
+    make_val_set: Callable = lambda cfg, pairs: Centres(pairs, cfg.TRAINING.VAL_PS),
     find: Callable = find_pairs,
 ):
     """A task's ``train.py``: read the command line, open the data, train in every process.
@@ -94,7 +84,8 @@ def train_command(
         items = look(find_images, training.TRAIN_DIR)
 
         def make_train_set(cfg, items):
-            return SyntheticPatches(items, degrade, training.TRAIN_PS, training.REPEAT, cfg.AUGMENT.FLIP, cfg.SEED)
+            options = dict(repeat=training.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
+            return SyntheticPatches(items, degrade, training.TRAIN_PS, **options)
 
     else:
         items = look(find, training.TRAIN_DIR)
@@ -105,13 +96,13 @@ def train_command(
     elif items:
         items, val_items = hold_back(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)
         if cfg.SYNTHESIS.NAME:
-            make_val_set = lambda cfg, items: SyntheticCentres(items, degrade, training.VAL_PS, cfg.SEED)  # noqa: E731
+            make_val_set = lambda cfg, items: Centres(items, training.VAL_PS, degrade=degrade, seed=cfg.SEED)  # noqa: E731
     else:
         val_items = []
     launch(train, cfg, make_train_set(cfg, items), make_val_set(cfg, val_items), args.dry_run, missing)
 
 
-def train(cfg, train_set, val_set, dry_run: bool = False, missing: list[str] = ()):
+def train(cfg, train_set: TrainingSet, val_set: ValidationSet, dry_run: bool = False, missing: list[str] = ()):
     """Build the config's model and train it; what is launched in every process.
 
     A dry run only describes what would be done, and the data that are ``missing`` for it.
@@ -185,16 +176,16 @@ class Trainer:
     Args:
         cfg: see `config.py`.
         model: a DGUNet. One with a known degradation is trained on clean pictures, which it is given measured.
-        train_set: of (input, target), indexed with (epoch, index), see `data.PairedPatches`.
-        val_set: see `data.PairedCentres`. An item may also be of several blocks, (N, C, H, W), which the network
-            restores one by one.
+        train_set, val_set: see `patches.TrainingSet` and `patches.ValidationSet`.
         missing: for a dry run, what is not there yet; weights to start from that are not are added to it.
 
     Raises:
         UserError: impossible batch size, a run of that name exists, a checkpoint that does not fit, ...
     """
 
-    def __init__(self, cfg, model: nn.Module, train_set, val_set, missing: list[str] | None = None):
+    def __init__(
+        self, cfg, model: nn.Module, train_set: TrainingSet, val_set: ValidationSet, missing: list[str] | None = None
+    ):
         self.cfg, self.missing = cfg, missing
         self.device = distributed.pick_device(cfg)
         self.main = distributed.rank() == 0

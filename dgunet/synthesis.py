@@ -5,6 +5,7 @@ degraded picture, of the same shape, float32 in [0, 1].
 """
 
 import inspect
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +14,6 @@ import numpy as np
 from numpy.random import Generator
 
 from dgunet.errors import UserError, optional
-
-cv2 = optional("cv2")
 
 
 def to_linear(image: np.ndarray) -> np.ndarray:
@@ -100,6 +99,7 @@ def rain_mask(shape: tuple[int, int], rng: Generator, layer: RainLayer, degrees:
     The drops fall in a few groups, each with its own length and a direction some degrees off the common
     one, so that the streaks are not ruled lines.
     """
+    cv2 = optional("cv2")
     mask = np.zeros(shape, np.float32)
     for _ in range(groups):
         kernel = streak_kernel(rng.uniform(*layer.length), layer.width, degrees + rng.normal(0, 2.5))
@@ -200,17 +200,26 @@ def motion_blur(image: np.ndarray, rng: Generator, extent: tuple[float, float] =
     image: (H, W, 3) in [0, 1]; extent: range of the kernel's larger side, in pixels.
     Returns (H, W, 3) in [0, 1].
     """
+    cv2 = optional("cv2")
     kernel = motion_kernel(rng, extent)[::-1, ::-1]  # filter2D correlates; flipped, it convolves
     light = cv2.filter2D(to_linear(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101)
     return to_srgb(np.clip(light, 0, 1))
 
 
-DEGRADATIONS = {
+Degrade = Callable[[np.ndarray, Generator], np.ndarray]
+
+DEGRADATIONS: dict[str, Degrade] = {
     function.__name__: function for function in (gaussian_noise, sensor_noise, rain_streaks, added_rain, motion_blur)
 }
 
 
-def find_degradation(name: str, options: dict) -> Callable[[np.ndarray, Generator], np.ndarray]:
+def degrade_picture(image: np.ndarray, degrade: Degrade, seed: int, name: str) -> np.ndarray:
+    """A picture (H, W, 3) uint8, degraded, in 8 bits again: random numbers as (seed, name) say, whatever the others."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return np.round(degrade(image.astype(np.float32) / 255, rng) * 255).astype(np.uint8)
+
+
+def find_degradation(name: str, options: dict) -> Degrade:
     """One of the degradations above, with its own options.
 
     Raises:

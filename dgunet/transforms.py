@@ -31,6 +31,11 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
+def pad_to_blocks(x: Tensor, block: int) -> Tensor:
+    """Extend (B, C, H, W) at the right and bottom by zeros, to the next multiples of ``block``."""
+    return F.pad(x, (0, -x.shape[3] % block, 0, -x.shape[2] % block))
+
+
 def unit_range(x: Tensor | np.ndarray) -> Tensor | np.ndarray:
     """8-bit values, in a tensor or an array, as float32 in [0, 1]; floats as they are."""
     if isinstance(x, np.ndarray):

@@ -39,7 +39,7 @@ from torch import nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "Deblurring")]
+sys.path.insert(0, str(ROOT))
 
 from prepare_patches import Parser, at_least  # noqa: E402
 
@@ -208,16 +208,16 @@ def _train(case: Case) -> Callable:
 
 def _data(case: Case) -> Callable:
     import cv2
-    from dataset import BlurredPatches
 
     from dgunet.data import find_pairs
+    from dgunet.patches import SaturationPatches
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     if case.baseline:
         pairs, rng = find_pairs(case.pictures), np.random.default_rng(0)
         return lambda: _whole_pictures(pairs[rng.integers(len(pairs))], case.height, rng)
-    patches = BlurredPatches(case.pictures, case.height, saturation=0.2)
+    patches = SaturationPatches(case.pictures, case.height, saturation=0.2)
     index = iter(range(10**9))
     return lambda: patches[1, next(index)][0].float()
 

@@ -20,13 +20,12 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-SCRIPTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(SCRIPTS.parent), str(SCRIPTS)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prepare_patches import Parser, describe, sidd_pairs  # noqa: E402
+from prepare_patches import Parser, describe, sidd_pairs
 
-from dgunet.data import IMAGE_SUFFIXES, find_pairs  # noqa: E402
-from dgunet.errors import UserError, optional, run_cli  # noqa: E402
+from dgunet.data import IMAGE_SUFFIXES, find_pairs
+from dgunet.errors import UserError, optional, run_cli
 
 tqdm = optional("tqdm").tqdm
 

@@ -13,11 +13,10 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.checkpoint import read_checkpoint, save_checkpoint  # noqa: E402
-from dgunet.errors import UserError, run_cli  # noqa: E402
+from dgunet.checkpoint import read_checkpoint, save_checkpoint
+from dgunet.errors import ROOT, UserError, run_cli
 
 
 def main():

@@ -18,36 +18,32 @@ No photograph and no scene is in two splits. The degradations are those of dgune
 """
 
 import argparse
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from natsort import natsorted
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, optional, run_cli  # noqa: E402
-from dgunet.files import open_file  # noqa: E402
-from dgunet.synthesis import gaussian_noise, motion_blur, rain_streaks, sensor_noise  # noqa: E402
+from prepare_patches import Parser
+
+from dgunet.data import images_by_name
+from dgunet.errors import ROOT, UserError, optional, run_cli
+from dgunet.metrics import evaluate_pair
+from dgunet.photographs import SPLITS, Photo, embedded_photos
+from dgunet.synthesis import Degrade, degrade_picture, gaussian_noise, motion_blur, rain_streaks, sensor_noise
 
 cv2 = optional("cv2")
 
 TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
-SPLITS = ("train", "val", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 MANIFEST = "demo.json"
 VERSION = 1  # raise it when a change here changes the pictures, so that older folders are recognised as such
-MIN_SIDE = 32  # pixels; anything smaller is a thumbnail or an icon, not something to train on
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -55,111 +51,18 @@ MIN_SIDE = 32  # pixels; anything smaller is a thumbnail or an icon, not somethi
 # ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Photo:
-    """A clean picture: where it is and which part of it is used.
-
-    name: stem of the file to be written; crop: (top, left, height, width) in pixels or None for the whole;
-    short_side: size the shorter side is reduced to, or None to keep it.
-    """
-
-    name: str
-    path: Path
-    crop: tuple | None = None
-    short_side: int | None = None
-
-    def load(self):
-        """(H, W, 3) uint8 RGB; a grey picture gets three equal channels."""
-        image = read_rgb(self.path)
-        if self.crop:
-            top, left, height, width = self.crop
-            image = image[top : top + height, left : left + width]
-        if self.short_side:
-            scale = self.short_side / min(image.shape[:2])
-            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        return image
-
-    def digest(self):
-        """Hexadecimal digest of the file, the same for two crops of it."""
-        with open_file(self.path) as file:
-            return hashlib.sha256(file.read()).hexdigest()[:16]
+def folder_photos(folder: Path) -> list[Photo]:
+    """The user's pictures in a folder (not below it), naturally sorted."""
+    return [Photo(name, path) for name, path in images_by_name(folder).items()]
 
 
-# What scikit-image carries inside its package, less what is no photograph (text, logos, drawings,
-# chessboards) or no sharp one: (file, crop, short side). The two motorcycles are one scene seen by two
-# cameras and stay together. The retina's crop leaves out the black frame; reducing the two large ones
-# removes their JPEG blocks.
-EMBEDDED = {
-    "train": {
-        "brick": ("brick.png", None, None),
-        "coins": ("coins.png", None, None),
-        "grass": ("grass.png", None, None),
-        "gravel": ("gravel.png", None, None),
-        "hubble": ("hubble_deep_field.jpg", None, 512),
-        "moon": ("moon.png", None, None),
-        "motorcycle_left": ("motorcycle_left.png", None, None),
-        "motorcycle_right": ("motorcycle_right.png", None, None),
-        "retina": ("retina.jpg", (206, 206, 1000, 1000), 512),
-        "rocket": ("rocket.jpg", None, None),
-        "tissue": ("ihc.png", None, None),
-    },
-    "val": {
-        "camera_coat": ("camera.png", (256, 0, 256, 256), None),
-        "camera_face": ("camera.png", (0, 128, 256, 256), None),
-        "camera_tripod": ("camera.png", (256, 256, 256, 256), None),
-    },
-    "test": {
-        "astronaut": ("astronaut.png", None, None),
-        "cat": ("chelsea.png", None, None),
-        "coffee": ("coffee.png", None, None),
-    },
-}
-
-
-def embedded_photos(split):
-    """The photographs of one split that ship with scikit-image, as a list of :class:`Photo`."""
-    spec = importlib.util.find_spec("skimage")  # its files only; skimage.data itself may try to download
-    if spec is None:
-        raise UserError(
-            "the built-in photographs come with scikit-image: pip install scikit-image, or give --source and "
-            "--test_source"
-        )
-    folder = Path(spec.origin).parent / "data"
-    photos = [Photo(name, folder / file, crop, side) for name, (file, crop, side) in EMBEDDED[split].items()]
-    for photo in photos:
-        if not photo.path.is_file():
-            raise UserError(
-                f"this scikit-image has no {photo.path.name} in {folder}: pip install -U scikit-image, or "
-                "give --source and --test_source"
-            )
-    return photos
-
-
-def folder_photos(folder, option):
-    """The user's pictures in a folder (not below it), naturally sorted, as a list of :class:`Photo`."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--{option}: there is no folder {folder}")
-    files = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    paths = natsorted(files, key=str)
-    if not paths:
-        raise UserError(f"--{option}: {folder} holds no picture ({', '.join(SUFFIXES)})")
-    seen = {}
-    for path in paths:
-        if path.stem in seen:
-            twins = f"{seen[path.stem].name} and {path.name}"
-            raise UserError(f"--{option}: {twins} in {folder} share a name; rename one of them")
-        seen[path.stem] = path
-    return [Photo(path.stem, path) for path in paths]
-
-
-def choose_photos(args):
+def choose_photos(args) -> dict[str, list[Photo]]:
     """{"train": [Photo, ...], "val": ..., "test": ...}: embedded ones, or the user's where asked for."""
     photos = {}
     if args.source is None:
         photos["train"], photos["val"] = embedded_photos("train"), embedded_photos("val")
     else:
-        own = folder_photos(args.source, "source")
+        own = folder_photos(args.source)
         if len(own) <= args.val_count:
             raise UserError(
                 f"--source: {args.source} holds {len(own)} pictures, of which {args.val_count} are held out "
@@ -168,11 +71,11 @@ def choose_photos(args):
         # The last by name: in a numbered series they are the least likely to show a training scene again.
         photos["train"], photos["val"] = own[: -args.val_count], own[-args.val_count :]
     own_test = args.test_source is not None
-    photos["test"] = folder_photos(args.test_source, "test_source") if own_test else embedded_photos("test")
+    photos["test"] = folder_photos(args.test_source) if own_test else embedded_photos("test")
     return photos
 
 
-def fingerprints(photos):
+def fingerprints(photos: dict[str, list[Photo]]) -> dict[str, dict[str, str]]:
     """{split: {name: which part of which file}}; a UserError if two splits share a file."""
     prints, split_of = {}, {}
     for split in SPLITS:
@@ -186,25 +89,7 @@ def fingerprints(photos):
     return prints
 
 
-def read_rgb(path):
-    """An 8-bit picture as (H, W, 3) uint8 RGB; transparency is dropped, the camera's orientation applied."""
-    data = np.frombuffer(path.read_bytes(), np.uint8)
-    try:
-        image = cv2.imdecode(data, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
-    except cv2.error:  # an empty file, or an absurd size in the header
-        image = None
-    if image is None:
-        raise UserError(f"{path} is not a picture that can be read; repair or remove it")
-    if image.dtype != np.uint8:
-        raise UserError(f"{path} is not an 8-bit picture ({image.dtype}); convert it to 8 bits per channel")
-    if min(image.shape[:2]) < MIN_SIDE:
-        raise UserError(
-            f"{path} has {image.shape[1]}x{image.shape[0]} pixels, less than {MIN_SIDE}x{MIN_SIDE}; remove it"
-        )
-    return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB if image.ndim == 2 else cv2.COLOR_BGR2RGB)
-
-
-def encode_png(image):
+def encode_png(image: np.ndarray) -> bytes:
     """(H, W, 3) uint8 RGB -> the bytes of a PNG file, always the same for the same pixels."""
     fast = [cv2.IMWRITE_PNG_COMPRESSION, 1]  # noise hardly compresses at any level
     done, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), fast)
@@ -213,31 +98,19 @@ def encode_png(image):
     return data.tobytes()
 
 
-def psnr(a, b):
-    """PSNR in dB of two uint8 pictures of the same shape, over all channels."""
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Writing
 # ------------------------------------------------------------------------------------------------------------
 
 
-def make_degradation(args) -> Callable | None:
+def make_degradation(args) -> Degrade | None:
     """The function (image, rng) -> image of the task; None where the loader does it (compressive sensing)."""
     if args.task == "denoising":
         return sensor_noise if args.noise == "sensor" else partial(gaussian_noise, sigma=args.sigma)
     return {"deraining": rain_streaks, "deblurring": motion_blur, "compressive_sensing": None}[args.task]
 
 
-def degrade(clean, degradation, seed, name):
-    """Apply a degradation to (H, W, 3) uint8 RGB, with a random stream of its own for this file name."""
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return np.round(degradation(clean.astype(np.float32) / 255, rng) * 255).astype(np.uint8)
-
-
-def split_files(photos, split, args):
+def split_files(photos: list[Photo], split: str, args) -> Iterator[tuple[str, bytes, float | None]]:
     """Yield (relative path, PNG bytes, PSNR against the target or None) for every file of a split."""
     degradation = make_degradation(args)
     folder = "test/DEMO" if (args.task, split) == ("deraining", "test") else split
@@ -250,12 +123,12 @@ def split_files(photos, split, args):
         copies = args.copies if split == "train" else 1
         for copy in range(1, copies + 1):
             name = f"{photo.name}_{copy}.png" if split == "train" else f"{photo.name}.png"
-            degraded = degrade(clean, degradation, args.seed, name)
+            degraded = degrade_picture(clean, degradation, args.seed, name)
             yield f"{folder}/target/{name}", target, None
-            yield f"{folder}/input/{name}", encode_png(degraded), psnr(degraded, clean)
+            yield f"{folder}/input/{name}", encode_png(degraded), evaluate_pair(degraded, clean, "train_rgb")[0]
 
 
-def write_into(folder, photos, manifest, args):
+def write_into(folder: Path, photos: dict[str, list[Photo]], manifest: dict, args) -> list[str]:
     """Write every split and the manifest into an empty folder; returns the report, one line per split."""
     report, checksums = [], {}
     for split in SPLITS:
@@ -273,7 +146,7 @@ def write_into(folder, photos, manifest, args):
     return report
 
 
-def write_all(out, photos, manifest, args):
+def write_all(out: Path, photos: dict[str, list[Photo]], manifest: dict, args) -> list[str]:
     """Write beside `out` and rename at the end: whatever happens, `out` is complete or not there."""
     part = out.with_name(f".{out.name}.part{os.getpid()}")
     part.mkdir(parents=True)
@@ -285,7 +158,7 @@ def write_all(out, photos, manifest, args):
     return report
 
 
-def check_existing(out, manifest):
+def check_existing(out: Path, manifest: dict) -> bool:
     """True if `out` holds exactly what would be written, False if free, a UserError if anything else."""
     if not out.exists():
         return False
@@ -314,7 +187,7 @@ def check_existing(out, manifest):
     return True
 
 
-def check_files(out, checksums):
+def check_files(out: Path, checksums: dict[str, int]):
     """Raise a UserError unless `out` holds the manifest's files, unchanged, and no others but hidden ones.
 
     checksums: {path relative to `out`: CRC-32 of the file}.
@@ -331,11 +204,6 @@ def check_files(out, checksums):
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line instead of the whole usage
-        raise UserError(f"{message} (see --help)")
 
 
 def parse_args(argv=None):
@@ -381,7 +249,7 @@ def check_args(args):
         raise UserError(f"--seed must not be negative, not {args.seed}")
 
 
-def make_manifest(photos, args):
+def make_manifest(photos: dict[str, list[Photo]], args) -> dict:
     """What decides the content of every file; two runs with equal manifests write equal files."""
     options = {"version": VERSION, "--task": args.task}
     if args.task != "compressive_sensing":  # nothing is random there
@@ -393,13 +261,6 @@ def make_manifest(photos, args):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        make_demo_data(args)
-    except OSError as error:  # no permission, disk full, ...
-        raise UserError(f"{error.filename or args.out}: {error.strerror}") from None
-
-
-def make_demo_data(args):
     out = args.out.resolve()  # so that a link to a folder can be filled
     photos = choose_photos(args)
     manifest = make_manifest(photos, args)

@@ -28,10 +28,9 @@ from queue import SimpleQueue
 from subprocess import DEVNULL
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, run_cli  # noqa: E402
+from dgunet.errors import ROOT, UserError, run_cli
 
 # Tests of a module besides tests/test_MODULE.py.
 ALSO = {
@@ -51,6 +50,8 @@ ALSO = {
     "model": ["test_parity.py", "test_checkpoint.py"],
     "original": ["test_parity.py", "test_checkpoint.py"],
     "pathways": ["test_model.py", "test_parity.py"],
+    "patches": ["test_data.py", "test_engine.py", "test_denoising.py", "test_tasks.py"],
+    "photographs": ["test_demo_data.py"],
     "proximal": ["test_model.py", "test_parity.py"],
     "schedule": ["test_engine.py"],
     "synthesis": ["test_demo_data.py", "test_data.py"],

@@ -18,14 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "CompressiveSensing")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import read_luma  # noqa: E402
-
-from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image  # noqa: E402
-from dgunet.errors import UserError, optional, run_cli  # noqa: E402
-from dgunet.files import replacing  # noqa: E402
+from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
+from dgunet.errors import UserError, optional, run_cli
+from dgunet.files import replacing
 
 h5py, tqdm = optional("h5py"), optional("tqdm").tqdm
 

@@ -11,21 +11,18 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CompressiveSensing"))
 
 import numpy as np
 import torch
-from dataset import read_luma
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from sensing import pad_to_blocks
 
 from dgunet import load_model
-from dgunet.data import find_pairs, list_images, read_image, to_tensor
+from dgunet.data import find_pairs, list_images, read_image, read_luma, to_tensor
 from dgunet.errors import UserError, run_cli
 from dgunet.metrics import psnr_batch
-from dgunet.transforms import pad_to, to_uint8, unit_range
+from dgunet.transforms import pad_to, pad_to_blocks, to_uint8, unit_range
 
 
 def main():
@@ -75,7 +72,7 @@ def sensing_stages(model, folder: str, name: str) -> tuple[np.ndarray, np.ndarra
     luma = read_luma(choose({path.stem: path for path in list_images(folder)}, name, folder))
     height, width = luma.shape
     with torch.inference_mode():
-        y = model.degradation.A(pad_to_blocks(luma, model.degradation.block))
+        y = model.degradation.A(pad_to_blocks(unit_range(to_tensor(luma)[None]), model.degradation.block))
         pictures = [model.degradation.A_adjoint(y), *model(y)[::-1]]
     initial, *estimates = [to_uint8(x[0, 0, :height, :width].numpy()) for x in pictures]
     return initial, luma, estimates

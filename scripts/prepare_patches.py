@@ -30,8 +30,8 @@ from natsort import natsorted
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.data import Pair, find_pairs, image_size, read_image, write_image  # noqa: E402
-from dgunet.errors import UserError, optional, run_cli  # noqa: E402
+from dgunet.data import Pair, find_pairs, pair_size, read_image, write_image
+from dgunet.errors import UserError, optional, run_cli
 
 cv2, tqdm = optional("cv2"), optional("tqdm").tqdm
 
@@ -104,14 +104,6 @@ def grid_boxes(height: int, width: int, size: int, overlap: int, max_side: int) 
         return [*range(0, length - size, size - overlap), length - size] if length > size else [0]
 
     return [(top, left, min(size, height), min(size, width)) for top in starts(height) for left in starts(width)]
-
-
-def pair_size(pair: Pair) -> tuple[int, int]:
-    """(height, width) of both pictures, from their headers."""
-    a, b = image_size(pair.input), image_size(pair.target)
-    if a != b:
-        raise UserError(f"{pair.input} is {a[1]}x{a[0]} but {pair.target} is {b[1]}x{b[0]}; a pair must have one size")
-    return a
 
 
 def plan_boxes(args, pair: Pair, height: int, width: int) -> list[Box]:

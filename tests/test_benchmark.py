@@ -9,17 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark
 import pytest
 import torch
+from benchmark import Case, as_original, prepare
 
 from dgunet import create_model
 from dgunet.errors import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import benchmark  # noqa: E402
-from benchmark import Case, as_original, prepare  # noqa: E402
 
 
 @pytest.mark.parametrize("variant", ["deblurring_dgunet", "deraining_dgunet"])

@@ -16,8 +16,9 @@ import yaml
 import dgunet.engine
 from dgunet import DGUNet, UserError, distributed
 from dgunet.config import _RANGES, changed_keys, format_config, load_config
-from dgunet.data import PairedPatches, find_images
+from dgunet.data import find_images
 from dgunet.engine import train_command
+from dgunet.patches import PairedPatches
 from dgunet.synthesis import DEGRADATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -480,16 +481,10 @@ def launch_here(function, cfg, *args):
 @functools.cache
 def sensing_train():
     """CompressiveSensing/train.py, which imports a module of its folder."""
-    sys.path.insert(0, str(ROOT / "CompressiveSensing"))
-    try:
-        sys.modules.pop("dataset", None)
-        spec = importlib.util.spec_from_file_location("sensing_train", ROOT / "CompressiveSensing/train.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.pop(0)
-        sys.modules.pop("dataset", None)
+    spec = importlib.util.spec_from_file_location("sensing_train", ROOT / "CompressiveSensing/train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("True", True), ("false", False)])

@@ -1,6 +1,5 @@
 """Random damage to whatever is read as data: it is told in one line, or did not matter."""
 
-import importlib
 import io
 import struct
 import sys
@@ -10,7 +9,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pack_dataset
 import pytest
+import reconstruct
 import torch
 from PIL import Image
 
@@ -131,10 +132,6 @@ def test_damaged_pictures(tmp_path, name, fuzz):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "scripts")
-        pack_dataset = importlib.import_module("pack_dataset")
-    sys.modules.pop("dataset", None)  # every task has one
     path = tmp_path_factory.mktemp("packed") / "all.h5"
     pictures = {f"{side}/{k}.png": smooth_picture()[: 20 + k] for side in ("input", "target") for k in range(3)}
     with pack_dataset.h5py.File(path, "w") as file:
@@ -159,33 +156,26 @@ def test_damaged_packed_files(tmp_path, packed, fuzz):
 # -------------------------------------------------------------------------------------------------------- measurements
 
 
-@pytest.fixture(scope="module")
-def reconstruct():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "CompressiveSensing")
-        return importlib.import_module("reconstruct")
-
-
 def measurements(**changed) -> dict[str, np.ndarray]:
     y = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)
     arrays = dict(y=y, matrix=np.ones((5, 64), np.float32), height=np.array(12), width=np.array(20))
     return {name: array for name, array in (arrays | changed).items() if array is not None}
 
 
-def read(reconstruct, path: Path, arrays: dict | None = None):
+def read(path: Path, arrays: dict | None = None):
     if arrays is not None:
         np.savez(path, **arrays)
     return reconstruct.read_measurements(path, rows=5, block=8)
 
 
-def test_damaged_measurements(tmp_path, reconstruct, fuzz):
+def test_damaged_measurements(tmp_path, fuzz):
     path = tmp_path / "a.npz"
-    expected = read(reconstruct, path, measurements())
+    expected = read(path, measurements())
     assert np.array_equal(expected[0], measurements()["y"]) and expected[2:] == (12, 20)
     whole, rng = path.read_bytes(), np.random.default_rng(2)
     for _ in range(60 * fuzz):
         path.write_bytes(damage(whole, rng))
-        found = told(read, reconstruct, path)
+        found = told(read, path)
         if found is not None:  # checksums tell damage, but for a name, which makes an array unknown
             assert np.array_equal(found[0], expected[0]) and found[2:] in ((12, 20), (16, 24))
 
@@ -193,7 +183,7 @@ def test_damaged_measurements(tmp_path, reconstruct, fuzz):
 KINDS = ("f4", "f8", "f2", "i8", "u1", "?", "c8", "U3", "S5", "M8[s]", "V4", "O", [("a", "f4"), ("b", "i4")])
 
 
-def test_foreign_arrays_for_measurements(tmp_path, reconstruct, fuzz):
+def test_foreign_arrays_for_measurements(tmp_path, fuzz):
     rng = np.random.default_rng(3)
     for _ in range(30 * fuzz):
         name = rng.choice(["y", "matrix", "height", "width"])
@@ -204,7 +194,7 @@ def test_foreign_arrays_for_measurements(tmp_path, reconstruct, fuzz):
             values = (rng.choice([0, 1, 7, 12, 1e4, -5, np.nan, np.inf]) * np.ones(shape)).astype("f8")
             with np.errstate(all="ignore"):
                 values = values.astype(kind)
-        found = told(read, reconstruct, tmp_path / "a.npz", measurements(**{name: values}))
+        found = told(read, tmp_path / "a.npz", measurements(**{name: values}))
         if found is not None:
             y, matrix, height, width = found
             assert y.dtype == matrix.dtype == np.float32 and y.shape[0] == 5 and y.ndim == 3
@@ -232,14 +222,14 @@ def test_foreign_arrays_for_measurements(tmp_path, reconstruct, fuzz):
         (dict(y=np.zeros((5, 200, 300))), "too many to read"),
     ],
 )
-def test_unsuitable_measurements(tmp_path, reconstruct, monkeypatch, changed, message):
+def test_unsuitable_measurements(tmp_path, monkeypatch, changed, message):
     monkeypatch.setattr(reconstruct, "MAX_BYTES", 2**20)
     with pytest.raises(UserError) as error:
-        read(reconstruct, tmp_path / "a.npz", measurements(**changed))
+        read(tmp_path / "a.npz", measurements(**changed))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_measurements_that_the_network_makes_no_numbers_of(tmp_path, reconstruct, monkeypatch, capsys):
+def test_measurements_that_the_network_makes_no_numbers_of(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     model = create_model("compressive_sensing_dgunet", width=8, growth=4, final_growth=4, stages=2)
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "model.pth")
@@ -254,9 +244,9 @@ def test_measurements_that_the_network_makes_no_numbers_of(tmp_path, reconstruct
     assert "a.npz" in said and not Path("a.png").exists()
 
 
-def test_measurements_of_whole_blocks_need_no_size(tmp_path, reconstruct):
-    assert read(reconstruct, tmp_path / "a.npz", measurements(height=None, width=None))[2:] == (16, 24)
-    assert read(reconstruct, tmp_path / "a.npz", measurements(height=np.array([12.0])))[2:] == (12, 20)
+def test_measurements_of_whole_blocks_need_no_size(tmp_path):
+    assert read(tmp_path / "a.npz", measurements(height=None, width=None))[2:] == (16, 24)
+    assert read(tmp_path / "a.npz", measurements(height=np.array([12.0])))[2:] == (12, 20)
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "npz", "objects", "bool", "nan", "cut", "claims", "vector"])

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import importlib
 import os
 import shlex
 import shutil
@@ -16,18 +15,15 @@ from pathlib import Path
 import cv2
 import h5py
 import numpy as np
+import pack_dataset
 import pytest
 import torch
+from luma import LumaPatches
 from PIL import Image
 
-from dgunet import UserError
+from dgunet import UserError, data
 from dgunet.data import (
-    EpochBatches,
     Packed,
-    PairedCentres,
-    PairedPatches,
-    SyntheticCentres,
-    SyntheticPatches,
     changed_items,
     exclude,
     find_images,
@@ -37,11 +33,20 @@ from dgunet.data import (
     image_size,
     list_images,
     read_image,
+    read_luma,
     write_image,
 )
 from dgunet.degradations import sampling_operator
 from dgunet.errors import explain
 from dgunet.evaluation import ScoreSheet
+from dgunet.patches import (
+    Centres,
+    EpochBatches,
+    MixupPatches,
+    PairedPatches,
+    SaturationPatches,
+    SyntheticPatches,
+)
 from dgunet.synthesis import find_degradation
 from dgunet.transforms import dihedral, pad_to, undo_dihedral, unit_range
 
@@ -141,7 +146,7 @@ def test_missing_picture(tmp_path):
 @pytest.mark.parametrize(
     "kind", ["JPEG", "MPO", "PNG", "PNG, exif at the end", "PNG palette", "WEBP", "TIFF", "TIFF LZW"]
 )
-def test_photograph_is_turned_upright(tmp_path, kind, orientation, luma):
+def test_photograph_is_turned_upright(tmp_path, kind, orientation):
     upright = smooth_picture()
     # as a camera held otherwise stores it: the inverse of what the tag asks for
     inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of PIL's transpositions
@@ -165,16 +170,7 @@ def test_photograph_is_turned_upright(tmp_path, kind, orientation, luma):
     picture = read_image(path)
     assert image_size(path) == picture.shape[:2] == (40, 64)
     assert np.abs(picture.astype(int) - upright).mean() < (12 if kind == "PNG palette" else 3)
-    assert np.array_equal(luma(path), cv2.cvtColor(picture, cv2.COLOR_RGB2YCrCb)[:, :, 0])
-
-
-@pytest.fixture
-def luma(monkeypatch):
-    """`read_luma` of compressive sensing."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "CompressiveSensing")
-    monkeypatch.delitem(sys.modules, "dataset", raising=False)
-    yield importlib.import_module("dataset").read_luma
-    monkeypatch.delitem(sys.modules, "dataset")
+    assert np.array_equal(read_luma(path), cv2.cvtColor(picture, cv2.COLOR_RGB2YCrCb)[:, :, 0])
 
 
 @pytest.fixture
@@ -188,12 +184,12 @@ def impatient():
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes with names")
-def test_pipe_named_like_a_picture(tmp_path, luma, impatient):
+def test_pipe_named_like_a_picture(tmp_path, impatient):
     """Opening one would wait until someone writes to it."""
     write_image(tmp_path / "folder" / "b.png", random_picture())
     os.mkfifo(tmp_path / "a.png")
     os.symlink(tmp_path / "a.png", tmp_path / "folder" / "a.png")
-    for call in (read_image, image_size, luma):
+    for call in (read_image, image_size, read_luma):
         assert (
             refusal(call, tmp_path / "a.png") == f"{tmp_path / 'a.png'} is a pipe or device, not a file; move it away"
         )
@@ -217,7 +213,7 @@ def test_picture_of_another_size_than_its_header_says(tmp_path, monkeypatch, cha
     [(".png", 30_000), (".bmp", 32_769)]
     + [(e, s) for e in (".png", ".bmp", ".tif", ".jpg") for s in (100_000, 2**31 - 1)],
 )
-def test_absurd_size_in_the_header(tmp_path, capfd, ending, side, luma):
+def test_absurd_size_in_the_header(tmp_path, capfd, ending, side):
     path = tmp_path / f"a{ending}"
     write_image(path, random_picture(8, 8))
     content = bytearray(path.read_bytes())
@@ -234,7 +230,7 @@ def test_absurd_size_in_the_header(tmp_path, capfd, ending, side, luma):
         at = content.index(b"\xff\xc0")
         struct.pack_into(">HH", content, at + 5, min(side, 65500), min(side, 65500))
     path.write_bytes(content)
-    for call in (read_image, luma):
+    for call in (read_image, read_luma):
         assert refusal(call, path).startswith(str(path))
         if ending == ".bmp":
             assert "more than can be read" in refusal(call, path)
@@ -312,11 +308,8 @@ def test_names_that_are_not_utf8(tmp_path, picture_pairs, monkeypatch):
     pairs = find_pairs(tmp_path / "pairs")
     assert pairs[1].name == name
     samples = [PairedPatches(pairs, 16)[1, 1]]
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
     monkeypatch.setattr(sys, "argv", ["pack_dataset.py", str(tmp_path / "pairs")])
-    monkeypatch.delitem(sys.modules, "dataset", raising=False)
-    importlib.import_module("pack_dataset").main()
-    monkeypatch.delitem(sys.modules, "dataset", raising=False)
+    pack_dataset.main()
     packed = find_pairs(tmp_path / "pairs.h5")
     assert [pair.name for pair in packed] == [pair.name for pair in pairs]
     samples.append(PairedPatches(packed, 16)[1, 1])
@@ -580,17 +573,12 @@ def test_plain_index_is_of_the_first_epoch(shifted):
     assert all(torch.equal(a, b) for a, b in zip(clean[1], clean[1, 1], strict=True))
 
 
-@pytest.mark.parametrize("task", ["Denoising", "Deblurring", "CompressiveSensing"])
-def test_plain_index_in_every_task(shifted, task, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / task)
-    monkeypatch.delitem(sys.modules, "dataset", raising=False)
-    module = importlib.import_module("dataset")
-    monkeypatch.delitem(sys.modules, "dataset")
-    if task == "CompressiveSensing":
-        patches = module.LumaPatches(find_images(shifted / "target"), 32, repeat=2)
+@pytest.mark.parametrize("kind", [MixupPatches, SaturationPatches, LumaPatches])
+def test_plain_index_in_every_task(shifted, kind):
+    if kind is LumaPatches:
+        patches = kind(find_images(shifted / "target"), 32, repeat=2)
     else:
-        patches = {"Denoising": "NoisyPatches", "Deblurring": "BlurredPatches"}[task]
-        patches = getattr(module, patches)(shifted, 16, **(dict(mixup_from=1) if task == "Denoising" else {}))
+        patches = kind(shifted, 16, **(dict(mixup_from=1) if kind is MixupPatches else {}))
     assert len(list(torch.utils.data.DataLoader(patches))) == len(patches)
     assert all(torch.equal(a, b) for a, b in zip(patches[2], patches[1, 2], strict=True))
 
@@ -628,7 +616,7 @@ def test_packed_samples_are_those_of_the_folder(packed):
     for key in [(epoch, index) for epoch in (1, 7) for index in range(18)]:
         for a, b in zip(folder[key], file[key], strict=True):
             assert torch.equal(a, b)
-    centres = PairedCentres(packed.parent, 32), PairedCentres(packed, 32)
+    centres = Centres(packed.parent, 32), Centres(packed, 32)
     assert centres[0].sizes == centres[1].sizes
     for k in range(6):
         for a, b in zip(centres[0][k], centres[1][k], strict=True):
@@ -686,11 +674,7 @@ def test_unsuitable_packed_file(packed, tmp_path):
     assert "holds picture pairs" in refusal(find_images, packed)
 
 
-def test_packed_luminance(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "CompressiveSensing")
-    monkeypatch.delitem(sys.modules, "dataset", raising=False)
-    from dataset import LumaCentres, LumaPatches
-
+def test_packed_luminance(tmp_path):
     write_image(tmp_path / "photos" / "a.png", random_picture(80, 100))
     write_image(tmp_path / "photos" / "b.jpg", smooth_picture(64, 64)[:, :, 0])
     done = pack(tmp_path / "photos", "--luma")
@@ -698,9 +682,8 @@ def test_packed_luminance(tmp_path, monkeypatch):
     folder, file = (find_images(root) for root in (tmp_path / "photos", tmp_path / "photos.h5"))
     for k in range(2):
         assert torch.equal(LumaPatches(folder, 32, 1)[3, k][0], LumaPatches(file, 32, 1)[3, k][0])
-        assert torch.equal(LumaCentres(folder, 64)[k][0], LumaCentres(file, 64)[k][0])
+        assert torch.equal(*(Centres(items, 64, luma=True, multiple=32, area=256)[k][0] for items in (folder, file)))
     assert "holds single pictures" in refusal(find_pairs, tmp_path / "photos.h5")
-    monkeypatch.delitem(sys.modules, "dataset")
 
 
 # -------------------------------------------------------------------------------------------------- flips and padding
@@ -740,21 +723,30 @@ def test_centres(tmp_path):
     for name, size in (("a", (41, 50)), ("b", (20, 64)), ("c", (13, 9))):
         for side in ("input", "target"):
             write_image(tmp_path / side / f"{name}.png", random_picture(*size, seed=len(side)))
-    centres = PairedCentres(tmp_path, 32)
+    centres = Centres(tmp_path, 32)
     assert centres.sizes == {(32, 32), (16, 32), (8, 8)}
     assert len(centres) == 3
     for k, side in enumerate(("input", "target")):
         expected = read_image(tmp_path / side / "a.png")[4:36, 9:41]
         assert np.array_equal(centres[0][k].permute(1, 2, 0).numpy(), expected)
-    whole = PairedCentres(tmp_path, 0)
+    whole = Centres(tmp_path, 0)
     assert whole.sizes == {(40, 48), (16, 64), (8, 8)}
     assert {tuple(whole[k][0].shape) for k in range(3)} == {(3, 40, 48), (3, 16, 64), (3, 8, 8)}
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".tif", ".bmp"])
+def test_sizes_for_validation_come_from_headers(tmp_path, monkeypatch, ending):
+    """Also of grey pictures: no picture is decoded before it is needed."""
+    write_image(tmp_path / f"colour{ending}", random_picture(70, 100))
+    write_image(tmp_path / f"grey{ending}", random_picture(64, 99)[:, :, 0])
+    monkeypatch.setattr(data, "_decode", None)
+    assert Centres(list_images(tmp_path), 32, luma=True, multiple=32, area=256).sizes == {(6, 32, 32)}
 
 
 @pytest.mark.parametrize("patch", [0, 32])
 def test_picture_too_small_for_validation(tmp_path, picture_pairs, patch):
     picture_pairs(tmp_path, count=1, size=(7, 40))
-    assert str(tmp_path / "input" / "img1.png") in refusal(PairedCentres, tmp_path, patch)
+    assert str(tmp_path / "input" / "img1.png") in refusal(Centres, tmp_path, patch)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -825,9 +817,9 @@ def test_clean_pictures_are_degraded_on_the_way(tmp_path, picture_pairs):
     streaks = (rainy - unit_range(clean))[:, rainy.amax(dim=0) < 1]  # where nothing is clipped
     assert streaks.min() > -1e-6 and streaks.max() > 0.1
     assert torch.allclose(streaks[0], streaks[1], atol=1e-6)  # grey: the crops are aligned
-    centres = SyntheticCentres(pictures, degrade, 32)
+    centres = Centres(pictures, 32, degrade=degrade)
     assert torch.equal(centres[0][0], centres[0][0]) and not torch.equal(centres[0][0], centres[1][0])
-    assert torch.equal(centres[0][1], PairedCentres(find_pairs(tmp_path), 32)[0][1])
+    assert torch.equal(centres[0][1], Centres(find_pairs(tmp_path), 32)[0][1])
 
 
 def test_size_of_synthetic_crops_is_told_as_it_was_given():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+from benchmarks import read_dnd, read_dnd_picture, read_sidd
 from test_evaluation import command
 
 from dgunet import UserError, create_model, load_model, restore
@@ -18,13 +19,10 @@ from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.data import read_image
 from dgunet.errors import run_cli
 from dgunet.metrics import evaluate_pair
+from dgunet.patches import MixupPatches
 from dgunet.transforms import unit_range
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "Denoising"))
-from dataset import NoisyPatches, read_dnd, read_dnd_picture, read_sidd  # noqa: E402
-
-sys.path.remove(str(ROOT / "Denoising"))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +56,7 @@ def results(folder) -> list[dict]:
 
 def test_mixup_starts_in_its_epoch_and_blends_two_samples(tmp_path, picture_pairs):
     picture_pairs(tmp_path, count=4, size=(40, 40))
-    plain, mixed = NoisyPatches(tmp_path, 16, mixup=0), NoisyPatches(tmp_path, 16, mixup=0.6, mixup_from=6)
+    plain, mixed = MixupPatches(tmp_path, 16, mixup=0), MixupPatches(tmp_path, 16, mixup=0.6, mixup_from=6)
     for a, b in zip(plain[5, 1], mixed[5, 1], strict=True):
         assert torch.equal(a, b)
     blended = 0
@@ -82,7 +80,7 @@ def test_mixup_starts_in_its_epoch_and_blends_two_samples(tmp_path, picture_pair
 
 def test_mixup_shares_follow_the_beta_distribution(tmp_path, picture_pairs):
     picture_pairs(tmp_path, count=2, size=(16, 16))
-    data = NoisyPatches(tmp_path, 16, mixup=0.6, mixup_from=1)
+    data = MixupPatches(tmp_path, 16, mixup=0.6, mixup_from=1)
     shares = [float(data.generator(1, index, stream=1).beta(0.6, 0.6)) for index in range(4000)]
     assert np.mean(shares) == pytest.approx(0.5, abs=0.03)
     assert np.var(shares) == pytest.approx(1 / (4 * 2.2), abs=0.01)  # ab / ((a+b)^2 (a+b+1))

@@ -10,16 +10,14 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import download_data as script
 import pytest
 import torch
 import yaml
 
+from dgunet.errors import UserError, run_cli
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import download_data as script  # noqa: E402
-
-from dgunet.errors import UserError, run_cli  # noqa: E402
 
 ITEMS = {item.name: item for item in script.DOWNLOADS}
 PAGE = b"<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"

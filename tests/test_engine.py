@@ -22,11 +22,11 @@ import dgunet.engine
 from dgunet import create_model, load_model
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
-from dgunet.data import PairedCentres, PairedPatches
 from dgunet.degradations import BlockSampling
 from dgunet.distributed import launch
 from dgunet.engine import Trainer, autocast_dtype, memory_format, plot_history, train_command
 from dgunet.errors import UserError
+from dgunet.patches import Centres, PairedPatches
 from dgunet.transforms import unit_range
 
 TRAIN = Path(__file__).resolve().parents[1] / "Denoising" / "train.py"
@@ -80,7 +80,7 @@ def make_trainer(folders, **changed) -> Trainer:
     cfg = load_config(TRAIN.parents[1] / "configs/denoising/dgunet.yaml", options(folders, **changed))
     torch.manual_seed(cfg.SEED)
     model = create_model("denoising_dgunet", **OVERRIDES)
-    sets = PairedPatches(folders / "train", 32, seed=cfg.SEED), PairedCentres(folders / "val", 32)
+    sets = PairedPatches(folders / "train", 32, seed=cfg.SEED), Centres(folders / "val", 32)
     trainer = Trainer(cfg, model, *sets)
     trainer.schedule.go_to(1)
     return trainer
@@ -357,7 +357,7 @@ def test_average_has_the_fixed_matrix_of_its_network(folders):
     """Also where the matrix comes with a run that is continued, and was not averaged before."""
     cfg = load_config(None, options(folders, OPTIM__EMA_DECAY=0.9))
     model = create_model("compressive_sensing_dgunet", degradation=BlockSampling(0.1, learned=False), **OVERRIDES)
-    trainer = Trainer(cfg, model, PairedPatches(folders / "train", 32), PairedCentres(folders / "val", 32))
+    trainer = Trainer(cfg, model, PairedPatches(folders / "train", 32), Centres(folders / "val", 32))
     trainer.model.degradation.matrix.neg_()
     trainer.train_step(*torch.rand(2, 2, 1, 32, 32))
     assert torch.equal(trainer.ema.degradation.matrix, trainer.model.degradation.matrix)

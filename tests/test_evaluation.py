@@ -35,15 +35,9 @@ FOLDERS = {"deraining": "Deraining", "denoising": "Denoising", "compressive_sens
 def command(task: str) -> ModuleType:
     """A task's test.py as a module."""
     folder = ROOT / FOLDERS[task]
-    for name in ("dataset", "sensing"):  # each folder has its own
-        sys.modules.pop(name, None)
-    sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location(f"test_of_{task}", folder / "test.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("dataset", "sensing"):
-        sys.modules.pop(name, None)
-    sys.path[:] = [path for path in sys.path if path != str(folder)]
     return module
 
 

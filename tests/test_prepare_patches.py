@@ -5,15 +5,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import prepare_patches as prepare
 import pytest
 
+from dgunet.data import find_pairs, read_image, write_image
+from dgunet.errors import UserError
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import prepare_patches as prepare  # noqa: E402
-
-from dgunet.data import find_pairs, read_image, write_image  # noqa: E402
-from dgunet.errors import UserError  # noqa: E402
 
 SHIFT = 50  # of every input against its target
 SCENES = ("0001_001_S6_00100_00060_3200_L", "0002_001_S6_00100_00020_3200_N", "0010_002_G4_00100_00060_5500_L")

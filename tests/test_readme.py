@@ -1,19 +1,16 @@
 """The README keeps its word."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from prepare_patches import GRIDS, grid_boxes
 
 from dgunet import create_model, list_models
 from dgunet.config import load_config
-from dgunet.data import EpochBatches
+from dgunet.patches import EpochBatches
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from prepare_patches import GRIDS, grid_boxes  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("[A-Z]*/README.md"), *ROOT.glob("docs/*.md")]

@@ -1,7 +1,6 @@
 """Deraining, deblurring and compressive sensing end to end, through the real command lines and published formats."""
 
 import csv
-import importlib
 import json
 import shutil
 import subprocess
@@ -12,18 +11,22 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import sensing
 import skimage.data
 import torch
+from luma import LumaPatches
+from parity.weights import fill
 from PIL import Image
 
 from dgunet import create_model, load_model, restore
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.config import load_config
-from dgunet.data import find_pairs, read_image, write_image
+from dgunet.data import find_pairs, read_image, read_luma, write_image
 from dgunet.degradations import sampling_operator, start_matrix
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.metrics import evaluate_pair
+from dgunet.patches import Centres, SaturationPatches
 from dgunet.transforms import unit_range
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,17 +36,6 @@ FOLDERS = {
     "denoising": "Denoising",
     "compressive_sensing": "CompressiveSensing",
 }
-
-
-def task_module(task: str, name: str, monkeypatch):
-    """Import a task folder's module; the folders all call theirs ``dataset``, so none stays in sys.modules."""
-    monkeypatch.syspath_prepend(ROOT / FOLDERS[task])
-    for other in ("dataset", "sensing"):
-        monkeypatch.delitem(sys.modules, other, raising=False)
-    module = importlib.import_module(name)
-    for other in ("dataset", "sensing"):
-        monkeypatch.delitem(sys.modules, other, raising=False)
-    return module
 
 
 def run(task: str, script: str, *words, cwd: Path, check: int = 0) -> subprocess.CompletedProcess:
@@ -265,9 +257,7 @@ def test_score_only_scores_pictures_of_other_methods(tmp_path, picture_pairs):
     assert float(rows(tmp_path, "deraining")[0]["psnr"]) == pytest.approx(np.mean(expected), abs=1e-3)
 
 
-def test_original_checkpoints_need_only_their_path(tmp_path, picture_pairs, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests" / "parity")
-    fill = importlib.import_module("weights").fill
+def test_original_checkpoints_need_only_their_path(tmp_path, picture_pairs):
     specs = json.loads((ROOT / "tests/parity/specs.json").read_text())
     picture_pairs(tmp_path / "set", count=1, size=(16, 16))
     for variant, task in (
@@ -300,11 +290,10 @@ def test_original_checkpoints_need_only_their_path(tmp_path, picture_pairs, monk
 # --------------------------------------------------------------------- deblurring
 
 
-def test_saturation_changes_a_third_and_both_alike(tmp_path, picture_pairs, monkeypatch):
-    BlurredPatches = task_module("deblurring", "dataset", monkeypatch).BlurredPatches
+def test_saturation_changes_a_third_and_both_alike(tmp_path, picture_pairs):
     picture_pairs(tmp_path, count=2, size=(24, 24))
-    plain = BlurredPatches(tmp_path, 16, saturation=0, repeat=150)
-    changed = BlurredPatches(tmp_path, 16, saturation=0.2, repeat=150)
+    plain = SaturationPatches(tmp_path, 16, saturation=0, repeat=150)
+    changed = SaturationPatches(tmp_path, 16, saturation=0.2, repeat=150)
     grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     count = 0
     for index in range(len(plain)):
@@ -326,8 +315,7 @@ def test_saturation_changes_a_third_and_both_alike(tmp_path, picture_pairs, monk
 # --------------------------------------------------------------------- compressive sensing
 
 
-def test_luma_of_every_kind_of_picture(tmp_path, monkeypatch):
-    dataset = task_module("compressive_sensing", "dataset", monkeypatch)
+def test_luma_of_every_kind_of_picture(tmp_path):
     rng = np.random.default_rng(0)
     colour = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
     grey = rng.integers(0, 256, (20, 30), dtype=np.uint8)
@@ -336,22 +324,21 @@ def test_luma_of_every_kind_of_picture(tmp_path, monkeypatch):
     for suffix in ("png", "tif"):
         Image.fromarray(colour).save(tmp_path / f"colour.{suffix}")
         Image.fromarray(grey).save(tmp_path / f"grey.{suffix}")
-        np.testing.assert_array_equal(dataset.read_luma(tmp_path / f"colour.{suffix}"), luma)
-        np.testing.assert_array_equal(dataset.read_luma(tmp_path / f"grey.{suffix}"), grey)
+        np.testing.assert_array_equal(read_luma(tmp_path / f"colour.{suffix}"), luma)
+        np.testing.assert_array_equal(read_luma(tmp_path / f"grey.{suffix}"), grey)
     palette = Image.fromarray(colour).quantize(16)
     palette.save(tmp_path / "palette.png")
     expected = cv2.cvtColor(np.asarray(palette.convert("RGB")), cv2.COLOR_RGB2YCrCb)[..., 0]
-    np.testing.assert_array_equal(dataset.read_luma(tmp_path / "palette.png"), expected)
+    np.testing.assert_array_equal(read_luma(tmp_path / "palette.png"), expected)
     cv2.imwrite(str(tmp_path / "deep.png"), grey.astype(np.uint16))
     with pytest.raises(ValueError, match="16 bits per channel"):
-        dataset.read_luma(tmp_path / "deep.png")
+        read_luma(tmp_path / "deep.png")
 
 
-def test_luma_patches(tmp_path, monkeypatch):
-    dataset = task_module("compressive_sensing", "dataset", monkeypatch)
+def test_luma_patches(tmp_path):
     ramp = np.arange(32 * 32).reshape(32, 32) % 251
     Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "ramp.png")
-    data = dataset.LumaPatches([tmp_path / "ramp.png"], 32, repeat=400)
+    data = LumaPatches([tmp_path / "ramp.png"], 32, repeat=400)
     assert len(data) == 400
     base = torch.from_numpy(ramp).byte()[None]
     variants = [v for x in (base, base.mT) for v in (x, x.flip(-1), x.flip(-2), x.flip(-1, -2))]
@@ -363,9 +350,14 @@ def test_luma_patches(tmp_path, monkeypatch):
     assert seen.sum() == 400 and seen.min() > 25  # all eight, equally likely
     assert all(torch.equal(a, b) for a, b in zip(data[3, 7], data[3, 7], strict=True))
     with pytest.raises(ValueError, match="TRAIN_PS must be a multiple of 32 pixels"):
-        dataset.LumaPatches([tmp_path / "ramp.png"], 33)
+        LumaPatches([tmp_path / "ramp.png"], 33)
     with pytest.raises(ValueError, match="VAL_PS must be a multiple of 32 pixels"):
-        dataset.LumaCentres([tmp_path / "ramp.png"], 40)
+        sensing_centres(tmp_path / "ramp.png", 40)
+
+
+def sensing_centres(path: Path, patch: int) -> Centres:
+    """As CompressiveSensing/train.py validates with one picture."""
+    return Centres([path], patch, luma=True, multiple=32, area=256)
 
 
 @pytest.mark.parametrize(
@@ -379,22 +371,21 @@ def test_luma_patches(tmp_path, monkeypatch):
         ((70, 33), 32, [(3, 0, 32, 32), (35, 0, 32, 32)]),
     ],
 )
-def test_sensing_is_validated_in_separate_blocks(tmp_path, monkeypatch, size, patch, blocks):
+def test_sensing_is_validated_in_separate_blocks(tmp_path, size, patch, blocks):
     """Of the centre of a picture, and scored as one picture."""
-    dataset = task_module("compressive_sensing", "dataset", monkeypatch)
     picture = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")
-    centres = dataset.LumaCentres([tmp_path / "a.png"], patch)
+    centres = sensing_centres(tmp_path / "a.png", patch)
     x, target = centres[0]
     assert torch.equal(x, target)
     expected = [picture[y : y + height, x : x + width] for y, x, height, width in blocks]
     np.testing.assert_array_equal(x, np.stack(expected)[:, None])
-    assert centres.sizes == {tuple(x.shape)}
+    assert centres.sizes == {(len(blocks), *x.shape[-2:])}
 
     words = ["MODEL.NAME", "compressive_sensing_dgunet", "DEVICE", "cpu", "TRAINING.WORKERS", 0, "SPEED.AMP", "fp32"]
     cfg = load_config(None, [str(word) for word in words])
     model = create_model("compressive_sensing_dgunet", width=8, growth=4, final_growth=4, stages=2)
-    trainer = Trainer(cfg, model, dataset.LumaPatches([tmp_path / "a.png"], 32), centres)
+    trainer = Trainer(cfg, model, LumaPatches([tmp_path / "a.png"], 32), centres)
     with torch.inference_mode():
         ones = [model(model.degradation.A(unit_range(block)[None]))[0][0] for block in x]
     error = (torch.stack(ones).clamp(0, 1) - unit_range(x)).square().mean()
@@ -408,9 +399,8 @@ def test_sensing_recipes_validate_what_they_train_on():
             assert training.TRAIN_PS == training.VAL_PS == side
 
 
-def test_tiles_follow_the_original_and_whole_does_not(monkeypatch, weights):
+def test_tiles_follow_the_original_and_whole_does_not(weights):
     """Sides 128 and 130: a full tile of zeros is added to the first, as in the original; results are cropped again."""
-    sensing = task_module("compressive_sensing", "sensing", monkeypatch)
     model = load_model(weights["compressive_sensing"])
     luma = np.random.default_rng(0).integers(0, 256, (128, 130), dtype=np.uint8)
     restored, initial = sensing.reconstruct_tiles(model, luma)
@@ -425,7 +415,6 @@ def test_tiles_follow_the_original_and_whole_does_not(monkeypatch, weights):
 
 
 def test_sets_are_scored_by_the_original_protocol(tmp_path, weights, monkeypatch):
-    sensing = task_module("compressive_sensing", "sensing", monkeypatch)
     rng = np.random.default_rng(0)
     pictures = {name: rng.integers(0, 256, (40, 70), dtype=np.uint8) for name in ("Set11/a.tif", "BSD68/b.png")}
     for name, picture in pictures.items():
@@ -458,7 +447,6 @@ def test_measuring_and_reconstructing_apart(tmp_path, weights, monkeypatch):
 
     words = ["photo.npz", "--weights", path, "--out", "back.png", "--device", "cpu"]
     run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path)
-    sensing = task_module("compressive_sensing", "sensing", monkeypatch)
     expected = sensing.reconstruct_whole(load_model(path), picture)[0].clip(0, 1) * 255
     back = cv2.imread(str(tmp_path / "back.png"), cv2.IMREAD_UNCHANGED)
     assert back.shape == picture.shape and np.abs(back - expected).max() <= 0.51

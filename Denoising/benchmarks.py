@@ -1,44 +1,10 @@
-"""What is special about denoising data: mix-up while training, and the layouts of the SIDD and DND benchmarks."""
+"""The MATLAB files of the SIDD and DND benchmarks."""
 
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
-from dgunet.data import PairedPatches
 from dgunet.errors import UserError, optional
-from dgunet.transforms import unit_range
-
-
-class NoisyPatches(PairedPatches):
-    """Training crops with mix-up: a sample is blended with another one of the data set.
-
-    From epoch ``mixup_from`` on, ``(input, target)`` becomes ``l * (input, target) + (1 - l) * (input', target')`` with
-    l from Beta(alpha, alpha). The original blends within a batch; drawing the partner from the whole data set is the
-    same in distribution and keeps a sample independent of how batches are shared among processes.
-
-    Args:
-        mixup: alpha; 0 switches it off.
-        mixup_from: first epoch with mix-up.
-        **kwargs: see `PairedPatches`.
-    """
-
-    def __init__(self, root: str | Path, patch: int, mixup: float = 0.6, mixup_from: int = 6, **kwargs):
-        super().__init__(root, patch, **kwargs)
-        self.mixup, self.mixup_from = mixup, mixup_from
-
-    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
-        epoch, index = self.key(key)
-        sample = super().__getitem__((epoch, index))
-        if not self.mixup or epoch < self.mixup_from:
-            return sample
-        rng = self.generator(epoch, index, stream=1)
-        share = float(rng.beta(self.mixup, self.mixup))
-        partner = super().__getitem__((epoch, int(rng.integers(len(self)))))
-        return tuple(
-            share * unit_range(one) + (1 - share) * unit_range(other)
-            for one, other in zip(sample, partner, strict=True)
-        )
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:

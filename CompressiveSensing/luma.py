@@ -1,0 +1,46 @@
+"""Training data of compressive sensing: clean pictures only, their luminance, measured on the way in."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgunet.data import Packed, open_luma
+from dgunet.errors import UserError
+from dgunet.patches import RandomPatches
+from dgunet.transforms import unit_range
+
+
+class LumaPatches(RandomPatches):
+    """Random crops of pictures' luminance for training: a sample is ``(x, x)``, (1, patch, patch) uint8.
+
+    The network measures the first. Augmented by a left-right flip, an up-down flip and transposition, each with
+    probability 1/2. (In the original the second flips the channel axis, of which there is one.)
+    """
+
+    multiple = 32  # of the blocks
+
+    def blocks(self, count: int = 16384) -> Tensor:
+        """Blocks of all pictures at random places, (N, 1024), N at least ``count``, range [0, 1]."""
+        rng = np.random.default_rng(self.seed)
+        found, size = [], self.multiple
+        for item in self.items:
+            picture = open_luma(item)[:, :]
+            rows, columns = (side - size + 1 for side in picture.shape)
+            if min(rows, columns) < 1:
+                raise UserError(f"{item} is smaller than a block of {size}x{size} pixels")
+            for _ in range(-(-count // len(self.items))):
+                top, left = rng.integers(rows), rng.integers(columns)
+                found.append(picture[top : top + size, left : left + size].ravel())
+        return unit_range(torch.from_numpy(np.stack(found)))
+
+    def sample(self, item: Path | Packed, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        (x,) = self.crop(rng, open_luma(item))
+        if self.flip:
+            mirror, upend, transpose = rng.integers(2, size=3)
+            x = x.flip(-1) if mirror else x
+            x = x.flip(-2) if upend else x
+            x = x.mT if transpose else x
+        x = x.contiguous()
+        return x, x

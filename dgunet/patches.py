@@ -1,0 +1,317 @@
+"""Crops of pictures: which ones training sees, in which order, and which ones validation does.
+
+A training sample is a function of (seed, epoch, index) alone: data sets are indexed with (epoch, index), and draw
+from a generator seeded with these numbers. Neither the number of loading workers nor that of training processes
+changes a sample, and a resumed epoch sees what the first one would have seen.
+"""
+
+import operator
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from dgunet.data import Packed, Pair, find_pairs, image_size, open_image, open_luma, to_tensor
+from dgunet.errors import UserError, optional
+from dgunet.synthesis import Degrade
+from dgunet.transforms import dihedral, pad_to, unit_range
+
+Item = Path | Packed | Pair
+
+
+class TrainingSet(Protocol):
+    """What the engine asks of the data that it trains on; `RandomPatches` is one."""
+
+    items: list[Item]  # what a resumed run compares with those of before, see `data.fingerprint`
+    repeat: int  # crops of each in an epoch
+
+    def __len__(self) -> int:
+        """Crops in an epoch."""
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(input, target) for (epoch, index), (C, H, W) of one size: uint8, or float32 in [0, 1].
+
+        The index may lie beyond the length, where the last batch is filled with other crops. With a known degradation
+        the network measures the input, which is then the clean picture.
+        """
+
+
+class ValidationSet(Protocol):
+    """What the engine asks of the data that it validates with; `Centres` is one."""
+
+    sizes: set[tuple[int, ...]]  # that occur, without channels: items of one size can be batched
+
+    def __len__(self) -> int:
+        """Pictures."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """(input, target), always the same, (C, H, W), or of several blocks that are restored one by one (N, C, H, W).
+
+        Types as of `TrainingSet`.
+        """
+
+
+class RandomPatches(Dataset):
+    """What training sets share: crops that are a function of (seed, epoch, index). A subclass has `sample`.
+
+    ``dataset[epoch, index]`` is what training asks for. A plain ``dataset[index]``, as of an ordinary DataLoader, is
+    that of epoch ``dataset.epoch``: 1, the same crops each time, until you set it.
+
+    Crops are uint8, and become floats on the device (`transforms.unit_range`): a fourth of the way for the bytes.
+
+    Args:
+        items: pictures or pairs.
+        patch: side of the crops in pixels, a multiple of ``multiple``.
+        repeat: how often each item counts in an epoch.
+        flip: whether to augment by flips and rotations.
+        seed: of all randomness.
+    """
+
+    multiple = 8
+    epoch = 1  # of plain indices
+
+    def __init__(self, items: list[Item], patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234):
+        if patch < self.multiple or patch % self.multiple:
+            raise UserError(f"TRAINING.TRAIN_PS must be a multiple of {self.multiple} pixels, got {patch}")
+        self.items, self.patch, self.repeat, self.flip, self.seed = items, patch, repeat, flip, seed
+
+    def __len__(self) -> int:
+        return len(self.items) * self.repeat
+
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
+        epoch, index = self.key(key)
+        return self.sample(self.items[index % len(self.items)], self.generator(epoch, index))
+
+    def sample(self, item: Item, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """(input, target), crops of one item, (C, patch, patch)."""
+        raise NotImplementedError
+
+    def key(self, key: tuple[int, int] | int) -> tuple[int, int]:
+        """(epoch, index) of what was asked for.
+
+        Raises:
+            IndexError: a plain index that is out of range, where a loop over the data set ends.
+        """
+        if isinstance(key, tuple):
+            return key
+        return self.epoch, range(len(self))[operator.index(key)]
+
+    def generator(self, epoch: int, index: int, stream: int = 0) -> np.random.Generator:
+        """The generator of one sample; another ``stream`` is independent of the crop and augmentation."""
+        return np.random.default_rng([self.seed, epoch, index, stream])
+
+    def crop(self, rng: np.random.Generator, *pictures) -> list[Tensor]:
+        """The same random area of each picture, (C, patch, patch), extended by reflection where they are too small."""
+        height, width = pictures[0].shape[:2]
+        top = int(rng.integers(max(height - self.patch, 0) + 1))
+        left = int(rng.integers(max(width - self.patch, 0) + 1))
+        crops = [p[top : min(top + self.patch, height), left : min(left + self.patch, width)] for p in pictures]
+        return [pad_to(to_tensor(crop)[None], self.patch, self.patch)[0] for crop in crops]
+
+
+class PairedPatches(RandomPatches):
+    """Random aligned crops of picture pairs: a sample is ``(input, target)``, two (3, patch, patch) tensors.
+
+    They are uint8, or float32 in [0, 1] where an augmentation computes with them. A task may change `augment`.
+
+    Args:
+        items: pairs, or their folder with ``input/`` and ``target/``, every pair of which is checked now, or its
+            packed file.
+        *args, **kwargs: see `RandomPatches`.
+    """
+
+    def __init__(self, items: str | Path | list[Pair], *args, **kwargs):
+        super().__init__(items if isinstance(items, list) else find_pairs(items), *args, **kwargs)
+
+    def sample(self, item: Pair, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        return self.augment(rng, *self.crop(rng, open_image(item.input), open_image(item.target)))
+
+    def augment(self, rng: np.random.Generator, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The original's flips and rotations: of 9 equally likely choices, two leave the crop as it is."""
+        k = int(rng.integers(9)) % 8 if self.flip else 0
+        return dihedral(input, k).contiguous(), dihedral(target, k).contiguous()
+
+
+class SaturationPatches(PairedPatches):
+    """Crops whose saturation is changed, in a third of them, by the same factor from U(1 - s, 1 + s).
+
+    Args:
+        saturation: s, 0.2 in the original's deblurring; 0 switches it off.
+        *args, **kwargs: see `PairedPatches`.
+    """
+
+    def __init__(self, *args, saturation: float = 0.2, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.saturation = saturation
+
+    def augment(self, rng: np.random.Generator, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        input, target = super().augment(rng, input, target)
+        if not self.saturation:
+            return input, target
+        input, target = unit_range(input), unit_range(target)
+        if rng.integers(3) == 0:
+            adjust_saturation = optional("torchvision.transforms.functional").adjust_saturation
+            factor = rng.uniform(1 - self.saturation, 1 + self.saturation)
+            input, target = adjust_saturation(input, factor), adjust_saturation(target, factor)
+        return input, target
+
+
+class MixupPatches(PairedPatches):
+    """Crops with mix-up: a sample is blended with another one of the data set.
+
+    From epoch ``mixup_from`` on, ``(input, target)`` becomes ``l * (input, target) + (1 - l) * (input', target')`` with
+    l from Beta(alpha, alpha). The original, in denoising, blends within a batch; drawing the partner from the whole
+    data set is the same in distribution and keeps a sample independent of how batches are shared among processes.
+
+    Args:
+        mixup: alpha; 0 switches it off.
+        mixup_from: first epoch with mix-up.
+        *args, **kwargs: see `PairedPatches`.
+    """
+
+    def __init__(self, *args, mixup: float = 0.6, mixup_from: int = 6, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mixup, self.mixup_from = mixup, mixup_from
+
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
+        epoch, index = self.key(key)
+        sample = super().__getitem__((epoch, index))
+        if not self.mixup or epoch < self.mixup_from:
+            return sample
+        rng = self.generator(epoch, index, stream=1)
+        share = float(rng.beta(self.mixup, self.mixup))
+        partner = super().__getitem__((epoch, int(rng.integers(len(self)))))
+        return tuple(
+            share * unit_range(one) + (1 - share) * unit_range(other)
+            for one, other in zip(sample, partner, strict=True)
+        )
+
+
+class SyntheticPatches(RandomPatches):
+    """Random crops of clean pictures, degraded on the way: a sample is ``(input, target)``, float32 and uint8.
+
+    No crop is seen twice with the same degradation.
+
+    Args:
+        items: pictures.
+        degrade: one of `dgunet.synthesis`.
+        patch, **kwargs: see `RandomPatches`.
+        margin: pixels around the crop that are degraded with it, so that rain falls and blur comes in from outside.
+    """
+
+    def __init__(self, items: list, degrade: Degrade, patch: int, margin: int = 32, **kwargs):
+        super().__init__(items, patch, **kwargs)
+        self.patch += 2 * margin
+        self.degrade, self.margin = degrade, margin
+
+    def sample(self, item: Path | Packed, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        (target,) = self.crop(rng, open_image(item))
+        if self.flip:
+            target = dihedral(target, int(rng.integers(8)))
+        inside = (..., slice(self.margin, -self.margin or None), slice(self.margin, -self.margin or None))
+        return degraded(target, self.degrade, rng)[inside].contiguous(), target[inside].contiguous()
+
+
+def degraded(target: Tensor, degrade: Degrade, rng: np.random.Generator) -> Tensor:
+    """A clean picture (3, H, W) uint8, degraded: (3, H, W) float32 in [0, 1]."""
+    return to_tensor(degrade(unit_range(target).permute(1, 2, 0).numpy(), rng))
+
+
+class Centres(Dataset):
+    """The centres of pictures for validation: ``dataset[index]`` is ``(input, target)``, (C, H, W) uint8.
+
+    Of a pair it shows both pictures; of a single picture the same one twice, or first degraded, in a way of its own:
+    float32 then.
+
+    Args:
+        items: pairs, their folder or packed file, or pictures.
+        patch: side of the crops in pixels, 0 for whole pictures; smaller where a picture is. They are cut to multiples
+            of ``multiple``.
+        degrade: one of `dgunet.synthesis`, for pictures.
+        seed: of the degradations.
+        luma: whether to take the luminance of pictures, (1, H, W).
+        area: where given, an item is as many crops side by side as fit into a centre of this side, (N, C, H, W), which
+            the network restores one by one.
+
+    Raises:
+        UserError: a picture that is too small, ...
+    """
+
+    def __init__(
+        self, items: str | Path | list[Item], patch: int, *, degrade: Degrade | None = None, seed: int = 1234,
+        luma: bool = False, multiple: int = 8, area: int = 0,
+    ):  # fmt: skip
+        if area and patch % multiple:
+            raise UserError(f"TRAINING.VAL_PS must be a multiple of {multiple} pixels, got {patch}")
+        self.items = items if isinstance(items, list) else find_pairs(items)
+        self.patch, self.degrade, self.seed = patch, degrade, seed
+        self.luma, self.multiple, self.area = luma, multiple, area
+        self.sizes = set()
+        for item in self.items:
+            source = item.input if isinstance(item, Pair) else item
+            rows, columns, *size = self.grid(image_size(source, grey=luma), source)
+            self.sizes.add((rows * columns, *size) if area else tuple(size))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def grid(self, size: tuple[int, int], source: Path | Packed) -> tuple[int, int, int, int]:
+        """How many rows and columns of crops there are in a picture of this size, and their height and width."""
+        height, width = (min(side, self.patch or side) // self.multiple * self.multiple for side in size)
+        if not height or not width:
+            least = f"{self.multiple}x{self.multiple}"
+            raise UserError(f"{source} is smaller than {least} pixels, too small to validate with; remove it")
+        rows, columns = (max(self.area // side, 1) for side in (height, width))
+        return min(rows, size[0] // height), min(columns, size[1] // width), height, width
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        item = self.items[index]
+        if isinstance(item, Pair):
+            return self.centre(item.input), self.centre(item.target)
+        target = self.centre(item)
+        if self.degrade is None:
+            return target, target
+        return degraded(target, self.degrade, np.random.default_rng([self.seed, index])), target
+
+    def centre(self, source: Path | Packed) -> Tensor:
+        picture = (open_luma if self.luma else open_image)(source)
+        rows, columns, height, width = self.grid(picture.shape[:2], source)
+        top, left = (picture.shape[0] - rows * height) // 2, (picture.shape[1] - columns * width) // 2
+        x = to_tensor(picture[top : top + rows * height, left : left + columns * width])
+        if not self.area:
+            return x
+        return x.view(-1, rows, height, columns, width).permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous()
+
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, index) keys: this process's share of every global batch of an epoch.
+
+    The order is a permutation drawn from (seed, epoch). Nothing is left out: what the last batch lacks is taken from
+    the beginning of the order, as an index beyond the data set's length, which makes other random crops of it.
+    Set ``epoch`` and ``start`` (batches already done) before iterating.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int, rank: int = 0, world: int = 1):
+        self.size, self.batch, self.seed = size, batch, seed
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 1, 0
+
+    @property
+    def steps(self) -> int:
+        """Batches in a whole epoch."""
+        return max(-(-self.size // self.batch), 1)
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        rounds, places = np.divmod(np.arange(self.steps * self.batch), self.size)
+        order = order[places] + self.size * rounds
+        share = self.batch // self.world
+        for step in range(self.start, self.steps):
+            first = step * self.batch + self.rank * share
+            yield [(self.epoch, int(index)) for index in order[first : first + share]]
