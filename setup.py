@@ -1,17 +1,20 @@
+import re
 from pathlib import Path
 
 from setuptools import setup
 
+ROOT = Path(__file__).parent
+
 setup(
     name="dgunet",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "dgunet" / "__init__.py").read_text(encoding="utf-8"))[1],
     description="Deep Generalized Unfolding Networks for Image Restoration (CVPR 2022), reimplemented",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     packages=["dgunet"],
     python_requires=">=3.10",
-    # What building, loading and running a network needs, and nothing else.
+    # What the modules of dgunet import themselves; what only some functions need they take from errors.optional.
     install_requires=["torch>=2.6", "numpy>=1.24", "natsort>=8", "psutil>=5.9", "PyYAML>=6", "yacs>=0.1.8"],
     extras_require={
         # the training and test commands of the task folders

@@ -32,7 +32,7 @@ from torch import Tensor
 from dgunet.degradations import BlockSampling
 from dgunet.errors import UserError, shorten
 from dgunet.model import VARIANTS, DGUNet
-from dgunet.original import STAGES, convert_original, is_original
+from dgunet.original_checkpoints import STAGES, convert_original, is_original
 
 
 def save_checkpoint(content: dict, path: str | Path):

@@ -18,7 +18,8 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from dgunet.errors import UserError
-from dgunet.model import ARGUMENT_RANGES, DGUNet
+from dgunet.model import ARGUMENTS, DGUNet
+from dgunet.proximal import MULTIPLE
 
 _C = CN()
 _C.SEED = 1234  # of everything random
@@ -102,14 +103,12 @@ _C.SPEED.CHECKPOINTING = False  # recompute each stage in the backward pass: muc
 # What `load_config` accepts: (lowest, highest), both included, of a list for each of its numbers; or [the choices].
 _EPOCHS = 10**6
 _RANGES = {
-    **{f"MODEL.OVERRIDES.{name}": allowed for name, allowed in ARGUMENT_RANGES.items() if name != "channels"},
+    **{f"MODEL.OVERRIDES.{name}": allowed for name, allowed in ARGUMENTS.items() if name != "channels"},
     "SEED": (0, 2**32 - 1),
     "DEVICE": ["auto", "cuda", "cpu"],
     "GPU": (0, 1023),
     "PROCESSES": (0, 256),
     "MODEL.OVERRIDES.rho": (0, 10),
-    "MODEL.OVERRIDES.fusion": ["subspace", "concat"],
-    "MODEL.OVERRIDES.final_fusion": ["concat", "subspace"],
     "MODEL.RATIO": (0.001, 1),
     "OPTIM.BATCH_SIZE": (1, 2**16),
     "OPTIM.NUM_EPOCHS": (1, _EPOCHS),
@@ -129,7 +128,7 @@ _RANGES = {
     "LOSS.EDGE": (0, 10**6),
     "LOSS.MSE": (0, 10**6),
     "TRAINING.VAL_HOLD_BACK": (0, 10**6),
-    "TRAINING.TRAIN_PS": (8, 4096),
+    "TRAINING.TRAIN_PS": (MULTIPLE, 4096),
     "TRAINING.VAL_PS": (0, 2**16),
     "TRAINING.REPEAT": (1, 10**4),
     "TRAINING.VAL_AFTER_EVERY": (1, _EPOCHS),
@@ -269,7 +268,7 @@ def _flatten(node: dict, declared: dict | None = None, prefix: str = ""):
 _ARGUMENTS = {
     name: parameter.default
     for name, parameter in inspect.signature(DGUNet).parameters.items()
-    if name not in ("channels", "degradation", "checkpointing")
+    if f"MODEL.OVERRIDES.{name}" in _RANGES
 }
 
 
@@ -365,8 +364,8 @@ def _check_range(key: str, value, source: str):
                 raise UserError(f"{source}: {key} must be from {lowest} to {highest}, got {_short(number)}")
     if key == "GPU" and len(set(value)) < len(value):
         raise UserError(f"{source}: GPU lists one twice, got {_short(value)}; each is used by one process")
-    if key == "TRAINING.VAL_PS" and 0 < value < 8:
-        raise UserError(f"{source}: {key} must be 0 (whole pictures) or at least 8, got {value}")
+    if key == "TRAINING.VAL_PS" and 0 < value < MULTIPLE:
+        raise UserError(f"{source}: {key} must be 0 (whole pictures) or at least {MULTIPLE}, got {value}")
     if isinstance(value, str):
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
             raise UserError(f"{source}: {key} must be text without control characters, in UTF-8, got {_short(value)}")

@@ -36,11 +36,15 @@ class UserError(ValueError):
     """A mistake of the user's: its message is one line saying what is wrong and what to do."""
 
     def __init__(self, message: str):
-        # A loading process hands its error on with the whole traceback as the message.
-        if "\nOriginal Traceback" in message:
-            message = message.strip().splitlines()[-1].split(f"{__name__}.UserError: ")[-1]
         # Names from files may hold anything; a line that can be printed everywhere does not.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in _own_words(message)))
+
+
+def _own_words(message: str) -> str:
+    """What an error says; a loading process hands its own on with the traceback, which ends with that, before it."""
+    if "\nOriginal Traceback" not in message:
+        return message
+    return re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
 
 
 def shorten(names: list[str], most: int = 6) -> str:
@@ -70,9 +74,9 @@ def explain(error: BaseException) -> str | None:
     Told are full disks, files that may not be written, missing packages, too little memory, ended loading processes;
     also those that a loading process met, which arrive with its traceback as their message.
     """
-    text = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+    text = _own_words(str(error))
     if isinstance(error, UserError):
-        return str(error)
+        return text
     if isinstance(error, ModuleNotFoundError):
         missing = error.name or (re.findall(r"No module named '([\w.]+)'", text) or [""])[0]
         extra = EXTRAS.get(missing.split(".")[0])

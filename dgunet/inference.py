@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dgunet.errors import UserError
-from dgunet.transforms import dihedral, pad_to, undo_dihedral
+from dgunet.proximal import MULTIPLE
+from dgunet.transforms import dihedral, pad_to_multiple, undo_dihedral
 
 # Peak memory of a forward pass, in floats per pixel and unit of width (measured, see estimate_memory).
 _FLOATS_PER_PIXEL_AND_WIDTH = 16
@@ -147,9 +148,9 @@ def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int | None, bf16
     height, width = x.shape[2:]
     if tile is None or (height <= tile and width <= tile):
         return _restore_whole(model, x, bf16)
-    # On multiples of 8 a tile's scales lie on the same grid as the whole picture's.
-    tile, overlap = tile // 8 * 8, -(-overlap // 8) * 8
-    overlap = min(overlap, tile - 8)
+    # On these multiples a tile's scales lie on the same grid as the whole picture's.
+    tile, overlap = tile // MULTIPLE * MULTIPLE, -(-overlap // MULTIPLE) * MULTIPLE
+    overlap = min(overlap, tile - MULTIPLE)
     out = torch.zeros_like(x)
     weight = x.new_zeros(1, 1, height, width)
     for top in _tile_starts(height, tile, overlap):
@@ -165,16 +166,16 @@ def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int | None, bf16
 
 def _restore_whole(model, x: Tensor, bf16: bool) -> Tensor:
     height, width = x.shape[2:]
-    padded = pad_to(x, -(-height // 8) * 8, -(-width // 8) * 8)
+    padded = pad_to_multiple(x, MULTIPLE)
     return estimate(model, padded.to(memory_format=torch.channels_last), bf16)[..., :height, :width]
 
 
 def _tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin: multiples of 8, evenly spread, sharing at least ``overlap`` (``tile``, ``overlap`` too)."""
+    """Where tiles begin: evenly spread, sharing at least ``overlap``; all of these are multiples of MULTIPLE."""
     if size <= tile:
         return [0]
     count = -(-(size - overlap) // (tile - overlap))
-    return [math.ceil(i * (size - tile) / (count - 1) / 8) * 8 for i in range(count)]
+    return [math.ceil(i * (size - tile) / (count - 1) / MULTIPLE) * MULTIPLE for i in range(count)]
 
 
 def _ramp(size: int, overlap: int, like: Tensor) -> Tensor:

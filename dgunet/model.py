@@ -21,14 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from dgunet.degradations import BlockSampling
 from dgunet.errors import UserError
 from dgunet.gradient import LearnedDegradation
-from dgunet.proximal import FinalMapping, Memory, ProximalMapping
+from dgunet.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
 
 
 class Stage(nn.Module):
     """One proximal gradient step.
 
     Args:
-        proximal: maps ``(v, memory)`` to ``(x, memory)``.
+        proximal: maps v and the previous stage's features to x and this stage's features.
         degradation: the stage's own learned degradation, or None where the network's known one is to be used.
         rho: initial value of the learned step size.
     """
@@ -43,18 +43,20 @@ class Stage(nn.Module):
         degradation = self.degradation if known_degradation is None else known_degradation
         return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
 
-    def forward(self, x: Tensor, y: Tensor, memory: Memory | None, known_degradation) -> tuple[Tensor, Memory | None]:
+    def forward(
+        self, x: Tensor, y: Tensor, previous: StageFeatures | None, known_degradation
+    ) -> tuple[Tensor, StageFeatures | None]:
         v = self.gradient_step(x, y, known_degradation)
-        return self.proximal(v, memory)
+        return self.proximal(v, previous)
 
 
 class FinalStage(Stage):
     """Stage K: its mapping predicts a residual to y (unknown degradation) or to v_K (known degradation)."""
 
-    def forward(self, x: Tensor, y: Tensor, memory: Memory | None, known_degradation) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, y: Tensor, previous: StageFeatures | None, known_degradation) -> tuple[Tensor, None]:
         v = self.gradient_step(x, y, known_degradation)
         anchor = y if known_degradation is None else v
-        return anchor + self.proximal(v, memory), None
+        return anchor + self.proximal(v, previous), None
 
 
 class DGUNet(nn.Module):
@@ -94,6 +96,7 @@ class DGUNet(nn.Module):
         rho: float = 0.5,
         checkpointing: bool = False,
     ):
+        given = locals()  # the arguments
         super().__init__()
         if degradation is not None:
             absent = [name for name in ("A", "A_adjoint") if not callable(getattr(degradation, name, None))]
@@ -104,10 +107,7 @@ class DGUNet(nn.Module):
                 )
         # What load_model needs to build this network again; a known degradation is recognised by its own weights.
         self.name = None
-        self.arguments = dict(
-            channels=channels, width=width, growth=growth, stages=stages, shared=shared, pathways=pathways,
-            fusion=fusion, final_fusion=final_fusion, final_growth=final_growth,
-        )  # fmt: skip
+        self.arguments = {name: given[name] for name in ARGUMENTS}
         _check_arguments(self.arguments)
         if not (type(rho) in (int, float) and math.isfinite(rho)):
             raise ValueError(f"rho must be a number, got {rho!r:.60}")
@@ -115,7 +115,7 @@ class DGUNet(nn.Module):
         self.degradation = degradation
 
         def stage(informed: bool) -> Stage:
-            proximal = ProximalMapping(channels, width, growth, fusion, informed, hands_on=pathways)
+            proximal = ProximalMapping(channels, width, growth, fusion, informed, informs=pathways)
             return Stage(proximal, learned_degradation(), rho)
 
         def learned_degradation() -> LearnedDegradation | None:
@@ -132,7 +132,7 @@ class DGUNet(nn.Module):
     def default_arguments(cls) -> dict:
         """The constructor's defaults that make up ``arguments``."""
         parameters = inspect.signature(cls).parameters
-        return {key: p.default for key, p in parameters.items() if key not in ("degradation", "rho", "checkpointing")}
+        return {name: parameters[name].default for name in ARGUMENTS}
 
     def unrolled(self):
         """Yields the K stages in order; a shared middle stage is stored once and visited K-2 times."""
@@ -169,13 +169,13 @@ class DGUNet(nn.Module):
             torch.compiler.cudagraph_mark_step_begin()
         x = y if self.degradation is None else self.degradation.A_adjoint(y)
         self._check(x)
-        memory = None
+        features = None
         estimates = []
         for stage in self.unrolled():
             if self.checkpointing and torch.is_grad_enabled():
-                x, memory = checkpoint(stage, x, y, memory, self.degradation, use_reentrant=False)
+                x, features = checkpoint(stage, x, y, features, self.degradation, use_reentrant=False)
             else:
-                x, memory = stage(x, y, memory, self.degradation)
+                x, features = stage(x, y, features, self.degradation)
             estimates.append(x)
         return estimates[::-1]
 
@@ -183,30 +183,32 @@ class DGUNet(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"this DGUNet takes (B, {self.channels}, H, W) images, got shape {tuple(x.shape)}")
         height, width = x.shape[2:]
-        if height % 8 or width % 8:
+        if height % MULTIPLE or width % MULTIPLE:
             raise ValueError(
-                f"DGUNet needs height and width that are multiples of 8, got {height}x{width}; "
+                f"DGUNet needs height and width that are multiples of {MULTIPLE}, got {height}x{width}; "
                 "dgunet.restore(model, image) pads and crops for you"
             )
 
 
-# The smallest and the largest of each: beyond what anyone uses, and small enough to be built or refused at once.
-ARGUMENT_RANGES = dict(channels=(1, 1024), width=(4, 1024), growth=(0, 1024), stages=(1, 100), final_growth=(0, 1024))
+# The arguments by which a network is built again, and what each may be: one of a list, or from the smallest to the
+# largest, which are beyond what anyone uses, and small enough to be built or refused at once.
+ARGUMENTS = dict(
+    channels=(1, 1024), width=(4, 1024), growth=(0, 1024), stages=(1, 100), shared=[True, False],
+    pathways=[True, False], fusion=["subspace", "concat"], final_fusion=["subspace", "concat"], final_growth=(0, 1024),
+)  # fmt: skip
 
 
 def _check_arguments(arguments: dict):
     for name, value in arguments.items():
-        got = f"got {value!r:.60}"
-        if name in ARGUMENT_RANGES:
-            least, most = ARGUMENT_RANGES[name]
+        allowed, got = ARGUMENTS[name], f"got {value!r:.60}"
+        if isinstance(allowed, tuple):
+            least, most = allowed
             if type(value) is not int or not least <= value <= most:
                 raise ValueError(f"{name} must be at least {least} and at most {most}, a whole number; {got}")
             if name in ("width", "growth") and value % 2:
                 raise ValueError(f"{name} must be even, {got}")
-        else:
-            choices = (True, False) if name in ("shared", "pathways") else ("subspace", "concat")
-            if type(value) is not type(choices[0]) or value not in choices:
-                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, {got}")
+        elif type(value) is not type(allowed[0]) or value not in allowed:
+            raise ValueError(f"{name} must be {allowed[0]!r} or {allowed[1]!r}, {got}")
 
 
 class Measured(nn.Module):

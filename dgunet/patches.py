@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dgunet.data import Packed, Pair, find_pairs, image_size, open_image, open_luma, to_tensor
 from dgunet.errors import UserError, optional
+from dgunet.proximal import MULTIPLE
 from dgunet.synthesis import Degrade
 from dgunet.transforms import dihedral, pad_to, unit_range
 
@@ -70,7 +71,7 @@ class RandomPatches(Dataset):
         seed: of all randomness.
     """
 
-    multiple = 8
+    multiple = MULTIPLE
     epoch = 1  # of plain indices
 
     def __init__(self, items: list[Item], patch: int, repeat: int = 1, flip: bool = True, seed: int = 1234):
@@ -242,7 +243,7 @@ class Centres(Dataset):
 
     def __init__(
         self, items: str | Path | list[Item], patch: int, *, degrade: Degrade | None = None, seed: int = 1234,
-        luma: bool = False, multiple: int = 8, area: int = 0,
+        luma: bool = False, multiple: int = MULTIPLE, area: int = 0,
     ):  # fmt: skip
         if area and patch % multiple:
             raise UserError(f"TRAINING.VAL_PS must be a multiple of {multiple} pixels, got {patch}")

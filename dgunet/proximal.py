@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from dgunet.layers import ConvBlock, ShallowFeatures, conv3x3
 from dgunet.pathways import ISFF, ConcatFusion, SubspaceFusion
 
+LEVELS = 4  # of the U-Net, at the scales 1, 1/2, 1/4, 1/8
+MULTIPLE = 2 ** (LEVELS - 1)  # the sides of an image are multiples of it
 
-class Memory(NamedTuple):
+
+class StageFeatures(NamedTuple):
     """What a stage hands to the next: its features at full resolution and at every scale, finest first."""
 
     features: Tensor  # (B, width, H, W)
@@ -28,12 +31,12 @@ class Encoder(nn.Module):
         self.isff = nn.ModuleList(ISFF(wide, narrow, adaptive) for narrow, wide in pairs) if informed else None
         self.bottom = ConvBlock(widths[-1], widths[-1], norm=True)
 
-    def forward(self, x: Tensor, memory: Memory | None) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, previous: StageFeatures | None) -> tuple[Tensor, list[Tensor]]:
         encoded = []
         for i, (block, downsample) in enumerate(zip(self.blocks, self.downsamples, strict=True)):
             x = block(x)
             if self.isff is not None:
-                x = self.isff[i](x, memory.encoded[i], memory.decoded[i])
+                x = self.isff[i](x, previous.encoded[i], previous.decoded[i])
             encoded.append(x)
             x = downsample(x)
         return self.bottom(x), encoded
@@ -68,44 +71,45 @@ class ProximalMapping(nn.Module):
             ``f + conv(f)`` handed on. ``"concat"`` (the original's compressive sensing): fusion of the concatenation,
             additive ISFF, and features ``f + conv(f) * sigmoid(conv(x))``, attended by the stage's own estimate.
         informed: whether this stage receives the features of the one before.
-        hands_on: whether the next stage wants this one's features.
+        informs: whether the next stage receives this one's.
     """
 
-    def __init__(self, channels: int, width: int, growth: int, fusion: str, informed: bool, hands_on: bool):
+    def __init__(self, channels: int, width: int, growth: int, fusion: str, informed: bool, informs: bool):
         super().__init__()
-        widths = [width + i * growth for i in range(4)]
+        widths = [width + i * growth for i in range(LEVELS)]
         self.shallow = ShallowFeatures(channels, width)
         self.fusion = make_fusion(fusion, width, width) if informed else None
         self.encoder = Encoder(widths, informed, adaptive=fusion == "subspace")
         self.decoder = Decoder(widths)
         # The supervised head: 1x1 convolutions to the estimate and to the features for the next stage.
         self.image_conv = nn.Conv2d(width, channels, 1, bias=False)
-        self.features_conv = nn.Conv2d(width, width, 1, bias=False) if hands_on else None
-        attended = hands_on and fusion == "concat"
-        self.attention_conv = nn.Conv2d(channels, width, 1, bias=False) if attended else None
+        self.features_conv = nn.Conv2d(width, width, 1, bias=False) if informs else None
+        attends = informs and fusion == "concat"
+        self.attention_conv = nn.Conv2d(channels, width, 1, bias=False) if attends else None
 
-    def forward(self, v: Tensor, memory: Memory | None) -> tuple[Tensor, Memory | None]:
+    def forward(self, v: Tensor, previous: StageFeatures | None) -> tuple[Tensor, StageFeatures | None]:
         features = self.shallow(v)
         if self.fusion is not None:
-            features = self.fusion(features, memory.features)
-        deepest, encoded = self.encoder(features, memory)
+            features = self.fusion(features, previous.features)
+        deepest, encoded = self.encoder(features, previous)
         decoded = self.decoder(deepest, encoded)
         features = decoded[0]
         x = v + self.image_conv(features)
         if self.features_conv is None:
             return x, None
-        attended = self.features_conv(features)
+        change = self.features_conv(features)
         if self.attention_conv is None:
-            return x, Memory(attended.add_(features), encoded, decoded)
-        scale = self.attention_conv(x).sigmoid_()
-        return x, Memory(torch.addcmul(features, attended, scale), encoded, decoded)
+            features = change.add_(features)
+        else:
+            features = torch.addcmul(features, change, self.attention_conv(x).sigmoid_())
+        return x, StageFeatures(features, encoded, decoded)
 
 
 class FinalMapping(nn.Module):
     """The last stage's lighter mapping: shallow features, fusion, one conv3x3 (no bias) to the image residual.
 
     ``fusion`` is ``"concat"`` (to ``out_width`` channels), ``"subspace"`` (stays at ``width``), or None without
-    memory.
+    features of the previous stage.
     """
 
     def __init__(self, channels: int, width: int, fusion: str | None, out_width: int):
@@ -114,10 +118,10 @@ class FinalMapping(nn.Module):
         self.fusion = make_fusion(fusion, width, out_width) if fusion is not None else None
         self.image_conv = conv3x3(out_width if fusion == "concat" else width, channels, bias=False)
 
-    def forward(self, v: Tensor, memory: Memory | None) -> Tensor:
+    def forward(self, v: Tensor, previous: StageFeatures | None) -> Tensor:
         features = self.shallow(v)
         if self.fusion is not None:
-            features = self.fusion(features, memory.features)
+            features = self.fusion(features, previous.features)
         return self.image_conv(features)
 
 

@@ -31,6 +31,12 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """`pad_to` the next height and width that are multiples of a number."""
+    height, width = (-(-side // multiple) * multiple for side in x.shape[2:])
+    return pad_to(x, height, width)
+
+
 def pad_to_blocks(x: Tensor, block: int) -> Tensor:
     """Extend (B, C, H, W) at the right and bottom by zeros, to the next multiples of ``block``."""
     return F.pad(x, (0, -x.shape[3] % block, 0, -x.shape[2] % block))

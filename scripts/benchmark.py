@@ -48,9 +48,11 @@ from dgunet.engine import Trainer, autocast_dtype, keep_freed_memory  # noqa: E4
 from dgunet.errors import UserError, run_cli  # noqa: E402
 from dgunet.evaluation import pick_device  # noqa: E402
 from dgunet.inference import use_huge_pages  # noqa: E402
-from dgunet.layers import ChannelAttentionBlock, ConvBlock, HalfInstanceNorm  # noqa: E402
+from dgunet.instance_norm import HalfInstanceNorm  # noqa: E402
+from dgunet.layers import ChannelAttentionBlock, ConvBlock  # noqa: E402
 from dgunet.model import Measured, create_model, list_models  # noqa: E402
 from dgunet.pathways import ISFF, SubspaceFusion, project  # noqa: E402
+from dgunet.proximal import MULTIPLE  # noqa: E402
 
 SECTIONS = ("forward", "train", "data", "evaluate", "startup")  # and "probe", which has to be asked for
 
@@ -636,8 +638,8 @@ def finish(title: str, cases: list[Case], rows: list[dict]) -> list[dict]:
 
 def size(text: str) -> tuple[int, int]:
     width, height = map(int, text.lower().split("x"))
-    if min(width, height) < 8 or width % 8 or height % 8:
-        raise argparse.ArgumentTypeError(f"sides are multiples of 8, got {text}")
+    if min(width, height) < MULTIPLE or width % MULTIPLE or height % MULTIPLE:
+        raise argparse.ArgumentTypeError(f"sides are multiples of {MULTIPLE}, got {text}")
     return width, height
 
 
@@ -651,7 +653,7 @@ def main():
     add("--variants", nargs="+", default=["deraining_dgunet"], help=f"of {', '.join(list_models())}")
     add("--sizes", nargs="+", type=size, default=[(256, 256), (1280, 720)], help="forward: WIDTHxHEIGHT")
     add("--batch", type=at_least(1), default=2, help="training: pictures in a step (default: 2; the paper's is 16)")
-    add("--crop", type=at_least(8), default=128, help="training: side of the crops (default: 128; the paper's is 256)")
+    add("--crop", type=at_least(MULTIPLE), default=128, help="training: side of crops (default: 128; the paper's: 256)")
     add("--compile", action="store_true", help="also torch.compile")
     add("--pictures", help="data: folder of 1280x720 pairs (default: enlarged photographs of scikit-image)")
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, ...")

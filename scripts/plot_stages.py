@@ -22,7 +22,8 @@ from dgunet import load_model
 from dgunet.data import find_pairs, list_images, read_image, read_luma, to_tensor
 from dgunet.errors import UserError, run_cli
 from dgunet.metrics import psnr_batch
-from dgunet.transforms import pad_to, pad_to_blocks, to_uint8, unit_range
+from dgunet.proximal import MULTIPLE
+from dgunet.transforms import pad_to_blocks, pad_to_multiple, to_uint8, unit_range
 
 
 def main():
@@ -61,7 +62,7 @@ def image_stages(model, folder: str, name: str) -> tuple[np.ndarray, np.ndarray,
     pair = choose({pair.name: pair for pair in find_pairs(folder)}, name, folder)
     degraded, target = read_image(pair.input), read_image(pair.target)
     height, width = target.shape[:2]
-    y = pad_to(unit_range(to_tensor(degraded)[None]), -(-height // 8) * 8, -(-width // 8) * 8)
+    y = pad_to_multiple(unit_range(to_tensor(degraded)[None]), MULTIPLE)
     with torch.inference_mode():
         estimates = model(y)[::-1]
     return degraded, target, [to_uint8(x[0, :, :height, :width].permute(1, 2, 0).numpy()) for x in estimates]

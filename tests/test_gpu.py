@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from test_engine import TRAIN, assert_same_weights, batch, history, make_trainer, options, train
-from test_model import random_maps, split_and_concatenated
+from test_model import assert_fusion_survives, random_maps, split_and_concatenated
 from test_parity import OURS, SPECS, write_original
 
 from dgunet import load_model, restore
-from dgunet.layers import HalfInstanceNorm
-from dgunet.pathways import SubspaceFusion, project
+from dgunet.instance_norm import HalfInstanceNorm
+from dgunet.pathways import project
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 CASES = Path(__file__).parent / "parity" / "cases"
@@ -47,21 +47,7 @@ def test_every_stage_matches_in_float32(variant, tmp_path):
 @pytest.mark.parametrize("kind", ["constant", "coinciding", "zero"])
 @pytest.mark.parametrize("bf16", [True, False])
 def test_fusion_survives_degenerate_maps(kind, bf16):
-    torch.manual_seed(0)
-    fusion = SubspaceFusion(32).to(DEVICE)
-    with torch.no_grad():
-        if kind == "coinciding":
-            fusion.basis_conv.weight[:] = fusion.basis_conv.weight[:1].clone()
-            fusion.basis_conv.bias[:] = 0.1
-        else:
-            fusion.basis_conv.weight.zero_()
-            fusion.basis_conv.bias.fill_(0.5 if kind == "constant" else 0)
-    x, bridge = (torch.randn(2, 32, 64, 64, device=DEVICE, requires_grad=True) for _ in range(2))
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
-        out = fusion(x, bridge)
-    out.float().square().mean().backward()
-    for tensor in (out, x.grad, bridge.grad, *(p.grad for p in fusion.parameters())):
-        assert torch.isfinite(tensor).all()
+    assert_fusion_survives(kind, bf16, DEVICE)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from dgunet import DGUNet, UserError, create_model, list_models
 from dgunet.degradations import BlockSampling, sampling_operator, start_matrix
-from dgunet.layers import ChannelAttention, HalfInstanceNorm
-from dgunet.original import is_unused
+from dgunet.instance_norm import HalfInstanceNorm
+from dgunet.layers import ChannelAttention
+from dgunet.original_checkpoints import is_unused
 from dgunet.pathways import SubspaceFusion, project
 
 SPECS = json.loads((Path(__file__).parent / "parity" / "specs.json").read_text())
@@ -563,8 +564,12 @@ def least_squares_of_any_rank(basis: torch.Tensor, features: torch.Tensor) -> to
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", ["constant", "coinciding", "zero"])
 def test_fusion_survives_degenerate_maps(kind, bf16):
+    assert_fusion_survives(kind, bf16, "cpu")
+
+
+def assert_fusion_survives(kind: str, bf16: bool, device: str):
     torch.manual_seed(0)
-    fusion = SubspaceFusion(8)
+    fusion = SubspaceFusion(32).to(device)
     with torch.no_grad():
         if kind == "coinciding":
             fusion.basis_conv.weight[:] = fusion.basis_conv.weight[:1].clone()
@@ -572,8 +577,8 @@ def test_fusion_survives_degenerate_maps(kind, bf16):
         else:
             fusion.basis_conv.weight.zero_()
             fusion.basis_conv.bias.fill_(0.5 if kind == "constant" else 0)
-    x, bridge = (torch.randn(2, 8, 16, 16, requires_grad=True) for _ in range(2))
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    x, bridge = (torch.randn(2, 32, 64, 64, device=device, requires_grad=True) for _ in range(2))
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
         out = fusion(x, bridge)
     out.float().square().mean().backward()
     for tensor in (out, x.grad, bridge.grad, *(p.grad for p in fusion.parameters())):

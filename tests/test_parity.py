@@ -20,7 +20,7 @@ from parity.weights import fill, image  # noqa: E402
 from dgunet import UserError, create_model, load_model  # noqa: E402
 from dgunet.losses import EdgeLoss, charbonnier  # noqa: E402
 from dgunet.metrics import psnr_batch  # noqa: E402
-from dgunet.original import convert_original, is_unused, our_name  # noqa: E402
+from dgunet.original_checkpoints import convert_original, is_unused, our_name  # noqa: E402
 
 SPECS = json.loads((HERE / "parity" / "specs.json").read_text())
 LOSSES = json.loads((HERE / "parity" / "losses.json").read_text())
