@@ -1,4 +1,7 @@
-"""Training losses, as in the original's code. All take (B, C, H, W) images in [0, 1]."""
+"""Training losses, as in the original's code. All take two (B, C, H, W) images in [0, 1] and return a scalar.
+
+A loss of your own is a module here, its line in `LOSSES`, and its weight, 0 by default, in `config.py`.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -7,17 +10,14 @@ from torch.nn import functional as F
 from dgunet.errors import UserError
 
 
-def charbonnier(restored: Tensor, target: Tensor) -> Tensor:
-    """``mean sqrt(d^2 + 1e-6)`` with d = restored - target: a smooth L1. Returns a scalar."""
-    return torch.sqrt((restored - target) ** 2 + 1e-6).mean()
+class Charbonnier(nn.Module):
+    """``mean sqrt(d^2 + 1e-6)`` with d = restored - target: a smooth L1."""
+
+    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
+        return torch.sqrt((restored - target) ** 2 + 1e-6).mean()
 
 
-def mse(restored: Tensor, target: Tensor) -> Tensor:
-    """``mean d^2``. Returns a scalar."""
-    return F.mse_loss(restored, target)
-
-
-class EdgeLoss(nn.Module):
+class Edge(nn.Module):
     """Charbonnier of the Laplacian residue ``x - G(up(down(G x)))``.
 
     G is the 5-tap Gaussian [.05 .25 .4 .25 .05] (outer product) with replicated borders; down keeps every second
@@ -45,11 +45,14 @@ class EdgeLoss(nn.Module):
         return torch.sqrt(self.laplacian(restored - target) ** 2 + 1e-6).mean()
 
 
+LOSSES = {"charbonnier": Charbonnier, "edge": Edge, "mse": nn.MSELoss}
+
+
 class StageLoss(nn.Module):
     """A weighted sum of losses, summed over the estimates of all K stages, in float32.
 
     Args:
-        weights: e.g. ``{"charbonnier": 1.0, "edge": 0.05}``; the names are charbonnier, edge and mse.
+        weights: e.g. ``{"charbonnier": 1.0, "edge": 0.05}``; the names are those of `LOSSES`.
         clamp: clamp the estimates to [0, 1] first (denoising and compressive sensing in the original).
 
     Raises:
@@ -58,14 +61,13 @@ class StageLoss(nn.Module):
 
     def __init__(self, weights: dict[str, float], clamp: bool = False):
         super().__init__()
-        known = {"charbonnier": charbonnier, "edge": EdgeLoss(), "mse": mse}
         for name in weights:
-            if name not in known:
-                raise UserError(f"unknown loss {name!r}; known are {', '.join(known)}")
-        self.terms = [(weight, known[name]) for name, weight in weights.items() if weight > 0]
+            if name not in LOSSES:
+                raise UserError(f"unknown loss {name!r}; known are {', '.join(LOSSES)}")
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.terms = nn.ModuleDict({name: LOSSES[name]() for name in self.weights})
         if not self.terms:
-            raise UserError("no loss has a weight above 0; set LOSS.CHARBONNIER, LOSS.EDGE or LOSS.MSE")
-        self.edge = known["edge"]  # registered, so that its kernel moves with .to(device)
+            raise UserError(f"no loss has a weight above 0; set {', '.join(f'LOSS.{name.upper()}' for name in LOSSES)}")
         self.clamp = clamp
 
     def forward(self, estimates: list[Tensor], target: Tensor) -> Tensor:
@@ -75,6 +77,6 @@ class StageLoss(nn.Module):
             estimate = estimate.float()
             if self.clamp:
                 estimate = estimate.clamp(0, 1)
-            for weight, term in self.terms:
-                total = total + weight * term(estimate, target)
+            for name, term in self.terms.items():
+                total = total + self.weights[name] * term(estimate, target)
         return total

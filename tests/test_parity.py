@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # also where this file is run by i
 from parity.weights import fill, image  # noqa: E402
 
 from dgunet import UserError, create_model, load_model  # noqa: E402
-from dgunet.losses import EdgeLoss, charbonnier  # noqa: E402
+from dgunet.losses import Charbonnier, Edge  # noqa: E402
 from dgunet.metrics import psnr_batch  # noqa: E402
 from dgunet.original_checkpoints import convert_original, is_unused, our_name  # noqa: E402
 
@@ -162,7 +162,7 @@ def test_unused_names_may_be_absent(tmp_path):
 def test_losses_match(case):
     restored = image(case["shape"], case["restored_seed"]).double().requires_grad_()
     target = image(case["shape"], case["target_seed"]).double()
-    charbonnier_loss, edge_loss = charbonnier(restored, target), EdgeLoss()(restored, target)
+    charbonnier_loss, edge_loss = Charbonnier()(restored, target), Edge()(restored, target)
     total = charbonnier_loss + 0.05 * edge_loss
     total.backward()
     assert charbonnier_loss.item() == pytest.approx(case["charbonnier"], abs=1e-9)
