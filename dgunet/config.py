@@ -103,7 +103,7 @@ _C.SPEED.CHECKPOINTING = False  # recompute each stage in the backward pass: muc
 # What `load_config` accepts: (lowest, highest), both included, of a list for each of its numbers; or [the choices].
 _EPOCHS = 10**6
 _RANGES = {
-    **{f"MODEL.OVERRIDES.{name}": allowed for name, allowed in ARGUMENTS.items() if name != "channels"},
+    **{f"MODEL.OVERRIDES.{k}": v for k, v in ARGUMENTS.items() if k != "channels" and v != [True, False]},
     "SEED": (0, 2**32 - 1),
     "DEVICE": ["auto", "cuda", "cpu"],
     "GPU": (0, 1023),
@@ -266,7 +266,7 @@ def _flatten(node: dict, declared: dict | None = None, prefix: str = ""):
 _ARGUMENTS = {
     name: parameter.default
     for name, parameter in inspect.signature(DGUNet).parameters.items()
-    if f"MODEL.OVERRIDES.{name}" in _RANGES
+    if name not in ("channels", "degradation", "checkpointing")
 }
 
 

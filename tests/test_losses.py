@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dgunet import UserError
+from dgunet.config import load_config
 from dgunet.losses import LOSSES, StageLoss
 
 
@@ -34,6 +35,10 @@ def test_sum_over_losses_and_stages(monkeypatch):
     expected = sum(0.5 * (x - target).square().mean() + 0.5 * (x - target).abs().mean() for x in estimates)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     assert StageLoss({"mse": 1.0}, clamp=True)([estimates[0]], estimates[0].clamp(0, 1)).item() == 0
+
+
+def test_every_loss_has_a_weight_in_the_config():
+    assert load_config().LOSS.keys() >= {name.upper() for name in LOSSES}
 
 
 def test_impossible_losses_are_told():
