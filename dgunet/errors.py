@@ -74,9 +74,9 @@ def explain(error: BaseException) -> str | None:
     Told are full disks, files that may not be written, missing packages, too little memory, ended loading processes;
     also those that a loading process met, which arrive with its traceback as their message.
     """
-    text = _own_words(str(error))
+    text = _own_words(str(error)).strip()
     if isinstance(error, UserError):
-        return text
+        return str(error)
     if isinstance(error, ModuleNotFoundError):
         missing = error.name or (re.findall(r"No module named '([\w.]+)'", text) or [""])[0]
         extra = EXTRAS.get(missing.split(".")[0])

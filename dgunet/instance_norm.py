@@ -1,8 +1,11 @@
 """Half instance norm (HINet): instance norm of the first half of the channels, the rest as they are.
 
-Two lines say it, ``first, rest = x.chunk(2, dim=1)`` and ``torch.cat([norm(first), rest], dim=1)``, and autograd does
-the remainder. Training computes the same with a backward pass written by hand, because those two lines read and write
-the maps twice as often, keep copies of them for the backward pass, and lose their memory format. MEASURED
+Two lines say it, ``first, rest = x.chunk(2, dim=1)`` and ``torch.cat([norm(first), rest], dim=1)``. Training replaces
+them by one function with a backward pass of its own, which reads and writes the maps half as often and leaves them in
+their memory format. Of a training step of deraining_dgunet (2 x 128x128) it saves 5 % of the time in bfloat16, 3.03 s
+for 3.21 s, and nothing in float32, 6.0 s both; the backward pass finds 2.5 % more kept for it, 680 MiB for 664 and 1280
+for 1247, whole maps where the two lines keep the half that they normalise. (AMD EPYC, one core, 2026-11-21; the less
+time the convolutions take, the more it saves.)
 """
 
 import torch

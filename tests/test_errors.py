@@ -36,6 +36,10 @@ def disk_error(number: int, name: str | None = "runs/a.png") -> OSError:
         (MemoryError(), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out of memory"),
         (UserError("as it is"), "as it is"),
+        (
+            RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "),
+            "DataLoader worker (pid 3) is killed by signal: Killed, perhaps",
+        ),
     ],
 )
 def test_told(error, message):
@@ -72,6 +76,7 @@ class Failing(torch.utils.data.Dataset):
             "kornia_rs is not installed; pip install",
         ),
         (MemoryError(), "out of memory"),
+        (UserError("a.png: of 16 bits"), "a.png: of 16 bits"),
         (None, "DataLoader worker (pid"),  # ended, as by the system when memory is short
     ],
 )
