@@ -2,9 +2,10 @@
 
 Two lines say it, ``first, rest = x.chunk(2, dim=1)`` and ``torch.cat([norm(first), rest], dim=1)``. Training replaces
 them by one function with a backward pass of its own, which reads and writes the maps half as often and leaves them in
-their memory format. Of a training step of deraining_dgunet (2 x 128x128) it saves 5 % of the time in bfloat16, 3.03 s
-for 3.21 s, and nothing in float32, 6.0 s both; the backward pass finds 2.5 % more kept for it, 680 MiB for 664 and 1280
-for 1247, whole maps where the two lines keep the half that they normalise. (AMD EPYC, one core, 2026-11-21.)
+their memory format. Of the processor time of a training step of deraining_dgunet (2 x 128x128) that saves 5 % in
+bfloat16, 3.03 s for 3.21 s, and costs 4 % in float32, 6.14 s for 5.89 s; kept for the backward pass are 2.5 % more, 680
+MiB for 664 and 1280 for 1247: whole maps, where the two lines keep the half that they normalise. (Medians of three
+turns each, AMD EPYC, one core, 2026-11-21.)
 """
 
 import torch
