@@ -18,8 +18,8 @@ import torch
 from dgunet import load_model
 from dgunet.data import write_image
 from dgunet.errors import UserError, run_cli
-from dgunet.evaluation import pick_device
 from dgunet.files import open_file
+from dgunet.hardware import pick_device
 from dgunet.inference import estimate
 from dgunet.transforms import to_uint8
 

@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from luma import LumaPatches
 
 from dgunet.data import find_images
-from dgunet.engine import train_command
+from dgunet.degradations import BlockSampling, sampling_operator
+from dgunet.engine import crop_options, train_command
 from dgunet.errors import run_cli
 from dgunet.patches import Centres
 
 
 def train_set(cfg, paths) -> LumaPatches:
-    training = cfg.TRAINING
-    return LumaPatches(paths, training.TRAIN_PS, repeat=training.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
+    return LumaPatches(paths, **crop_options(cfg))
 
 
 def val_set(cfg, paths) -> Centres:
@@ -33,5 +33,14 @@ def val_set(cfg, paths) -> Centres:
     return Centres(paths, cfg.TRAINING.VAL_PS, luma=True, multiple=LumaPatches.multiple, area=256)
 
 
+def degradation(cfg, train_set: LumaPatches) -> BlockSampling:
+    start = cfg.MODEL.MATRIX_START
+    if start == "pca" and not len(train_set):
+        start = "orthonormal"  # a dry run before there are pictures to take components of
+    return sampling_operator(cfg.MODEL.RATIO, cfg.MODEL.MATRIX, start, lambda: train_set.blocks())
+
+
+USES = ("MODEL.RATIO", "MODEL.MATRIX")
+
 if __name__ == "__main__":
-    run_cli(lambda: train_command(__doc__, "compressive_sensing/dgunet.yaml", train_set, val_set, find=find_images))
+    run_cli(lambda: train_command("compressive_sensing", __doc__, USES, train_set, val_set, find_images, degradation))

@@ -13,21 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.engine import train_command
+from dgunet.engine import crop_options, train_command
 from dgunet.errors import run_cli
 from dgunet.patches import SaturationPatches
 
 
 def train_set(cfg, pairs) -> SaturationPatches:
-    return SaturationPatches(
-        pairs,
-        cfg.TRAINING.TRAIN_PS,
-        saturation=cfg.AUGMENT.SATURATION,
-        repeat=cfg.TRAINING.REPEAT,
-        flip=cfg.AUGMENT.FLIP,
-        seed=cfg.SEED,
-    )
+    return SaturationPatches(pairs, saturation=cfg.AUGMENT.SATURATION, **crop_options(cfg))
 
+
+USES = ("SYNTHESIS", "AUGMENT.SATURATION", "MODEL.DEGRADATION", "MODEL.KERNEL")
 
 if __name__ == "__main__":
-    run_cli(lambda: train_command(__doc__, "deblurring/dgunet.yaml", train_set))
+    run_cli(lambda: train_command("deblurring", __doc__, USES, train_set))

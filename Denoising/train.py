@@ -13,22 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.engine import train_command
+from dgunet.engine import crop_options, train_command
 from dgunet.errors import run_cli
 from dgunet.patches import MixupPatches
 
 
 def train_set(cfg, pairs) -> MixupPatches:
-    return MixupPatches(
-        pairs,
-        cfg.TRAINING.TRAIN_PS,
-        mixup=cfg.AUGMENT.MIXUP,
-        mixup_from=cfg.AUGMENT.MIXUP_FROM_EPOCH,
-        repeat=cfg.TRAINING.REPEAT,
-        flip=cfg.AUGMENT.FLIP,
-        seed=cfg.SEED,
-    )
+    return MixupPatches(pairs, mixup=cfg.AUGMENT.MIXUP, mixup_from=cfg.AUGMENT.MIXUP_FROM_EPOCH, **crop_options(cfg))
 
+
+USES = ("SYNTHESIS", "AUGMENT.MIXUP")
 
 if __name__ == "__main__":
-    run_cli(lambda: train_command(__doc__, "denoising/dgunet.yaml", train_set))
+    run_cli(lambda: train_command("denoising", __doc__, USES, train_set))

@@ -13,15 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.engine import train_command
+from dgunet.engine import crop_options, train_command
 from dgunet.errors import run_cli
 from dgunet.patches import PairedPatches
 
 
 def train_set(cfg, pairs) -> PairedPatches:
-    training = cfg.TRAINING
-    return PairedPatches(pairs, training.TRAIN_PS, repeat=training.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
+    return PairedPatches(pairs, **crop_options(cfg))
 
+
+USES = ("SYNTHESIS",)
 
 if __name__ == "__main__":
-    run_cli(lambda: train_command(__doc__, "deraining/dgunet.yaml", train_set))
+    run_cli(lambda: train_command("deraining", __doc__, USES, train_set))

@@ -3,7 +3,8 @@
 A checkpoint of ours is a dict with at least
 
     state_dict   the weights to use (the averaged ones where EMA was on)
-    model        {"name": ..., "arguments": {...}}: what `DGUNet` needs to be built again
+    model        {"name": ..., "arguments": {...}}: what `DGUNet` needs to be built again, and of a known degradation
+                 "degradation": {"kind": ..., its settings}, see `degradations.KINDS`; its tensors are weights
 
 may have, where it is shared (scripts/export_weights.py),
 
@@ -29,7 +30,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from dgunet.degradations import BlockSampling
+from dgunet.degradations import Degradation, describe_degradation, rebuild_degradation
 from dgunet.errors import UserError, shorten
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.original_checkpoints import STAGES, convert_original, is_original
@@ -121,14 +122,17 @@ def _check_records(file: BinaryIO):
 
 def describe_model(model: DGUNet) -> dict:
     """The ``model`` entry of a checkpoint: what `load_model` needs to build the network again."""
+    known = describe_degradation(model.degradation)
     description = {"name": model.name, "arguments": dict(model.arguments)}
-    if isinstance(model.degradation, BlockSampling):
-        description["learned_matrix"] = isinstance(model.degradation.matrix, torch.nn.Parameter)
-    return description
+    return description | ({} if known is None else {"degradation": known})
 
 
 def load_model(
-    path: str | Path, task: str | None = None, device="cpu", degradation=None, content: dict | None = None
+    path: str | Path,
+    task: str | None = None,
+    device="cpu",
+    degradation: Degradation | None = None,
+    content: dict | None = None,
 ) -> DGUNet:
     """Build the network that a checkpoint was made by and load its weights.
 
@@ -163,14 +167,13 @@ def load_model(
         except ValueError as error:
             raise UserError(f"{path}: cannot build the network it describes: {error}") from error
     names = [description["name"]] if description.get("name") in VARIANTS else _matching_variants(arguments, degradation)
-    if task is not None and names and not any(name.startswith(task) for name in names):
+    fitting = [name for name in names if task in (None, VARIANTS[name].task)]
+    if names and not fitting:
         raise UserError(
             f"{path} holds a {' or '.join(names)}, not a network for {task.replace('_', ' ')}; "
             f"give weights trained for {task.replace('_', ' ')}"
         )
-    model.name = names[0] if names else None
-    if len(names) > 1 and task is not None:
-        model.name = next(name for name in names if name.startswith(task))
+    model.name = fitting[0] if fitting else None
     load_weights(model, state_dict, path)
     return model.eval().to(device, memory_format=torch.channels_last)  # faster wherever it runs
 
@@ -182,7 +185,10 @@ def _description(content: dict, path) -> dict:
     description = content["model"]
     sound = isinstance(description, dict) and isinstance(description.get("arguments"), dict)
     sound = sound and isinstance(description.get("name"), str | None)
-    sound = sound and isinstance(description.get("learned_matrix", True), bool)
+    sound = sound and isinstance(description.get("learned_matrix", True), bool)  # of files without "degradation"
+    known = description.get("degradation", {"kind": ""}) if sound else None
+    sound = sound and isinstance(known, dict) and isinstance(known.get("kind"), str)
+    sound = sound and all(isinstance(value, int | float | str) for value in known.values())
     # Names and shapes tell the other arguments; how often a shared stage is applied they do not.
     if not sound or "stages" not in description["arguments"]:
         raise UserError(f"{path}: its 'model' entry does not describe a DGUNet as describe_model(model) does")
@@ -305,27 +311,31 @@ def _infer_arguments(state_dict: dict[str, Tensor], path) -> dict:
     return arguments
 
 
-def _infer_degradation(state_dict: dict[str, Tensor], description: dict, path) -> BlockSampling | None:
+def _infer_degradation(state_dict: dict[str, Tensor], description: dict, path) -> Degradation | None:
     if any(name.startswith("last.degradation.") for name in state_dict):
         return None
-    matrix = state_dict.get("degradation.matrix")
-    block = round(matrix.shape[1] ** 0.5) if matrix is not None and matrix.dim() == 2 else 0
-    if not block or matrix.shape[1] != block**2:
+    own = {name: value.to("meta") for name, value in state_dict.items() if name.startswith("degradation.")}
+    tensors = {name.removeprefix("degradation."): value for name, value in own.items()}
+    try:
+        known = description.get("degradation")
+        if known is None:  # a bare state dict, or a file from before other kinds
+            block = round(tensors["matrix"].shape[1] ** 0.5)
+            known = {"kind": "block_sampling", "block": block, "learned": description.get("learned_matrix", True)}
+        return rebuild_degradation(known, tensors)
+    except Exception as error:  # what describes none fails in many ways
         raise UserError(
             f"{path} was trained with a known degradation that is not in the file; "
             "pass it as load_model(path, degradation=...)"
-        )
-    learned = description.get("learned_matrix", True)
-    return BlockSampling(block=block, matrix=matrix.to("meta"), learned=learned)
+        ) from error
 
 
-def _matching_variants(arguments: dict, degradation) -> list[str]:
+def _matching_variants(arguments: dict, degradation: Degradation | None) -> list[str]:
     """Names of the paper's networks with these arguments; none for a network of the user's own."""
     names = []
     for name, variant in VARIANTS.items():
-        built = DGUNet.default_arguments() | variant
+        built = DGUNet.default_arguments() | variant.arguments
         irrelevant = {"final_growth"} if built["final_fusion"] == "subspace" else set()
         same = all(arguments.get(key, built[key]) == built[key] for key in built if key not in irrelevant)
-        if same and name.startswith("compressive_sensing") == (degradation is not None):
+        if same and (variant.degradation is None) == (degradation is None):
             names.append(name)
     return names

@@ -37,6 +37,9 @@ _C.MODEL.MATRIX = "learned"  # compressive sensing: learned (with the network) o
 # components of training blocks), or a .npy file, which sets the ratio. Empty: xavier if learned, orthonormal if fixed.
 # The matrix of MODEL.WEIGHTS comes before it, unless it is of another ratio.
 _C.MODEL.MATRIX_START = ""
+# Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean pictures: blur. Empty: it is learned.
+_C.MODEL.DEGRADATION = ""
+_C.MODEL.KERNEL = ""  # blur: .npy file of the kernel, (h, w), both odd
 _C.MODEL.WEIGHTS = ""  # checkpoint whose weights to start from (ours or the authors'); empty: from scratch
 
 _C.OPTIM = CN()
@@ -55,11 +58,11 @@ _C.OPTIM.CLIP_NORM = 0.0  # largest norm of the gradient; 0: no clipping
 _C.OPTIM.EMA_DECAY = 0.0  # e.g. 0.999: validate and test an exponential moving average of the weights; 0: off
 _C.OPTIM.MAX_BAD_STEPS = 50  # steps in a row with a non-finite loss or gradient before the run gives up
 
-_C.LOSS = CN()  # weights of the losses, summed over all stages
+_C.LOSS = CN()  # summed over all stages; the weights of its parts, by default those of the tasks but one
 _C.LOSS.CHARBONNIER = 1.0
 _C.LOSS.EDGE = 0.0
 _C.LOSS.MSE = 0.0
-_C.LOSS.CLAMP = False  # clamp the estimates to [0, 1] before the loss
+_C.LOSS.CLAMP = False  # no weight: clamp the estimates to [0, 1] first
 
 _C.TRAINING = CN()
 _C.TRAINING.TRAIN_DIR = ""  # folder with input/ and target/
@@ -99,6 +102,12 @@ _C.SPEED.COMPILE = False  # torch.compile: faster after a minute or more of comp
 _C.SPEED.COMPILE_MODE = "default"  # its mode; reduce-overhead runs CUDA graphs, which helps small networks and crops
 _C.SPEED.CHECKPOINTING = False  # recompute each stage in the backward pass: much less memory, a third more time
 
+
+# Keys, or how they begin, that are not every task's: its train.py says which it uses.
+_NOT_EVERYWHERE = (
+    "MODEL.RATIO", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "SYNTHESIS", "AUGMENT.SATURATION",
+    "AUGMENT.MIXUP",
+)  # fmt: skip
 
 # What `load_config` accepts: (lowest, highest), both included, of a list for each of its numbers; or [the choices].
 _EPOCHS = 10**6
@@ -239,16 +248,30 @@ def format_config(cfg: CN) -> str:
     return "\n".join(lines)
 
 
-def parse_args(description: str, default_config: str) -> tuple[CN, argparse.Namespace]:
-    """Read the command line of a ``train.py``: ``--config FILE --dry_run KEY VALUE ...``."""
+def parse_args(task: str, description: str, uses: tuple[str, ...]) -> tuple[CN, argparse.Namespace]:
+    """Read the command line of a task's ``train.py``: ``--config FILE --dry_run KEY VALUE ...``.
+
+    Args:
+        task: the folder of its configs.
+        description: for ``--help``.
+        uses: of the keys that not every task uses, those that this one does, or how they begin.
+
+    Raises:
+        UserError: as `load_config`; a key is set that the task does not use.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).resolve().parents[1]
-    default = root / "configs" / default_config
-    parser.add_argument("--config", default=str(default), help=f"YAML file (default: configs/{default_config})")
+    default = f"configs/{task}/dgunet.yaml"
+    parser.add_argument("--config", default=str(root / default), help=f"YAML file (default: {default})")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, then stop")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, OPTIM.BATCH_SIZE 8")
     args = parser.parse_intermixed_args()
-    return load_config(args.config, args.options), args
+    cfg = load_config(args.config, args.options)
+    for key in changed_keys(cfg, _C):
+        if key.startswith(_NOT_EVERYWHERE) and not key.startswith(uses):
+            told = " and ".join(uses)
+            raise UserError(f"{key} does nothing in {task.replace('_', ' ')}, which uses {told}; leave it out")
+    return cfg, args
 
 
 def _flatten(node: dict, declared: dict | None = None, prefix: str = ""):

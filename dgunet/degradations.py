@@ -1,17 +1,60 @@
-"""Known degradations: linear operators with ``A`` and ``A_adjoint`` (the convention of the deepinv library)."""
+"""What A can be in ``y = A x + n``: learned, where it is unknown, or one of the known degradations.
+
+All have ``A`` and ``A_adjoint``, the convention of the deepinv library.
+"""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dgunet.errors import UserError
 from dgunet.files import open_file
+from dgunet.layers import conv3x3
 
 STARTS = ("xavier", "orthonormal", "dct", "pca")
+
+
+class Degradation(Protocol):
+    """A linear map from images (B, C, H, W) to measurements, and its adjoint.
+
+    Of the known ones, those whose measurements are images of x's size say so by ``image_to_image = True``: `restore`
+    may pad these and cut them into tiles.
+    """
+
+    def A(self, x: Tensor) -> Tensor: ...
+
+    def A_adjoint(self, y: Tensor) -> Tensor: ...
+
+
+class ResidualBlock(nn.Module):
+    """``x + conv3x3(PReLU(conv3x3(x)))`` on images (B, C, H, W), with ``hidden`` channels in between."""
+
+    def __init__(self, channels: int, hidden: int = 64):
+        super().__init__()
+        self.conv1 = conv3x3(channels, hidden)
+        self.activation = nn.PReLU()
+        self.conv2 = conv3x3(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.activation(self.conv1(x)))
+
+
+class LearnedDegradation(nn.Module):
+    """Stand-in for an unknown degradation: ``A`` and ``A_adjoint`` are residual blocks, image to image.
+
+    Nothing makes ``A_adjoint`` the true adjoint of ``A``: the paper learns both freely.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.A = ResidualBlock(channels)
+        self.A_adjoint = ResidualBlock(channels)
 
 
 class BlockSampling(nn.Module):
@@ -30,15 +73,17 @@ class BlockSampling(nn.Module):
             Gaussian with orthonormal rows.
     """
 
+    start_given = False  # by the user: see `keeps`
+
     def __init__(self, ratio: float = 0.25, block: int = 32, learned: bool = True, matrix: Tensor | None = None):
         super().__init__()
         if matrix is None:
             matrix = start_matrix("xavier" if learned else "orthonormal", ratio, block)
-        elif matrix.dim() != 2 or matrix.shape[1] != block**2:
+        elif block < 1 or matrix.dim() != 2 or matrix.shape[1] != block**2:
             raise ValueError(
                 f"a sampling matrix for {block}x{block} blocks is (M, {block**2}), got {tuple(matrix.shape)}"
             )
-        self.block = block
+        self.block, self.learned = block, bool(learned)
         matrix = matrix.detach().clone().float()
         if learned:
             self.matrix = nn.Parameter(matrix)
@@ -66,6 +111,111 @@ class BlockSampling(nn.Module):
             blocks = y.to(self.matrix.dtype).permute(0, 2, 3, 1) @ self.matrix
             blocks = blocks.view(-1, rows, columns, b, b).transpose(2, 3)
             return blocks.reshape(-1, 1, rows * b, columns * b)
+
+    def settings(self) -> dict:
+        """The constructor's arguments that its tensors do not tell."""
+        return {"block": self.block, "learned": self.learned}
+
+    def keeps(self, weights: dict[str, Tensor]) -> bool:
+        """Whether its tensors stay when training starts from a network's weights: those are of another ratio."""
+        given = weights.get("degradation.matrix", self.matrix)
+        return self.start_given and given.shape != self.matrix.shape
+
+
+class Blur(nn.Module):
+    """A known blur, the same everywhere: each channel's convolution with a kernel, borders reflected.
+
+    Always computed in the kernel's precision, whatever autocast says.
+
+    Args:
+        kernel: (h, w), both odd; used as it is (a blur that keeps the brightness sums to 1).
+
+    Raises:
+        ValueError: a kernel of another shape.
+    """
+
+    image_to_image = True
+
+    def __init__(self, kernel: Tensor):
+        super().__init__()
+        if kernel.dim() != 2 or not kernel.shape[0] % 2 or not kernel.shape[1] % 2:
+            raise ValueError(f"a blur's kernel is (h, w), both odd, got {tuple(kernel.shape)}")
+        self.register_buffer("kernel", kernel.detach().clone().float())
+
+    def A(self, x: Tensor) -> Tensor:
+        """Blurs images (B, C, H, W)."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows, columns = self._borders(x)
+            extended = x.to(self.kernel.dtype).index_select(-2, rows).index_select(-1, columns)
+            return F.conv2d(extended, self._taps(x), groups=x.shape[1])
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        """The adjoint, also at the borders: (B, C, H, W) to images of that size."""
+        with torch.autocast(y.device.type, enabled=False):
+            rows, columns = self._borders(y)
+            extended = F.conv_transpose2d(y.to(self.kernel.dtype), self._taps(y), groups=y.shape[1])
+            folded = extended.new_zeros(*extended.shape[:-1], y.shape[-1]).index_add(-1, columns, extended)
+            return folded.new_zeros(y.shape).index_add(-2, rows, folded)
+
+    def settings(self) -> dict:
+        return {}
+
+    def keeps(self, weights: dict[str, Tensor]) -> bool:
+        return True  # of two kernels the config's is meant
+
+    def _taps(self, x: Tensor) -> Tensor:
+        return self.kernel.flip(0, 1).expand(x.shape[1], 1, *self.kernel.shape)  # conv2d correlates
+
+    def _borders(self, x: Tensor) -> list[Tensor]:
+        """Which rows, and which columns, make up an image that is extended by half a kernel on each side."""
+        indices = []
+        for size, taps in zip(x.shape[-2:], self.kernel.shape, strict=True):
+            period = max(2 * (size - 1), 1)
+            index = torch.arange(-(taps // 2), size + taps // 2, device=x.device) % period
+            indices.append(torch.minimum(index, period - index))
+        return indices
+
+
+# The known degradations that checkpoints hold, by the kind that they name.
+KINDS = {"block_sampling": BlockSampling, "blur": Blur}
+
+
+def describe_degradation(degradation: Degradation | None) -> dict | None:
+    """What `rebuild_degradation` needs besides the weights; None for one that is learned, or not of ours."""
+    kind = next((kind for kind, ours in KINDS.items() if type(degradation) is ours), None)
+    return None if kind is None else {"kind": kind, **degradation.settings()}
+
+
+def rebuild_degradation(description: dict, tensors: dict[str, Tensor]) -> Degradation:
+    """A known degradation from its description and its tensors, by their names in it.
+
+    Raises:
+        Exception: of any kind, where these do not make one.
+    """
+    settings = {name: value for name, value in description.items() if name != "kind"}
+    degradation = KINDS[description["kind"]](**settings, **tensors)
+    if describe_degradation(degradation) != description:
+        raise ValueError(f"no settings of a degradation: {settings}")
+    return degradation
+
+
+def named_degradation(cfg, train_set=None) -> Degradation | None:
+    """The known degradation that MODEL.DEGRADATION of a config names; None where it is to be learned.
+
+    Raises:
+        UserError: no such name, or what it is made of is missing.
+    """
+    name, kernel = cfg.MODEL.DEGRADATION, cfg.MODEL.KERNEL
+    if name not in ("", "blur"):
+        raise UserError(f"MODEL.DEGRADATION is blur, or empty for one that is learned, got {name!r}")
+    if bool(name) != bool(kernel):
+        raise UserError("a known blur needs both MODEL.DEGRADATION blur and MODEL.KERNEL, a .npy file")
+    if not name:
+        return None
+    try:
+        return Blur(torch.from_numpy(_read_array(Path(kernel))))
+    except ValueError as error:
+        raise UserError(f"MODEL.KERNEL {kernel}: {error}") from error
 
 
 def start_matrix(start: str, ratio: float, block: int = 32, blocks: Callable[[], Tensor] | None = None) -> Tensor:
@@ -130,19 +280,22 @@ def sampling_operator(
     """
     if matrix not in ("learned", "fixed"):
         raise UserError(f"MODEL.MATRIX is learned or fixed, got {matrix!r}; a .npy file goes to MODEL.MATRIX_START")
-    learned = matrix == "learned"
+    learned, start_given = matrix == "learned", bool(start)
     start = start or ("xavier" if learned else "orthonormal")
     try:
         if start in STARTS:
             values = start_matrix(start, ratio, blocks=blocks)
         else:
-            values = torch.from_numpy(_read_matrix(Path(start)))
-        return BlockSampling(ratio, learned=learned, matrix=values)
+            values = torch.from_numpy(_read_array(Path(start)))
+        operator = BlockSampling(ratio, learned=learned, matrix=values)
     except (OSError, ValueError) as error:
         raise UserError(f"MODEL.RATIO {ratio}, MODEL.MATRIX_START {start}: {error}") from error
+    operator.start_given = start_given
+    return operator
 
 
-def _read_matrix(path: Path) -> np.ndarray:
+def _read_array(path: Path) -> np.ndarray:
+    """The numbers in a .npy file, float32."""
     with open_file(path) as file:
         try:
             values = np.load(file, allow_pickle=False)
@@ -150,9 +303,9 @@ def _read_matrix(path: Path) -> np.ndarray:
         except Exception as error:  # a damaged file, or an .npz, fails in many ways
             raise ValueError("this is not a .npy file with an array, or is damaged") from error
     if not numbers:
-        raise ValueError(f"a sampling matrix has numbers, got {values.dtype}")
+        raise ValueError(f"this should hold numbers, got {values.dtype}")
     with np.errstate(over="ignore"):
         values = values.astype(np.float32)
     if not np.isfinite(values).all():
-        raise ValueError("the matrix has values that are not finite")
+        raise ValueError("this has values that are not finite")
     return values

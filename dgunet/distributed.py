@@ -23,6 +23,7 @@ import torch.distributed.nn  # noqa: F401  imported later, by DistributedDataPar
 from torch import Tensor
 
 from dgunet.errors import UserError, optional, run_cli, told_in_one_line
+from dgunet.hardware import training_device
 
 
 def launch(function: Callable, cfg, *args):
@@ -34,7 +35,7 @@ def launch(function: Callable, cfg, *args):
     """
     processes = _count(cfg)
     if os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}:
-        gpus = 0 if pick_device(cfg).type == "cpu" else processes
+        gpus = 0 if training_device(cfg).type == "cpu" else processes
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if gpus and here > gpus:
             raise UserError(f"torchrun starts {here} processes here for {gpus} GPUs; use --nproc_per_node {gpus}")
@@ -101,12 +102,12 @@ def _child(local_rank: int, processes: int, port: int, function: Callable, cfg, 
 
 def _share_threads(cfg, processes: int):
     """Each of the processes on this machine's CPU gets its share of the threads."""
-    if pick_device(cfg).type == "cpu":
+    if training_device(cfg).type == "cpu":
         torch.set_num_threads(max(torch.get_num_threads() // processes, 1))
 
 
 def _run(function: Callable, cfg, args, group: bool):
-    device = pick_device(cfg)
+    device = training_device(cfg)
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)
@@ -214,14 +215,6 @@ def sole_writer(folder: Path, what: str, advice: str = "", wait: bool = False):
         yield
     finally:
         lock.release()
-
-
-def pick_device(cfg) -> torch.device:
-    """This process's device: its own GPU of those listed, or the CPU."""
-    if cfg.DEVICE == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    listed = list(cfg.GPU) or list(range(torch.cuda.device_count()))
-    return torch.device("cuda", listed[int(os.environ.get("LOCAL_RANK", 0))])
 
 
 def rank() -> int:

@@ -1,47 +1,41 @@
 """The training loop, one for all tasks and any number of processes."""
 
+import contextlib
 import copy
-import csv
-import ctypes
 import functools
 import logging
 import math
+import operator
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dgunet import distributed
-from dgunet.checkpoint import (
-    check_tensors,
-    describe_model,
-    load_weights,
-    read_checkpoint,
-    save_checkpoint,
-    weights_of,
-)
+from dgunet.checkpoint import describe_model, load_weights, read_checkpoint, save_checkpoint, weights_of
 from dgunet.config import changed_keys, format_config, parse_args
-from dgunet.data import changed_items, exclude, find_images, find_pairs, fingerprint, hold_back
-from dgunet.degradations import sampling_operator
+from dgunet.data import Pair, changed_items, exclude, find_images, find_pairs, fingerprint, hold_back, images_by_name
+from dgunet.degradations import named_degradation
 from dgunet.distributed import launch
-from dgunet.errors import UserError, optional, shorten
-from dgunet.files import replacing
-from dgunet.losses import StageLoss
+from dgunet.errors import UserError, optional
+from dgunet.hardware import autocast_dtype, keep_freed_memory, memory_format, training_device
+from dgunet.losses import LOSSES, StageLoss
 from dgunet.metrics import psnr_batch
-from dgunet.model import Measured, create_model
+from dgunet.model import VARIANTS, DGUNet, FromImages, create_model, find_variant
 from dgunet.patches import Centres, EpochBatches, SyntheticPatches, TrainingSet, ValidationSet
+from dgunet.runlog import RunLog
 from dgunet.schedule import EpochSchedule, validation_steps
+from dgunet.state import cannot_be_resumed, check_state, is_averaged, load_moments
 from dgunet.synthesis import find_degradation
 from dgunet.transforms import unit_range
 
-tqdm = optional("tqdm").tqdm
 log = logging.getLogger("dgunet")
 
 # Keys that may differ between a run and its continuation without a word.
@@ -49,25 +43,30 @@ _FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WO
 
 
 def train_command(
+    task: str,
     description: str,
-    default_config: str,
+    uses: tuple[str, ...],
     make_train_set: Callable,
     make_val_set: Callable = lambda cfg, pairs: Centres(pairs, cfg.TRAINING.VAL_PS),
     find: Callable = find_pairs,
+    make_degradation: Callable = named_degradation,
 ):
     """A task's ``train.py``: read the command line, open the data, train in every process.
 
     Args:
+        task: that of its networks in `model.VARIANTS`, and the folder of its configs.
         description: for ``--help``.
-        default_config: file under ``configs/``.
+        uses: of the config's keys that not every task uses, those that this one does, see `config.parse_args`.
         make_train_set: from the config and what ``find`` found to a data set indexed with (epoch, index).
         make_val_set: likewise to one for validation.
         find: lists the pairs, or the pictures, of a folder or of a packed file.
+        make_degradation: from the config and the training set to the network's known degradation, or None where it is
+            learned. A function that other processes can import.
     """
-    cfg, args = parse_args(description, default_config)
-    sensing = "compressive_sensing"
-    if cfg.MODEL.NAME.startswith(sensing) != default_config.startswith(sensing):
-        raise UserError(f"{cfg.MODEL.NAME} is not a network for this task; see MODEL.NAME in configs/{default_config}")
+    cfg, args = parse_args(task, description, uses)
+    if find_variant(cfg.MODEL.NAME).task != task:
+        names = [name for name, variant in VARIANTS.items() if variant.task == task]
+        raise UserError(f"{cfg.MODEL.NAME} is not a network for this task; MODEL.NAME is {' or '.join(names)}")
     training, missing = cfg.TRAINING, []
 
     def look(find: Callable, folder: str) -> list:
@@ -79,49 +78,54 @@ def train_command(
             missing.append(str(error))
             return []
 
-    if cfg.SYNTHESIS.NAME:
-        degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS)
-        items = look(find_images, training.TRAIN_DIR)
-
-        def make_train_set(cfg, items):
-            options = dict(repeat=training.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
-            return SyntheticPatches(items, degrade, training.TRAIN_PS, **options)
-
-    else:
-        items = look(find, training.TRAIN_DIR)
+    if cfg.MODEL.DEGRADATION:
+        if cfg.SYNTHESIS.NAME:
+            raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the pictures; set one of the two")
+        find = find_clean
+    degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS) if cfg.SYNTHESIS.NAME else None
+    items = look(find_images if degrade else find, training.TRAIN_DIR)
     if training.EXCLUDE and items:
         items = exclude(items, training.EXCLUDE)
     if training.VAL_DIR:
         val_items = look(find, training.VAL_DIR)
     elif items:
         items, val_items = hold_back(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)
-        if cfg.SYNTHESIS.NAME:
-            make_val_set = lambda cfg, items: Centres(items, training.VAL_PS, degrade=degrade, seed=cfg.SEED)  # noqa: E731
     else:
         val_items = []
-    launch(train, cfg, make_train_set(cfg, items), make_val_set(cfg, val_items), args.dry_run, missing)
+    if degrade:
+        train_set = SyntheticPatches(items, degrade, **crop_options(cfg))
+        if not training.VAL_DIR:
+            make_val_set = lambda cfg, items: Centres(items, training.VAL_PS, degrade=degrade, seed=cfg.SEED)  # noqa: E731
+    else:
+        train_set = make_train_set(cfg, items)
+    launch(train, cfg, train_set, make_val_set(cfg, val_items), make_degradation, args.dry_run, missing)
 
 
-def train(cfg, train_set: TrainingSet, val_set: ValidationSet, dry_run: bool = False, missing: list[str] = ()):
+def crop_options(cfg) -> dict:
+    """What all training sets take from a config, see `patches.RandomPatches`."""
+    return dict(patch=cfg.TRAINING.TRAIN_PS, repeat=cfg.TRAINING.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
+
+
+def find_clean(folder: str) -> list[Pair]:
+    """The pictures of a folder as pairs of themselves: the network of a known degradation is given them measured."""
+    return [Pair(name, path, path) for name, path in images_by_name(folder).items()]
+
+
+def train(
+    cfg, train_set: TrainingSet, val_set: ValidationSet, make_degradation: Callable, dry_run: bool = False,
+    missing: list[str] = (),
+):  # fmt: skip
     """Build the config's model and train it; what is launched in every process.
 
     A dry run only describes what would be done, and the data that are ``missing`` for it.
     """
-    if distributed.pick_device(cfg).type == "cpu":
+    if training_device(cfg).type == "cpu":
         keep_freed_memory()
-    torch.manual_seed(cfg.SEED)
-    overrides = dict(cfg.MODEL.OVERRIDES)
-    if cfg.MODEL.NAME.startswith("compressive_sensing"):
-        start = cfg.MODEL.MATRIX_START
-        if start == "pca" and not len(train_set):
-            start = "orthonormal"  # a dry run before there are pictures to take components of
-        overrides["degradation"] = sampling_operator(
-            cfg.MODEL.RATIO, cfg.MODEL.MATRIX, start, lambda: train_set.blocks()
-        )
-    model = create_model(cfg.MODEL.NAME, checkpointing=cfg.SPEED.CHECKPOINTING, **overrides)
-    trainer = Trainer(cfg, model, train_set, val_set, list(missing) if dry_run else None)
-    trainer.describe(config=dry_run)
+    missing = list(missing) if dry_run else None
+    trainer = Trainer(cfg, build_model(cfg, train_set, make_degradation, missing), train_set, val_set)
     if dry_run:
+        trainer.take_up()
+        trainer.describe(config=True, missing=missing)
         return
     try:
         trainer.fit()
@@ -131,91 +135,127 @@ def train(cfg, train_set: TrainingSet, val_set: ValidationSet, dry_run: bool = F
         ) from error
 
 
-def _is_a(kind, value) -> bool:
-    """Whether a value is of a type; of a list, all values; of a dict, exactly its keys with values of its types."""
-    if isinstance(kind, dict):
-        same = isinstance(value, dict) and value.keys() == kind.keys()
-        return same and all(_is_a(kind[key], value[key]) for key in kind)
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(_is_a(kind[0], item) for item in value)
-    if kind is int:
-        return type(value) is int and 0 <= value < 2**31
-    return isinstance(value, kind)
+def build_model(
+    cfg, train_set, make_degradation: Callable = named_degradation, missing: list[str] | None = None
+) -> DGUNet:
+    """The config's network, with the weights to start from.
+
+    Args:
+        cfg: see `config.py`.
+        train_set, make_degradation: see `train_command`.
+        missing: for a dry run, what is not there yet; weights that are not are added to it.
+
+    Raises:
+        UserError: no such network, or weights that do not fit it.
+    """
+    torch.manual_seed(cfg.SEED)
+    degradation = make_degradation(cfg, train_set)
+    model = create_model(cfg.MODEL.NAME, degradation, checkpointing=cfg.SPEED.CHECKPOINTING, **cfg.MODEL.OVERRIDES)
+    path = cfg.MODEL.WEIGHTS
+    if not path or _latest_to_resume(cfg):
+        return model
+    if missing is not None and not Path(path).exists():
+        missing.append(f"no checkpoint at {path}")
+        return model
+    weights = weights_of(read_checkpoint(path), path)
+    if degradation is not None and degradation.keeps(weights):
+        weights |= {name: own for name, own in model.state_dict().items() if name.startswith("degradation.")}
+    load_weights(model, weights, path)
+    return model
 
 
-_ROW = {
-    "epoch": int, "step": int, "lr": float, "loss": float, "psnr": float | None, "best_psnr": float | None,
-    "images_per_second": float, "skipped_steps": int,
-}  # fmt: skip
+def _run_folder(cfg) -> Path:
+    return Path(cfg.TRAINING.SAVE_DIR) / cfg.MODEL.SESSION
 
-# What a saved state must hold to be continued, besides the random states and the config proving themselves in use.
-_STATE = {
-    "state_dict": lambda x: _is_a(dict, x),
-    "optimizer": lambda x: (
-        _is_a({"state": dict, "param_groups": list}, x) and all(_is_a(dict, y) for y in x["state"].values())
-    ),
-    "epoch": lambda x: _is_a(int, x) and x > 0,
-    "step": lambda x: _is_a(int, x),
-    "best": lambda x: _is_a({"psnr": float, "epoch": int}, x) and not math.isnan(x["psnr"]),
-    "last_psnr": lambda x: _is_a(float, x),
-    "totals": lambda x: _is_a([float], x) and len(x) == 4 and all(0 <= total < math.inf for total in x),
-    "history": lambda x: _is_a([_ROW], x),
-    "random": lambda x: _is_a({"cpu": torch.Tensor, "cuda": torch.Tensor | None}, x),
-    "config": lambda x: _is_a(str, x),
-}
-_AVERAGED = {"raw_state_dict": lambda x: _is_a(dict, x), "averaged": lambda x: _is_a(int, x)}
+
+def _latest_to_resume(cfg) -> Path | None:
+    """The state that a run is to continue from, if there is one."""
+    latest = _run_folder(cfg) / "model_latest.pth"
+    return latest if cfg.TRAINING.RESUME and latest.exists() else None
+
+
+class Counts(NamedTuple):
+    """What `StepCounters` have counted."""
+
+    loss: float
+    counted: int
+    skipped: int
+    skipped_in_a_row: int
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.counted if self.counted else math.nan
+
+
+class StepCounters:
+    """Counters of an epoch's steps, kept on the device, so that a step need not wait for it.
+
+    ``loss``: sum over the steps that are ``counted``; ``skipped``: those with a loss or gradient that is not finite;
+    ``skipped_in_a_row``: the last so many, of this epoch or those before.
+    """
+
+    def __init__(self, device: torch.device):
+        self.values = torch.zeros(4, dtype=torch.float64, device=device)
+        self.loss, self.counted, self.skipped, self.skipped_in_a_row = self.values.unbind()  # views
+
+    def add(self, loss: torch.Tensor, finite: torch.Tensor):
+        skipped = (~finite).double()
+        self.loss += torch.where(finite, loss, 0).double()
+        self.counted += 1 - skipped
+        self.skipped += skipped
+        self.skipped_in_a_row.add_(1).mul_(skipped)
+
+    def next_epoch(self):
+        self.values[:3] = 0
+
+    def read(self) -> Counts:
+        loss, *counts = self.values.tolist()
+        return Counts(loss, *map(int, counts))
 
 
 class Trainer:
     """Trains a model as a config says, and keeps everything needed to continue exactly where it stopped.
 
     In the run's folder, SAVE_DIR/SESSION: ``model_latest.pth`` (the whole training state), ``model_best.pth`` (the same
-    at the best validation), ``model_epoch_N.pth`` (weights of each validation), ``config.yaml``, ``history.csv``,
-    ``curves.png``, ``train.log``, and ``.lock``, by which only one training at once writes there.
+    at the best validation), ``model_epoch_N.pth`` (weights of each validation), ``config.yaml``, what `RunLog` writes,
+    and ``.lock``, by which only one training at once writes there. Nothing is looked at there before `take_up`, nor
+    written before `fit`.
 
     Args:
         cfg: see `config.py`.
         model: a DGUNet. One with a known degradation is trained on clean pictures, which it is given measured.
         train_set, val_set: see `patches.TrainingSet` and `patches.ValidationSet`.
-        missing: for a dry run, what is not there yet; weights to start from that are not are added to it.
 
     Raises:
-        UserError: impossible batch size, a run of that name exists, a checkpoint that does not fit, ...
+        UserError: an impossible batch size, or settings that do not go together.
     """
 
-    def __init__(
-        self, cfg, model: nn.Module, train_set: TrainingSet, val_set: ValidationSet, missing: list[str] | None = None
-    ):
-        self.cfg, self.missing = cfg, missing
-        self.device = distributed.pick_device(cfg)
-        self.main = distributed.rank() == 0
-        self.folder = Path(cfg.TRAINING.SAVE_DIR) / cfg.MODEL.SESSION
-        self.amp = autocast_dtype(cfg.SPEED.AMP, self.device)
-        self.train_set, self.val_set = train_set, val_set
-
-        world = distributed.world_size()
-        if cfg.OPTIM.BATCH_SIZE % (world * cfg.OPTIM.ACCUMULATE):
+    def __init__(self, cfg, model: DGUNet, train_set: TrainingSet, val_set: ValidationSet):
+        self.cfg, self.train_set, self.val_set = cfg, train_set, val_set
+        self.rank, self.world = distributed.rank(), distributed.world_size()
+        self.main = self.rank == 0
+        self.folder = _run_folder(cfg)
+        if cfg.OPTIM.BATCH_SIZE % (self.world * cfg.OPTIM.ACCUMULATE):
             raise UserError(
-                f"OPTIM.BATCH_SIZE is the total and must be a multiple of {world} processes times "
+                f"OPTIM.BATCH_SIZE is the total and must be a multiple of {self.world} processes times "
                 f"{cfg.OPTIM.ACCUMULATE} accumulation steps, got {cfg.OPTIM.BATCH_SIZE}"
             )
-        self.batches = EpochBatches(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, distributed.rank(), world)
+        graphs = cfg.SPEED.COMPILE and cfg.SPEED.COMPILE_MODE in ("reduce-overhead", "max-autotune")
+        if graphs and cfg.OPTIM.ACCUMULATE > 1:
+            raise UserError(
+                f"SPEED.COMPILE_MODE {cfg.SPEED.COMPILE_MODE} uses CUDA graphs, whose gradients the next pass "
+                "overwrites; with OPTIM.ACCUMULATE take default or max-autotune-no-cudagraphs"
+            )
+        self.batches = EpochBatches(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
 
-        resume = self._found_to_resume()
-        path = cfg.MODEL.WEIGHTS
-        if path and missing is not None and not Path(path).exists():
-            missing.append(f"no checkpoint at {path}")
-        elif path and not resume:
-            weights, matrix = weights_of(read_checkpoint(path), path), model.state_dict().get("degradation.matrix")
-            given = weights.get("degradation.matrix", matrix)
-            if cfg.MODEL.MATRIX_START and matrix is not None and matrix.shape != given.shape:
-                weights["degradation.matrix"] = matrix  # a network of another ratio: all the rest is taken over
-            load_weights(model, weights, path)
+        self.device = training_device(cfg)
+        self.amp = autocast_dtype(cfg.SPEED.AMP, self.device)
         self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)
-        self.model = model.to(self.device, memory_format=self.memory_format)
         torch.backends.cudnn.benchmark = True  # crops are of one size: it pays to try cuDNN's algorithms once
-        self.loss = StageLoss({name.lower(): w for name, w in cfg.LOSS.items() if name != "CLAMP"}, cfg.LOSS.CLAMP)
-        self.loss.to(self.device)
+        self.model = model.to(self.device, memory_format=self.memory_format)
+        self.network = FromImages(self.model)  # what runs the forward pass; in `fit` distributed
+        weights = {name: cfg.LOSS[name.upper()] for name in LOSSES}
+        self.loss = StageLoss(weights, cfg.LOSS.CLAMP).to(self.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=cfg.OPTIM.LR_INITIAL, betas=(0.9, 0.999), eps=1e-8,
@@ -224,246 +264,57 @@ class Trainer:
         self.schedule = EpochSchedule(self.optimizer, cfg.OPTIM)
         self.ema = copy.deepcopy(model).requires_grad_(False) if cfg.OPTIM.EMA_DECAY > 0 else None
         self.averaged = 0  # steps that went into it
+        if cfg.SPEED.COMPILE:
+            self.model.compile(mode=cfg.SPEED.COMPILE_MODE)
 
         self.epoch, self.step = 1, 0  # the epoch under way and the steps done in it
         self.best = {"psnr": float("-inf"), "epoch": 0}
         self.last_psnr = float("nan")
-        self.history: list[dict] = []
-        # Kept on the device, so that a step need not wait for it: loss sum, steps counted in it, steps skipped in
-        # this epoch, steps skipped in a row.
-        self.totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-        self.signal_received = self.stopped = 0  # numbers of signals: this process's, and the one all agree to stop for
-        self.last_save = time.monotonic()
-        if resume:
-            self._resume(self.folder / "model_latest.pth")
-            if not (self.folder / "model_best.pth").exists():  # killed before it was written for the first time
-                self.best = {"psnr": float("-inf"), "epoch": 0}
-
-        if cfg.SPEED.COMPILE:
-            if cfg.SPEED.COMPILE_MODE in ("reduce-overhead", "max-autotune") and cfg.OPTIM.ACCUMULATE > 1:
-                raise UserError(
-                    f"SPEED.COMPILE_MODE {cfg.SPEED.COMPILE_MODE} uses CUDA graphs, whose gradients the next pass "
-                    "overwrites; with OPTIM.ACCUMULATE take default or max-autotune-no-cudagraphs"
-                )
-            self.model.compile(mode=cfg.SPEED.COMPILE_MODE)
-        self.network = self._takes_images(self.model)  # what runs the forward pass: measuring, distributed
-        if dist.is_initialized():  # a group of one as well, so that one GPU runs what several do
-            device_ids = [self.device.index] if self.device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.network, device_ids, gradient_as_bucket_view=True)
-
-    # ---------------------------------------------------------------------------------------------- the run's folder
-
-    def _found_to_resume(self) -> bool:
-        """Whether there is a run to continue in the folder; a run that shall not be continued must not be there."""
-        latest = self.folder / "model_latest.pth"
-        self.latest_seen = _stamp(latest)
-        found = self.cfg.TRAINING.RESUME and latest.exists()
-        everywhere = distributed.sum_over_processes(torch.tensor(float(found), device=self.device)).item()
-        if everywhere not in (0, distributed.world_size()):
-            raise UserError(
-                f"only {everywhere:.0f} of {distributed.world_size()} processes see {latest}; "
-                "TRAINING.SAVE_DIR must be on a disk that all machines share"
-            )
-        if not found and self.main and any(self.folder.glob("model_*.pth")):
-            raise UserError(
-                f"{self.folder} holds another run; continue it with TRAINING.RESUME True, "
-                "or give this one its own name with MODEL.SESSION NAME"
-            )
-        return found
-
-    def _resume(self, path: Path):
-        def refuse(*keys: str):
-            raise UserError(
-                f"{path} cannot be resumed: {', '.join(keys)} missing, or not as train.py writes it; start another run "
-                f"(MODEL.SESSION) from its weights (MODEL.WEIGHTS {path})"
-            )
-
-        state = read_checkpoint(path)
-        averaged = "averaged" in state or "raw_state_dict" in state
-        needed = _STATE | (_AVERAGED if averaged else {})
-        damaged = [key for key, holds in needed.items() if key not in state or not holds(state[key])]
-        if damaged:
-            refuse(*damaged)
-        raw = state["raw_state_dict" if averaged else "state_dict"]
-        load_weights(self.model, weights_of({"state_dict": raw}, path), path)
-        if averaged and self.ema is not None:
-            load_weights(self.ema, weights_of(state, path), path)
-            self.averaged = state["averaged"]
-        self._load_moments(state["optimizer"]["state"], path)
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.best, self.history, self.last_psnr = state["best"], state["history"], state["last_psnr"]
-        self.totals = torch.tensor(state["totals"], dtype=torch.float64, device=self.device)
-        try:
-            torch.set_rng_state(state["random"]["cpu"])
-            if self.device.type == "cuda" and state["random"]["cuda"] is not None:
-                torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-        except (RuntimeError, TypeError):
-            refuse("random")
-        try:
-            then = type(self.cfg).load_cfg(state["config"])
-            self.changed = [k for k in changed_keys(self.cfg, then) if k not in _FREE_TO_CHANGE]
-            done = self.step * then.OPTIM.BATCH_SIZE // self.cfg.OPTIM.BATCH_SIZE  # the same share of the epoch
-            self.step = min(done, self.batches.steps)
-        except Exception:  # what is no config makes its reader fail in any way there is
-            refuse("config")
-        if not _is_a(int, self.step):
-            refuse("config")
-        try:
-            changes = changed_items(self.train_set.items, state["data"]) if "data" in state else ""
-        except UserError:
-            raise
-        except Exception:
-            refuse("data")
-        if changes:
-            raise UserError(
-                f"{self.cfg.TRAINING.TRAIN_DIR} is not what {path} was trained on: {changes}. Put that back, "
-                f"or start a run of its own from its weights: MODEL.SESSION NAME MODEL.WEIGHTS {path}"
-            )
-        self.resumed = path
-
-    def _load_moments(self, saved: dict, path: Path):
-        """Load the optimizer's moments in their parameters' layout; its rate, decay, ... are the config's."""
-        expected = {}
-        for i, parameter in enumerate(self.parameters):
-            expected |= {f"{i}.step": torch.zeros(()), f"{i}.exp_avg": parameter, f"{i}.exp_avg_sq": parameter}
-        found = {f"{i}.{key}": value for i, moments in saved.items() for key, value in moments.items()}
-        check_tensors(expected, found, path, "the optimizer of this run", exact=True)
-        negative = [name for name, value in found.items() if not name.endswith(".exp_avg") and (value < 0).any()]
-        if negative:
-            raise UserError(f"{path} holds negative squares in its optimizer state: {shorten(negative)}")
-        state = self.optimizer.state_dict()
-        for i in range(len(self.parameters)):
-            names = {key: f"{i}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
-            state["state"][i] = {k: torch.empty_like(expected[name]).copy_(found[name]) for k, name in names.items()}
-        self.optimizer.load_state_dict(state)
-
-    resumed, changed = None, ()
-
-    @functools.cached_property
-    def data(self) -> dict:
-        """What tells the training data from others, for `_resume`."""
-        return fingerprint(self.train_set.items)
-
-    def state(self) -> dict:
-        """Everything needed to continue, in types that load with ``weights_only=True``."""
-        random = {"cpu": torch.get_rng_state(), "cuda": None}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {
-            **self.weights(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,  # the schedule is a function of this and the config
-            "step": self.step,
-            "best": self.best,
-            "last_psnr": self.last_psnr,
-            "totals": self.totals.tolist(),
-            "history": self.history,
-            "random": random,
-            "data": self.data,
-        }
-        if self.ema is not None:
-            state["raw_state_dict"] = self.model.state_dict()
-            state["averaged"] = self.averaged
-        return state
-
-    def weights(self) -> dict:
-        """What using the network needs: its weights (the averaged ones where EMA is on), name and config."""
-        used = self.model if self.ema is None else self.ema
-        return {"state_dict": used.state_dict(), "model": describe_model(self.model), "config": self.cfg.dump()}
-
-    def save(self, *names: str, state: dict | None = None):
-        if self.main:
-            state = self.state() if state is None else state
-            for name in names:
-                save_checkpoint(state, self.folder / name)
+        self.counters = StepCounters(self.device)
+        self.log = RunLog(self.folder, cfg.MODEL.SESSION, cfg.OPTIM.NUM_EPOCHS, self.batches.steps, self.main)
+        self.resumed: Path | None = None  # the file that the run was continued from
+        self.changed: list[str] = []  # keys of the config that were others then
+        self.signal_received = self.stopped = 0  # signals' numbers: this process's, and the one all agree to stop for
+        self.look_every = 1  # steps between two looks at the counters, which make the CPU wait for the device
         self.last_save = time.monotonic()
 
-    def _save_latest(self):
-        """Replace ``model_latest.pth``; not while steps are skipped one after the other, perhaps for bad weights."""
-        if self.totals[3] < 2 or not (self.folder / "model_latest.pth").exists():
-            self.save("model_latest.pth")
-
-    def describe(self, config: bool = False):
-        """Print what is about to be done, and why it can be; with ``config`` also every key."""
-        cfg, world = self.cfg, distributed.world_size()
-        if not self.main:
-            return
-        count = sum(p.numel() for p in self.model.parameters())
-        hardware = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        share = cfg.OPTIM.BATCH_SIZE // world // cfg.OPTIM.ACCUMULATE
-        epochs = "" if self.resumed is None else f", continuing in epoch {self.epoch} after step {self.step}"
-        precision = "bf16 autocast" if self.amp else "float32"
-        if config:
-            print(f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n")
-        lines = [
-            f"model       {cfg.MODEL.NAME}, {count:,} parameters, {self.model.stages} stages",
-            *(f"missing     {what}" for what in self.missing or ()),
-            f"training    {len(self.train_set) // self.train_set.repeat} pictures of {cfg.TRAINING.TRAIN_DIR}, "
-            f"{self.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
-            f"validation  {len(self.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held back'}",
-            f"batch       {cfg.OPTIM.BATCH_SIZE} = {world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
-            f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"
-            + (f" of {self.batches.steps} steps{epochs}" if len(self.train_set) else ""),
-            f"device      {world} x {hardware}, {precision}",
-            f"writes to   {self.folder.absolute()} (the whole config as well; --dry_run shows it)",
-        ]
-        for line in lines:
-            print(line)
-        if self.changed:
-            print(f"note        these keys differ from the run being continued: {', '.join(self.changed)}")
-        sys.stdout.flush()
-
-    # ------------------------------------------------------------------------------------------------------ training
+    # --------------------------------------------------------------------------------------------------------- a run
 
     def fit(self):
-        """Train until the last epoch; SIGTERM or Ctrl-C saves and exits with 128 + the signal's number."""
-        if not self.main:
-            return self._fit()
-        _ = self.data  # as they are now, before the first step
-        self.folder.mkdir(parents=True, exist_ok=True)
-        advice = "wait for its end, or give this one its own name with MODEL.SESSION NAME"
-        with distributed.sole_writer(self.folder, "training", advice):
-            latest = self.folder / "model_latest.pth"
-            if _stamp(latest) != self.latest_seen:
-                raise UserError(f"{latest} has just been written by another training; start this one again")
-            (self.folder / "config.yaml").write_text(format_config(self.cfg) + "\n")
-            self._fit()
+        """Train until the last epoch; SIGTERM or Ctrl-C saves and exits with 128 + the signal's number.
 
-    def _fit(self):
-        distributed.barrier()
-        self.began = self.last_word = time.monotonic()
-        handlers = self._start_log(), self._catch_signals()
-        loader = self._train_loader()
-        try:
-            if self.step == self.batches.steps:  # saved at the end of an epoch
-                self._next_epoch()
-            while self.epoch <= self.cfg.OPTIM.NUM_EPOCHS and self._run_epoch(loader):
-                self._next_epoch()
-            if not self.stopped:
-                log.info("done: best PSNR %.2f dB in epoch %d", self.best["psnr"], self.best["epoch"])
-        finally:
-            _end_workers(loader._iterator)  # persistent ones would live until the interpreter ends
-            self._restore(*handlers)
-        if self.stopped:
-            distributed.barrier()
-            sys.exit(128 + self.stopped)
+        Raises:
+            UserError: another training is at work in the folder; as `take_up` does; a picture that cannot be used;
+                too many steps in a row without a finite loss.
+        """
+        with self._alone_in_folder():
+            self.take_up()
+            self.describe()
+            if self.main:
+                _ = self.data  # as they are now, before the first step
+                (self.folder / "config.yaml").write_text(format_config(self.cfg) + "\n")
+            self.join_group()
+            with self.log, self._signals_noted(), self._train_loader() as loader:
+                if self.resumed is not None:
+                    log.info("continuing %s: epoch %d, step %d", self.resumed, self.epoch, self.step)
+                if self.step == self.batches.steps:  # saved at the end of an epoch
+                    self._next_epoch()
+                while self.epoch <= self.cfg.OPTIM.NUM_EPOCHS and self._run_epoch(loader):
+                    self._next_epoch()
+                if not self.stopped:
+                    log.info("done: best PSNR %.2f dB in epoch %d", self.best["psnr"], self.best["epoch"])
+            if self.stopped:
+                distributed.barrier()
+                sys.exit(128 + self.stopped)
 
-    def _next_epoch(self):
-        self.epoch, self.step = self.epoch + 1, 0
-        self.totals[:3] = 0
-
-    def _run_epoch(self, loader) -> bool:
+    def _run_epoch(self, loader: DataLoader) -> bool:
         """Train to the end of the epoch under way; False if a signal stopped it before."""
         cfg, steps = self.cfg, self.batches.steps
         self.schedule.go_to(self.epoch)
         self.batches.epoch, self.batches.start = self.epoch, self.step
         validations = validation_steps(self.epoch, steps, cfg)
         started, first, rate = time.monotonic(), self.step, float("nan")
-        bar = tqdm(
-            total=steps, initial=self.step, desc=f"epoch {self.epoch}/{cfg.OPTIM.NUM_EPOCHS}", unit="step",
-            disable=None if self.main else True, leave=False, dynamic_ncols=True,  # None: only on a terminal
-        )  # fmt: skip
-        with bar:
+        with self.log.bar(self.epoch, self.step) as bar:
             for input, target in loader:
                 self.train_step(self._move(input), self._move(target))
                 self.step += 1
@@ -471,7 +322,8 @@ class Trainer:
                 if self.step % self.look_every == 0 or self.step == steps or self.step in validations:
                     seconds = (time.monotonic() - started) / (self.step - first)
                     rate = cfg.OPTIM.BATCH_SIZE / seconds
-                    self._look(bar, rate, seconds)
+                    self._tell_progress(bar, rate, seconds)
+                    self._agree_on_stopping(seconds)
                 if self.step in validations:
                     self.last_psnr = self.validate()
                     self._after_validation(rate)
@@ -479,19 +331,20 @@ class Trainer:
                     self._save_latest()  # after the last step only with the epoch's row in the history
                 if self.stopped and self.step < steps:
                     self._save_latest()
-                    log.info(
-                        "stopped by signal %d in epoch %d after step %d; continue with TRAINING.RESUME True",
-                        self.stopped, self.epoch, self.step,
-                    )  # fmt: skip
-                    return False
-        if steps not in validations:
+                    break
+        if self.step == steps and steps not in validations:
             self._record(rate, validated=False)
             self._save_latest()
         if self.stopped:
             log.info(
-                "stopped by signal %d after epoch %d; continue with TRAINING.RESUME True", self.stopped, self.epoch
-            )
+                "stopped by signal %d in epoch %d after step %d; continue with TRAINING.RESUME True",
+                self.stopped, self.epoch, self.step,
+            )  # fmt: skip
         return not self.stopped
+
+    def _next_epoch(self):
+        self.epoch, self.step = self.epoch + 1, 0
+        self.counters.next_epoch()
 
     def train_step(self, input: torch.Tensor, target: torch.Tensor):
         """One optimisation step on this process's share of a batch; nothing here waits for the device.
@@ -509,7 +362,7 @@ class Trainer:
             part_loss = self.loss(estimates, part_target) / passes
             part_loss.backward()
             loss += part_loss.detach()
-        loss = distributed.sum_over_processes(loss) / distributed.world_size()
+        loss = distributed.sum_over_processes(loss) / self.world
 
         gradients = [p.grad for p in self.parameters]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -521,12 +374,7 @@ class Trainer:
         self.optimizer.step()
         if self.ema is not None:
             self._average()
-
-        skipped = (~finite).double()
-        self.totals[0] += torch.where(finite, loss, 0).double()
-        self.totals[1] += 1 - skipped
-        self.totals[2] += skipped
-        self.totals[3] = (self.totals[3] + 1) * skipped
+        self.counters.add(loss, finite)
 
     @torch.no_grad()
     def _average(self):
@@ -538,50 +386,39 @@ class Trainer:
             torch._foreach_lerp_(averaged, current, 1 - self.cfg.OPTIM.EMA_DECAY)
         self.averaged += 1
 
-    look_every = 1  # steps between two looks at the device's counters, which make the CPU wait for it
-
-    def _look(self, bar, rate: float, seconds: float):
-        """Read the counters, show them, and act on them: give up after too many bad steps, stop when told to."""
-        loss_sum, counted, _, in_a_row = self.totals.tolist()
-        lr = self.optimizer.param_groups[0]["lr"]
+    def _tell_progress(self, bar, rate: float, seconds: float):
+        """Read the counters and show them; after too many bad steps give up."""
+        counts = self.counters.read()
         psnr = f"{self.last_psnr:.2f}" if self.last_psnr == self.last_psnr else "-"
-        status = f"loss {loss_sum / max(counted, 1):.4f}, PSNR {psnr}, lr {lr:.1e}, {rate:.1f} images/s"
-        bar.set_postfix_str(status, refresh=False)
-        now, steps = time.monotonic(), self.batches.steps
-        # Without a terminal a line now and then: at first every 20 seconds, in a run of days some hundreds in all.
-        if self.main and bar.disable and now - self.last_word > max(20, (now - self.began) / 100):
-            left = ((self.cfg.OPTIM.NUM_EPOCHS + 1 - self.epoch) * steps - self.step) * seconds
-            log.info(
-                "epoch %d/%d  step %d/%d  %s, %s left", self.epoch, self.cfg.OPTIM.NUM_EPOCHS, self.step, steps, status,
-                tqdm.format_interval(left),
-            )  # fmt: skip
-            self.last_word = now
-        if in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:
+        loss = counts.loss / max(counts.counted, 1)
+        status = f"loss {loss:.4f}, PSNR {psnr}, lr {self._rate():.1e}, {rate:.1f} images/s"
+        self.log.progress(bar, self.epoch, self.step, status, seconds)
+        if counts.skipped_in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:
             best = self.folder / "model_best.pth"
             again = f"; start again from {best} (MODEL.WEIGHTS)" if best.exists() else ""
             raise UserError(
-                f"loss or gradient was not finite in {int(in_a_row)} steps in a row (epoch {self.epoch}){again}. Try "
-                "a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or SPEED.AMP fp32, and check the data for broken "
-                "pictures"
+                f"loss or gradient was not finite in {counts.skipped_in_a_row} steps in a row (epoch {self.epoch})"
+                f"{again}. Try a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or SPEED.AMP fp32, and check the data "
+                "for broken pictures"
             )
+
+    def _agree_on_stopping(self, seconds: float):
+        """A signal may have reached only some of the processes; nor are their steps equally fast."""
         agreed = torch.tensor([self.signal_received, seconds], dtype=torch.float64, device=self.device)
         if dist.is_initialized():
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)  # a signal may have reached only some of the processes
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
         self.stopped, seconds = int(agreed[0]), agreed[1].item()
         # Often enough to stop within some seconds; on the CPU a look costs nothing.
         self.look_every = 1 if self.device.type == "cpu" else max(1, min(20, int(3 / seconds)))
 
-    # ---------------------------------------------------------------------------------------------------- validation
-
     @torch.inference_mode()
     def validate(self) -> float:
         """Mean PSNR (protocol ``train_rgb``) of the final estimate over the validation set, whatever the processes."""
-        model = self._takes_images(self.model if self.ema is None else self.ema)
+        model = FromImages(self.model if self.ema is None else self.ema)
         model.eval()
         torch.backends.cudnn.benchmark = len(self.val_set.sizes) == 1
-        rank, world = distributed.rank(), distributed.world_size()
         scores = torch.zeros(len(self.val_set), dtype=torch.float64, device=self.device)
-        mine = range(rank, len(self.val_set), world)
+        mine = range(self.rank, len(self.val_set), self.world)
         loader = DataLoader(
             torch.utils.data.Subset(self.val_set, mine), self._validation_batch(), worker_init_fn=_init_worker,
             num_workers=self.cfg.TRAINING.WORKERS,
@@ -608,7 +445,7 @@ class Trainer:
         if len(sizes) > 1:
             return 1
         pixels = max(map(math.prod, sizes))
-        share = self.cfg.OPTIM.BATCH_SIZE // distributed.world_size() // self.cfg.OPTIM.ACCUMULATE
+        share = self.cfg.OPTIM.BATCH_SIZE // self.world // self.cfg.OPTIM.ACCUMULATE
         return max(1, share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
 
     def _after_validation(self, rate: float):
@@ -629,169 +466,221 @@ class Trainer:
 
     def _record(self, rate: float, validated: bool):
         """One row of the history: at each validation, and at the end of an epoch without one."""
-        loss_sum, counted, skipped, _ = self.totals.tolist()
+        counts = self.counters.read()
         row = {
             "epoch": self.epoch,
             "step": self.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "loss": loss_sum / counted if counted else float("nan"),
+            "lr": self._rate(),
+            "loss": counts.mean_loss,
             "psnr": self.last_psnr if validated else None,
             "best_psnr": self.best["psnr"] if self.best["epoch"] else None,
             "images_per_second": round(rate, 2),
-            "skipped_steps": int(skipped),
+            "skipped_steps": counts.skipped,
         }
-        self.history.append(row)
+        self.log.record(row, self.best["epoch"])
+
+    def _rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def describe(self, config: bool = False, missing: list[str] = ()):
+        """Print what is about to be done, what is ``missing`` for it, and with ``config`` also every key."""
+        cfg = self.cfg
         if not self.main:
             return
-        score = f"PSNR {self.last_psnr:.3f} (best {self.best['psnr']:.3f} in epoch {self.best['epoch']})"
-        log.info(
-            "epoch %d/%d  step %d/%d  loss %.5f  lr %.2e  %s%.1f images/s%s",
-            self.epoch, self.cfg.OPTIM.NUM_EPOCHS, self.step, self.batches.steps, row["loss"], row["lr"],
-            f"{score}  " if validated else "", rate, f"  {int(skipped)} steps skipped" if skipped else "",
-        )  # fmt: skip
-        self._write_history()
-        if self.board is not None:
-            done = (self.epoch - 1) * self.batches.steps + self.step
-            for key in ("loss", "lr", "psnr"):
-                if row[key] is not None:
-                    self.board.add_scalar(key, row[key], done)
+        count = sum(p.numel() for p in self.model.parameters())
+        hardware = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        share = cfg.OPTIM.BATCH_SIZE // self.world // cfg.OPTIM.ACCUMULATE
+        epochs = "" if self.resumed is None else f", continuing in epoch {self.epoch} after step {self.step}"
+        precision = "bf16 autocast" if self.amp else "float32"
+        if config:
+            print(f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n")
+        lines = [
+            f"model       {cfg.MODEL.NAME}, {count:,} parameters, {self.model.stages} stages",
+            *(f"missing     {what}" for what in missing),
+            f"training    {len(self.train_set) // self.train_set.repeat} pictures of {cfg.TRAINING.TRAIN_DIR}, "
+            f"{self.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
+            f"validation  {len(self.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held back'}",
+            f"batch       {cfg.OPTIM.BATCH_SIZE} = {self.world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
+            f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"
+            + (f" of {self.batches.steps} steps{epochs}" if len(self.train_set) else ""),
+            f"device      {self.world} x {hardware}, {precision}",
+            f"writes to   {self.folder.absolute()} (the whole config as well; --dry_run shows it)",
+        ]
+        for line in lines:
+            print(line)
+        if self.changed:
+            print(f"note        these keys differ from the run being continued: {', '.join(self.changed)}")
+        sys.stdout.flush()
 
-    def _write_history(self):
-        with replacing(self.folder / "history.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.history[0].keys())
-            writer.writeheader()
-            writer.writerows(self.history)
-        plot_history(self.history, self.batches.steps, self.folder / "curves.png", self.cfg.MODEL.SESSION)
+    # ------------------------------------------------------------------------------------------- saving and resuming
+
+    def take_up(self):
+        """Continue the run in the folder, if it is to be continued; one that is not must not be there.
+
+        Raises:
+            UserError: there is another run; a state that is damaged, or of another network or other data; a folder
+                that not all processes see.
+        """
+        latest = _latest_to_resume(self.cfg)
+        found = torch.tensor(float(latest is not None), device=self.device)
+        everywhere = distributed.sum_over_processes(found).item()
+        if everywhere not in (0, self.world):
+            raise UserError(
+                f"only {everywhere:.0f} of {self.world} processes see {self.folder / 'model_latest.pth'}; "
+                "TRAINING.SAVE_DIR must be on a disk that all machines share"
+            )
+        if latest is not None:
+            self.load_state_dict(read_checkpoint(latest), latest)
+            if not (self.folder / "model_best.pth").exists():  # killed before it was written for the first time
+                self.best = {"psnr": float("-inf"), "epoch": 0}
+        elif self.main and any(self.folder.glob("model_*.pth")):
+            raise UserError(
+                f"{self.folder} holds another run; continue it with TRAINING.RESUME True, "
+                "or give this one its own name with MODEL.SESSION NAME"
+            )
+
+    @functools.cached_property
+    def data(self) -> dict:
+        """What tells the training data from others, when a run is continued."""
+        return fingerprint(self.train_set.items)
+
+    def state_dict(self) -> dict:
+        """Everything needed to continue, in types that load with ``weights_only=True``."""
+        random = {"cpu": torch.get_rng_state(), "cuda": None}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            **self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,  # the schedule is a function of this and the config
+            "step": self.step,
+            "best": self.best,
+            "last_psnr": self.last_psnr,
+            "totals": self.counters.values.tolist(),
+            "history": self.log.rows,
+            "random": random,
+            "data": self.data,
+        }
+        if self.ema is not None:
+            state["raw_state_dict"] = self.model.state_dict()
+            state["averaged"] = self.averaged
+        return state
+
+    def load_state_dict(self, state: dict, path: Path):
+        """Continue from a state; ``path`` is the file that it comes from.
+
+        Raises:
+            UserError: it is none, or of another network or other data.
+        """
+        check_state(state, path)
+        averaged = is_averaged(state)
+        raw = state["raw_state_dict" if averaged else "state_dict"]
+        load_weights(self.model, weights_of({"state_dict": raw}, path), path)
+        if averaged and self.ema is not None:
+            load_weights(self.ema, weights_of(state, path), path)
+            self.averaged = state["averaged"]
+        load_moments(self.optimizer, state["optimizer"]["state"], path)
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.best, self.last_psnr = state["best"], state["last_psnr"]
+        self.counters.values.copy_(torch.tensor(state["totals"], dtype=torch.float64))
+        self.log.rows = state["history"]
+        loaders = {"random": self._load_random, "config": self._compare_config, "data": self._compare_data}
+        for key, load in loaders.items():
+            try:
+                if key in state:  # the oldest states have no data
+                    load(state[key], path)
+            except UserError:
+                raise
+            except Exception as error:  # what is none of ours fails in any way there is
+                raise cannot_be_resumed(path, key) from error
+        self.resumed = path
+
+    def _load_random(self, random: dict, _):
+        torch.set_rng_state(random["cpu"])
+        if self.device.type == "cuda" and random["cuda"] is not None:
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+
+    def _compare_config(self, text: str, _):
+        """Note what has changed; with another batch size, go on at the same share of the epoch."""
+        then = type(self.cfg).load_cfg(text)
+        self.changed = [key for key in changed_keys(self.cfg, then) if key not in _FREE_TO_CHANGE]
+        done = self.step * then.OPTIM.BATCH_SIZE // self.cfg.OPTIM.BATCH_SIZE
+        self.step = operator.index(min(done, self.batches.steps))
+        if self.step < 0:
+            raise ValueError("no step of an epoch")
+
+    def _compare_data(self, then: dict, path: Path):
+        changes = changed_items(self.train_set.items, then)
+        if changes:
+            raise UserError(
+                f"{self.cfg.TRAINING.TRAIN_DIR} is not what {path} was trained on: {changes}. Put that back, "
+                f"or start a run of its own from its weights: MODEL.SESSION NAME MODEL.WEIGHTS {path}"
+            )
+
+    def weights(self) -> dict:
+        """What using the network needs: its weights (the averaged ones where EMA is on), name and config."""
+        used = self.model if self.ema is None else self.ema
+        return {"state_dict": used.state_dict(), "model": describe_model(self.model), "config": self.cfg.dump()}
+
+    def save(self, *names: str, state: dict | None = None):
+        if self.main:
+            state = self.state_dict() if state is None else state
+            for name in names:
+                save_checkpoint(state, self.folder / name)
+        self.last_save = time.monotonic()
+
+    def _save_latest(self):
+        """Replace ``model_latest.pth``; not while steps are skipped one after the other, perhaps for bad weights."""
+        if self.counters.read().skipped_in_a_row < 2 or not (self.folder / "model_latest.pth").exists():
+            self.save("model_latest.pth")
 
     # ------------------------------------------------------------------------------------------------------ plumbing
 
-    def _train_loader(self) -> DataLoader:
+    @contextlib.contextmanager
+    def _alone_in_folder(self):
+        """Make the run's folder and lock it, in the main process; the others wait for that."""
+        with contextlib.ExitStack() as lock:
+            if self.main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                advice = "wait for its end, or give this one its own name with MODEL.SESSION NAME"
+                lock.enter_context(distributed.sole_writer(self.folder, "training", advice))
+            distributed.barrier()
+            yield
+
+    def join_group(self):
+        """Share the gradients with the other processes, where there is a group: also one of one process."""
+        if dist.is_initialized():
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.network, device_ids, gradient_as_bucket_view=True)
+
+    @contextlib.contextmanager
+    def _train_loader(self):
         workers = self.cfg.TRAINING.WORKERS
-        return DataLoader(
+        loader = DataLoader(
             self.train_set, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda", worker_init_fn=_init_worker,
         )  # fmt: skip
-
-    @staticmethod
-    def _takes_images(model: nn.Module) -> nn.Module:
-        """With a known degradation the data are clean pictures, which are measured on the way into the network."""
-        return model if model.degradation is None else Measured(model)
+        try:
+            yield loader
+        finally:
+            _end_workers(loader._iterator)  # persistent ones would live until the interpreter ends
 
     def _move(self, x: torch.Tensor) -> torch.Tensor:
         return unit_range(x.to(self.device, non_blocking=True)).contiguous(memory_format=self.memory_format)
 
-    board = None  # TensorBoard's writer, where it is installed
+    @contextlib.contextmanager
+    def _signals_noted(self):
+        """Within, SIGTERM and Ctrl-C are noted, for the loop to stop at the end of a step."""
 
-    def _start_log(self) -> list[logging.Handler]:
-        if not self.main:
-            return []
-        console = _ConsoleHandler()
-        file = logging.FileHandler(self.folder / "train.log", encoding="utf-8", errors="backslashreplace")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        log.setLevel(logging.INFO)
-        for handler in (console, file):
-            log.addHandler(handler)
-        if self.resumed is not None:
-            log.info("continuing %s: epoch %d, step %d", self.resumed, self.epoch, self.step)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            pass
-        else:
-            self.board = SummaryWriter(self.folder / "tensorboard")
-        return [console, file]
-
-    def _catch_signals(self) -> dict:
-        def remember(number, _):
+        def note(number, _):
             self.signal_received = number
 
-        return {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _restore(self, log_handlers: list[logging.Handler], signal_handlers: dict):
-        for handler in log_handlers:
-            log.removeHandler(handler)
-            handler.close()
-        for number, handler in signal_handlers.items():
-            signal.signal(number, handler)
-        if self.board is not None:
-            self.board.close()
-
-
-def keep_freed_memory():
-    """Let glibc keep what a training step on the CPU frees: the next one needs it again.
-
-    Given back to the system it would return page by page, each of them cleared first.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # glibc, with the numbers of its malloc.h
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
-        mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
-
-
-def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 or None (float32) for SPEED.AMP; ``auto`` takes bfloat16 where the hardware computes it."""
-    if choice == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # PyTorch has no public question for this
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            fast = fast and _has_avx512()  # which ATEN_CPU_CAPABILITY may have taken away
-        choice = "bf16" if fast else "fp32"
-    return torch.bfloat16 if choice == "bf16" else None
-
-
-def memory_format(choice: str | bool, device: torch.device, amp: torch.dtype | None) -> torch.memory_format:
-    """The memory format for SPEED.CHANNELS_LAST; ``auto`` takes the one that trains faster.
-
-    That is channels_last, without which oneDNN and cuDNN reorder the maps around each convolution; but for float32 on
-    processors without AVX-512, where oneDNN needs twice as long for a weight's gradient as in NCHW.
-    """
-    if choice == "auto":
-        choice = device.type == "cuda" or amp is not None or _has_avx512()
-    return torch.channels_last if choice else torch.contiguous_format
-
-
-def _has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
-def plot_history(history: list[dict], steps: int, path: Path, title: str):
-    """Draw loss, validation PSNR and learning rate over the epochs into a PNG, the last of each in its title."""
-    figure = optional("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")
-    for place, (key, label) in enumerate(
-        (("loss", "training loss"), ("psnr", "validation PSNR [dB]"), ("lr", "learning rate")), start=1
-    ):
-        rows = [row for row in history if row[key] is not None and math.isfinite(row[key])]
-        epochs, values = [row["epoch"] - 1 + row["step"] / steps for row in rows], [row[key] for row in rows]
-        axes = figure.add_subplot(1, 3, place)
-        axes.plot(epochs, values, marker="." if len(values) > 1 else "o")
-        axes.set(xlabel="epoch", title=f"{label}: {values[-1]:.4g}" if values else f"{label}: none")
-        axes.set_xlim(0, 1.05 * history[-1]["epoch"])
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        if key == "loss" and values and max(values) > 10 * min(values) > 0:
-            axes.set_yscale("log")
-        if key == "lr":
-            axes.set_ylim(0, 1.1 * max(values))
-            axes.ticklabel_format(axis="y", scilimits=(0, 0))
-        axes.grid(alpha=0.3)
-    figure.suptitle(title)
-    optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(str(path))
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced; None where there is none."""
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return None
-    return stat.st_ino, stat.st_mtime_ns
-
-
-class _ConsoleHandler(logging.Handler):
-    """Prints above the progress bar instead of through it."""
-
-    def emit(self, record):
-        tqdm.write(self.format(record))
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _end_workers(batches):

@@ -376,25 +376,6 @@ class ScoreSheet:
             writer.writerows(self.rows.values())
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` (a CUDA GPU where there is one, else the CPU) or a device by PyTorch's name.
-
-    Raises:
-        UserError: no such device here, or one that cannot compute.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).add(1).item()
-    except Exception as error:  # each kind of device that is not there fails in its own way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
-        raise UserError(
-            f"cannot use --device {name}, which is not here ({reason}); auto takes what there is"
-        ) from error
-    return device
-
-
 def _each(sample: Sample, given: Pictures | None) -> Pictures | list:
     """A sample's picture by picture."""
     if given is None:

@@ -1,7 +1,6 @@
 """Restoring pictures of any size: padding, tiles with blended seams, self-ensemble."""
 
 import math
-import os
 import warnings
 from numbers import Integral
 
@@ -15,14 +14,6 @@ from dgunet.transforms import dihedral, pad_to_multiple, undo_dihedral
 
 # Peak memory of a forward pass, in floats per pixel and unit of width (measured, see estimate_memory).
 _FLOATS_PER_PIXEL_AND_WIDTH = 16
-
-
-def use_huge_pages():
-    """Have Linux make the memory for large feature maps on the CPU 2 MiB at a time, not 4 KiB.
-
-    At 1280x720 every map is new memory. To be called before the first tensor is made, when PyTorch reads the variable.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def restore(
@@ -39,8 +30,8 @@ def restore(
     network runs on the device it is on, the result is cropped back and clamped to [0, 1].
 
     Args:
-        model: a DGUNet with learned degradation, for C channels; of any floating type (``model.half()``), and compiled
-            (``model.compile()``) or not.
+        model: a DGUNet for C channels whose degradation is learned, or a known one from image to image (`Blur`); of any
+            floating type (``model.half()``), and compiled (``model.compile()``) or not.
         image: one of
             a NumPy array (H, W, C), (B, H, W, C), or for C = 1 also (H, W): uint8, uint16, or floats in [0, 1];
             a tensor (C, H, W), (B, C, H, W), or for C = 1 also (H, W): uint8, uint16, or floats in [0, 1];
@@ -67,6 +58,8 @@ def restore(
         return restored if isinstance(image, list) else tuple(restored)
     check_tiles(tile, tile_overlap)
     device = _check_network(model)
+    if self_ensemble and model.degradation is not None:
+        raise UserError("self_ensemble turns the picture, but not the network's known degradation; leave it out")
     x, back = _as_batch(image, model.channels)
     training = model.training
     model.eval()
@@ -108,8 +101,8 @@ def _check_network(model) -> torch.device:
             f"restore takes a network as load_model or DGUNet(...) gives it, not {type(model).__name__}"
             + ("; pass its .module" if hasattr(model, "module") else "")
         )
-    if model.degradation is not None:
-        raise UserError("restore is for networks that learn their degradation; call model(y)[0] with the measurement")
+    if not (model.degradation is None or getattr(model.degradation, "image_to_image", False)):
+        raise UserError("restore is for networks whose input is a picture; call model(y)[0] with the measurement")
     kinds = {(p.device, p.dtype) for p in model.parameters()}
     if len(kinds) != 1:
         raise UserError(

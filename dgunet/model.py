@@ -4,7 +4,7 @@ Deep Generalized Unfolding Networks for Image Restoration, C. Mou, Q. Wang, J. Z
 
 Restoration of ``x`` from ``y = A x + n`` is ``min_x 1/2 ||A x - y||^2 + lambda J(x)``; stage k computes
 
-    v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)      gradient descent  (FGDM, gradient.py)
+    v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)      gradient descent  (FGDM, degradations.py)
     x_k = prox_k(v_k; features of stage k-1)               proximal mapping  (IPMM, proximal.py)
 
 from x_0 = y when the degradation is unknown and x_0 = A_adjoint(y) when it is known.
@@ -13,14 +13,15 @@ from x_0 = y when the degradation is unknown and x_0 = A_adjoint(y) when it is k
 import difflib
 import inspect
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dgunet.degradations import BlockSampling
+from dgunet.degradations import BlockSampling, Degradation, LearnedDegradation
 from dgunet.errors import UserError
-from dgunet.gradient import LearnedDegradation
 from dgunet.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
 
 
@@ -39,23 +40,25 @@ class Stage(nn.Module):
         self.degradation = degradation
         self.proximal = proximal
 
-    def gradient_step(self, x: Tensor, y: Tensor, known_degradation) -> Tensor:
-        degradation = self.degradation if known_degradation is None else known_degradation
+    def gradient_step(self, x: Tensor, y: Tensor, known: Degradation | None) -> Tensor:
+        degradation = self.degradation if known is None else known
         return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
 
     def forward(
-        self, x: Tensor, y: Tensor, previous: StageFeatures | None, known_degradation
+        self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
     ) -> tuple[Tensor, StageFeatures | None]:
-        v = self.gradient_step(x, y, known_degradation)
+        v = self.gradient_step(x, y, known)
         return self.proximal(v, previous)
 
 
 class FinalStage(Stage):
     """Stage K: its mapping predicts a residual to y (unknown degradation) or to v_K (known degradation)."""
 
-    def forward(self, x: Tensor, y: Tensor, previous: StageFeatures | None, known_degradation) -> tuple[Tensor, None]:
-        v = self.gradient_step(x, y, known_degradation)
-        anchor = y if known_degradation is None else v
+    def forward(
+        self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
+    ) -> tuple[Tensor, None]:
+        v = self.gradient_step(x, y, known)
+        anchor = y if known is None else v
         return anchor + self.proximal(v, previous), None
 
 
@@ -72,8 +75,8 @@ class DGUNet(nn.Module):
             `ProximalMapping`.
         final_fusion: fusion of the last stage, ``"concat"`` (to width + final_growth) or ``"subspace"``.
         final_growth: see ``final_fusion``; in [0, 1024].
-        degradation: None to learn it (each stage its own; the middle ones share theirs when ``shared``), or any
-            object with ``A(x)`` and ``A_adjoint(y)``, as in `dgunet.degradations` or deepinv's linear operators.
+        degradation: None to learn it (each stage its own; the middle ones share theirs when ``shared``), or a known
+            one: of `dgunet.degradations`, deepinv's linear operators, or any object with ``A(x)`` and ``A_adjoint(y)``.
         rho: initial value of the learned step sizes; 1 projects onto the data where A has orthonormal rows.
         checkpointing: recompute each stage in the backward pass instead of keeping its activations.
 
@@ -92,7 +95,7 @@ class DGUNet(nn.Module):
         fusion: str = "subspace",
         final_fusion: str = "concat",
         final_growth: int = 32,
-        degradation=None,
+        degradation: Degradation | None = None,
         rho: float = 0.5,
         checkpointing: bool = False,
     ):
@@ -105,7 +108,7 @@ class DGUNet(nn.Module):
                     f"a known degradation has the methods A(x) and A_adjoint(y); {type(degradation).__name__} has no "
                     + " and no ".join(absent)
                 )
-        # What load_model needs to build this network again; a known degradation is recognised by its own weights.
+        # What load_model needs to build this network again, besides `describe_degradation` of a known degradation.
         self.name = None
         self.arguments = {name: given[name] for name in ARGUMENTS}
         _check_arguments(self.arguments)
@@ -211,15 +214,25 @@ def _check_arguments(arguments: dict):
             raise ValueError(f"{name} must be {allowed[0]!r} or {allowed[1]!r}, {got}")
 
 
-class Measured(nn.Module):
-    """A network of a known degradation together with it: clean images in, estimates from their measurements out."""
+class FromImages(nn.Module):
+    """A network as it is trained, from images: where its degradation is known, clean ones, which are measured first."""
 
     def __init__(self, model: DGUNet):
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return self.model(self.model.degradation.A(x))
+        known = self.model.degradation
+        return self.model(x if known is None else known.A(x))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the paper's tables."""
+
+    task: str
+    arguments: dict  # of `DGUNet`
+    degradation: Callable[..., Degradation] | None = None  # makes the known one; None: it is learned
 
 
 _DEBLURRING = dict(width=80, growth=48, shared=True, final_fusion="concat", final_growth=32)
@@ -228,14 +241,14 @@ _SENSING = dict(channels=1, width=32, growth=16, shared=True, fusion="concat", f
 _PLUS = dict(shared=False, final_fusion="subspace")
 
 VARIANTS = {
-    "deblurring_dgunet": _DEBLURRING,
-    "deblurring_dgunet_plus": _DEBLURRING | _PLUS | dict(width=96, growth=48),
-    "denoising_dgunet": _DEBLURRING,
-    "denoising_dgunet_plus": _DEBLURRING | _PLUS | dict(width=80, growth=40),
-    "deraining_dgunet": _DERAINING,
-    "deraining_dgunet_plus": _DERAINING | _PLUS,
-    "compressive_sensing_dgunet": _SENSING,
-    "compressive_sensing_dgunet_plus": _SENSING | dict(shared=False),
+    "deblurring_dgunet": Variant("deblurring", _DEBLURRING),
+    "deblurring_dgunet_plus": Variant("deblurring", _DEBLURRING | _PLUS | dict(width=96, growth=48)),
+    "denoising_dgunet": Variant("denoising", _DEBLURRING),
+    "denoising_dgunet_plus": Variant("denoising", _DEBLURRING | _PLUS | dict(width=80, growth=40)),
+    "deraining_dgunet": Variant("deraining", _DERAINING),
+    "deraining_dgunet_plus": Variant("deraining", _DERAINING | _PLUS),
+    "compressive_sensing_dgunet": Variant("compressive_sensing", _SENSING, BlockSampling),
+    "compressive_sensing_dgunet_plus": Variant("compressive_sensing", _SENSING | dict(shared=False), BlockSampling),
 }
 
 
@@ -244,34 +257,43 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
-def create_model(name: str, ratio: float | None = None, **overrides) -> DGUNet:
-    """Build a DGUNet of the paper by name.
-
-    Args:
-        name: one of `list_models()`.
-        ratio: compressive sensing only: measurements per pixel in (0, 1], default 0.25. The blocks are 32x32 and
-            the sampling matrix is learned; pass ``degradation=`` for another operator.
-        **overrides: arguments of `DGUNet` that shall differ from the paper's.
+def find_variant(name: str) -> Variant:
+    """The variant of a name.
 
     Raises:
-        UserError: unknown name, unknown override, or ``ratio`` for a model that measures nothing.
+        UserError: unknown name.
     """
     if name not in VARIANTS:
         guess = difflib.get_close_matches(name, VARIANTS, n=1)
         hint = f"did you mean {guess[0]}?" if guess else f"known are {', '.join(VARIANTS)}"
         raise UserError(f"unknown model {name!r}; {hint}")
-    known = inspect.signature(DGUNet).parameters
+    return VARIANTS[name]
+
+
+def create_model(name: str, degradation: Degradation | None = None, **overrides) -> DGUNet:
+    """Build a DGUNet of the paper by name.
+
+    Args:
+        name: one of `list_models()`.
+        degradation: a known one in the place of the variant's, which is learned, or in compressive sensing measures
+            25 % of 32x32 blocks with a learned matrix.
+        **overrides: arguments of `DGUNet` that shall differ from the paper's, and in compressive sensing of
+            `BlockSampling`, e.g. ``ratio=0.1``.
+
+    Raises:
+        UserError: unknown name, or unknown override.
+    """
+    variant = find_variant(name)
+    known = list(inspect.signature(DGUNet).parameters)
+    own = inspect.signature(variant.degradation).parameters if variant.degradation and degradation is None else ()
     for key in overrides:
-        if key not in known:
-            raise UserError(f"DGUNet has no argument {key!r}; it takes {', '.join(known)} and ratio")
-    arguments = VARIANTS[name] | overrides
-    if name.startswith("compressive_sensing"):
-        if "degradation" not in overrides:
-            arguments["degradation"] = BlockSampling(0.25 if ratio is None else ratio)
-    elif ratio is not None:
-        raise UserError(f"ratio is for the compressive-sensing models; {name} learns its degradation")
+        if key not in (*known, *own):
+            raise UserError(f"{name} has no argument {key!r}; it takes {', '.join((*known, *own))}")
+    arguments = {key: value for key, value in overrides.items() if key in known}
+    if own:
+        degradation = variant.degradation(**{key: value for key, value in overrides.items() if key in own})
     try:
-        model = DGUNet(**arguments)
+        model = DGUNet(**variant.arguments | arguments, degradation=degradation)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     model.name = name

@@ -28,10 +28,10 @@ from dgunet.evaluation import (
     evaluate,
     paired,
     pairs_or_pictures,
-    pick_device,
     restore_pictures,
 )
-from dgunet.inference import check_tiles, use_huge_pages
+from dgunet.hardware import pick_device, use_huge_pages
+from dgunet.inference import check_tiles
 from dgunet.transforms import unit_range
 
 

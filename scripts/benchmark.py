@@ -44,13 +44,12 @@ sys.path.insert(0, str(ROOT))
 from prepare_patches import Parser, at_least  # noqa: E402
 
 from dgunet.config import load_config  # noqa: E402
-from dgunet.engine import Trainer, autocast_dtype, keep_freed_memory  # noqa: E402
+from dgunet.engine import Trainer  # noqa: E402
 from dgunet.errors import UserError, run_cli  # noqa: E402
-from dgunet.evaluation import pick_device  # noqa: E402
-from dgunet.inference import use_huge_pages  # noqa: E402
+from dgunet.hardware import autocast_dtype, keep_freed_memory, pick_device, use_huge_pages  # noqa: E402
 from dgunet.instance_norm import HalfInstanceNorm  # noqa: E402
 from dgunet.layers import ChannelAttentionBlock, ConvBlock  # noqa: E402
-from dgunet.model import Measured, create_model, list_models  # noqa: E402
+from dgunet.model import VARIANTS, FromImages, create_model, list_models  # noqa: E402
 from dgunet.pathways import ISFF, SubspaceFusion, project  # noqa: E402
 from dgunet.proximal import MULTIPLE  # noqa: E402
 
@@ -162,7 +161,7 @@ def _forward(case: Case) -> Callable:
         y = y.contiguous(memory_format=torch.channels_last)
     if case.compile:
         model.compile()
-    network = model if model.degradation is None else Measured(model)
+    network = FromImages(model)
 
     def run():
         with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, enabled=case.bf16):
@@ -174,13 +173,12 @@ def _forward(case: Case) -> Callable:
 def _train(case: Case) -> Callable:
     if not case.baseline and not case.device.startswith("cuda"):
         keep_freed_memory()
-    task = case.variant.removesuffix("_plus").removesuffix("_dgunet")
     options = ["DEVICE", case.device.split(":")[0], "OPTIM.BATCH_SIZE", str(case.batch)]
     if case.device.startswith("cuda"):
         options += ["GPU", f"[{torch.cuda.current_device()}]"]
     options += ["SPEED.AMP", "bf16" if case.bf16 else "fp32", "SPEED.COMPILE", str(case.compile)]
     options += ["SPEED.CHANNELS_LAST", "False" if case.baseline else "auto"]
-    cfg = load_config(ROOT / "configs" / task / "dgunet.yaml", [*options, "TRAINING.SAVE_DIR", tempfile.mkdtemp()])
+    cfg = load_config(ROOT / "configs" / VARIANTS[case.variant].task / "dgunet.yaml", options)
     model = _network(case)
     trainer = Trainer(cfg, model, train_set=range(case.batch), val_set=None)
     target = _pictures(case, model.channels)
@@ -407,7 +405,7 @@ def operations(case: Case) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = create_model(case.variant)
-    network = model if model.degradation is None else Measured(model)
+    network = FromImages(model)
     y = torch.rand(1, model.channels, 64, 64)  # the count is proportional to the pixels
     with FlopCounterMode(display=False) as counter:
         estimates = network(y)

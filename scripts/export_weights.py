@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.errors import ROOT, UserError, run_cli
+from dgunet.model import find_variant
 
 
 def main():
@@ -45,7 +46,7 @@ def main():
         for name in ("history.csv", "curves.png"):
             shutil.copy(run / name, args.out / f"{Path(name).stem}{suffix}{Path(name).suffix}")
         config = args.out / f"config{suffix}.yaml"
-        task = content["model"]["name"].removesuffix("_plus").removesuffix("_dgunet").title().replace("_", "")
+        task = find_variant(content["model"]["name"]).task.title().replace("_", "")
         there = config.resolve().relative_to(ROOT) if config.resolve().is_relative_to(ROOT) else config
         command = f"# {args.about}\n#   python {task}/train.py --config {there}\n"
         config.write_text(command + (run / "config.yaml").read_text())

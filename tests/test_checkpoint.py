@@ -19,7 +19,7 @@ from torch import nn
 from dgunet import DGUNet, UserError, create_model, list_models, load_model
 from dgunet import checkpoint as checkpoint_module
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
-from dgunet.degradations import BlockSampling
+from dgunet.degradations import BlockSampling, Blur
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -213,6 +213,37 @@ class HalfBrightness:
 
     def A_adjoint(self, y):
         return 0.5 * y
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_known_degradations_come_with_their_kind(tmp_path, tiny_model, learned):
+    sampling = tiny_model("compressive_sensing_dgunet", ratio=0.1, learned=learned)
+    blur = create_model("deblurring_dgunet", Blur(torch.rand(3, 5)), width=8, growth=4, final_growth=4)
+    for model, task in ((sampling, "compressive_sensing"), (blur, "deblurring")):
+        torch.save({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "a.pth")
+        loaded = load_model(tmp_path / "a.pth", task=task)
+        assert_same_weights(loaded, model)
+        assert type(loaded.degradation) is type(model.degradation) and loaded.name == model.name
+        assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in model.named_parameters()]
+    # as files said it before there were other kinds
+    old = {"name": sampling.name, "arguments": sampling.arguments, "learned_matrix": learned}
+    torch.save({"state_dict": sampling.state_dict(), "model": old}, tmp_path / "a.pth")
+    assert load_model(tmp_path / "a.pth").degradation.learned == learned
+
+
+@pytest.mark.parametrize(
+    "known",
+    [3, None, [], {}, {"kind": 3}, {"kind": "fog"}, {"kind": "blur"}, {"kind": "block_sampling"}]
+    + [{"kind": "block_sampling", "block": 32, "learned": value} for value in ("no", 3, None, torch.tensor(True))]
+    + [{"kind": "block_sampling", "block": value, "learned": True} for value in (16, -32, "32", 10**30, 32.5)]
+    + [{"kind": "block_sampling", "block": 32, "learned": True, "ratio": 0.1}],
+    ids=str,
+)
+def test_damaged_description_of_a_degradation(tmp_path, tiny_model, known):
+    model = tiny_model("compressive_sensing_dgunet", ratio=0.1)
+    description = describe_model(model) | {"degradation": known}
+    torch.save({"state_dict": model.state_dict(), "model": description}, tmp_path / "a.pth")
+    refusal(tmp_path / "a.pth")
 
 
 def test_own_degradation_has_to_be_given(tmp_path):

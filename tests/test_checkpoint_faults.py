@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from dgunet import UserError, create_model, engine, load_model
+from dgunet import UserError, create_model, load_model, runlog
+from dgunet.checkpoint import read_checkpoint
 from dgunet.config import load_config
 from dgunet.engine import Trainer
 
@@ -57,7 +58,7 @@ def optimizer_step(trainer: Trainer):
 @pytest.fixture(scope="module", autouse=True)
 def no_curves():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "plot_history", lambda *args: None)
+        patch.setattr(runlog, "plot_history", lambda *args: None)
         yield
 
 
@@ -74,7 +75,7 @@ def state(trainer) -> dict:
     for _ in range(2):
         optimizer_step(trainer)
     trainer.step = 2
-    trainer.totals += torch.tensor([0.5, 2, 0, 0])
+    trainer.counters.values += torch.tensor([0.5, 2, 0, 0])
     trainer._record(3.0, validated=False)
     trainer.save("model_latest.pth")
     return torch.load(trainer.folder / "model_latest.pth", weights_only=True)
@@ -117,11 +118,11 @@ def resumes(path: Path, state: dict, trainer: Trainer) -> bool:
         for parameter in (*trainer.model.parameters(), *trainer.ema.parameters()):
             parameter.zero_()
     try:
-        trainer._resume(path)
+        trainer.load_state_dict(read_checkpoint(path), path)
     except UserError as error:
         refused(error, path)
         return False
-    resumed = trainer.state()
+    resumed = trainer.state_dict()
     assert equal(resumed["state_dict"], state["state_dict"]) and equal(
         resumed["raw_state_dict"], state["raw_state_dict"]
     )
@@ -183,7 +184,7 @@ def test_state_that_cannot_be_resumed_is_told_in_one_line(tmp_path, state, train
     change(content)
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(UserError, match=message) as error:
-        trainer._resume(tmp_path / "a.pth")
+        trainer.load_state_dict(read_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth")
     refused(error.value, tmp_path / "a.pth")
 
 

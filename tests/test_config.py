@@ -1,5 +1,6 @@
 """Configuration: defaults, then YAML, then the command line; and every mistake in one line."""
 
+import ast
 import collections
 import functools
 import importlib.util
@@ -15,10 +16,11 @@ import yaml
 
 import dgunet.engine
 from dgunet import DGUNet, UserError, distributed
-from dgunet.config import _RANGES, changed_keys, format_config, load_config
+from dgunet.config import _RANGES, changed_keys, format_config, load_config, parse_args
 from dgunet.data import find_images
-from dgunet.engine import train_command
+from dgunet.engine import crop_options, train_command
 from dgunet.losses import LOSSES
+from dgunet.model import VARIANTS
 from dgunet.patches import PairedPatches
 from dgunet.synthesis import DEGRADATIONS
 
@@ -447,6 +449,54 @@ def test_fuzz(tmp_path, picture_pairs, fuzz, capsys, monkeypatch):
             print(dict(counts))
 
 
+FOLDERS = dict(
+    denoising="Denoising", deraining="Deraining", deblurring="Deblurring", compressive_sensing="CompressiveSensing"
+)  # fmt: skip
+
+
+def parsed(monkeypatch, task: str, *words):
+    """The config that a task's train.py has from these words."""
+    script = (ROOT / FOLDERS[task] / "train.py").read_text()
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    return parse_args(task, "", ast.literal_eval(re.search(r"^USES = (.*)$", script, re.M)[1]))[0]
+
+
+@pytest.mark.parametrize(
+    "task, key, value",
+    [
+        ("deraining", "AUGMENT.MIXUP", "0.6"),
+        ("deblurring", "AUGMENT.MIXUP_FROM_EPOCH", "3"),
+        ("denoising", "AUGMENT.SATURATION", "0.2"),
+        ("deblurring", "MODEL.RATIO", "0.1"),
+        ("denoising", "MODEL.MATRIX", "fixed"),
+        ("deraining", "MODEL.MATRIX_START", "dct"),
+        ("denoising", "MODEL.DEGRADATION", "blur"),
+        ("compressive_sensing", "MODEL.KERNEL", "a.npy"),
+        ("compressive_sensing", "SYNTHESIS.NAME", "gaussian_noise"),
+        ("compressive_sensing", "SYNTHESIS.OPTIONS.sigma", "5"),
+    ],
+)
+def test_key_that_the_task_does_not_use_is_refused(monkeypatch, tmp_path, task, key, value):
+    told = rf"{key} does nothing in {task.replace('_', ' ')}, which uses .*; leave it out"
+    with pytest.raises(UserError, match=told):
+        parsed(monkeypatch, task, key, value)
+    (tmp_path / "a.yaml").write_text(f"MODEL.NAME: {task}_dgunet\n{key}: {value}\n")
+    with pytest.raises(UserError, match=told):
+        parsed(monkeypatch, task, "--config", tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_a_complete_config_is_one_of_its_task(monkeypatch, tmp_path, path):
+    """As a run writes it: with all keys, those that the task does not use at their defaults."""
+    task, cfg = path.parent.name, load_config(path)
+    assert VARIANTS[cfg.MODEL.NAME].task == task
+    (tmp_path / "config.yaml").write_text(format_config(cfg))
+    assert "MIXUP" in (tmp_path / "config.yaml").read_text()
+    assert parsed(monkeypatch, task, "--config", tmp_path / "config.yaml") == cfg
+
+
 def test_dry_run_with_components_of_pictures_that_are_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text("MODEL: {NAME: compressive_sensing_dgunet, MATRIX_START: pca}")
@@ -457,21 +507,16 @@ def test_dry_run_with_components_of_pictures_that_are_not_there(tmp_path, monkey
 
 def dry_run(cfg, monkeypatch, words: list[str]):
     """As ``train.py --dry_run`` of the config's task, in this process."""
-    task = next((name for name in TASKS if cfg.MODEL.NAME.startswith(name)), "denoising")
+    task = VARIANTS[cfg.MODEL.NAME].task if cfg.MODEL.NAME in VARIANTS else "denoising"
+    make = lambda cfg, pairs: PairedPatches(pairs, **crop_options(cfg))  # noqa: E731
+    uses, more = ("SYNTHESIS", "AUGMENT", "MODEL"), {}
     if task == "compressive_sensing":
         module = sensing_train()
-        make, more = module.train_set, dict(make_val_set=module.val_set, find=find_images)
-    else:
-        make = lambda cfg, pairs: PairedPatches(  # noqa: E731
-            pairs, cfg.TRAINING.TRAIN_PS, cfg.TRAINING.REPEAT, cfg.AUGMENT.FLIP, cfg.SEED
-        )
-        more = {}
+        uses, make = ("AUGMENT", "MODEL"), module.train_set
+        more = dict(make_val_set=module.val_set, find=find_images, make_degradation=module.degradation)
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", "--config", "config.yaml", *words])
     monkeypatch.setattr(dgunet.engine, "launch", launch_here)
-    train_command("", f"{task}/dgunet.yaml", make, **more)
-
-
-TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
+    train_command(task, "", uses, make, **more)
 
 
 def launch_here(function, cfg, *args):

@@ -19,14 +19,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_model import Operations
 
 import dgunet.engine
+import dgunet.runlog
 from dgunet import create_model, load_model
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.degradations import BlockSampling
 from dgunet.distributed import launch
-from dgunet.engine import Trainer, autocast_dtype, memory_format, plot_history, train_command
+from dgunet.engine import Trainer, build_model, train_command
 from dgunet.errors import UserError
+from dgunet.hardware import autocast_dtype, memory_format
 from dgunet.patches import Centres, PairedPatches
+from dgunet.runlog import plot_history
 from dgunet.transforms import unit_range
 
 TRAIN = Path(__file__).resolve().parents[1] / "Denoising" / "train.py"
@@ -78,10 +81,10 @@ def assert_same_weights(one: dict, other: dict):
 
 def make_trainer(folders, **changed) -> Trainer:
     cfg = load_config(TRAIN.parents[1] / "configs/denoising/dgunet.yaml", options(folders, **changed))
-    torch.manual_seed(cfg.SEED)
-    model = create_model("denoising_dgunet", **OVERRIDES)
     sets = PairedPatches(folders / "train", 32, seed=cfg.SEED), Centres(folders / "val", 32)
-    trainer = Trainer(cfg, model, *sets)
+    trainer = Trainer(cfg, build_model(cfg, sets[0]), *sets)
+    if cfg.TRAINING.RESUME:
+        trainer.take_up()
     trainer.schedule.go_to(1)
     return trainer
 
@@ -248,7 +251,7 @@ def test_accumulation_equals_the_large_batch(folders):
     parts.model.load_state_dict(whole.model.state_dict())
     for trainer in (whole, parts):
         trainer.train_step(*batch(trainer, 4))
-    assert whole.totals[0].item() == pytest.approx(parts.totals[0].item(), rel=1e-6)
+    assert whole.counters.loss.item() == pytest.approx(parts.counters.loss.item(), rel=1e-6)
     # Gradients, not weights: Adam blows up the rounding of gradients that are zero, as of biases before a norm.
     for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
@@ -286,8 +289,8 @@ def test_ema_follows_the_weights(folders):
         trainer.train_step(*batch(trainer))
         now = trainer.model.state_dict()[name].clone()
         expected = now if expected is None else 0.5 * expected + 0.5 * now
-    torch.testing.assert_close(trainer.state()["state_dict"][name], expected)
-    assert not torch.equal(trainer.state()["raw_state_dict"][name], expected)
+    torch.testing.assert_close(trainer.state_dict()["state_dict"][name], expected)
+    assert not torch.equal(trainer.state_dict()["raw_state_dict"][name], expected)
 
 
 def test_validation_is_of_the_averaged_weights(folders):
@@ -295,7 +298,7 @@ def test_validation_is_of_the_averaged_weights(folders):
     for _ in range(2):
         trainer.train_step(*batch(trainer))
     averaged = create_model("denoising_dgunet", **OVERRIDES)
-    averaged.load_state_dict(trainer.state()["state_dict"])
+    averaged.load_state_dict(trainer.state_dict()["state_dict"])
     expected = []
     for input, target in trainer.val_set:
         with torch.inference_mode():
@@ -348,7 +351,7 @@ def test_ema_is_that_of_pytorch(folders):
     for _ in range(3):
         trainer.train_step(*batch(trainer))
         expected.update_parameters(trainer.model)
-    state = trainer.state()
+    state = trainer.state_dict()
     assert_same_weights(state["state_dict"], expected.module.state_dict())
     assert state["averaged"] == 3 and type(state["averaged"]) is int
 
@@ -413,10 +416,11 @@ def test_group_of_one_is_distributed(folders):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         group = make_trainer(folders, OPTIM__ACCUMULATE=2)
+        group.join_group()
         assert isinstance(group.network, torch.nn.parallel.DistributedDataParallel)
         for trainer in (alone, group):
             trainer.train_step(*batch(trainer))
-        assert group.totals[0].item() == pytest.approx(alone.totals[0].item(), rel=1e-6)
+        assert group.counters.loss.item() == pytest.approx(alone.counters.loss.item(), rel=1e-6)
         for one, other in zip(alone.model.parameters(), group.model.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-3)
         del group, trainer
@@ -435,9 +439,9 @@ def test_non_finite_step_is_skipped_and_counted(folders):
     assert_same_weights(trainer.model.state_dict(), before)
     for key, value in trainer.optimizer.state_dict()["state"].items():
         assert torch.equal(value["exp_avg"], moments[key]) and value["step"].item() == 1
-    assert trainer.totals.tolist()[1:] == [1, 1, 1]
+    assert trainer.counters.read()[1:] == (1, 1, 1)
     trainer.train_step(input, target)
-    assert trainer.totals.tolist()[1:] == [2, 1, 0]
+    assert trainer.counters.read()[1:] == (2, 1, 0)
     assert not torch.equal(trainer.model.last.rho, before["last.rho"])
 
 
@@ -471,8 +475,7 @@ def test_one_training_writes_to_a_folder(folders):
     deadline = time.monotonic() + 120
     while not latest.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    settings["TRAINING__RESUME"] = True
-    second = make_trainer(folders, **settings)
+    second = make_trainer(folders, **settings | dict(TRAINING__RESUME=True, OPTIM__NUM_EPOCHS=1))
     for trainer in (started_beside, second):
         with pytest.raises(UserError, match="another training is writing to .*/runs/run; .*MODEL.SESSION"):
             trainer.fit()
@@ -481,10 +484,10 @@ def test_one_training_writes_to_a_folder(folders):
         time.sleep(0.01)
     first.kill()  # but not its loading process, which lives some seconds longer
     first.wait()
-    with pytest.raises(UserError, match="has just been written by another training"):
-        second.fit()
-    settings["OPTIM__NUM_EPOCHS"] = 1
-    make_trainer(folders, **settings).fit()
+    state = read_checkpoint(latest)
+    second.fit()  # from what was written last, not from what it saw first
+    assert second.resumed == latest and second.epoch >= state["epoch"]
+    assert "continuing" in (latest.parent / "train.log").read_text()
 
 
 @pytest.fixture
@@ -654,7 +657,8 @@ def test_dry_run_before_there_is_data(folders, monkeypatch, capsys):
 
     def dry_run(**more):
         monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", *options(folders, **changed, **more)])
-        train_command("", "denoising/dgunet.yaml", lambda cfg, pairs: PairedPatches(pairs, cfg.TRAINING.TRAIN_PS))
+        uses = ("SYNTHESIS", "AUGMENT.MIXUP")
+        train_command("denoising", "", uses, lambda cfg, pairs: PairedPatches(pairs, cfg.TRAINING.TRAIN_PS))
         return capsys.readouterr().out
 
     out = dry_run()
@@ -700,6 +704,9 @@ def test_batch_must_fit_the_processes(folders):
         (["MODEL.WEIGHTS", "missing.pth"], "no checkpoint at missing.pth"),
         (["TRAINING.TRAIN_PS", "100"], "multiple of 8 pixels"),
         (["MODEL.NAME", "compressive_sensing_dgunet"], "not a network for this task"),
+        (["MODEL.NAME", "deraining_dgunet"], "MODEL.NAME is denoising_dgunet or denoising_dgunet_plus"),
+        (["--dry_run", "MODEL.NAME", "deraining_dgunet"], "deraining_dgunet is not a network for this task"),
+        (["MODEL.RATIO", "0.1"], "MODEL.RATIO does nothing in denoising, which uses SYNTHESIS and AUGMENT.MIXUP"),
     ],
 )
 def test_mistakes_are_one_line(folders, words, message):
@@ -747,7 +754,8 @@ def test_progress_without_a_terminal(folders, monkeypatch):
     """The bar is silent in a log; a line every 20 seconds says how far it is."""
     clock = iter(range(0, 10**9, 3))
     fake = SimpleNamespace(**vars(time) | {"monotonic": lambda: next(clock)})
-    monkeypatch.setattr(dgunet.engine, "time", fake)
+    for module in (dgunet.engine, dgunet.runlog):
+        monkeypatch.setattr(module, "time", fake)
     make_trainer(folders).fit()
     lines = [line for line in (folders / "runs/run/train.log").read_text().splitlines() if line.endswith(" left")]
     assert 1 < len(lines) <= next(clock) / 20

@@ -22,7 +22,8 @@ from dgunet import DGUNet, UserError, create_model, evaluation, load_model, rest
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.data import find_pairs, read_image, write_image
 from dgunet.errors import run_cli
-from dgunet.evaluation import PictureSet, Result, Sample, ScoreSheet, evaluate, pick_device
+from dgunet.evaluation import PictureSet, Result, Sample, ScoreSheet, evaluate
+from dgunet.hardware import pick_device
 from dgunet.metrics import evaluate_pair
 from dgunet.testing import append_results, average, find_folder, noise_level
 from dgunet.transforms import to_uint8, unit_range

@@ -219,12 +219,12 @@ def losses(folders, steps: int = 8, **extra) -> list[float]:
     for step in range(steps):
         samples = [trainer.train_set[step + 1, i] for i in range(4)]
         trainer.train_step(*(trainer._move(torch.stack(side)) for side in zip(*samples, strict=True)))
-        total = trainer.totals[0].item()
+        total = trainer.counters.loss.item()
         found.append(total - before)
         before = total
         if step == 3:
             assert 5 < trainer.validate() < 60
-    assert trainer.totals.tolist()[1:] == [steps, 0, 0]
+    assert trainer.counters.read()[1:] == (steps, 0, 0)
     return found
 
 
@@ -253,7 +253,7 @@ def test_losses_are_those_of_the_cpu(folders):
     for _ in range(5):
         for trainer in (cpu, gpu):
             trainer.train_step(*(trainer._move(side) for side in batch(trainer)))
-    assert gpu.totals[0].item() == pytest.approx(cpu.totals[0].item(), rel=2e-3)
+    assert gpu.counters.loss.item() == pytest.approx(cpu.counters.loss.item(), rel=2e-3)
 
 
 @pytest.mark.parametrize("amp", ["fp32", "bf16"])
@@ -291,4 +291,4 @@ def test_non_finite_step_leaves_the_weights_alone(folders):
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train_step(torch.full_like(input, torch.nan), target)
     assert_same_weights(trainer.model.state_dict(), before)
-    assert trainer.totals.tolist()[1:] == [1, 1, 1]
+    assert trainer.counters.read()[1:] == (1, 1, 1)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dgunet import UserError, restore
-from dgunet.gradient import ResidualBlock
+from dgunet.degradations import ResidualBlock
 
 
 @pytest.fixture
@@ -600,23 +600,23 @@ NO_HUGE_PAGES = not PAGES.exists() or "[never]" in PAGES.read_text()
 
 
 @pytest.mark.parametrize(
-    "module, function",
+    "function",
     [
-        pytest.param("inference", "use_huge_pages", marks=pytest.mark.skipif(NO_HUGE_PAGES, reason="has none")),
-        ("engine", "keep_freed_memory"),
+        pytest.param("use_huge_pages", marks=pytest.mark.skipif(NO_HUGE_PAGES, reason="has none")),
+        "keep_freed_memory",
     ],
 )
-def test_memory_of_large_maps_is_not_made_page_by_page(run_command, module, function):
+def test_memory_of_large_maps_is_not_made_page_by_page(run_command, function):
     """Of maps of 4 x 64 MiB, made and freed again and again, few of the 65536 pages of 4 KiB are new in the end."""
     code = f"""
 import resource
 import torch
-import dgunet.engine, dgunet.evaluation  # importing all this makes no tensor yet
+import dgunet.engine, dgunet.evaluation, dgunet.hardware  # importing all this makes no tensor yet
 
 def pages():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-dgunet.{module}.{function}()
+dgunet.hardware.{function}()
 for _ in range(6):
     before = pages()
     maps = [torch.ones(2**24) for _ in range(4)]

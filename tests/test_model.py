@@ -6,7 +6,9 @@ import math
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dgunet import DGUNet, UserError, create_model, list_models
-from dgunet.degradations import BlockSampling, sampling_operator, start_matrix
+from dgunet.config import load_config
+from dgunet.degradations import BlockSampling, Blur, named_degradation, sampling_operator, start_matrix
 from dgunet.instance_norm import HalfInstanceNorm
 from dgunet.layers import ChannelAttention
 from dgunet.original_checkpoints import is_unused
@@ -224,7 +227,7 @@ def test_channels_last_gives_the_same(tiny_model):
         ("denoising_dgunt", {}, "did you mean denoising_dgunet"),
         ("xyz", {}, "known are deblurring_dgunet"),
         ("denoising_dgunet", {"widht": 8}, "no argument 'widht'; it takes .*width"),
-        ("denoising_dgunet", {"ratio": 0.25}, "ratio is for the compressive-sensing models"),
+        ("denoising_dgunet", {"ratio": 0.25}, "denoising_dgunet has no argument 'ratio'; it takes"),
         ("denoising_dgunet", {"stages": 0}, "stages must be at least 1"),
         ("denoising_dgunet", {"width": 7}, "must be even"),
         ("denoising_dgunet", {"growth": 5}, "growth must be even"),
@@ -335,6 +338,51 @@ def test_block_sampling_is_adjoint(ratio, rows):
     measured = sampling.A(x)
     assert measured.shape == y.shape
     torch.testing.assert_close((measured * y).sum(), (x * sampling.A_adjoint(y)).sum(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(("kernel", "size"), [((1, 1), (8, 8)), ((5, 3), (9, 12)), ((3, 7), (2, 5)), ((9, 9), (1, 4))])
+def test_blur_is_adjoint(kernel, size):
+    """Also where the kernel is larger than the picture."""
+    torch.manual_seed(0)
+    blur = Blur(torch.randn(kernel)).double()
+    x, y = torch.randn(2, 2, 3, *size, dtype=torch.float64)
+    assert blur.A(x).shape == blur.A_adjoint(y).shape == x.shape
+    torch.testing.assert_close((blur.A(x) * y).sum(), (x * blur.A_adjoint(y)).sum(), rtol=1e-10, atol=1e-12)
+    gradient = torch.autograd.functional.vjp(blur.A, x, y)[1]
+    torch.testing.assert_close(blur.A_adjoint(y), gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_blur_is_the_convolution_with_its_kernel():
+    kernel, picture = torch.rand(3, 5), torch.rand(10, 11)
+    expected = scipy.ndimage.convolve(picture.numpy(), kernel.numpy(), mode="mirror")
+    np.testing.assert_allclose(Blur(kernel).A(picture[None, None])[0, 0], expected, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Blur(kernel).A(picture[None, None].bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 4), (0, 3)])
+def test_kernel_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"a blur's kernel is \(h, w\), both odd"):
+        Blur(torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "name, kernel, message",
+    [
+        ("fog", None, "MODEL.DEGRADATION is blur, or empty"),
+        ("blur", None, "needs both MODEL.DEGRADATION blur and MODEL.KERNEL"),
+        ("", np.ones((3, 3)), "needs both"),
+        ("blur", np.ones((2, 3)), "MODEL.KERNEL .*kernel.npy: a blur's kernel is"),
+        ("blur", np.full((3, 3), np.nan), "MODEL.KERNEL .*kernel.npy: this has values that are not finite"),
+        ("blur", "text", "MODEL.KERNEL .*kernel.npy: this is not a .npy file"),
+    ],
+)
+def test_impossible_known_degradations_are_told(tmp_path, name, kernel, message):
+    path = tmp_path / "kernel.npy"
+    path.write_text(kernel) if isinstance(kernel, str) else np.save(path, kernel if kernel is not None else 0)
+    options = ["MODEL.DEGRADATION", name] + (["MODEL.KERNEL", str(path)] if kernel is not None else [])
+    with pytest.raises(UserError, match=message):
+        named_degradation(load_config(None, options))
 
 
 def test_block_sampling_measures_blocks_by_the_matrix():

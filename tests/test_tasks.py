@@ -2,6 +2,7 @@
 
 import csv
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from dgunet import create_model, load_model, restore
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import find_pairs, read_image, read_luma, write_image
-from dgunet.degradations import sampling_operator, start_matrix
-from dgunet.engine import Trainer
+from dgunet.degradations import start_matrix
+from dgunet.engine import Trainer, build_model
 from dgunet.errors import UserError
 from dgunet.metrics import evaluate_pair
 from dgunet.patches import Centres, SaturationPatches
@@ -312,6 +313,42 @@ def test_saturation_changes_a_third_and_both_alike(tmp_path, picture_pairs):
     assert count / len(plain) == pytest.approx(1 / 3, abs=0.09)
 
 
+def test_known_blur_from_a_config_to_a_score(tmp_path):
+    """Trained on clean pictures, tested on blurred ones; the kernel is the config's, whatever the first weights had."""
+    rng = np.random.default_rng(0)
+    kernel = np.outer([1, 2, 1], [1, 2, 4, 2, 1]) / 40
+    np.save(tmp_path / "kernel.npy", kernel)
+    np.save(tmp_path / "other.npy", kernel[:, ::-1] * 0.9)
+    for k in range(4):
+        clean = cv2.resize(rng.integers(0, 256, (7, 8, 3), dtype=np.uint8), (48, 40), interpolation=cv2.INTER_CUBIC)
+        blurred = cv2.filter2D(clean, -1, kernel[::-1, ::-1], borderType=cv2.BORDER_REFLECT_101)
+        write_image(tmp_path / f"clean/{k}.png", clean)
+        write_image(tmp_path / f"pairs/target/{k}.png", clean)
+        write_image(tmp_path / f"pairs/input/{k}.png", blurred)
+    words = [
+        "MODEL.DEGRADATION", "blur", "TRAINING.TRAIN_DIR", "clean", "TRAINING.SAVE_DIR", "runs", "OPTIM.NUM_EPOCHS", 1,
+        "OPTIM.BATCH_SIZE", 2, "TRAINING.TRAIN_PS", 32, "TRAINING.VAL_PS", 32, "TRAINING.WORKERS", 0, "DEVICE", "cpu",
+        "SPEED.AMP", "fp32", "MODEL.OVERRIDES", "{width: 8, growth: 4, final_growth: 4, stages: 2}",
+    ]  # fmt: skip
+    done = run("deblurring", "train.py", *words, "MODEL.KERNEL", "other.npy", "MODEL.SESSION", "one", cwd=tmp_path)
+    assert "3 pictures of clean" in done.stdout and "held back" in done.stdout
+    words += ["MODEL.KERNEL", "kernel.npy", "MODEL.WEIGHTS", "runs/one/model_best.pth", "MODEL.SESSION", "two"]
+    run("deblurring", "train.py", *words, cwd=tmp_path)
+    weights = tmp_path / "runs/two/model_best.pth"
+    model = load_model(weights, task="deblurring")
+    np.testing.assert_array_equal(model.degradation.kernel, kernel.astype(np.float32))
+    assert not list(model.degradation.parameters())
+    run("deblurring", "test.py", "--weights", weights, "--dataset", "pairs", "--device", "cpu", cwd=tmp_path)
+    (row,) = rows(tmp_path, "deblurring")
+    assert row["images"] == "4" and float(row["psnr"]) > 10
+    y = read_image(tmp_path / "pairs/input/0.png")[:33, :45]  # of no multiple of 8
+    assert restore(model, y, tile=32).shape == y.shape
+    with pytest.raises(UserError, match="not the network's known degradation"):
+        restore(model, y, self_ensemble=True)
+    done = run("deblurring", "train.py", *words, "SYNTHESIS.NAME", "motion_blur", cwd=tmp_path, check=2)
+    assert "set one of the two" in done.stderr
+
+
 # --------------------------------------------------------------------- compressive sensing
 
 
@@ -493,6 +530,7 @@ def test_sensing_in_two_steps_with_either_matrix(tmp_path, matrix, start):
 
 def test_sensing_begins_with_a_network_of_another_ratio(tmp_path, weights):
     """All but the matrix is taken over, if a start for the matrix is given; without one, the shapes do not fit."""
+    degradation = runpy.run_path(ROOT / "CompressiveSensing/train.py")["degradation"]
     given = load_model(weights["compressive_sensing"])
     size = {f"MODEL.OVERRIDES.{key}": given.arguments[key] for key in ("width", "growth", "final_growth", "stages")}
 
@@ -503,9 +541,7 @@ def test_sensing_begins_with_a_network_of_another_ratio(tmp_path, weights):
         }  # fmt: skip
         words = [str(word) for pair in options.items() for word in pair]
         cfg = load_config(ROOT / "configs/compressive_sensing/dgunet.yaml", words)
-        operator = sampling_operator(cfg.MODEL.RATIO, start=cfg.MODEL.MATRIX_START)
-        model = create_model(cfg.MODEL.NAME, degradation=operator, **cfg.MODEL.OVERRIDES)
-        return Trainer(cfg, model, range(64), None).model.state_dict()
+        return build_model(cfg, None, degradation).state_dict()
 
     with pytest.raises(UserError, match="degradation.matrix"):
         trained_from("")

@@ -1,0 +1,132 @@
+"""What a run tells of itself: its history as a table, as curves and in TensorBoard, lines in a log, a bar."""
+
+import csv
+import logging
+import math
+import time
+from pathlib import Path
+
+from dgunet.errors import optional
+from dgunet.files import replacing
+
+tqdm = optional("tqdm").tqdm
+log = logging.getLogger("dgunet")
+
+
+class RunLog:
+    """The history of a run, written to its ``folder`` and told on the console; open within ``with``.
+
+    In the folder: ``history.csv``, ``curves.png``, ``train.log``, and TensorBoard's files where that is installed.
+
+    Args:
+        folder: the run's.
+        title: of the curves.
+        epochs, steps: of the whole run, and of each epoch.
+        main: whether this process is the one that writes and tells; the others only keep the rows.
+    """
+
+    def __init__(self, folder: Path, title: str, epochs: int, steps: int, main: bool):
+        self.folder, self.title, self.epochs, self.steps, self.main = folder, title, epochs, steps, main
+        self.rows: list[dict] = []  # one at each validation, and at the end of an epoch without one
+        self.handlers: list[logging.Handler] = []
+        self.board = None  # TensorBoard's writer
+        self.began = self.last_line = time.monotonic()
+
+    def __enter__(self):
+        self.began = self.last_line = time.monotonic()
+        if self.main:
+            file = logging.FileHandler(self.folder / "train.log", encoding="utf-8", errors="backslashreplace")
+            file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            self.handlers = [_ConsoleHandler(), file]
+            log.setLevel(logging.INFO)
+            for handler in self.handlers:
+                log.addHandler(handler)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                pass
+            else:
+                self.board = SummaryWriter(self.folder / "tensorboard")
+        return self
+
+    def __exit__(self, *_):
+        while self.handlers:
+            handler = self.handlers.pop()
+            log.removeHandler(handler)
+            handler.close()
+        if self.board is not None:
+            self.board.close()
+
+    def bar(self, epoch: int, step: int):
+        """A progress bar over an epoch, on a terminal."""
+        return tqdm(
+            total=self.steps, initial=step, desc=f"epoch {epoch}/{self.epochs}", unit="step",
+            disable=None if self.main else True, leave=False, dynamic_ncols=True,  # None: only on a terminal
+        )  # fmt: skip
+
+    def progress(self, bar, epoch: int, step: int, status: str, seconds: float):
+        """Show on the bar how it goes; ``seconds`` are those of a step."""
+        bar.set_postfix_str(status, refresh=False)
+        now = time.monotonic()
+        # Without a terminal a line now and then: at first every 20 seconds, in a run of days some hundreds in all.
+        if self.main and bar.disable and now - self.last_line > max(20, (now - self.began) / 100):
+            left = tqdm.format_interval(((self.epochs + 1 - epoch) * self.steps - step) * seconds)
+            log.info("epoch %d/%d  step %d/%d  %s, %s left", epoch, self.epochs, step, self.steps, status, left)
+            self.last_line = now
+
+    def record(self, row: dict, best_epoch: int):
+        """Add a row to the history, and tell it."""
+        self.rows.append(row)
+        if not self.main:
+            return
+        score = skipped = ""
+        if row["psnr"] is not None:
+            best = -math.inf if row["best_psnr"] is None else row["best_psnr"]
+            score = f"PSNR {row['psnr']:.3f} (best {best:.3f} in epoch {best_epoch})  "
+        if row["skipped_steps"]:
+            skipped = f"  {row['skipped_steps']} steps skipped"
+        log.info(
+            "epoch %d/%d  step %d/%d  loss %.5f  lr %.2e  %s%.1f images/s%s",
+            row["epoch"], self.epochs, row["step"], self.steps, row["loss"], row["lr"], score,
+            row["images_per_second"], skipped,
+        )  # fmt: skip
+        with replacing(self.folder / "history.csv") as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.rows[0].keys())
+            writer.writeheader()
+            writer.writerows(self.rows)
+        plot_history(self.rows, self.steps, self.folder / "curves.png", self.title)
+        if self.board is not None:
+            done = (row["epoch"] - 1) * self.steps + row["step"]
+            for key in ("loss", "lr", "psnr"):
+                if row[key] is not None:
+                    self.board.add_scalar(key, row[key], done)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints above the progress bar instead of through it."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record))
+
+
+def plot_history(history: list[dict], steps: int, path: Path, title: str):
+    """Draw loss, validation PSNR and learning rate over the epochs into a PNG, the last of each in its title."""
+    figure = optional("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")
+    for place, (key, label) in enumerate(
+        (("loss", "training loss"), ("psnr", "validation PSNR [dB]"), ("lr", "learning rate")), start=1
+    ):
+        rows = [row for row in history if row[key] is not None and math.isfinite(row[key])]
+        epochs, values = [row["epoch"] - 1 + row["step"] / steps for row in rows], [row[key] for row in rows]
+        axes = figure.add_subplot(1, 3, place)
+        axes.plot(epochs, values, marker="." if len(values) > 1 else "o")
+        axes.set(xlabel="epoch", title=f"{label}: {values[-1]:.4g}" if values else f"{label}: none")
+        axes.set_xlim(0, 1.05 * history[-1]["epoch"])
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if key == "loss" and values and max(values) > 10 * min(values) > 0:
+            axes.set_yscale("log")
+        if key == "lr":
+            axes.set_ylim(0, 1.1 * max(values))
+            axes.ticklabel_format(axis="y", scilimits=(0, 0))
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(str(path))
