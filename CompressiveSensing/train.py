@@ -19,9 +19,9 @@ from luma import LumaPatches
 
 from dgunet.data import find_images
 from dgunet.degradations import BlockSampling, sampling_operator
-from dgunet.engine import crop_options, train_command
 from dgunet.errors import run_cli
 from dgunet.patches import Centres
+from dgunet.training import crop_options, train_command
 
 
 def train_set(cfg, paths) -> LumaPatches:

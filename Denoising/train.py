@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.engine import crop_options, train_command
 from dgunet.errors import run_cli
 from dgunet.patches import MixupPatches
+from dgunet.training import crop_options, train_command
 
 
 def train_set(cfg, pairs) -> MixupPatches:

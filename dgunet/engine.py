@@ -1,4 +1,4 @@
-"""The training loop, one for all tasks and any number of processes."""
+"""The training loop, one for all tasks and any number of processes; `training` is its command line."""
 
 import contextlib
 import copy
@@ -9,7 +9,6 @@ import operator
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,20 +19,17 @@ from torch.utils.data import DataLoader
 
 from dgunet import distributed
 from dgunet.checkpoint import describe_model, load_weights, read_checkpoint, save_checkpoint, weights_of
-from dgunet.config import changed_keys, format_config, parse_args
-from dgunet.data import Pair, changed_items, exclude, find_images, find_pairs, fingerprint, hold_back, images_by_name
-from dgunet.degradations import named_degradation
-from dgunet.distributed import launch
+from dgunet.config import changed_keys, format_config
+from dgunet.data import changed_items, fingerprint
 from dgunet.errors import UserError, optional
-from dgunet.hardware import autocast_dtype, keep_freed_memory, memory_format, training_device
+from dgunet.hardware import autocast_dtype, memory_format, training_device
 from dgunet.losses import LOSSES, StageLoss
 from dgunet.metrics import psnr_batch
-from dgunet.model import VARIANTS, DGUNet, FromImages, create_model, find_variant
-from dgunet.patches import Centres, EpochBatches, SyntheticPatches, TrainingSet, ValidationSet
+from dgunet.model import DGUNet, FromImages
+from dgunet.patches import EpochBatches, TrainingSet, ValidationSet
 from dgunet.runlog import RunLog
 from dgunet.schedule import EpochSchedule, validation_steps
 from dgunet.state import cannot_be_resumed, check_state, is_averaged, load_moments
-from dgunet.synthesis import find_degradation
 from dgunet.transforms import unit_range
 
 log = logging.getLogger("dgunet")
@@ -42,133 +38,11 @@ log = logging.getLogger("dgunet")
 _FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
 
 
-def train_command(
-    task: str,
-    description: str,
-    uses: tuple[str, ...],
-    make_train_set: Callable,
-    make_val_set: Callable = lambda cfg, pairs: Centres(pairs, cfg.TRAINING.VAL_PS),
-    find: Callable = find_pairs,
-    make_degradation: Callable = named_degradation,
-):
-    """A task's ``train.py``: read the command line, open the data, train in every process.
-
-    Args:
-        task: that of its networks in `model.VARIANTS`, and the folder of its configs.
-        description: for ``--help``.
-        uses: of the config's keys that not every task uses, those that this one does, see `config.parse_args`.
-        make_train_set: from the config and what ``find`` found to a data set indexed with (epoch, index).
-        make_val_set: likewise to one for validation.
-        find: lists the pairs, or the pictures, of a folder or of a packed file.
-        make_degradation: from the config and the training set to the network's known degradation, or None where it is
-            learned. A function that other processes can import.
-    """
-    cfg, args = parse_args(task, description, uses)
-    if find_variant(cfg.MODEL.NAME).task != task:
-        names = [name for name, variant in VARIANTS.items() if variant.task == task]
-        raise UserError(f"{cfg.MODEL.NAME} is not a network for this task; MODEL.NAME is {' or '.join(names)}")
-    training, missing = cfg.TRAINING, []
-
-    def look(find: Callable, folder: str) -> list:
-        try:
-            return find(folder)
-        except UserError as error:
-            if not args.dry_run:
-                raise
-            missing.append(str(error))
-            return []
-
-    if cfg.MODEL.DEGRADATION:
-        if cfg.SYNTHESIS.NAME:
-            raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the pictures; set one of the two")
-        find = find_clean
-    degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS) if cfg.SYNTHESIS.NAME else None
-    items = look(find_images if degrade else find, training.TRAIN_DIR)
-    if training.EXCLUDE and items:
-        items = exclude(items, training.EXCLUDE)
-    if training.VAL_DIR:
-        val_items = look(find, training.VAL_DIR)
-    elif items:
-        items, val_items = hold_back(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)
-    else:
-        val_items = []
-    if degrade:
-        train_set = SyntheticPatches(items, degrade, **crop_options(cfg))
-        if not training.VAL_DIR:
-            make_val_set = lambda cfg, items: Centres(items, training.VAL_PS, degrade=degrade, seed=cfg.SEED)  # noqa: E731
-    else:
-        train_set = make_train_set(cfg, items)
-    launch(train, cfg, train_set, make_val_set(cfg, val_items), make_degradation, args.dry_run, missing)
-
-
-def crop_options(cfg) -> dict:
-    """What all training sets take from a config, see `patches.RandomPatches`."""
-    return dict(patch=cfg.TRAINING.TRAIN_PS, repeat=cfg.TRAINING.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
-
-
-def find_clean(folder: str) -> list[Pair]:
-    """The pictures of a folder as pairs of themselves: the network of a known degradation is given them measured."""
-    return [Pair(name, path, path) for name, path in images_by_name(folder).items()]
-
-
-def train(
-    cfg, train_set: TrainingSet, val_set: ValidationSet, make_degradation: Callable, dry_run: bool = False,
-    missing: list[str] = (),
-):  # fmt: skip
-    """Build the config's model and train it; what is launched in every process.
-
-    A dry run only describes what would be done, and the data that are ``missing`` for it.
-    """
-    if training_device(cfg).type == "cpu":
-        keep_freed_memory()
-    missing = list(missing) if dry_run else None
-    trainer = Trainer(cfg, build_model(cfg, train_set, make_degradation, missing), train_set, val_set)
-    if dry_run:
-        trainer.take_up()
-        trainer.describe(config=True, missing=missing)
-        return
-    try:
-        trainer.fit()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "out of GPU memory; try OPTIM.ACCUMULATE 2 (4, 8), SPEED.CHECKPOINTING True, or a smaller OPTIM.BATCH_SIZE"
-        ) from error
-
-
-def build_model(
-    cfg, train_set, make_degradation: Callable = named_degradation, missing: list[str] | None = None
-) -> DGUNet:
-    """The config's network, with the weights to start from.
-
-    Args:
-        cfg: see `config.py`.
-        train_set, make_degradation: see `train_command`.
-        missing: for a dry run, what is not there yet; weights that are not are added to it.
-
-    Raises:
-        UserError: no such network, or weights that do not fit it.
-    """
-    torch.manual_seed(cfg.SEED)
-    degradation = make_degradation(cfg, train_set)
-    model = create_model(cfg.MODEL.NAME, degradation, checkpointing=cfg.SPEED.CHECKPOINTING, **cfg.MODEL.OVERRIDES)
-    path = cfg.MODEL.WEIGHTS
-    if not path or _latest_to_resume(cfg):
-        return model
-    if missing is not None and not Path(path).exists():
-        missing.append(f"no checkpoint at {path}")
-        return model
-    weights = weights_of(read_checkpoint(path), path)
-    if degradation is not None and degradation.keeps(weights):
-        weights |= {name: own for name, own in model.state_dict().items() if name.startswith("degradation.")}
-    load_weights(model, weights, path)
-    return model
-
-
 def _run_folder(cfg) -> Path:
     return Path(cfg.TRAINING.SAVE_DIR) / cfg.MODEL.SESSION
 
 
-def _latest_to_resume(cfg) -> Path | None:
+def latest_to_resume(cfg) -> Path | None:
     """The state that a run is to continue from, if there is one."""
     latest = _run_folder(cfg) / "model_latest.pth"
     return latest if cfg.TRAINING.RESUME and latest.exists() else None
@@ -521,7 +395,7 @@ class Trainer:
             UserError: there is another run; a state that is damaged, or of another network or other data; a folder
                 that not all processes see.
         """
-        latest = _latest_to_resume(self.cfg)
+        latest = latest_to_resume(self.cfg)
         found = torch.tensor(float(latest is not None), device=self.device)
         everywhere = distributed.sum_over_processes(found).item()
         if everywhere not in (0, self.world):

@@ -59,6 +59,7 @@ ALSO = {
     "state": ["test_checkpoint_faults.py", "test_engine.py"],
     "synthesis": ["test_demo_data.py", "test_data.py"],
     "testing": ["test_evaluation.py", "test_denoising.py", "test_tasks.py"],
+    "training": ["test_config.py", "test_tasks.py", "test_engine.py"],
     "transforms": ["test_data.py", "test_inference.py"],
 }
 

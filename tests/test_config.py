@@ -14,15 +14,15 @@ import pytest
 import torch
 import yaml
 
-import dgunet.engine
+import dgunet.training
 from dgunet import DGUNet, UserError, distributed
 from dgunet.config import _RANGES, changed_keys, format_config, load_config, parse_args
 from dgunet.data import find_images
-from dgunet.engine import crop_options, train_command
 from dgunet.losses import LOSSES
 from dgunet.model import VARIANTS
 from dgunet.patches import PairedPatches
 from dgunet.synthesis import DEGRADATIONS
+from dgunet.training import crop_options, train_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -515,7 +515,7 @@ def dry_run(cfg, monkeypatch, words: list[str]):
         uses, make = ("AUGMENT", "MODEL"), module.train_set
         more = dict(make_val_set=module.val_set, find=find_images, make_degradation=module.degradation)
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", "--config", "config.yaml", *words])
-    monkeypatch.setattr(dgunet.engine, "launch", launch_here)
+    monkeypatch.setattr(dgunet.training, "launch", launch_here)
     train_command(task, "", uses, make, **more)
 
 

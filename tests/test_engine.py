@@ -25,11 +25,12 @@ from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.degradations import BlockSampling
 from dgunet.distributed import launch
-from dgunet.engine import Trainer, build_model, train_command
+from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.hardware import autocast_dtype, memory_format
 from dgunet.patches import Centres, PairedPatches
 from dgunet.runlog import plot_history
+from dgunet.training import build_model, train_command
 from dgunet.transforms import unit_range
 
 TRAIN = Path(__file__).resolve().parents[1] / "Denoising" / "train.py"

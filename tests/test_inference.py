@@ -611,7 +611,7 @@ def test_memory_of_large_maps_is_not_made_page_by_page(run_command, function):
     code = f"""
 import resource
 import torch
-import dgunet.engine, dgunet.evaluation, dgunet.hardware  # importing all this makes no tensor yet
+import dgunet.training, dgunet.testing, dgunet.hardware  # importing all this makes no tensor yet
 
 def pages():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

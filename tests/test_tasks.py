@@ -24,10 +24,11 @@ from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import find_pairs, read_image, read_luma, write_image
 from dgunet.degradations import start_matrix
-from dgunet.engine import Trainer, build_model
+from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.metrics import evaluate_pair
 from dgunet.patches import Centres, SaturationPatches
+from dgunet.training import build_model
 from dgunet.transforms import unit_range
 
 ROOT = Path(__file__).resolve().parents[1]
