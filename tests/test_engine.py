@@ -29,7 +29,7 @@ from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.hardware import autocast_dtype, memory_format
 from dgunet.patches import Centres, PairedPatches
-from dgunet.runlog import plot_history
+from dgunet.runlog import RunLog, plot_history
 from dgunet.training import build_model, train_command
 from dgunet.transforms import unit_range
 
@@ -761,6 +761,19 @@ def test_progress_without_a_terminal(folders, monkeypatch):
     lines = [line for line in (folders / "runs/run/train.log").read_text().splitlines() if line.endswith(" left")]
     assert 1 < len(lines) <= next(clock) / 20
     assert all("loss 0." in line and "images/s, 0" in line for line in lines), lines
+
+
+def test_time_left_is_that_of_the_steps_to_come(tmp_path, monkeypatch, caplog):
+    run = RunLog(tmp_path, "run", epochs=10, steps=4, main=True)
+    clock = iter([0, 100])
+    monkeypatch.setattr(dgunet.runlog, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with run, caplog.at_level("INFO", "dgunet"):  # step 2 of epoch 3: two steps more, and seven epochs
+        run.progress(SimpleNamespace(set_postfix_str=lambda *_, **__: None, disable=True), 3, 2, "loss 1", seconds=60)
+    assert caplog.messages == ["epoch 3/10  step 2/4  loss 1, 30:00 left"]
+
+
+def test_gradients_accumulate_in_a_compiled_network(folders):
+    assert make_trainer(folders, SPEED__COMPILE=True, OPTIM__ACCUMULATE=2).cfg.SPEED.COMPILE_MODE == "default"
 
 
 def test_environment_of_a_cluster_does_not_pass_for_torchrun(folders, monkeypatch):
