@@ -772,6 +772,14 @@ def test_time_left_is_that_of_the_steps_to_come(tmp_path, monkeypatch, caplog):
     assert caplog.messages == ["epoch 3/10  step 2/4  loss 1, 30:00 left"]
 
 
+def test_tensorboard_counts_all_steps(tmp_path):
+    run, found = RunLog(tmp_path, "run", epochs=10, steps=4, main=True), []
+    run.board = SimpleNamespace(add_scalar=lambda *scalar: found.append(scalar))
+    row = {"epoch": 3, "step": 2, "lr": 1e-4, "loss": 0.5, "psnr": None, "best_psnr": None}
+    run.record(row | {"images_per_second": 1.0, "skipped_steps": 0}, best_epoch=0)
+    assert found == [("loss", 0.5, 10), ("lr", 1e-4, 10)]
+
+
 def test_gradients_accumulate_in_a_compiled_network(folders):
     assert make_trainer(folders, SPEED__COMPILE=True, OPTIM__ACCUMULATE=2).cfg.SPEED.COMPILE_MODE == "default"
 
