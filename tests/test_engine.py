@@ -772,12 +772,40 @@ def test_time_left_is_that_of_the_steps_to_come(tmp_path, monkeypatch, caplog):
     assert caplog.messages == ["epoch 3/10  step 2/4  loss 1, 30:00 left"]
 
 
-def test_tensorboard_counts_all_steps(tmp_path):
-    run, found = RunLog(tmp_path, "run", epochs=10, steps=4, main=True), []
-    run.board = SimpleNamespace(add_scalar=lambda *scalar: found.append(scalar))
+def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
+    found = []
+
+    class Writer:
+        def __init__(self, folder):
+            found.append(folder)
+
+        def add_scalar(self, *scalar):
+            found.append(scalar)
+
+        def close(self):
+            found.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     row = {"epoch": 3, "step": 2, "lr": 1e-4, "loss": 0.5, "psnr": None, "best_psnr": None}
-    run.record(row | {"images_per_second": 1.0, "skipped_steps": 0}, best_epoch=0)
-    assert found == [("loss", 0.5, 10), ("lr", 1e-4, 10)]
+    with RunLog(tmp_path, "run", epochs=10, steps=4, main=True) as run:
+        run.record(row | {"images_per_second": 1.0, "skipped_steps": 0}, best_epoch=0)
+    assert found == [tmp_path / "tensorboard", ("loss", 0.5, 10), ("lr", 1e-4, 10), "closed"]
+
+
+def test_curves_show_all_values(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, _: drawn.append(canvas.figure))
+    rows = [dict(epoch=e, step=2, loss=1 / e, psnr=20.0 + e, lr=2e-4 / e) for e in (1, 2, 3)]
+    plot_history(rows, 4, tmp_path / "curves.png", "run")
+    loss, psnr, lr = drawn[0].axes
+    assert [list(axes.lines[0].get_ydata()) for axes in (loss, psnr, lr)] == [
+        [1, 1 / 2, 1 / 3], [21, 22, 23], [2e-4, 1e-4, 2e-4 / 3]
+    ]  # fmt: skip
+    assert list(loss.lines[0].get_xdata()) == [0.5, 1.5, 2.5] and loss.get_xlim()[1] >= 3
+    assert lr.get_ylim() == (0, pytest.approx(2.2e-4)) and loss.get_yscale() == "linear"
+    rows[2]["loss"] = 0.05
+    plot_history(rows, 4, tmp_path / "curves.png", "run")
+    assert drawn[1].axes[0].get_yscale() == "log"
 
 
 def test_gradients_accumulate_in_a_compiled_network(folders):
