@@ -1,7 +1,6 @@
 """The training loop, one for all tasks and any number of processes; `training` is its command line."""
 
 import contextlib
-import copy
 import functools
 import logging
 import math
@@ -10,26 +9,23 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from dgunet import distributed
-from dgunet.checkpoint import describe_model, load_weights, read_checkpoint, save_checkpoint, weights_of
+from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.config import changed_keys, format_config
 from dgunet.data import changed_items, fingerprint
-from dgunet.errors import UserError, optional
-from dgunet.hardware import autocast_dtype, memory_format, training_device
-from dgunet.losses import LOSSES, StageLoss
+from dgunet.errors import UserError
+from dgunet.learner import Learner
 from dgunet.metrics import psnr_batch
 from dgunet.model import DGUNet, FromImages
-from dgunet.patches import EpochBatches, TrainingSet, ValidationSet
-from dgunet.runlog import RunLog
+from dgunet.patches import EpochBatches, TrainingSet, ValidationSet, loading
+from dgunet.runlog import RunLog, describe
 from dgunet.schedule import EpochSchedule, validation_steps
-from dgunet.state import cannot_be_resumed, check_state, is_averaged, load_moments
+from dgunet.state import cannot_be_resumed, check_state
 from dgunet.transforms import unit_range
 
 log = logging.getLogger("dgunet")
@@ -46,45 +42,6 @@ def latest_to_resume(cfg) -> Path | None:
     """The state that a run is to continue from, if there is one."""
     latest = _run_folder(cfg) / "model_latest.pth"
     return latest if cfg.TRAINING.RESUME and latest.exists() else None
-
-
-class Counts(NamedTuple):
-    """What `StepCounters` have counted."""
-
-    loss: float
-    counted: int
-    skipped: int
-    skipped_in_a_row: int
-
-    @property
-    def mean_loss(self) -> float:
-        return self.loss / self.counted if self.counted else math.nan
-
-
-class StepCounters:
-    """Counters of an epoch's steps, kept on the device, so that a step need not wait for it.
-
-    ``loss``: sum over the steps that are ``counted``; ``skipped``: those with a loss or gradient that is not finite;
-    ``skipped_in_a_row``: the last so many, of this epoch or those before.
-    """
-
-    def __init__(self, device: torch.device):
-        self.values = torch.zeros(4, dtype=torch.float64, device=device)
-        self.loss, self.counted, self.skipped, self.skipped_in_a_row = self.values.unbind()  # views
-
-    def add(self, loss: torch.Tensor, finite: torch.Tensor):
-        skipped = (~finite).double()
-        self.loss += torch.where(finite, loss, 0).double()
-        self.counted += 1 - skipped
-        self.skipped += skipped
-        self.skipped_in_a_row.add_(1).mul_(skipped)
-
-    def next_epoch(self):
-        self.values[:3] = 0
-
-    def read(self) -> Counts:
-        loss, *counts = self.values.tolist()
-        return Counts(loss, *map(int, counts))
 
 
 class Trainer:
@@ -114,37 +71,15 @@ class Trainer:
                 f"OPTIM.BATCH_SIZE is the total and must be a multiple of {self.world} processes times "
                 f"{cfg.OPTIM.ACCUMULATE} accumulation steps, got {cfg.OPTIM.BATCH_SIZE}"
             )
-        graphs = cfg.SPEED.COMPILE and cfg.SPEED.COMPILE_MODE in ("reduce-overhead", "max-autotune")
-        if graphs and cfg.OPTIM.ACCUMULATE > 1:
-            raise UserError(
-                f"SPEED.COMPILE_MODE {cfg.SPEED.COMPILE_MODE} uses CUDA graphs, whose gradients the next pass "
-                "overwrites; with OPTIM.ACCUMULATE take default or max-autotune-no-cudagraphs"
-            )
         self.batches = EpochBatches(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
-
-        self.device = training_device(cfg)
-        self.amp = autocast_dtype(cfg.SPEED.AMP, self.device)
-        self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)
         torch.backends.cudnn.benchmark = True  # crops are of one size: it pays to try cuDNN's algorithms once
-        self.model = model.to(self.device, memory_format=self.memory_format)
-        self.network = FromImages(self.model)  # what runs the forward pass; in `fit` distributed
-        weights = {name: cfg.LOSS[name.upper()] for name in LOSSES}
-        self.loss = StageLoss(weights, cfg.LOSS.CLAMP).to(self.device)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=cfg.OPTIM.LR_INITIAL, betas=(0.9, 0.999), eps=1e-8,
-            weight_decay=cfg.OPTIM.WEIGHT_DECAY, fused=True,
-        )  # fmt: skip
-        self.schedule = EpochSchedule(self.optimizer, cfg.OPTIM)
-        self.ema = copy.deepcopy(model).requires_grad_(False) if cfg.OPTIM.EMA_DECAY > 0 else None
-        self.averaged = 0  # steps that went into it
-        if cfg.SPEED.COMPILE:
-            self.model.compile(mode=cfg.SPEED.COMPILE_MODE)
+        self.learner = Learner(cfg, model)
+        self.device = self.learner.device
+        self.schedule = EpochSchedule(self.learner.optimizer, cfg.OPTIM)
 
         self.epoch, self.step = 1, 0  # the epoch under way and the steps done in it
         self.best = {"psnr": float("-inf"), "epoch": 0}
         self.last_psnr = float("nan")
-        self.counters = StepCounters(self.device)
         self.log = RunLog(self.folder, cfg.MODEL.SESSION, cfg.OPTIM.NUM_EPOCHS, self.batches.steps, self.main)
         self.resumed: Path | None = None  # the file that the run was continued from
         self.changed: list[str] = []  # keys of the config that were others then
@@ -163,12 +98,12 @@ class Trainer:
         """
         with self._alone_in_folder():
             self.take_up()
-            self.describe()
+            describe(self)
             if self.main:
                 _ = self.data  # as they are now, before the first step
                 (self.folder / "config.yaml").write_text(format_config(self.cfg) + "\n")
-            self.join_group()
-            with self.log, self._signals_noted(), self._train_loader() as loader:
+            self.learner.join_group()
+            with self.log, self._signals_noted(), self._loading() as loader:
                 if self.resumed is not None:
                     log.info("continuing %s: epoch %d, step %d", self.resumed, self.epoch, self.step)
                 if self.step == self.batches.steps:  # saved at the end of an epoch
@@ -190,7 +125,7 @@ class Trainer:
         started, first, rate = time.monotonic(), self.step, float("nan")
         with self.log.bar(self.epoch, self.step) as bar:
             for input, target in loader:
-                self.train_step(self._move(input), self._move(target))
+                self.learner.train_step(self.learner.move(input), self.learner.move(target))
                 self.step += 1
                 bar.update()
                 if self.step % self.look_every == 0 or self.step == steps or self.step in validations:
@@ -218,54 +153,14 @@ class Trainer:
 
     def _next_epoch(self):
         self.epoch, self.step = self.epoch + 1, 0
-        self.counters.next_epoch()
-
-    def train_step(self, input: torch.Tensor, target: torch.Tensor):
-        """One optimisation step on this process's share of a batch; nothing here waits for the device.
-
-        Where the loss or the gradient is not finite the weights stay as they are and the step is counted as skipped.
-        """
-        passes = self.cfg.OPTIM.ACCUMULATE
-        loss = torch.zeros((), device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        for i, (part, part_target) in enumerate(zip(input.chunk(passes), target.chunk(passes), strict=True)):
-            if isinstance(self.network, DistributedDataParallel):
-                self.network.require_backward_grad_sync = i == passes - 1  # gradients travel once, with the last pass
-            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-                estimates = self.network(part)
-            part_loss = self.loss(estimates, part_target) / passes
-            part_loss.backward()
-            loss += part_loss.detach()
-        loss = distributed.sum_over_processes(loss) / self.world
-
-        gradients = [p.grad for p in self.parameters]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.cfg.OPTIM.CLIP_NORM > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.OPTIM.CLIP_NORM, norm)
-        finite = torch.isfinite(loss + norm)
-        # The fused optimizer leaves weights and moments alone where found_inf is 1: the skip of torch.amp.GradScaler.
-        self.optimizer.found_inf = (~finite).float()
-        self.optimizer.step()
-        if self.ema is not None:
-            self._average()
-        self.counters.add(loss, finite)
-
-    @torch.no_grad()
-    def _average(self):
-        """As AveragedModel does, whose count of the steps is a tensor on the device: each step would wait for it."""
-        if self.averaged == 0:
-            self.ema.load_state_dict(self.model.state_dict())  # with what is not trained, such as a fixed matrix
-        else:
-            averaged, current = list(self.ema.parameters()), list(self.model.parameters())
-            torch._foreach_lerp_(averaged, current, 1 - self.cfg.OPTIM.EMA_DECAY)
-        self.averaged += 1
+        self.learner.counters.next_epoch()
 
     def _tell_progress(self, bar, rate: float, seconds: float):
         """Read the counters and show them; after too many bad steps give up."""
-        counts = self.counters.read()
+        counts = self.learner.counters.read()
         psnr = f"{self.last_psnr:.2f}" if self.last_psnr == self.last_psnr else "-"
         loss = counts.loss / max(counts.counted, 1)
-        status = f"loss {loss:.4f}, PSNR {psnr}, lr {self._rate():.1e}, {rate:.1f} images/s"
+        status = f"loss {loss:.4f}, PSNR {psnr}, lr {self.learner.rate:.1e}, {rate:.1f} images/s"
         self.log.progress(bar, self.epoch, self.step, status, seconds)
         if counts.skipped_in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:
             best = self.folder / "model_best.pth"
@@ -288,27 +183,20 @@ class Trainer:
     @torch.inference_mode()
     def validate(self) -> float:
         """Mean PSNR (protocol ``train_rgb``) of the final estimate over the validation set, whatever the processes."""
-        model = FromImages(self.model if self.ema is None else self.ema)
+        model = FromImages(self.learner.result)
         model.eval()
         torch.backends.cudnn.benchmark = len(self.val_set.sizes) == 1
         scores = torch.zeros(len(self.val_set), dtype=torch.float64, device=self.device)
         mine = range(self.rank, len(self.val_set), self.world)
-        loader = DataLoader(
-            torch.utils.data.Subset(self.val_set, mine), self._validation_batch(), worker_init_fn=_init_worker,
-            num_workers=self.cfg.TRAINING.WORKERS,
-        )  # fmt: skip
-        done = 0
-        batches = iter(loader)
-        try:
-            for input, target in batches:
-                with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-                    restored = model(self._move(input.flatten(0, -4)))[0]  # blocks as pictures of their own
+        subset, done = Subset(self.val_set, mine), 0
+        with loading(subset, self.cfg.TRAINING.WORKERS, batch_size=self._validation_batch()) as loader:
+            for input, target in loader:
+                with self.learner.autocast():
+                    restored = model(self.learner.move(input.flatten(0, -4)))[0]  # blocks as pictures of their own
                 indices = list(mine)[done : done + len(input)]
                 target = unit_range(target.to(self.device)).flatten(1, -3)  # and side by side again
                 scores[indices] = psnr_batch(restored.float().reshape(target.shape), target).double()
                 done += len(input)
-        finally:
-            _end_workers(batches)
         model.train()
         torch.backends.cudnn.benchmark = True
         return distributed.sum_over_processes(scores).mean().item()
@@ -340,11 +228,11 @@ class Trainer:
 
     def _record(self, rate: float, validated: bool):
         """One row of the history: at each validation, and at the end of an epoch without one."""
-        counts = self.counters.read()
+        counts = self.learner.counters.read()
         row = {
             "epoch": self.epoch,
             "step": self.step,
-            "lr": self._rate(),
+            "lr": self.learner.rate,
             "loss": counts.mean_loss,
             "psnr": self.last_psnr if validated else None,
             "best_psnr": self.best["psnr"] if self.best["epoch"] else None,
@@ -355,36 +243,6 @@ class Trainer:
 
     def _rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
-
-    def describe(self, config: bool = False, missing: list[str] = ()):
-        """Print what is about to be done, what is ``missing`` for it, and with ``config`` also every key."""
-        cfg = self.cfg
-        if not self.main:
-            return
-        count = sum(p.numel() for p in self.model.parameters())
-        hardware = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        share = cfg.OPTIM.BATCH_SIZE // self.world // cfg.OPTIM.ACCUMULATE
-        epochs = "" if self.resumed is None else f", continuing in epoch {self.epoch} after step {self.step}"
-        precision = "bf16 autocast" if self.amp else "float32"
-        if config:
-            print(f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n")
-        lines = [
-            f"model       {cfg.MODEL.NAME}, {count:,} parameters, {self.model.stages} stages",
-            *(f"missing     {what}" for what in missing),
-            f"training    {len(self.train_set) // self.train_set.repeat} pictures of {cfg.TRAINING.TRAIN_DIR}, "
-            f"{self.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
-            f"validation  {len(self.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held back'}",
-            f"batch       {cfg.OPTIM.BATCH_SIZE} = {self.world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
-            f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"
-            + (f" of {self.batches.steps} steps{epochs}" if len(self.train_set) else ""),
-            f"device      {self.world} x {hardware}, {precision}",
-            f"writes to   {self.folder.absolute()} (the whole config as well; --dry_run shows it)",
-        ]
-        for line in lines:
-            print(line)
-        if self.changed:
-            print(f"note        these keys differ from the run being continued: {', '.join(self.changed)}")
-        sys.stdout.flush()
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 
@@ -423,22 +281,17 @@ class Trainer:
         random = {"cpu": torch.get_rng_state(), "cuda": None}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {
+        return {
             **self.weights(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.learner.state_dict(),
             "epoch": self.epoch,  # the schedule is a function of this and the config
             "step": self.step,
             "best": self.best,
             "last_psnr": self.last_psnr,
-            "totals": self.counters.values.tolist(),
             "history": self.log.rows,
             "random": random,
             "data": self.data,
         }
-        if self.ema is not None:
-            state["raw_state_dict"] = self.model.state_dict()
-            state["averaged"] = self.averaged
-        return state
 
     def load_state_dict(self, state: dict, path: Path):
         """Continue from a state; ``path`` is the file that it comes from.
@@ -447,16 +300,9 @@ class Trainer:
             UserError: it is none, or of another network or other data.
         """
         check_state(state, path)
-        averaged = is_averaged(state)
-        raw = state["raw_state_dict" if averaged else "state_dict"]
-        load_weights(self.model, weights_of({"state_dict": raw}, path), path)
-        if averaged and self.ema is not None:
-            load_weights(self.ema, weights_of(state, path), path)
-            self.averaged = state["averaged"]
-        load_moments(self.optimizer, state["optimizer"]["state"], path)
+        self.learner.load_state_dict(state, path)
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.last_psnr = state["best"], state["last_psnr"]
-        self.counters.values.copy_(torch.tensor(state["totals"], dtype=torch.float64))
         self.log.rows = state["history"]
         loaders = {"random": self._load_random, "config": self._compare_config, "data": self._compare_data}
         for key, load in loaders.items():
@@ -493,8 +339,8 @@ class Trainer:
 
     def weights(self) -> dict:
         """What using the network needs: its weights (the averaged ones where EMA is on), name and config."""
-        used = self.model if self.ema is None else self.ema
-        return {"state_dict": used.state_dict(), "model": describe_model(self.model), "config": self.cfg.dump()}
+        result = self.learner.result
+        return {"state_dict": result.state_dict(), "model": describe_model(result), "config": self.cfg.dump()}
 
     def save(self, *names: str, state: dict | None = None):
         if self.main:
@@ -505,7 +351,7 @@ class Trainer:
 
     def _save_latest(self):
         """Replace ``model_latest.pth``; not while steps are skipped one after the other, perhaps for bad weights."""
-        if self.counters.read().skipped_in_a_row < 2 or not (self.folder / "model_latest.pth").exists():
+        if self.learner.counters.read().skipped_in_a_row < 2 or not (self.folder / "model_latest.pth").exists():
             self.save("model_latest.pth")
 
     # ------------------------------------------------------------------------------------------------------ plumbing
@@ -521,26 +367,9 @@ class Trainer:
             distributed.barrier()
             yield
 
-    def join_group(self):
-        """Share the gradients with the other processes, where there is a group: also one of one process."""
-        if dist.is_initialized():
-            device_ids = [self.device.index] if self.device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.network, device_ids, gradient_as_bucket_view=True)
-
-    @contextlib.contextmanager
-    def _train_loader(self):
-        workers = self.cfg.TRAINING.WORKERS
-        loader = DataLoader(
-            self.train_set, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0,
-            pin_memory=self.device.type == "cuda", worker_init_fn=_init_worker,
-        )  # fmt: skip
-        try:
-            yield loader
-        finally:
-            _end_workers(loader._iterator)  # persistent ones would live until the interpreter ends
-
-    def _move(self, x: torch.Tensor) -> torch.Tensor:
-        return unit_range(x.to(self.device, non_blocking=True)).contiguous(memory_format=self.memory_format)
+    def _loading(self) -> contextlib.AbstractContextManager[DataLoader]:
+        pinned = self.device.type == "cuda"
+        return loading(self.train_set, self.cfg.TRAINING.WORKERS, batch_sampler=self.batches, pin_memory=pinned)
 
     @contextlib.contextmanager
     def _signals_noted(self):
@@ -555,23 +384,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _end_workers(batches):
-    """End a loader's processes now, also while an exception holds on to its iterator."""
-    if hasattr(batches, "_shutdown_workers"):
-        batches._shutdown_workers()
-
-
-def _init_worker(_):
-    optional("cv2").setNumThreads(0)  # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A cluster's scheduler signals every process of a job, but the trainer needs its workers to finish the step before
-    # it saves. A worker therefore outlives its first SIGTERM: until the trainer ends it, a second one, or a minute.
-    signal.signal(signal.SIGTERM, _outlive_sigterm)
-
-
-def _outlive_sigterm(*_):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "alarm"):  # not on Windows
-        signal.alarm(60)

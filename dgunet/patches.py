@@ -5,14 +5,16 @@ from a generator seeded with these numbers. Neither the number of loading worker
 changes a sample, and a resumed epoch sees what the first one would have seen.
 """
 
+import contextlib
 import operator
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dgunet.data import Packed, Pair, find_pairs, image_size, open_image, open_luma, to_tensor
 from dgunet.errors import UserError, optional
@@ -316,3 +318,30 @@ class EpochBatches(Sampler):
         for step in range(self.start, self.steps):
             first = step * self.batch + self.rank * share
             yield [(self.epoch, int(index)) for index in order[first : first + share]]
+
+
+@contextlib.contextmanager
+def loading(data: Dataset, workers: int, **options) -> Iterator[DataLoader]:
+    """A loader with so many processes, which end with the block, also where an exception ends it."""
+    loader = DataLoader(
+        data, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_init_worker, **options
+    )
+    try:
+        yield loader
+    finally:
+        if loader._iterator is not None:  # of persistent processes, which else live until the interpreter ends
+            loader._iterator._shutdown_workers()
+
+
+def _init_worker(_):
+    optional("cv2").setNumThreads(0)  # the workers are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A cluster's scheduler signals every process of a job, but the trainer needs its workers to finish the step before
+    # it saves. A worker therefore outlives its first SIGTERM: until the trainer ends it, a second one, or a minute.
+    signal.signal(signal.SIGTERM, _outlive_sigterm)
+
+
+def _outlive_sigterm(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.alarm(60)

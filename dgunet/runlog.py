@@ -3,9 +3,13 @@
 import csv
 import logging
 import math
+import sys
 import time
 from pathlib import Path
 
+import torch
+
+from dgunet.config import format_config
 from dgunet.errors import optional
 from dgunet.files import replacing
 
@@ -107,6 +111,37 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record):
         tqdm.write(self.format(record))
+
+
+def describe(trainer, config: bool = False, missing: list[str] = ()):
+    """Print what a `Trainer` is about to do, what is ``missing`` for it, and with ``config`` also every key."""
+    cfg, model = trainer.cfg, trainer.learner.model
+    if not trainer.main:
+        return
+    count = sum(p.numel() for p in model.parameters())
+    hardware = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
+    share = cfg.OPTIM.BATCH_SIZE // trainer.world // cfg.OPTIM.ACCUMULATE
+    epochs = "" if trainer.resumed is None else f", continuing in epoch {trainer.epoch} after step {trainer.step}"
+    precision = "bf16 autocast" if trainer.learner.amp else "float32"
+    if config:
+        print(f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n")
+    lines = [
+        f"model       {cfg.MODEL.NAME}, {count:,} parameters, {model.stages} stages",
+        *(f"missing     {what}" for what in missing),
+        f"training    {len(trainer.train_set) // trainer.train_set.repeat} pictures of {cfg.TRAINING.TRAIN_DIR}, "
+        f"{trainer.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
+        f"validation  {len(trainer.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held back'}",
+        f"batch       {cfg.OPTIM.BATCH_SIZE} = {trainer.world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
+        f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"
+        + (f" of {trainer.batches.steps} steps{epochs}" if len(trainer.train_set) else ""),
+        f"device      {trainer.world} x {hardware}, {precision}",
+        f"writes to   {trainer.folder.absolute()} (the whole config as well; --dry_run shows it)",
+    ]
+    for line in lines:
+        print(line)
+    if trainer.changed:
+        print(f"note        these keys differ from the run being continued: {', '.join(trainer.changed)}")
+    sys.stdout.flush()
 
 
 def plot_history(history: list[dict], steps: int, path: Path, title: str):

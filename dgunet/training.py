@@ -15,6 +15,7 @@ from dgunet.errors import UserError
 from dgunet.hardware import keep_freed_memory, training_device
 from dgunet.model import VARIANTS, DGUNet, create_model, find_variant
 from dgunet.patches import Centres, SyntheticPatches, TrainingSet, ValidationSet
+from dgunet.runlog import describe
 from dgunet.synthesis import find_degradation
 
 
@@ -101,7 +102,7 @@ def train(
     trainer = Trainer(cfg, build_model(cfg, train_set, make_degradation, missing), train_set, val_set)
     if dry_run:
         trainer.take_up()
-        trainer.describe(config=True, missing=missing)
+        describe(trainer, config=True, missing=missing)
         return
     try:
         trainer.fit()

@@ -44,11 +44,11 @@ sys.path.insert(0, str(ROOT))
 from prepare_patches import Parser, at_least  # noqa: E402
 
 from dgunet.config import load_config  # noqa: E402
-from dgunet.engine import Trainer  # noqa: E402
 from dgunet.errors import UserError, run_cli  # noqa: E402
 from dgunet.hardware import autocast_dtype, keep_freed_memory, pick_device, use_huge_pages  # noqa: E402
 from dgunet.instance_norm import HalfInstanceNorm  # noqa: E402
 from dgunet.layers import ChannelAttentionBlock, ConvBlock  # noqa: E402
+from dgunet.learner import Learner  # noqa: E402
 from dgunet.model import VARIANTS, FromImages, create_model, list_models  # noqa: E402
 from dgunet.pathways import ISFF, SubspaceFusion, project  # noqa: E402
 from dgunet.proximal import MULTIPLE  # noqa: E402
@@ -180,24 +180,24 @@ def _train(case: Case) -> Callable:
     options += ["SPEED.CHANNELS_LAST", "False" if case.baseline else "auto"]
     cfg = load_config(ROOT / "configs" / VARIANTS[case.variant].task / "dgunet.yaml", options)
     model = _network(case)
-    trainer = Trainer(cfg, model, train_set=range(case.batch), val_set=None)
+    learner = Learner(cfg, model)
     target = _pictures(case, model.channels)
     input = target if model.degradation is not None else (target + 0.1 * torch.randn_like(target)).clamp(0, 1)
-    input, target = trainer._move(input), trainer._move(target)
+    input, target = learner.move(input), learner.move(target)
     weight = next(model.parameters())
     if not case.baseline:
 
         def run():
-            trainer.train_step(input, target)
+            learner.train_step(input, target)
             return weight.grad
 
         return run
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
-    network = trainer.network
+    network = learner.network
 
     def run():
         optimizer.zero_grad()
-        loss = trainer.loss(network(input), target)
+        loss = learner.loss(network(input), target)
         loss.backward()
         optimizer.step()
         loss.item()

@@ -298,6 +298,11 @@ def test_every_choice(key):
     assert f"{key} is {others[0]}" in refusal(None, [key, ""])
 
 
+def test_only_one_key_may_be_negative():
+    lowest = {key: allowed[0] for key, allowed in _RANGES.items() if isinstance(allowed, tuple)}
+    assert {key for key, least in lowest.items() if least < 0} == {"OPTIM.COSINE_EXTRA_EPOCHS"}
+
+
 def test_every_range_is_of_a_key():
     assert _RANGES.keys() <= DECLARED.keys()
 

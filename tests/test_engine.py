@@ -29,7 +29,7 @@ from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.hardware import autocast_dtype, memory_format
 from dgunet.patches import Centres, PairedPatches
-from dgunet.runlog import RunLog, plot_history
+from dgunet.runlog import RunLog, describe, plot_history
 from dgunet.training import build_model, train_command
 from dgunet.transforms import unit_range
 
@@ -133,8 +133,8 @@ def test_training_learns(folders):
     trainer = make_trainer(folders)
     input, target = batch(trainer, 4)
     for _ in range(80):
-        trainer.train_step(input, target)
-    restored = trainer.model(input)[0]
+        trainer.learner.train_step(input, target)
+    restored = trainer.learner.model(input)[0]
     assert (restored - target).square().mean() < 0.5 * (input - target).square().mean()
 
 
@@ -249,22 +249,23 @@ def test_accumulation_equals_the_large_batch(folders):
         make_trainer(folders, OPTIM__BATCH_SIZE=4),
         make_trainer(folders, OPTIM__BATCH_SIZE=4, OPTIM__ACCUMULATE=2),
     )
-    parts.model.load_state_dict(whole.model.state_dict())
+    parts.learner.model.load_state_dict(whole.learner.model.state_dict())
     for trainer in (whole, parts):
-        trainer.train_step(*batch(trainer, 4))
-    assert whole.counters.loss.item() == pytest.approx(parts.counters.loss.item(), rel=1e-6)
+        trainer.learner.train_step(*batch(trainer, 4))
+    assert whole.learner.counters.loss.item() == pytest.approx(parts.learner.counters.loss.item(), rel=1e-6)
     # Gradients, not weights: Adam blows up the rounding of gradients that are zero, as of biases before a norm.
-    for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+    weights = whole.learner.model.named_parameters()
+    for (name, one), other in zip(weights, parts.learner.model.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_activation_checkpointing_changes_no_gradient(folders):
     plain, recomputed = make_trainer(folders), make_trainer(folders)
-    recomputed.model.load_state_dict(plain.model.state_dict())
-    recomputed.model.checkpointing = True
+    recomputed.learner.model.load_state_dict(plain.learner.model.state_dict())
+    recomputed.learner.model.checkpointing = True
     for trainer in (plain, recomputed):
-        trainer.train_step(*batch(trainer))
-    for one, other in zip(plain.model.parameters(), recomputed.model.parameters(), strict=True):
+        trainer.learner.train_step(*batch(trainer))
+    for one, other in zip(plain.learner.model.parameters(), recomputed.learner.model.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-4)
 
 
@@ -272,13 +273,13 @@ def test_compile_switch_compiles(folders, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
     trainer = make_trainer(folders, SPEED__COMPILE=True)
-    assert compiled == [trainer.model.first, *trainer.model.middle, trainer.model.last]
+    assert compiled == [trainer.learner.model.first, *trainer.learner.model.middle, trainer.learner.model.last]
 
 
 def test_clipping_bounds_the_step(folders):
     trainer = make_trainer(folders, OPTIM__CLIP_NORM=1e-6)
-    trainer.train_step(*batch(trainer))
-    total = torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters])
+    trainer.learner.train_step(*batch(trainer))
+    total = torch.nn.utils.get_total_norm([p.grad for p in trainer.learner.parameters])
     assert total.item() == pytest.approx(1e-6, rel=1e-2)
 
 
@@ -287,8 +288,8 @@ def test_ema_follows_the_weights(folders):
     name = "last.proximal.image_conv.weight"
     expected = None
     for _ in range(3):
-        trainer.train_step(*batch(trainer))
-        now = trainer.model.state_dict()[name].clone()
+        trainer.learner.train_step(*batch(trainer))
+        now = trainer.learner.model.state_dict()[name].clone()
         expected = now if expected is None else 0.5 * expected + 0.5 * now
     torch.testing.assert_close(trainer.state_dict()["state_dict"][name], expected)
     assert not torch.equal(trainer.state_dict()["raw_state_dict"][name], expected)
@@ -297,7 +298,7 @@ def test_ema_follows_the_weights(folders):
 def test_validation_is_of_the_averaged_weights(folders):
     trainer = make_trainer(folders, OPTIM__EMA_DECAY=0.5)
     for _ in range(2):
-        trainer.train_step(*batch(trainer))
+        trainer.learner.train_step(*batch(trainer))
     averaged = create_model("denoising_dgunet", **OVERRIDES)
     averaged.load_state_dict(trainer.state_dict()["state_dict"])
     expected = []
@@ -306,7 +307,7 @@ def test_validation_is_of_the_averaged_weights(folders):
             restored = averaged.eval()(unit_range(input)[None])[0][0].clamp(0, 1)
         expected.append(-10 * (restored - unit_range(target)).square().mean().log10().item())
     with torch.no_grad():
-        for parameter in trainer.model.parameters():
+        for parameter in trainer.learner.model.parameters():
             parameter.fill_(torch.nan)
     assert trainer.validate() == pytest.approx(np.mean(expected), abs=1e-4)
 
@@ -316,7 +317,7 @@ def test_clamping_of_the_estimates(folders, clamp):
     """LOSS.CLAMP decides whether what is outside of [0, 1] costs anything, and is pulled back."""
     trainer = make_trainer(folders, LOSS__CLAMP=clamp)
     estimate = torch.tensor([1.5, -0.25, 0.5]).expand(1, 3, 8, 3).clone().requires_grad_()
-    loss = trainer.loss([estimate], torch.tensor([1.0, 0.0, 0.5]).expand(1, 3, 8, 3))
+    loss = trainer.learner.loss([estimate], torch.tensor([1.0, 0.0, 0.5]).expand(1, 3, 8, 3))
     expected = np.mean([0.001 if clamp else np.hypot(d, 0.001) for d in (0.5, 0.25, 0)])
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     loss.backward()
@@ -348,10 +349,10 @@ def test_ema_is_that_of_pytorch(folders):
     """To the last bit that of AveragedModel, whose state older checkpoints hold."""
     trainer = make_trainer(folders, OPTIM__EMA_DECAY=0.9)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
-    expected = torch.optim.swa_utils.AveragedModel(trainer.model, multi_avg_fn=average)
+    expected = torch.optim.swa_utils.AveragedModel(trainer.learner.model, multi_avg_fn=average)
     for _ in range(3):
-        trainer.train_step(*batch(trainer))
-        expected.update_parameters(trainer.model)
+        trainer.learner.train_step(*batch(trainer))
+        expected.update_parameters(trainer.learner.model)
     state = trainer.state_dict()
     assert_same_weights(state["state_dict"], expected.module.state_dict())
     assert state["averaged"] == 3 and type(state["averaged"]) is int
@@ -362,17 +363,17 @@ def test_average_has_the_fixed_matrix_of_its_network(folders):
     cfg = load_config(None, options(folders, OPTIM__EMA_DECAY=0.9))
     model = create_model("compressive_sensing_dgunet", degradation=BlockSampling(0.1, learned=False), **OVERRIDES)
     trainer = Trainer(cfg, model, PairedPatches(folders / "train", 32), Centres(folders / "val", 32))
-    trainer.model.degradation.matrix.neg_()
-    trainer.train_step(*torch.rand(2, 2, 1, 32, 32))
-    assert torch.equal(trainer.ema.degradation.matrix, trainer.model.degradation.matrix)
+    trainer.learner.model.degradation.matrix.neg_()
+    trainer.learner.train_step(*torch.rand(2, 2, 1, 32, 32))
+    assert torch.equal(trainer.learner.ema.degradation.matrix, trainer.learner.model.degradation.matrix)
 
 
 def test_training_step_does_nothing_that_waits_for_a_gpu(folders):
     trainer = make_trainer(folders, OPTIM__EMA_DECAY=0.9, OPTIM__CLIP_NORM=1.0, OPTIM__ACCUMULATE=2)
     data = batch(trainer)
-    trainer.train_step(*data)
+    trainer.learner.train_step(*data)
     with Operations() as operations:
-        trainer.train_step(*data)
+        trainer.learner.train_step(*data)
     assert "_foreach_lerp_" in operations.names and "_fused_adam_" in operations.names
     assert not {"_local_scalar_dense", "nonzero", "_cholesky_solve_helper"} & operations.names
 
@@ -399,8 +400,8 @@ def test_trainer_takes_the_memory_format(folders, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     for choice, expected in (("auto", torch.contiguous_format), (True, torch.channels_last)):
         trainer = make_trainer(folders, SPEED__CHANNELS_LAST=choice)
-        assert trainer.model.last.proximal.image_conv.weight.is_contiguous(memory_format=expected)
-        assert trainer._move(torch.rand(2, 3, 32, 32)).is_contiguous(memory_format=expected)
+        assert trainer.learner.model.last.proximal.image_conv.weight.is_contiguous(memory_format=expected)
+        assert trainer.learner.move(torch.rand(2, 3, 32, 32)).is_contiguous(memory_format=expected)
 
 
 def test_processor_without_avx512_computes_no_bfloat16(monkeypatch):
@@ -417,12 +418,12 @@ def test_group_of_one_is_distributed(folders):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         group = make_trainer(folders, OPTIM__ACCUMULATE=2)
-        group.join_group()
-        assert isinstance(group.network, torch.nn.parallel.DistributedDataParallel)
+        group.learner.join_group()
+        assert isinstance(group.learner.network, torch.nn.parallel.DistributedDataParallel)
         for trainer in (alone, group):
-            trainer.train_step(*batch(trainer))
-        assert group.counters.loss.item() == pytest.approx(alone.counters.loss.item(), rel=1e-6)
-        for one, other in zip(alone.model.parameters(), group.model.parameters(), strict=True):
+            trainer.learner.train_step(*batch(trainer))
+        assert group.learner.counters.loss.item() == pytest.approx(alone.learner.counters.loss.item(), rel=1e-6)
+        for one, other in zip(alone.learner.model.parameters(), group.learner.model.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-3)
         del group, trainer
     finally:
@@ -433,17 +434,17 @@ def test_group_of_one_is_distributed(folders):
 def test_non_finite_step_is_skipped_and_counted(folders):
     trainer = make_trainer(folders)
     input, target = batch(trainer)
-    trainer.train_step(input, target)
-    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    moments = {key: value["exp_avg"].clone() for key, value in trainer.optimizer.state_dict()["state"].items()}
-    trainer.train_step(torch.full_like(input, torch.nan), target)
-    assert_same_weights(trainer.model.state_dict(), before)
-    for key, value in trainer.optimizer.state_dict()["state"].items():
+    trainer.learner.train_step(input, target)
+    before = {key: value.clone() for key, value in trainer.learner.model.state_dict().items()}
+    moments = {key: value["exp_avg"].clone() for key, value in trainer.learner.optimizer.state_dict()["state"].items()}
+    trainer.learner.train_step(torch.full_like(input, torch.nan), target)
+    assert_same_weights(trainer.learner.model.state_dict(), before)
+    for key, value in trainer.learner.optimizer.state_dict()["state"].items():
         assert torch.equal(value["exp_avg"], moments[key]) and value["step"].item() == 1
-    assert trainer.counters.read()[1:] == (1, 1, 1)
-    trainer.train_step(input, target)
-    assert trainer.counters.read()[1:] == (2, 1, 0)
-    assert not torch.equal(trainer.model.last.rho, before["last.rho"])
+    assert trainer.learner.counters.read()[1:] == (1, 1, 1)
+    trainer.learner.train_step(input, target)
+    assert trainer.learner.counters.read()[1:] == (2, 1, 0)
+    assert not torch.equal(trainer.learner.model.last.rho, before["last.rho"])
 
 
 def test_many_non_finite_steps_end_the_run(folders):
@@ -562,7 +563,7 @@ def stopped_run(folders, **changed) -> Trainer:
     """A trainer that has taken two steps and saved."""
     trainer = make_trainer(folders, **changed)
     for _ in range(2):
-        trainer.train_step(*batch(trainer))
+        trainer.learner.train_step(*batch(trainer))
         trainer.step += 1
     trainer.folder.mkdir(parents=True)
     trainer.save("model_latest.pth")
@@ -576,17 +577,18 @@ def test_resumed_moments_lie_as_their_parameters(folders, before):
     second = make_trainer(folders, SPEED__CHANNELS_LAST=not before, TRAINING__RESUME=True)
     for trainer in (first, second):
         trainer.schedule.go_to(1)
-        trainer.optimizer.found_inf = torch.zeros(())
+        trainer.learner.optimizer.found_inf = torch.zeros(())
         torch.manual_seed(1)
-        for parameter in trainer.parameters:
+        for parameter in trainer.learner.parameters:
             gradient = torch.rand(parameter.shape)
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        trainer.optimizer.step()
-    assert any(a.stride() != b.stride() for a, b in zip(first.parameters, second.parameters, strict=True))
-    for a, b in zip(first.parameters, second.parameters, strict=True):
-        for key, value in second.optimizer.state[b].items():
+        trainer.learner.optimizer.step()
+    parameters = list(zip(first.learner.parameters, second.learner.parameters, strict=True))
+    assert any(a.stride() != b.stride() for a, b in parameters)
+    for a, b in parameters:
+        for key, value in second.learner.optimizer.state[b].items():
             assert value.stride() == (b.stride() if value.dim() else ())
-            torch.testing.assert_close(value, first.optimizer.state[a][key])
+            torch.testing.assert_close(value, first.learner.optimizer.state[a][key])
         torch.testing.assert_close(a, b)
 
 
@@ -595,9 +597,9 @@ def test_resuming_takes_the_weight_decay_of_the_config(folders):
     updated = []
     for decay in (0.0, 0.3):
         trainer = make_trainer(folders, TRAINING__RESUME=True, OPTIM__WEIGHT_DECAY=decay)
-        assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [decay]
-        trainer.train_step(*batch(trainer))
-        updated.append(trainer.model.state_dict())
+        assert [group["weight_decay"] for group in trainer.learner.optimizer.param_groups] == [decay]
+        trainer.learner.train_step(*batch(trainer))
+        updated.append(trainer.learner.model.state_dict())
     assert not torch.equal(updated[0]["last.proximal.image_conv.weight"], updated[1]["last.proximal.image_conv.weight"])
 
 
@@ -641,7 +643,7 @@ def test_start_from_given_weights(folders):
     train(folders, "first", OPTIM__NUM_EPOCHS=1)
     given = folders / "runs/first/model_best.pth"
     trainer = make_trainer(folders, session="second", MODEL__WEIGHTS=given)
-    assert_same_weights(trainer.model.state_dict(), weights(folders, "first", "model_best.pth"))
+    assert_same_weights(trainer.learner.model.state_dict(), weights(folders, "first", "model_best.pth"))
     assert trainer.epoch == 1
 
 
@@ -743,9 +745,9 @@ def test_resuming_with_another_batch_size(folders):
 
 def test_config_is_shown_on_request_and_always_written(folders, capsys):
     trainer = make_trainer(folders)
-    trainer.describe()
+    describe(trainer)
     assert "WEIGHT_DECAY" not in capsys.readouterr().out
-    trainer.describe(config=True)
+    describe(trainer, config=True)
     assert "WEIGHT_DECAY: 1.0e-08  # *" in capsys.readouterr().out
     trainer.fit()
     assert "WEIGHT_DECAY: 1.0e-08  # *" in (folders / "runs/run/config.yaml").read_text()
@@ -767,9 +769,9 @@ def test_time_left_is_that_of_the_steps_to_come(tmp_path, monkeypatch, caplog):
     run = RunLog(tmp_path, "run", epochs=10, steps=4, main=True)
     clock = iter([0, 100])
     monkeypatch.setattr(dgunet.runlog, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with run, caplog.at_level("INFO", "dgunet"):  # step 2 of epoch 3: two steps more, and seven epochs
-        run.progress(SimpleNamespace(set_postfix_str=lambda *_, **__: None, disable=True), 3, 2, "loss 1", seconds=60)
-    assert caplog.messages == ["epoch 3/10  step 2/4  loss 1, 30:00 left"]
+    with run, caplog.at_level("INFO", "dgunet"):  # step 2 of epoch 6: two steps more, and four epochs
+        run.progress(SimpleNamespace(set_postfix_str=lambda *_, **__: None, disable=True), 6, 2, "loss 1", seconds=60)
+    assert caplog.messages == ["epoch 6/10  step 2/4  loss 1, 18:00 left"]
 
 
 def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
@@ -786,10 +788,10 @@ def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
             found.append("closed")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    row = {"epoch": 3, "step": 2, "lr": 1e-4, "loss": 0.5, "psnr": None, "best_psnr": None}
+    row = {"epoch": 6, "step": 2, "lr": 1e-4, "loss": 0.5, "psnr": None, "best_psnr": None}
     with RunLog(tmp_path, "run", epochs=10, steps=4, main=True) as run:
         run.record(row | {"images_per_second": 1.0, "skipped_steps": 0}, best_epoch=0)
-    assert found == [tmp_path / "tensorboard", ("loss", 0.5, 10), ("lr", 1e-4, 10), "closed"]
+    assert found == [tmp_path / "tensorboard", ("loss", 0.5, 22), ("lr", 1e-4, 22), "closed"]
 
 
 def test_curves_show_all_values(tmp_path, monkeypatch):
@@ -806,6 +808,33 @@ def test_curves_show_all_values(tmp_path, monkeypatch):
     rows[2]["loss"] = 0.05
     plot_history(rows, 4, tmp_path / "curves.png", "run")
     assert drawn[1].axes[0].get_yscale() == "log"
+
+
+def test_a_signal_stops_the_epoch_under_way(folders):
+    trainer = make_trainer(folders)
+    step = trainer.learner.train_step
+
+    def signalled(*batch):
+        step(*batch)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.learner.train_step = signalled
+    with pytest.raises(SystemExit) as stopped:
+        trainer.fit()
+    assert stopped.value.code == 128 + signal.SIGTERM
+    state = read_checkpoint(folders / "runs/run/model_latest.pth")
+    assert (state["epoch"], state["step"]) == (1, 1)
+
+
+def test_validation_takes_as_many_pixels_at_once_as_training(folders):
+    """That fits into the memory. The training pass has 32x32 pixels of each picture, validation 16x16."""
+    trainer = make_trainer(folders, OPTIM__BATCH_SIZE=12, OPTIM__ACCUMULATE=2)
+    trainer.val_set.sizes = {(16, 16)}
+    assert trainer._validation_batch() == 6 * 4
+    trainer.world = 3
+    assert trainer._validation_batch() == 2 * 4
+    trainer.val_set.sizes = {(64, 128)}
+    assert trainer._validation_batch() == 1
 
 
 def test_gradients_accumulate_in_a_compiled_network(folders):

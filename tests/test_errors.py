@@ -198,6 +198,6 @@ def test_missing_package_is_told_by_a_command(tmp_path):
 
 def test_windows_lacks_these(run_command):
     others = "import cv2, dgunet, torch.utils.data, tqdm, warmup_scheduler"  # which do without them in their own ways
-    code = "import os, signal; del os.register_at_fork, signal.alarm; import dgunet.engine as e; e._outlive_sigterm()"
+    code = "import os, signal; del os.register_at_fork, signal.alarm; import dgunet.patches as p; p._outlive_sigterm()"
     done = run_command(["-c", f"{others}; {code}"])
     assert (done.returncode, done.stderr) == (0, "")
