@@ -1,6 +1,7 @@
 """Test DGUNet for deraining, or remove the rain from pictures.
 
     python Deraining/test.py --weights model.pth                             # the paper's table: all five test sets
+    python Deraining/test.py --dataset Rain100L                              # our own weights
     python Deraining/test.py --weights model.pth --dataset Rain100L Test100
     python Deraining/test.py --weights model.pth --dataset path/to/folder    # pairs in input/ and target/, or pictures
     python Deraining/test.py --score_only restored                           # score what lies in restored/Rain100L/...
@@ -33,7 +34,8 @@ AVERAGE = {"deraining_dgunet": (33.06, 0.923), "deraining_dgunet_plus": (33.46, 
 
 
 def main():
-    command("deraining", __doc__, BENCHMARKS, own_folder("deraining_y"), paper_average=AVERAGE)
+    shipped = Path(__file__).parent / "pretrained_models/added_rain/weights.pth"
+    command("deraining", __doc__, BENCHMARKS, own_folder("deraining_y"), paper_average=AVERAGE, shipped=shipped)
 
 
 if __name__ == "__main__":

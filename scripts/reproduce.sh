@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
 # Every row of the README's table of results, from the weights in this repository.
 #   bash scripts/reproduce.sh DATA
-# DATA holds the folders Set11 and BSD68 (grey pictures) and CBSD68 (the same in colour). A run that was interrupted goes
-# on where it was.
+# DATA holds the folders Set11, BSD68 (grey pictures), CBSD68, Kodak24 (in colour), and Rain100L (input/ and target/). A run
+# that was interrupted goes on where it was.
 set -euo pipefail
 folder() { find -L "$1" -maxdepth 1 -type d -iname "$2" -print -quit; }  # in upper or lower case
-if [ $# != 1 ] || [ ! -d "$1" ] || [ -z "$(folder "$1" Set11)" ] || [ -z "$(folder "$1" BSD68)" ] ||
-    [ -z "$(folder "$1" CBSD68)" ]; then
-    echo "usage: bash scripts/reproduce.sh DATA    (a folder with Set11/, BSD68/ and CBSD68/)" >&2
-    exit 2
-fi
+for name in Set11 BSD68 CBSD68 Kodak24 Rain100L; do
+    if [ $# != 1 ] || [ ! -d "$1" ] || [ -z "$(folder "$1" $name)" ]; then
+        echo "usage: bash scripts/reproduce.sh DATA    (a folder with Set11/, BSD68/, CBSD68/, Kodak24/ and Rain100L/)" >&2
+        exit 2
+    fi
+done
 data=$(cd "$1" && pwd)
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 python=.venv/bin/python
 results=results/reproduce
-noisy=Datasets/reproduce/gaussian25
 
-$python scripts/make_demo_data.py --task denoising --noise gaussian --sigma 25 \
-    --test_source "$(folder "$data" CBSD68)" --out $noisy
 for weights in CompressiveSensing/pretrained_models/*/weights.pth; do
     $python CompressiveSensing/test.py --weights "$weights" --data_root "$data" --results $results
 done
-$python Denoising/test.py --weights Denoising/pretrained_models/gaussian25/weights.pth --dataset $noisy/test \
-    --results $results
+$python Denoising/test.py --data_root "$data" --results $results  # the Gaussian noise that its weights are for
+mkdir -p $results/data/test
+ln -sfn "$(folder "$data" Rain100L)" $results/data/test/Rain100L
+$python Deraining/test.py --dataset Rain100L --data_root $results/data --results $results
 
 printf '\n%-58s %-10s %8s %8s %8s\n' weights "data set" pictures PSNR SSIM
-for task in compressive_sensing denoising; do
+for task in compressive_sensing denoising deraining; do
     awk -F, 'NR > 1 { if (!(($2, $4) in row)) order[++count] = $2 SUBSEP $4
                       row[$2, $4] = sprintf("%-58s %-10s %8d %8.2f %8.4f", $2, $4, $6, $7, $8) }
         END { for (k = 1; k <= count; k++) print row[order[k]] }' $results/$task.csv
