@@ -72,7 +72,6 @@ class Trainer:
                 f"{cfg.OPTIM.ACCUMULATE} accumulation steps, got {cfg.OPTIM.BATCH_SIZE}"
             )
         self.batches = EpochBatches(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
-        torch.backends.cudnn.benchmark = True  # crops are of one size: it pays to try cuDNN's algorithms once
         self.learner = Learner(cfg, model)
         self.device = self.learner.device
         self.schedule = EpochSchedule(self.learner.optimizer, cfg.OPTIM)

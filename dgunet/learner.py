@@ -77,6 +77,7 @@ class Learner:
                 f"SPEED.COMPILE_MODE {cfg.SPEED.COMPILE_MODE} uses CUDA graphs, whose gradients the next pass "
                 "overwrites; with OPTIM.ACCUMULATE take default or max-autotune-no-cudagraphs"
             )
+        torch.backends.cudnn.benchmark = True  # crops are of one size: it pays to try cuDNN's algorithms once
         self.device = training_device(cfg)
         self.amp = autocast_dtype(cfg.SPEED.AMP, self.device)
         self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)

@@ -12,7 +12,7 @@ from dgunet.degradations import named_degradation
 from dgunet.distributed import launch
 from dgunet.engine import Trainer, latest_to_resume
 from dgunet.errors import UserError
-from dgunet.hardware import keep_freed_memory, training_device
+from dgunet.hardware import keep_freed_memory
 from dgunet.model import VARIANTS, DGUNet, create_model, find_variant
 from dgunet.patches import Centres, SyntheticPatches, TrainingSet, ValidationSet
 from dgunet.runlog import describe
@@ -96,14 +96,14 @@ def train(
 
     A dry run only describes what would be done, and the data that are ``missing`` for it.
     """
-    if training_device(cfg).type == "cpu":
-        keep_freed_memory()
     missing = list(missing) if dry_run else None
     trainer = Trainer(cfg, build_model(cfg, train_set, make_degradation, missing), train_set, val_set)
     if dry_run:
         trainer.take_up()
         describe(trainer, config=True, missing=missing)
         return
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     try:
         trainer.fit()
     except torch.OutOfMemoryError as error:

@@ -28,6 +28,7 @@ from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.metrics import evaluate_pair
 from dgunet.patches import Centres, SaturationPatches
+from dgunet.synthesis import added_rain
 from dgunet.training import build_model
 from dgunet.transforms import unit_range
 
@@ -137,8 +138,11 @@ def test_shipped_weights_are_complete(weights):
 
 
 def test_shipped_weights_are_the_default(tmp_path):
-    """A photograph of scikit-image, measured and noisy: both restore it well (bicubic or a blur would not)."""
+    """A photograph of scikit-image, measured, noisy and in rain: all restore it well (bicubic or a blur would not)."""
     picture = skimage.data.astronaut()[:128, 150:278]
+    rain = added_rain(picture.astype(np.float32) / 255, np.random.default_rng(1))
+    write_image(tmp_path / "rain/target/a.png", picture)
+    write_image(tmp_path / "rain/input/a.png", (255 * rain).round().astype(np.uint8))
     noisy = picture + np.random.default_rng(0).normal(0, 25, picture.shape)
     write_image(tmp_path / "grey/a.png", cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))
     write_image(tmp_path / "pairs/target/a.png", picture)
@@ -149,7 +153,10 @@ def test_shipped_weights_are_the_default(tmp_path):
     run("denoising", "test.py", "--dataset", "pairs", "--device", "cpu", cwd=tmp_path)
     (row,) = rows(tmp_path, "denoising")
     assert float(row["input_psnr"]) < 21.5 and float(row["psnr"]) > 28.5
-    done = run("deraining", "test.py", cwd=tmp_path, check=2)
+    run("deraining", "test.py", "--dataset", "rain", "--device", "cpu", cwd=tmp_path)
+    (row,) = rows(tmp_path, "deraining")
+    assert float(row["psnr"]) > float(row["input_psnr"]) + 4
+    done = run("deblurring", "test.py", cwd=tmp_path, check=2)
     assert "give --weights" in done.stderr
 
 
