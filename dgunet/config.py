@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import difflib
 import inspect
+import re
 import reprlib
 import unicodedata
 from collections.abc import Hashable
@@ -262,6 +263,7 @@ def parse_args(task: str, description: str, uses: tuple[str, ...]) -> tuple[CN, 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).resolve().parents[1]
     default = f"configs/{task}/dgunet.yaml"
+    parser._negative_number_matcher = re.compile("-[0-9.in]", re.IGNORECASE)  # -1e-4 and -inf are values, too
     parser.add_argument("--config", default=str(root / default), help=f"YAML file (default: {default})")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, then stop")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, OPTIM.BATCH_SIZE 8")
