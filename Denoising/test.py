@@ -131,6 +131,8 @@ BENCHMARKS = {
     ),
     # scored by its server; the paper has 40.04/0.956, DGUNet+ 40.12/0.957, with the self-ensemble as for SIDD
     "DND": Benchmark("DND/test/info.mat", None, open=DndCrops, self_ensemble=True),
+    # of Nam et al. (2016), the 15 crops that the literature on real noise scores: of 8-bit RGB
+    "CC15": Benchmark("CC15", "gaussian_rgb", usual=False),
     **{f"{name}_{sigma}": gaussian(name, sigma) for name in ("CBSD68", "Kodak24") for sigma in (15, 25, 50)},
 }
 

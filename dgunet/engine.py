@@ -158,8 +158,7 @@ class Trainer:
         """Read the counters and show them; after too many bad steps give up."""
         counts = self.learner.counters.read()
         psnr = f"{self.last_psnr:.2f}" if self.last_psnr == self.last_psnr else "-"
-        loss = counts.loss / max(counts.counted, 1)
-        status = f"loss {loss:.4f}, PSNR {psnr}, lr {self.learner.rate:.1e}, {rate:.1f} images/s"
+        status = f"loss {counts.mean_loss:.4f}, PSNR {psnr}, lr {self.learner.rate:.1e}, {rate:.1f} images/s"
         self.log.progress(bar, self.epoch, self.step, status, seconds)
         if counts.skipped_in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:
             best = self.folder / "model_best.pth"
@@ -206,8 +205,7 @@ class Trainer:
         if len(sizes) > 1:
             return 1
         pixels = max(map(math.prod, sizes))
-        share = self.cfg.OPTIM.BATCH_SIZE // self.world // self.cfg.OPTIM.ACCUMULATE
-        return max(1, share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
+        return max(1, self.learner.share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
 
     def _after_validation(self, rate: float):
         better = self.last_psnr > self.best["psnr"]
@@ -239,9 +237,6 @@ class Trainer:
             "skipped_steps": counts.skipped,
         }
         self.log.record(row, self.best["epoch"])
-
-    def _rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 

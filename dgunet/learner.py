@@ -71,6 +71,7 @@ class Learner:
 
     def __init__(self, cfg, model: DGUNet):
         self.cfg, self.world = cfg, distributed.world_size()
+        self.share = cfg.OPTIM.BATCH_SIZE // (self.world * cfg.OPTIM.ACCUMULATE)  # of a batch, in one pass
         graphs = cfg.SPEED.COMPILE and cfg.SPEED.COMPILE_MODE in ("reduce-overhead", "max-autotune")
         if graphs and cfg.OPTIM.ACCUMULATE > 1:
             raise UserError(
@@ -158,9 +159,8 @@ class Learner:
         return unit_range(x.to(self.device, non_blocking=True)).contiguous(memory_format=self.memory_format)
 
     def state_dict(self) -> dict:
-        """Weights, averages, moments and counts; ``state_dict`` in it are the weights of `result`."""
+        """What it needs to go on, besides the weights of `result`: moments, counts, the weights behind an average."""
         state = {
-            "state_dict": self.result.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "totals": self.counters.values.tolist(),
         }

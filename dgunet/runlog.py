@@ -120,7 +120,6 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
         return
     count = sum(p.numel() for p in model.parameters())
     hardware = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
-    share = cfg.OPTIM.BATCH_SIZE // trainer.world // cfg.OPTIM.ACCUMULATE
     epochs = "" if trainer.resumed is None else f", continuing in epoch {trainer.epoch} after step {trainer.step}"
     precision = "bf16 autocast" if trainer.learner.amp else "float32"
     if config:
@@ -131,7 +130,8 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
         f"training    {len(trainer.train_set) // trainer.train_set.repeat} pictures of {cfg.TRAINING.TRAIN_DIR}, "
         f"{trainer.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
         f"validation  {len(trainer.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held back'}",
-        f"batch       {cfg.OPTIM.BATCH_SIZE} = {trainer.world} processes x {cfg.OPTIM.ACCUMULATE} passes x {share}",
+        f"batch       {cfg.OPTIM.BATCH_SIZE} = {trainer.world} processes x {cfg.OPTIM.ACCUMULATE} passes x "
+        f"{trainer.learner.share}",
         f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"
         + (f" of {trainer.batches.steps} steps{epochs}" if len(trainer.train_set) else ""),
         f"device      {trainer.world} x {hardware}, {precision}",

@@ -45,6 +45,7 @@ class Benchmark:
     open: Callable[[Path], PictureSet] = paired
     self_ensemble: bool = False  # whether the original restores it so
     sigma: float | None = None  # of the Gaussian noise that is added, in 8-bit levels
+    usual: bool = True  # whether it is tested where no --dataset is given
 
 
 def own_folder(protocol: str) -> Callable[[argparse.Namespace], dict[str, Benchmark]]:
@@ -208,7 +209,7 @@ def _load(task: str, weights: str | None, shipped: Path | None, device: str) -> 
 
 def _default(benchmarks: dict[str, Benchmark], noise: tuple[float, float] | None) -> list[str]:
     """The test sets of the Gaussian noise that a network is for, if any, or else those of none."""
-    sigmas = {name: benchmark.sigma for name, benchmark in benchmarks.items()}
+    sigmas = {name: benchmark.sigma for name, benchmark in benchmarks.items() if benchmark.usual}
     fitting = [name for name, sigma in sigmas.items() if sigma and noise and noise[0] <= sigma <= noise[1]]
     return fitting or [name for name, sigma in sigmas.items() if sigma is None]
 

@@ -610,6 +610,13 @@ def test_gaussian_sets(test, picture_pairs):
     assert "2 of 2 pictures are done already" in test("--dataset", "kodak24_25", weights="gaussian.pth").out
 
 
+def test_real_noise_of_cc15(test, picture_pairs):
+    picture_pairs(Path("Datasets/cc15"), count=2, size=(21, 30))
+    assert test("--dataset", "CC15").status == 0
+    (row,) = rows()
+    assert (row["dataset"], row["protocol"], row["images"]) == ("CC15", "gaussian_rgb", "2")
+
+
 def test_noise_on_clean_pictures_of_ones_own(test, picture_pairs):
     picture_pairs(Path("set"), count=2, size=(21, 30))
     assert test("--dataset", "set/target", "--sigma", "7.5", "100").status == 0
