@@ -721,7 +721,7 @@ def test_half_instance_norm_of_one_pixel_is_its_bias():
 # ----------------------------------------------------------------------------------------------------------- compiling
 
 
-@pytest.mark.parametrize("name", ["deraining_dgunet", "deraining_dgunet_plus", "compressive_sensing_dgunet"])
+@pytest.mark.parametrize("name", ["deraining_dgunet", "compressive_sensing_dgunet"])
 def test_compiles_whole_and_for_all_sizes_at_once(name):
     """No graph break (fullgraph), and no recompilation for each picture: the second size makes the graph dynamic.
 
@@ -734,10 +734,10 @@ def test_compiles_whole_and_for_all_sizes_at_once(name):
         return graph.forward
 
     torch._dynamo.reset()
-    model = create_model(name, width=8, growth=4, final_growth=4, stages=4).eval()
+    model = create_model(name, width=8, growth=4, final_growth=4, stages=3).eval()
     compiled = torch.compile(model, fullgraph=True, backend=count)
     with torch.no_grad():
-        for height, width in ((256, 256), (288, 320), (320, 256), (288, 352)):
+        for height, width in ((256, 256), (288, 320), (320, 256)):
             x = torch.rand(1, model.channels, height, width)
             y = x if model.degradation is None else model.degradation.A(x)
             torch.testing.assert_close(compiled(y), model(y), atol=1e-5, rtol=0)
@@ -754,7 +754,7 @@ def test_compiles_stage_by_stage(name):
         return graph.forward
 
     torch._dynamo.reset()
-    model = create_model(name, width=8, growth=4, final_growth=4, stages=6).eval()
+    model = create_model(name, width=8, growth=4, final_growth=4, stages=4).eval()
     plain = copy.deepcopy(model)
     model.compile(backend=count)
     assert model.state_dict().keys() == plain.state_dict().keys()
