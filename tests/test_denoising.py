@@ -1,9 +1,13 @@
 """Denoising end to end: its data set, and test.py through the real command line on files in the published formats."""
 
 import csv
+import io
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import h5py
@@ -34,10 +38,18 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
-def run_test(weights, *words, cwd, check=0) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "Denoising" / "test.py", "--weights", weights, "--device", "cpu", *words]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=240, cwd=cwd)
-    assert done.returncode == check, done.stdout + done.stderr
+def run_test(weights, *words, cwd, check=0) -> SimpleNamespace:
+    """test.py itself, in this process: so many starts of PyTorch would take a minute."""
+    script = ROOT / "Denoising" / "test.py"
+    words = [str(word) for word in (script, "--weights", weights, "--device", "cpu", *words)]
+    told = SimpleNamespace(out=io.StringIO(), err=io.StringIO())
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told.out), redirect_stderr(told.err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+    done = SimpleNamespace(stdout=told.out.getvalue(), stderr=told.err.getvalue())
+    assert (end.value.code or 0) == check, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
 
