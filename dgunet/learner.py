@@ -71,7 +71,6 @@ class Learner:
 
     def __init__(self, cfg, model: DGUNet):
         self.cfg, self.world = cfg, distributed.world_size()
-        self.share = cfg.OPTIM.BATCH_SIZE // (self.world * cfg.OPTIM.ACCUMULATE)  # of a batch, in one pass
         graphs = cfg.SPEED.COMPILE and cfg.SPEED.COMPILE_MODE in ("reduce-overhead", "max-autotune")
         if graphs and cfg.OPTIM.ACCUMULATE > 1:
             raise UserError(
@@ -147,6 +146,11 @@ class Learner:
     def result(self) -> DGUNet:
         """The network that is validated and tested: the averaged one where EMA is on."""
         return self.model if self.ema is None else self.ema
+
+    @property
+    def share(self) -> int:
+        """Crops of a batch that go through the network at once."""
+        return self.cfg.OPTIM.BATCH_SIZE // (self.world * self.cfg.OPTIM.ACCUMULATE)
 
     @property
     def rate(self) -> float:

@@ -1,13 +1,9 @@
 """Denoising end to end: its data set, and test.py through the real command line on files in the published formats."""
 
 import csv
-import io
-import runpy
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import h5py
@@ -16,6 +12,7 @@ import pytest
 import scipy.io
 import torch
 from benchmarks import read_dnd, read_dnd_picture, read_sidd
+from conftest import run_script
 from test_evaluation import command
 
 from dgunet import UserError, create_model, load_model, restore
@@ -38,18 +35,9 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
-def run_test(weights, *words, cwd, check=0) -> SimpleNamespace:
-    """test.py itself, in this process: so many starts of PyTorch would take a minute."""
-    script = ROOT / "Denoising" / "test.py"
-    words = [str(word) for word in (script, "--weights", weights, "--device", "cpu", *words)]
-    told = SimpleNamespace(out=io.StringIO(), err=io.StringIO())
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told.out), redirect_stderr(told.err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(script), run_name="__main__")
-    done = SimpleNamespace(stdout=told.out.getvalue(), stderr=told.err.getvalue())
-    assert (end.value.code or 0) == check, done.stdout + done.stderr
+def run_test(weights, *words, cwd, check=0) -> subprocess.CompletedProcess:
+    done = run_script(ROOT / "Denoising" / "test.py", "--weights", weights, "--device", "cpu", *words, cwd=cwd)
+    assert done.returncode == check, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
 
@@ -338,14 +326,14 @@ def test_score_only(tmp_path, weights, picture_pairs):
     picture_pairs(tmp_path / "set", count=2, size=(24, 24))
     run_test(weights, "--dataset", "set", "--save_images", cwd=tmp_path)
     restored = out(tmp_path, weights)
-    command = [sys.executable, ROOT / "Denoising" / "test.py", "--score_only", restored, "--dataset", "set"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    words = [ROOT / "Denoising" / "test.py", "--score_only", restored, "--dataset", "set"]
+    done = run_script(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = results(tmp_path)
     assert float(second["psnr"]) == pytest.approx(float(first["psnr"]), abs=0.02)  # now rounded to 8 bits
     assert second["psnr"] != first["psnr"] and second["input_psnr"] == first["input_psnr"]
     (restored / f"{tmp_path.name}_set/img2.png").unlink()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    done = run_script(*words, cwd=tmp_path)
     assert done.returncode == 2 and "no restored img2" in done.stderr and results(tmp_path)[2]["images"] == "1"
     assert results(tmp_path)[2]["dataset"] == f"{tmp_path.name}_set (incomplete: 1 of 2)"
 

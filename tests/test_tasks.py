@@ -15,6 +15,7 @@ import pytest
 import sensing
 import skimage.data
 import torch
+from conftest import run_script
 from luma import LumaPatches
 from parity.weights import fill
 from PIL import Image
@@ -42,8 +43,7 @@ FOLDERS = {
 
 
 def run(task: str, script: str, *words, cwd: Path, check: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / FOLDERS[task] / script, *words]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, cwd=cwd)
+    done = run_script(ROOT / FOLDERS[task] / script, *words, cwd=cwd)
     assert done.returncode == check, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
