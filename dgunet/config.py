@@ -15,12 +15,11 @@ import unicodedata
 from collections.abc import Hashable
 from pathlib import Path
 
-import yaml
-from yacs.config import CfgNode as CN
-
-from dgunet.errors import UserError
+from dgunet.errors import UserError, optional
 from dgunet.model import ARGUMENTS, DGUNet
 from dgunet.proximal import MULTIPLE
+
+yaml, CN = optional("yaml"), optional("yacs.config").CfgNode
 
 _C = CN()
 _C.SEED = 1234  # of everything random

@@ -252,8 +252,17 @@ VARIANTS = {
 }
 
 
-def list_models() -> list[str]:
-    """Names that `create_model` knows: the rows of the paper's tables."""
+def list_models(pretrained: bool = False) -> list[str]:
+    """Names that `create_model` knows: the rows of the paper's tables.
+
+    Args:
+        pretrained: the names of the weights that come with dgunet instead, which `load_model` knows; what they are for
+            is in `pretrained.list_pretrained`.
+    """
+    if pretrained:
+        from dgunet.pretrained import list_pretrained  # which imports this module
+
+        return [record.name for record in list_pretrained()]
     return list(VARIANTS)
 
 
