@@ -121,9 +121,9 @@ def models_table() -> str:
     """docs/models.md."""
     parts = [
         "# The weights that come with dgunet\n\n"
-        'By name: `load_model("NAME")` in Python, `--weights NAME` in every command. Each file says all of this itself,\n'
-        "in its metadata, and is written by `python scripts/export_weights.py --renew` from the `record.yaml` beside\n"
-        "it, as is this page. Scores are PSNR in dB / SSIM, of each test set as the papers of the task compute them.\n"
+        'By name: `load_model("NAME")` in Python, `--weights NAME` in every command. Each file says all of this\n'
+        "itself, in its metadata, which `python scripts/export_weights.py --renew` writes from the `record.yaml`\n"
+        "beside it, as it does this page. Scores are PSNR in dB / SSIM, as the papers of the task compute them.\n"
     ]
     for path in sorted(ROOT.glob(IN_REPOSITORY)):
         record = read_record(path.with_name("record.yaml"))

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from test_checkpoint_faults import DISK_FAULTS
 
 import dgunet
-from dgunet import UserError, create_model, list_models, load_model
+from dgunet import DGUNet, UserError, create_model, list_models, load_model
 from dgunet.checkpoint import describe_model, read_checkpoint
 from dgunet.degradations import Blur
 from dgunet.pretrained import find_pretrained, list_pretrained
@@ -334,3 +335,91 @@ def test_wheel(tmp_path, run_command, monkeypatch):
     found = dgunet.pretrained._records.__wrapped__()
     assert {record.path.relative_to(tmp_path / "installed").as_posix() for record in found.values()} == weights
     assert list(found) == list_models(pretrained=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ two hubs
+
+
+def test_torch_hub():
+    repository, content = str(ROOT), runpy.run_path(str(ROOT / "hubconf.py"))
+    entries = {name for name, entry in content.items() if callable(entry) and not name.startswith("_")}
+    assert entries == {*list_models(pretrained=True), "load_model", "create_model"}
+    assert "sigma" in content["denoising_gaussian"].__doc__
+    model = torch.hub.load(repository, "denoising_gaussian", source="local", task="denoising")
+    assert same(model, load_model("denoising_gaussian"))
+    assert torch.hub.load(repository, "create_model", "deraining_dgunet", source="local", **TINY).stages == 2
+
+
+class Darken:
+    def A(self, x):
+        return 0.5 * x
+
+    A_adjoint = A
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize(
+    "name, degradation, overrides",
+    [
+        ("denoising_dgunet", None, {}),
+        ("compressive_sensing_dgunet", None, dict(ratio=0.01)),
+        ("deblurring_dgunet", Blur(torch.rand(3, 5)), dict(shared=False, stages=4)),
+        ("deraining_dgunet", Darken(), {}),
+    ],
+)
+def test_hugging_face_folder(tmp_path, offline, name, degradation, overrides):
+    from huggingface_hub import ModelCard
+
+    torch.manual_seed(0)
+    model = create_model(name, degradation, **TINY | overrides)
+    model.save_pretrained(tmp_path / "a", about="For a test.")
+    own = {"degradation": degradation} if isinstance(degradation, Darken) else {}
+    for loaded in DGUNet.from_pretrained(tmp_path / "a", **own), load_model(tmp_path / "a/model.safetensors", **own):
+        assert same(model, loaded) and loaded.arguments == model.arguments and not loaded.training
+        assert type(loaded.degradation) is type(model.degradation)
+    with pytest.raises(UserError, match="not a network for"):
+        other = "denoising" if name.startswith("compressive") else "compressive_sensing"
+        DGUNet.from_pretrained(tmp_path / "a", task=other, **own)
+    assert json.loads((tmp_path / "a/config.json").read_text()) == describe_model(model)
+    card = ModelCard.load(tmp_path / "a/README.md")
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == ("mit", "dgunet", "image-to-image")
+    assert {"image-restoration", name.removesuffix("_dgunet").replace("_", "-")} <= set(card.data.tags)
+    for part in (name, "For a test.", "arxiv.org/abs/2204.13348", "pypi.org/project/dgunet"):
+        assert part in card.text
+
+
+def test_pushed_to_hugging_face(offline, monkeypatch, tiny_model):
+    pushed = {}
+
+    class Api:
+        def __init__(self, token):
+            assert token == "mine"
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            pushed.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+            return f"https://huggingface.co/{repo_id}/commit/1"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    assert tiny_model().push_to_hub("me/rain", token="mine") == "https://huggingface.co/me/rain/commit/1"
+    assert sorted(pushed) == ["README.md", "config.json", "model.safetensors"]
+    assert b'DGUNet.from_pretrained("me/rain")' in pushed["README.md"]
+
+
+def test_from_pretrained_of_what_is_not_there(offline, tmp_path, monkeypatch):
+    assert same(DGUNet.from_pretrained("denoising_gaussian"), load_model("denoising_gaussian"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "me/nothing", "no/such/folder", tmp_path / "none"):
+        with pytest.raises(UserError) as error:
+            DGUNet.from_pretrained(name, cache_dir=tmp_path / "cache")
+        assert str(name) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="did you mean denoising_gaussian"):
+        DGUNet.from_pretrained("denoising_gausian")
