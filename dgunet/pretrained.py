@@ -1,6 +1,7 @@
 """The weights that come with dgunet, by name."""
 
 import difflib
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,9 +57,9 @@ def locate(weights: str | Path) -> Path:
         UserError: it can only be meant as a name, and no weights have it.
     """
     path = Path(weights)
-    if path.is_file() or path.suffix or path.name != str(weights):
+    if path.suffix or path.name != str(weights) or os.path.isfile(path):
         return path
-    return path if path.exists() and path.name not in _records() else find_pretrained(path.name).path
+    return path if os.path.exists(path) and path.name not in _records() else find_pretrained(path.name).path
 
 
 @cache

@@ -317,12 +317,9 @@ def test_wheel(tmp_path, run_command, monkeypatch):
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("dgunet", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    folders = {record.path.parents[2].name for record in list_pretrained()}
+    for name in ("dgunet", *folders, "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         (source / name).symlink_to(ROOT / name)
-    for record in list_pretrained():
-        link = source / record.path.relative_to(ROOT)
-        link.parent.mkdir(parents=True)
-        link.symlink_to(record.path)
     built = run_command(["-c", "from setuptools import build_meta; build_meta.build_wheel('..')"], cwd=source)
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
