@@ -82,7 +82,8 @@ def read_checkpoint(path: str | Path) -> dict:
     path = locate(path)
     try:
         if path.is_dir():
-            raise UserError(f"{path} is a folder; give the checkpoint file itself, such as {path / 'model_best.pth'}")
+            likely = [*path.glob("*.safetensors"), path / "model_best.pth"][0]
+            raise UserError(f"{path} is a folder; give the checkpoint file itself, such as {likely}")
         if not path.is_file():
             raise UserError(f"no checkpoint at {path}; check the path (it is relative to {Path.cwd()})")
         file = open(path, "rb")

@@ -40,7 +40,7 @@ _C.MODEL.MATRIX_START = ""
 # Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean pictures: blur. Empty: it is learned.
 _C.MODEL.DEGRADATION = ""
 _C.MODEL.KERNEL = ""  # blur: .npy file of the kernel, (h, w), both odd
-_C.MODEL.WEIGHTS = ""  # checkpoint whose weights to start from (ours or the authors'); empty: from scratch
+_C.MODEL.WEIGHTS = ""  # to start from: a checkpoint (ours or the authors'), or the name of one; empty: from scratch
 
 _C.OPTIM = CN()
 _C.OPTIM.BATCH_SIZE = 16  # total over all processes and accumulation steps

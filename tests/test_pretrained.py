@@ -27,6 +27,7 @@ from dgunet.pretrained import find_pretrained, list_pretrained
 from dgunet.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = find_pretrained("denoising_gaussian").path
 TINY = dict(width=4, growth=2, final_growth=2, stages=2)
 
 
@@ -61,6 +62,7 @@ def test_names():
         ("denoising_gaussian.pth", "no checkpoint at"),
         (Path("folder/denoising_gaussian"), "no checkpoint at"),
         ("..", "is a folder"),
+        (SHIPPED.parent, f"itself, such as {SHIPPED}"),
     ],
 )
 def test_neither_name_nor_file(given, told):
