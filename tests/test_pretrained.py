@@ -291,16 +291,21 @@ sys.meta_path.insert(0, Blocked())
 import numpy, dgunet
 model = dgunet.create_model("deraining_dgunet", width=4, growth=2, final_growth=2, stages=2)
 print(dgunet.restore(model, numpy.zeros((9, 9, 3)), tile=None).shape)
-try:
-    dgunet.load_model("denoising_gaussian")
-except ModuleNotFoundError as error:
-    print(error)
+for use in (lambda: dgunet.load_model("denoising_gaussian"), lambda: model.save_pretrained("folder")):
+    try:
+        use()
+    except ModuleNotFoundError as error:
+        print(error)
 """
     from dgunet.errors import EXTRAS
 
     done = run_command(["-c", code % ", ".join(map(repr, EXTRAS))])
-    told = f"safetensors is not installed; pip install {ROOT}"
-    assert (done.stderr, done.stdout.splitlines()) == ("", ["(9, 9, 3)", told])
+    told = [
+        "(9, 9, 3)",
+        f"safetensors is not installed; pip install {ROOT}",
+        f"huggingface_hub is not installed; pip install '{ROOT}[hub]'",
+    ]
+    assert (done.stderr, done.stdout.splitlines()) == ("", told)
 
 
 def test_every_folder_of_modules_is_packed():
