@@ -82,7 +82,7 @@ def main():
         add_options=lambda add: add("--whole", action="store_true", help="whole pictures, not tiles of 128x128"),
         options=lambda args, benchmark: dict(whole=args.whole),
         paper_key=paper_key,
-        shipped=Path(__file__).parent / "pretrained_models/ratio25/weights.pth",
+        shipped="compressive_sensing_25",
     )
 
 

@@ -159,8 +159,7 @@ def own(args: argparse.Namespace) -> dict[str, Benchmark]:
 
 
 def main():
-    shipped = Path(__file__).parent / "pretrained_models/gaussian25/weights.pth"
-    command("denoising", __doc__, BENCHMARKS, own, add_options=add_options, shipped=shipped)
+    command("denoising", __doc__, BENCHMARKS, own, add_options=add_options, shipped="denoising_gaussian")
 
 
 if __name__ == "__main__":

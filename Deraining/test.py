@@ -34,8 +34,8 @@ AVERAGE = {"deraining_dgunet": (33.06, 0.923), "deraining_dgunet_plus": (33.46, 
 
 
 def main():
-    shipped = Path(__file__).parent / "pretrained_models/added_rain/weights.pth"
-    command("deraining", __doc__, BENCHMARKS, own_folder("deraining_y"), paper_average=AVERAGE, shipped=shipped)
+    weights = "deraining_streaks"
+    command("deraining", __doc__, BENCHMARKS, own_folder("deraining_y"), paper_average=AVERAGE, shipped=weights)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ A checkpoint of ours is a dict with at least
     model        {"name": ..., "arguments": {...}}: what `DGUNet` needs to be built again, and of a known degradation
                  "degradation": {"kind": ..., its settings}, see `degradations.KINDS`; its tensors are weights
 
-may have, where it is shared (scripts/export_weights.py),
+may have
 
-    about        how the weights came about
     noise_sigma  (lowest, highest) standard deviation of the Gaussian noise that they are for, in 8-bit levels
 
 and, for resuming, the training state that `engine.Trainer` adds. Every file is loaded with ``weights_only=True``: a
-checkpoint never runs code.
+checkpoint never runs code. Weights to share are .safetensors files with the same entries, see `weights`.
 """
 
 import contextlib
@@ -26,14 +25,15 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-import psutil
 import torch
 from torch import Tensor
 
 from dgunet.degradations import Degradation, describe_degradation, rebuild_degradation
-from dgunet.errors import UserError, shorten
+from dgunet.errors import UserError, optional, shorten
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.original_checkpoints import STAGES, convert_original, is_original
+from dgunet.pretrained import locate
+from dgunet.weights import read_weights
 
 
 def save_checkpoint(content: dict, path: str | Path):
@@ -61,6 +61,7 @@ def _remove_leftovers(path: Path, mine: Path):
     Those of saves under way, perhaps on another machine that shares the disk, stay: of this machine's files the process
     is gone, any other must be a day older than ``mine`` (by the disk's clock; those of the machines may differ).
     """
+    pid_exists = optional("psutil").pid_exists
     here = f".{path.name}.{platform.node()}."
     for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = other.name.removeprefix(here).removesuffix(".tmp")
@@ -68,25 +69,31 @@ def _remove_leftovers(path: Path, mine: Path):
         # Gone meanwhile, or someone else's, or of no process there can be: nothing to fail a save for.
         with contextlib.suppress(OSError, OverflowError):
             day_old = other.stat().st_mtime < mine.stat().st_mtime - 24 * 3600
-            if day_old or (local and not psutil.pid_exists(int(process))):
+            if day_old or (local and not pid_exists(int(process))):
                 other.unlink()
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint file onto the CPU, without running any code in it.
+    """Read a checkpoint, given by its path or by a name (see `list_pretrained`), onto the CPU; no code in it is run.
 
     Raises:
-        UserError: no such file, not a checkpoint, damaged, or one that asks to run code.
+        UserError: no such file or name, not a checkpoint, damaged, or one that asks to run code.
     """
-    path = Path(path)
+    path = locate(path)
     try:
         if path.is_dir():
-            raise UserError(f"{path} is a folder; give the checkpoint file itself, such as {path / 'model_best.pth'}")
+            likely = [*path.glob("*.safetensors"), path / "model_best.pth"][0]
+            raise UserError(f"{path} is a folder; give the checkpoint file itself, such as {likely}")
         if not path.is_file():
             raise UserError(f"no checkpoint at {path}; check the path (it is relative to {Path.cwd()})")
         file = open(path, "rb")
+        start = file.read(9)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    if start[8:] == b"{":  # a .safetensors file: eight bytes tell the length of a JSON text, with which it goes on
+        file.close()
+        return read_weights(path)
+    file.seek(0)
     try:
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, kinds of tensors, ... of files refused anyway
@@ -136,12 +143,14 @@ def load_model(
 ) -> DGUNet:
     """Build the network that a checkpoint was made by and load its weights.
 
-    The file may be one of ours or in the original authors' layout, a training checkpoint or a bare state dict, with
-    or without ``module.`` before its names: the variant is found from names and shapes. (A bare state dict with one
-    middle stage does not say how often that is applied: it is taken to be a shared one, of the paper's 7 stages.)
+    The weights may be some that come with dgunet (``load_model("denoising_gaussian")``, see
+    ``list_models(pretrained=True)``), or in a file, .safetensors or .pth. That may be one of ours or in the original
+    authors' layout, a training checkpoint or a bare state dict, with or without ``module.`` before its names: the
+    variant is found from names and shapes. (A bare state dict with one middle stage does not say how often that is
+    applied: it is taken to be a shared one, of the paper's 7 stages.)
 
     Args:
-        path: the checkpoint file.
+        path: the checkpoint file, or the name of weights that come with dgunet.
         task: if given (``"denoising"``, ...), refuse a checkpoint that was made for another task. Deblurring's and
             denoising's DGUNet are the same network, so weights in the original layout pass for both.
         device: where to put the model.
@@ -152,8 +161,8 @@ def load_model(
         The model in evaluation mode.
 
     Raises:
-        UserError: not a checkpoint, not a DGUNet, missing or unknown weights (all are listed), weights that are no
-            finite numbers, another task.
+        UserError: no such file or name, not a checkpoint, not a DGUNet, missing or unknown weights (all are listed),
+            weights that are no finite numbers, another task.
     """
     content = read_checkpoint(path) if content is None else content
     description = _description(content, path)

@@ -15,12 +15,11 @@ import unicodedata
 from collections.abc import Hashable
 from pathlib import Path
 
-import yaml
-from yacs.config import CfgNode as CN
-
-from dgunet.errors import UserError
+from dgunet.errors import UserError, optional
 from dgunet.model import ARGUMENTS, DGUNet
 from dgunet.proximal import MULTIPLE
+
+yaml, CN = optional("yaml"), optional("yacs.config").CfgNode
 
 _C = CN()
 _C.SEED = 1234  # of everything random
@@ -41,7 +40,7 @@ _C.MODEL.MATRIX_START = ""
 # Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean pictures: blur. Empty: it is learned.
 _C.MODEL.DEGRADATION = ""
 _C.MODEL.KERNEL = ""  # blur: .npy file of the kernel, (h, w), both odd
-_C.MODEL.WEIGHTS = ""  # checkpoint whose weights to start from (ours or the authors'); empty: from scratch
+_C.MODEL.WEIGHTS = ""  # to start from: a checkpoint (ours or the authors'), or the name of one; empty: from scratch
 
 _C.OPTIM = CN()
 _C.OPTIM.BATCH_SIZE = 16  # total over all processes and accumulation steps

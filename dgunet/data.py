@@ -13,11 +13,12 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from natsort import natsorted
 from torch import Tensor
 
 from dgunet.errors import UserError, optional
 from dgunet.files import open_file, replacing
+
+natsorted = optional("natsort").natsorted
 
 PACK_FORMAT = "dgunet pictures 1"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}

@@ -13,11 +13,18 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What the package needs beyond its own requirements: module to the extra of setup.py that installs it.
+# What `import dgunet` does without: module to the extra of pyproject.toml that installs it; "" is no extra.
 EXTRAS = {
-    **dict.fromkeys(("PIL", "cv2", "filelock", "h5py", "kornia_rs", "matplotlib", "scipy", "skimage"), "train"),
-    **dict.fromkeys(("torchvision", "tqdm", "warmup_scheduler"), "train"),
+    **dict.fromkeys(("PIL", "cv2", "psutil", "safetensors", "tqdm"), ""),
+    **dict.fromkeys(("filelock", "h5py", "kornia_rs", "matplotlib", "natsort", "scipy", "skimage"), "train"),
+    **dict.fromkeys(("torchvision", "warmup_scheduler", "yacs", "yaml"), "train"),
     "gdown": "data",
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+    "gradio": "demo",
+    "huggingface_hub": "hub",
+    "deepinv": "deepinv",
+    "spandrel": "spandrel",
+    "pyiqa": "metrics",
 }
 
 _ADVICE = {
@@ -82,8 +89,8 @@ def explain(error: BaseException) -> str | None:
         extra = EXTRAS.get(missing.split(".")[0])
         if extra is None:
             return None
-        package = ROOT if (ROOT / "setup.py").exists() else "dgunet"
-        return f"{missing} is not installed; pip install {shlex.quote(f'{package}[{extra}]')}"
+        package = str(ROOT) if (ROOT / "pyproject.toml").exists() else "dgunet"
+        return f"{missing} is not installed; pip install {shlex.quote(f'{package}[{extra}]' if extra else package)}"
     if isinstance(error, OSError):
         number, reason, name = error.errno, error.strerror, error.filename
         if number is None:

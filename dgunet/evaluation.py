@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from natsort import natsorted
 
 from dgunet.data import IMAGE_SUFFIXES, Pair, find_pairs, images_by_name, read_image, write_image
 from dgunet.distributed import sole_writer
@@ -32,6 +31,7 @@ from dgunet.inference import restore
 from dgunet.metrics import AlignmentError, evaluate_pair, find_protocol
 from dgunet.transforms import to_uint8, unit_range
 
+natsorted = optional("natsort").natsorted
 tqdm = optional("tqdm").tqdm
 
 TEXT = dict(newline="", encoding="utf-8", errors="surrogateescape")  # of a table: names need not be UTF-8

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgunet.errors import UserError
+from dgunet.errors import UserError, optional
 from dgunet.proximal import MULTIPLE
 from dgunet.transforms import dihedral, pad_to_multiple, undo_dihedral
 
@@ -190,9 +190,7 @@ def _automatic_tile(model, x: Tensor) -> int | None:
         free = torch.cuda.mem_get_info(x.device)[0]
         free += torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
     else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+        free = optional("psutil").virtual_memory().available
     batch, _, height, width = x.shape
     if estimate_memory(model, batch * height * width) <= 0.9 * free:
         return None

@@ -15,6 +15,8 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module  # of modules that import this one
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +139,40 @@ class DGUNet(nn.Module):
         parameters = inspect.signature(cls).parameters
         return {name: parameters[name].default for name in ARGUMENTS}
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options) -> "DGUNet":
+        """A network from the Hugging Face Hub, in evaluation mode. Needs the extra ``hub``.
+
+        Args:
+            name: of a repository there, a folder that `save_pretrained` wrote, or of weights that come with dgunet.
+            **options: of `load_model` (device, task, degradation), and of huggingface_hub's ``ModelHubMixin``
+                (revision, token, cache_dir, local_files_only, force_download).
+
+        Raises:
+            UserError: there is none, or as `load_model`.
+        """
+        return import_module("dgunet.hub").from_pretrained(name, **options)
+
+    def save_pretrained(self, folder: str | Path, about: str = "", **options):
+        """Write the network to a folder as the Hugging Face Hub has it. Needs the extra ``hub``.
+
+        Args:
+            folder: made if needed.
+            about: a sentence or more for the model card: what the weights are for and how they came about.
+            **options: of huggingface_hub's ``ModelHubMixin.save_pretrained``.
+        """
+        return import_module("dgunet.hub").save_pretrained(self, folder, about, **options)
+
+    def push_to_hub(self, repo_id: str, about: str = "", **options) -> str:
+        """Upload the network to the Hugging Face Hub; returns the commit's address. Needs the extra ``hub``.
+
+        Args:
+            repo_id: ``user/name``; made if needed.
+            about: see `save_pretrained`.
+            **options: of huggingface_hub's ``ModelHubMixin.push_to_hub`` (private, token, commit_message, ...).
+        """
+        return import_module("dgunet.hub").push_to_hub(self, repo_id, about, **options)
+
     def unrolled(self):
         """Yields the K stages in order; a shared middle stage is stored once and visited K-2 times."""
         if self.first is not None:
@@ -252,8 +288,15 @@ VARIANTS = {
 }
 
 
-def list_models() -> list[str]:
-    """Names that `create_model` knows: the rows of the paper's tables."""
+def list_models(pretrained: bool = False) -> list[str]:
+    """Names that `create_model` knows: the rows of the paper's tables.
+
+    Args:
+        pretrained: the names of the weights that come with dgunet instead, which `load_model` knows; what they are for
+            is in `pretrained.list_pretrained`.
+    """
+    if pretrained:
+        return [record.name for record in import_module("dgunet.pretrained").list_pretrained()]
     return list(VARIANTS)
 
 

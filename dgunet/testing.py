@@ -32,6 +32,7 @@ from dgunet.evaluation import (
 )
 from dgunet.hardware import pick_device, use_huge_pages
 from dgunet.inference import check_tiles
+from dgunet.pretrained import locate
 from dgunet.transforms import unit_range
 
 
@@ -81,7 +82,7 @@ def command(
     options: Callable[[argparse.Namespace, Benchmark], dict] = tiling,
     paper_key: Callable[[torch.nn.Module], str] = lambda model: model.name,
     paper_average: dict[str, tuple[float, float]] | None = None,
-    shipped: Path | None = None,
+    shipped: str | None = None,
 ):
     """Run a test.py: parse its command line, `evaluate` each data set asked for, print and append the table.
 
@@ -95,7 +96,7 @@ def command(
         options: those of the method, given the parsed ones and the test set.
         paper_key: under which name the paper's values for a network stand in the benchmarks.
         paper_average: where the mean over all benchmarks is a row of its own: the paper's, by network.
-        shipped: this repository's own weights for the task, tested where none are given.
+        shipped: the name of this repository's own weights for the task, tested where none are given.
 
     Raises:
         UserError: at the end, listing the pictures that could not be tested.
@@ -169,7 +170,7 @@ def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Call
     add = parser.add_argument
     noisy = any(benchmark.sigma for benchmark in benchmarks.values())
     usual = "those whose noise the weights are for" if noisy else "all of these"
-    add("--weights", help="checkpoint, yours or the original authors' (default: pretrained_models/, if there)")
+    add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own, if there)")
     add("--dataset", nargs="+", help=f"{', '.join(benchmarks)}; folders or pictures (default: {usual})")
     add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
     add("--results", type=Path, default=Path("results"), help="where everything is written (default: results)")
@@ -185,19 +186,19 @@ def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Call
 class _Network(NamedTuple):
     model: torch.nn.Module
     name: str
-    source: str | Path  # as it was given
+    source: str  # as it was given
     path: Path
     noise_sigma: tuple[float, float] | None  # weakest and strongest noise that it is for
 
 
-def _load(task: str, weights: str | None, shipped: Path | None, device: str) -> _Network:
+def _load(task: str, weights: str | None, shipped: str | None, device: str) -> _Network:
     source = weights or shipped
     if source is None:
         raise UserError("give --weights MODEL.pth, or --score_only FOLDER for pictures that are already restored")
-    path = Path(source)
+    path = locate(source)
     content = read_checkpoint(path)  # once: the file may be another one a moment later
     if not weights:
-        print(f"no --weights given: this repository's own ({content['about']})")
+        print(f"no --weights given: this repository's own {shipped} ({content['record']['trained_for']})")
     model = load_model(path, task=task, device=pick_device(device), content=content)
     name, noise = model.name or "DGUNet", None
     match content.get("noise_sigma"):

@@ -1,7 +1,6 @@
 """The command line of the tasks' train.py: the data, the network, and a run of the `engine` in every process."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from dgunet.errors import UserError
 from dgunet.hardware import keep_freed_memory
 from dgunet.model import VARIANTS, DGUNet, create_model, find_variant
 from dgunet.patches import Centres, SyntheticPatches, TrainingSet, ValidationSet
+from dgunet.pretrained import locate
 from dgunet.runlog import describe
 from dgunet.synthesis import find_degradation
 
@@ -131,7 +131,7 @@ def build_model(
     path = cfg.MODEL.WEIGHTS
     if not path or latest_to_resume(cfg):
         return model
-    if missing is not None and not Path(path).exists():
+    if missing is not None and not locate(path).exists():
         missing.append(f"no checkpoint at {path}")
         return model
     weights = weights_of(read_checkpoint(path), path)

@@ -1,56 +1,153 @@
 """Turn a training run into weights to share: in half precision, with its config, history and curves beside them.
 
-    python scripts/export_weights.py checkpoints/denoising/my_run --out Denoising/pretrained_models/my_run \\
-        --about "colour Gaussian noise, sigma 25; 40 minutes on one H200, 2026-11-21"
-    python scripts/export_weights.py checkpoints/t/step1 checkpoints/t/step2 --out ... --about ...    # the last one's
+    python scripts/export_weights.py checkpoints/denoising/my_run --record my_record.yaml --out my_weights
+    python scripts/export_weights.py checkpoints/t/step1 checkpoints/t/step2 --record ... --out ...    # the last one's
+    python scripts/export_weights.py --renew    # this repository's, after a record.yaml has changed
 
 `model_best.pth` is exported: the best on the validation pictures, without what training needs to go on. The configs get
-the command that trains with them.
+the command that trains with them. The record, which a person writes, says what the weights are for and how they came
+about; it is kept beside them and in their metadata. What it looks like: any pretrained_models/*/record.yaml; what its
+fields mean: dgunet/pretrained.py. --renew also writes docs/models.md, the table of all weights.
 """
 
 import argparse
+import dataclasses
+import hashlib
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.checkpoint import read_checkpoint, save_checkpoint
-from dgunet.errors import ROOT, UserError, run_cli
+from dgunet.checkpoint import load_model, read_checkpoint
+from dgunet.errors import ROOT, UserError, optional, run_cli
 from dgunet.model import find_variant
+from dgunet.pretrained import IN_REPOSITORY, Record
+from dgunet.weights import save_weights
+
+yaml = optional("yaml")
+
+TABLE = ROOT / "docs/models.md"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of the runs, in the order they built on each other")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
-    parser.add_argument("--about", required=True, help="what was trained, how long, on what, when")
-    add = parser.add_argument
-    add("--noise_sigma", nargs=2, type=float, metavar=("LOW", "HIGH"), help="Gaussian noise that they are for, of 255")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of the runs, in the order they built on each other")
+    parser.add_argument("--out", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--record", type=Path, help="YAML file that says what the weights are for")
+    parser.add_argument("--renew", action="store_true", help="the metadata of this repository's weights, and the table")
     args = parser.parse_args()
-    if args.out.exists():
-        raise UserError(f"{args.out} exists; remove it, or give another --out")
-    for run in args.runs:
+    if args.renew and not (args.runs or args.out or args.record):
+        for weights in sorted(ROOT.glob(IN_REPOSITORY)):
+            content = read_checkpoint(weights)
+            record = read_record(weights.with_name("record.yaml"))
+            if record != content.get("record"):
+                save_weights(weights, content["state_dict"], content["model"], record)
+                print(f"renewed {weights}")
+        TABLE.write_text(models_table(), encoding="utf-8")
+        print(f"wrote {TABLE}")
+    elif args.runs and args.out and args.record and not args.renew:
+        export(args.runs, args.out, args.record)
+    else:
+        raise UserError("give RUNS, --record and --out, or --renew alone; see --help")
+
+
+def export(runs: list[Path], out: Path, record_file: Path):
+    if out.exists():
+        raise UserError(f"{out} exists; remove it, or give another --out")
+    for run in runs:
         for name in ("model_best.pth", "config.yaml", "history.csv", "curves.png"):
             if not (run / name).is_file():
                 raise UserError(f"{run} has no {name}; give the folder of a run that has validated")
-    content = read_checkpoint(args.runs[-1] / "model_best.pth")
-    weights = {name: value.half() for name, value in content["state_dict"].items()}
-    args.out.mkdir(parents=True)
-    shared = {"state_dict": weights, "model": content["model"], "config": content["config"], "about": args.about}
-    if args.noise_sigma:
-        shared["noise_sigma"] = args.noise_sigma
-    save_checkpoint(shared, args.out / "weights.pth")
-    for step, run in enumerate(args.runs, start=1):
-        suffix = f"_step{step}" if len(args.runs) > 1 else ""
+    record = read_record(record_file)
+    content = read_checkpoint(runs[-1] / "model_best.pth")
+    half = {name: value.half() for name, value in content["state_dict"].items()}
+    overflown = [name for name, value in half.items() if not value.isfinite().all()]
+    if overflown:
+        raise UserError(f"half precision cannot hold {overflown[0]}; train with weight decay")
+    out.mkdir(parents=True)
+    weights = out / "weights.safetensors"
+    save_weights(weights, half, content["model"], record)
+    shutil.copy(record_file, out / "record.yaml")
+    for step, run in enumerate(runs, start=1):
+        suffix = f"_step{step}" if len(runs) > 1 else ""
         for name in ("history.csv", "curves.png"):
-            shutil.copy(run / name, args.out / f"{Path(name).stem}{suffix}{Path(name).suffix}")
-        config = args.out / f"config{suffix}.yaml"
+            shutil.copy(run / name, out / f"{Path(name).stem}{suffix}{Path(name).suffix}")
+        config = out / f"config{suffix}.yaml"
         task = find_variant(content["model"]["name"]).task.title().replace("_", "")
         there = config.resolve().relative_to(ROOT) if config.resolve().is_relative_to(ROOT) else config
-        command = f"# {args.about}\n#   python {task}/train.py --config {there}\n"
+        about = f"{record['name']}: {record['trained_on']}; {record['hours']:g} h on {record['hardware']}"
+        command = f"# {about}, {record['date']}\n#   python {task}/train.py --config {there}\n"
         config.write_text(command + (run / "config.yaml").read_text())
-    print(f"wrote {args.out}: {(args.out / 'weights.pth').stat().st_size / 2**20:.1f} MiB of weights")
+    print(f"wrote {out}: {weights.stat().st_size / 2**20:.1f} MiB of weights")
+
+
+def read_record(path: Path) -> dict:
+    """The record in a YAML file, as `save_weights` takes it.
+
+    Raises:
+        UserError: not such a file, a field missing, unknown, or of another kind.
+    """
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the record {path}: {' '.join(str(error).split())}") from error
+    fields = {field.name: field for field in dataclasses.fields(Record) if field.name not in ("task", "path")}
+    needed = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    given = record if isinstance(record, dict) else {}
+    wrong = [f"{name} is missing" for name in needed if name not in given]
+    wrong += [f"{name} is unknown" for name in given if name not in fields]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)}; its fields are {', '.join(fields)}")
+    record |= {"date": str(record["date"]), "noise_sigma": record.get("noise_sigma")}
+
+    def pair(value) -> bool:
+        return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+
+    scores = record["scores"]
+    sound = {name: isinstance(record[name], str) and "\n" not in record[name] for name in needed} | {
+        "name": str(record["name"]).isidentifier(),
+        "scores": isinstance(scores, dict) and all(map(pair, scores.values())),
+        "hours": isinstance(record["hours"], int | float),
+        "noise_sigma": record["noise_sigma"] is None or pair(record["noise_sigma"]),
+    }
+    for name, right in sound.items():
+        if not right:
+            raise UserError(f"{path}: {name} is {record[name]!r:.60}, which is not what dgunet/pretrained.py says")
+    return record
+
+
+def models_table() -> str:
+    """docs/models.md."""
+    parts = [
+        "# The weights that come with dgunet\n\n"
+        'By name: `load_model("NAME")` in Python, `--weights NAME` in every command. Each file says all of this\n'
+        "itself, in its metadata, which `python scripts/export_weights.py --renew` writes from the `record.yaml`\n"
+        "beside it, as it does this page. Scores are PSNR in dB / SSIM, as the papers of the task compute them.\n"
+    ]
+    for path in sorted(ROOT.glob(IN_REPOSITORY)):
+        record = read_record(path.with_name("record.yaml"))
+        model = load_model(path)
+        noise = record["noise_sigma"]
+        sigma = "" if noise is None else f"{noise[0]:g}" if noise[0] == noise[1] else f"{noise[0]:g} to {noise[1]:g}"
+        scores = ", ".join(f"{name} {psnr:.2f} / {ssim:.4f}" for name, (psnr, ssim) in record["scores"].items())
+        arguments = model.arguments
+        rows = {
+            "for": record["trained_for"],
+            "not for": record["not_for"],
+            "noise": sigma and f"sigma {sigma}, of 255",
+            "scores": scores,
+            "network": f"{model.name}, width {arguments['width']}, {arguments['stages']} stages, "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters",
+            "trained on": record["trained_on"],
+            "training": f"{record['hours']:g} h on {record['hardware']}, {record['date']}",
+            "licence": record["licence"],
+            "file": f"`{path.relative_to(ROOT).as_posix()}`, {path.stat().st_size / 2**20:.1f} MiB",
+            "sha256": f"`{hashlib.sha256(path.read_bytes()).hexdigest()}`",
+        }
+        lines = [f"| {name} | {value} |" for name, value in rows.items() if value]
+        parts.append("\n".join([f"## {record['name']}\n", "| | |", "| --- | --- |", *lines]) + "\n")
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ shipped() {
     shift 4
     echo; echo "$title ($weights)"
     $python scripts/make_demo_data.py --task "$task" --out "${data%/test*}" "$@" > /dev/null
-    told=$($python scripts/plot_stages.py --weights "$weights/weights.pth" --pair "$data" cat --title "$title" \
+    told=$($python scripts/plot_stages.py --weights "$weights/weights.safetensors" --pair "$data" cat --title "$title" \
         --out "$picture")
     echo "$told"
     keep "$title, by the network in $weights" "$told"

@@ -16,7 +16,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 python=.venv/bin/python
 results=results/reproduce
 
-for weights in CompressiveSensing/pretrained_models/*/weights.pth; do
+for weights in CompressiveSensing/pretrained_models/*/weights.safetensors; do
     $python CompressiveSensing/test.py --weights "$weights" --data_root "$data" --results $results
 done
 $python Denoising/test.py --data_root "$data" --results $results  # the Gaussian noise that its weights are for

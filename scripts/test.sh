@@ -2,4 +2,8 @@
 # Set up .venv and run all tests; arguments go to pytest: bash scripts/test.sh -k parity
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
+if ! cmp -s requirements-extras.txt .venv/requirements-extras.installed; then
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt
+    cp requirements-extras.txt .venv/requirements-extras.installed
+fi
 exec .venv/bin/python -m pytest -n 2 "$@"

@@ -56,10 +56,11 @@ def test_quickstart(quickstart):
     drawn = [k for k, call in enumerate(calls) if "plot_stages.py --weights" in call and "pretrained_models" in call]
     training = next(k for k, call in enumerate(calls) if "Denoising/train.py" in call)
     assert len(drawn) >= 2 and max(drawn) < training
-    shipped = [word for k in drawn for word in calls[k].split() if word.endswith("weights.pth")]
+    shipped = [word for k in drawn for word in calls[k].split() if word.endswith("/weights.safetensors")]
     scripts = [call.split()[1] for call in calls]
     configs = [word for word in calls[training].split() if word.endswith(".yaml")]
-    assert configs and all((ROOT / name).is_file() for name in (*shipped, *scripts, *configs))
+    assert configs and len(shipped) == len(drawn)
+    assert all((ROOT / name).is_file() for name in (*shipped, *scripts, *configs))
     end = told[told.index(next(line for line in told if "pictures to open" in line)) :]
     assert sum(line.endswith("/picture.png") for line in end) == len(drawn) + 1
     assert told[-1] == "quickstart: noisy 21.98 dB -> restored 29.46 dB"

@@ -16,6 +16,7 @@ import sensing
 import skimage.data
 import torch
 from conftest import run_script
+from export_weights import read_record
 from luma import LumaPatches
 from parity.weights import fill
 from PIL import Image
@@ -28,7 +29,9 @@ from dgunet.degradations import start_matrix
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.metrics import evaluate_pair
+from dgunet.model import find_variant
 from dgunet.patches import Centres, SaturationPatches
+from dgunet.pretrained import list_pretrained
 from dgunet.synthesis import added_rain
 from dgunet.training import build_model
 from dgunet.transforms import unit_range
@@ -101,12 +104,14 @@ def test_demo_data_training_and_test(tmp_path, task):
     if task == "denoising":
         assert float(row["psnr"]) > float(row["input_psnr"])
     # exported in half precision, it scores the same
-    export = [sys.executable, ROOT / "scripts/export_weights.py", tmp_path / "runs/quickstart", "--about", "a test"]
-    export += ["--noise_sigma", "5", "50"]
+    record = ROOT / "Denoising/pretrained_models/gaussian25/record.yaml"
+    (tmp_path / "r.yaml").write_text(record.read_text().replace("noise_sigma: [25, 25]", "noise_sigma: [5, 50]"))
     out = tmp_path / "exported"
-    subprocess.run([*export, "--out", out], check=True, capture_output=True)
-    run(task, "test.py", "--weights", out / "weights.pth", "--dataset", test, "--device", "cpu", cwd=tmp_path)
-    assert read_checkpoint(out / "weights.pth")["noise_sigma"] == [5, 50]
+    export = [sys.executable, ROOT / "scripts/export_weights.py", tmp_path / "runs/quickstart"]
+    subprocess.run([*export, "--record", tmp_path / "r.yaml", "--out", out], check=True, capture_output=True)
+    run(task, "test.py", "--weights", out / "weights.safetensors", "--dataset", test, "--device", "cpu", cwd=tmp_path)
+    assert read_checkpoint(out / "weights.safetensors")["noise_sigma"] == [5, 50]
+    assert (out / "record.yaml").read_text() == (tmp_path / "r.yaml").read_text()
     exported = rows(tmp_path, task)[-1]
     assert exported["weights"] != row["weights"] and float(exported["psnr"]) == pytest.approx(
         float(row["psnr"]), abs=0.01
@@ -117,18 +122,16 @@ def test_demo_data_training_and_test(tmp_path, task):
 
 # --------------------------------------------------------------------- the repository's own weights
 
-SHIPPED = [
-    *(ROOT / f"CompressiveSensing/pretrained_models/ratio{percent}/weights.pth" for percent in (10, 25, 50)),
-    ROOT / "Denoising/pretrained_models/gaussian25/weights.pth",
-]
 
-
-@pytest.mark.parametrize("weights", SHIPPED, ids=lambda path: path.parent.name)
-def test_shipped_weights_are_complete(weights):
+@pytest.mark.parametrize("record", list_pretrained(), ids=lambda record: record.name)
+def test_shipped_weights_are_complete(record):
+    weights = record.path
     assert weights.stat().st_size < 10 * 2**20
     content = read_checkpoint(weights)
     assert {value.dtype for value in content["state_dict"].values()} == {torch.float16}
-    assert "2026" in content["about"]
+    assert "2026" in record.date and record.task == find_variant(content["model"]["name"]).task
+    assert record.name.startswith(record.task.split("_")[0]) and record.licence == "MIT" and record.scores
+    assert content["record"] == read_record(weights.with_name("record.yaml")), "export_weights.py --renew"
     assert next(load_model(weights).parameters()).dtype == torch.float32
     for config in weights.parent.glob("config*.yaml"):
         assert config.read_text().splitlines()[1].endswith(f"--config {config.relative_to(ROOT)}")
@@ -148,7 +151,7 @@ def test_shipped_weights_are_the_default(tmp_path):
     write_image(tmp_path / "pairs/target/a.png", picture)
     write_image(tmp_path / "pairs/input/a.png", noisy.clip(0, 255).round().astype(np.uint8))
     done = run("compressive_sensing", "test.py", "--dataset", "grey", "--device", "cpu", cwd=tmp_path)
-    assert "no --weights given: this repository's own (DGUNet, ratio 25 %" in done.stdout
+    assert "no --weights given: this repository's own compressive_sensing_25 (Grey pictures measured" in done.stdout
     assert float(rows(tmp_path, "compressive_sensing")[0]["psnr"]) > 29
     run("denoising", "test.py", "--dataset", "pairs", "--device", "cpu", cwd=tmp_path)
     (row,) = rows(tmp_path, "denoising")

@@ -1,0 +1,101 @@
+"""Networks on the Hugging Face Hub, or in folders as it has them: what is behind `DGUNet.from_pretrained`.
+
+A folder has ``model.safetensors``, which says itself what network it is of, a known degradation included (see
+`weights`), so that `load_model` reads it, too; ``config.json``, the same for the Hub to show; and a model card.
+"""
+
+from pathlib import Path
+
+from dgunet.checkpoint import describe_model, load_model
+from dgunet.errors import UserError, optional
+from dgunet.model import DGUNet, find_variant
+from dgunet.weights import save_weights
+
+huggingface = optional("huggingface_hub")
+
+WEIGHTS = "model.safetensors"
+CARD = """---
+{{ card_data }}
+---
+
+# {{ network }}
+
+{{ about }}
+
+A deep generalized unfolding network for image restoration ([paper]({{ paper_url }})), of the
+implementation [dgunet]({{ repo_url }}).
+
+```python
+# pip install "dgunet[hub]"
+from dgunet import DGUNet, restore
+
+model = DGUNet.from_pretrained("{{ repo_id }}")
+restored = restore(model, picture)  # (H, W, C), or a tensor (C, H, W): any size; same type out as in
+```
+"""
+
+
+class _Shared(
+    huggingface.ModelHubMixin,
+    model_card_template=CARD,
+    repo_url="https://pypi.org/project/dgunet/",
+    paper_url="https://arxiv.org/abs/2204.13348",
+    library_name="dgunet",
+    license="mit",
+    pipeline_tag="image-to-image",
+    tags=["image-restoration", "deep-unfolding", "pytorch"],
+):
+    """A network as the mixin wants it. PyTorchModelHubMixin would write weights that do not say what they are of."""
+
+    def __init__(self, model: DGUNet):
+        self.model = model
+
+    def _save_pretrained(self, save_directory: Path):
+        save_weights(save_directory / WEIGHTS, self.model.state_dict(), describe_model(self.model))
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **options
+    ) -> DGUNet:
+        path = Path(model_id) / WEIGHTS
+        if not Path(model_id).is_dir():
+            path = huggingface.hf_hub_download(
+                model_id, WEIGHTS, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                local_files_only=local_files_only, token=token,
+            )  # fmt: skip
+        return load_model(path, **options)
+
+    def generate_model_card(self, **words):
+        card = super().generate_model_card(**words)
+        if self.model.name is not None:
+            card.data.tags = [*card.data.tags, find_variant(self.model.name).task.replace("_", "-")]
+        return card
+
+
+def from_pretrained(name: str | Path, **options) -> DGUNet:
+    """See `DGUNet.from_pretrained`."""
+    if not Path(name).is_dir() and "/" not in str(name):  # the Hub's have the name of a user in front
+        return load_model(name, **options)
+    try:
+        return _Shared.from_pretrained(name, **options)
+    except UserError:
+        raise
+    except (huggingface.errors.HfHubHTTPError, huggingface.errors.HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"no folder {name}, nor does the Hub give such a repository: {reason:.300}") from error
+
+
+def save_pretrained(model: DGUNet, folder: str | Path, about: str = "", **options):
+    """See `DGUNet.save_pretrained`."""
+    options.setdefault("model_card_kwargs", _card(model, str(folder), about))
+    return _Shared(model).save_pretrained(folder, config=describe_model(model), **options)
+
+
+def push_to_hub(model: DGUNet, repo_id: str, about: str = "", **options) -> str:
+    """See `DGUNet.push_to_hub`."""
+    options.setdefault("model_card_kwargs", _card(model, repo_id, about))
+    return _Shared(model).push_to_hub(repo_id, config=describe_model(model), **options)
+
+
+def _card(model: DGUNet, repo_id: str, about: str) -> dict:
+    return {"network": model.name or "DGUNet", "repo_id": repo_id, "about": about or "What it was trained for: ..."}

@@ -1,0 +1,85 @@
+"""Weights to share: a .safetensors file that says itself what network they are of and how they came about.
+
+In its metadata are ``dgunet``, as JSON
+
+    model    what `checkpoint.describe_model` gives, by which the network is built again
+    record   where a person wrote one: what the weights are for and how they came about, see `pretrained.Record`
+
+and ``sha256``, of all that and of the weights: the format has no checksum of its own.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dgunet.errors import UserError, optional
+from dgunet.files import replacing
+
+
+def save_weights(path: str | Path, state_dict: dict[str, Tensor], model: dict, record: dict | None = None):
+    """Write weights, of the precision they have, to a .safetensors file, whole or not at all.
+
+    Args:
+        path: its folder is made if needed.
+        state_dict: the weights.
+        model: see `checkpoint.describe_model`.
+        record: the fields of a `pretrained.Record` but its ``task`` and ``path``, or None.
+    """
+    save_file = optional("safetensors.torch").save_file
+    weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    about = json.dumps({"model": model} | ({} if record is None else {"record": record}))
+    with replacing(path) as temporary:
+        save_file(weights, temporary, {"format": "pt", "dgunet": about, "sha256": _digest(weights, about)})
+
+
+def read_weights(path: str | Path) -> dict:
+    """The content of a .safetensors file, as a checkpoint has it.
+
+    Returns:
+        ``state_dict``; of a file of ours also ``model``, ``record`` and ``noise_sigma``, where it has them.
+
+    Raises:
+        UserError: not such a file, or a damaged one.
+    """
+    safe_open = optional("safetensors").safe_open
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            metadata = file.metadata() or {}
+        about = json.loads(metadata.get("dgunet", "{}"))
+        if "dgunet" in metadata and metadata.get("sha256") != _digest(weights, metadata["dgunet"]):
+            raise ValueError("its checksum differs")
+        content = {key: about[key] for key in ("model", "record") if key in about}
+        noise = content.get("record", {}).get("noise_sigma")
+    except Exception as error:  # a file of another kind makes the reader fail in any way there is
+        raise UserError(_damaged(path)) from error
+    return {"state_dict": weights, **content, **({} if noise is None else {"noise_sigma": noise})}
+
+
+def read_about(path: str | Path) -> dict:
+    """The ``model`` and ``record`` of a file of ours, without reading its weights.
+
+    Raises:
+        UserError: not such a file, or a damaged one.
+    """
+    safe_open = optional("safetensors").safe_open
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads(file.metadata()["dgunet"])
+    except Exception as error:
+        raise UserError(_damaged(path)) from error
+
+
+def _damaged(path: str | Path) -> str:
+    return f"{path} is not a safetensors file, or is damaged; download or copy it again"
+
+
+def _digest(weights: dict[str, Tensor], about: str) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
