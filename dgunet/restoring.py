@@ -62,6 +62,7 @@ class Tally:
     skipped: int = 0
     refused: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)  # of the notes, those that were told at once
 
     def refuse(self, name: Path, reason: str):
         self.refused.append(str(name))
@@ -72,6 +73,7 @@ class Tally:
         """Something to tell of a picture, with others of which the same is to be told; ``now`` of the first at once."""
         if now and text not in self.notes:
             self.say(f"note: {UserError(f'{name}: {now}')}")
+            self.told.add(text)
         self.notes.setdefault(text, []).append(str(name))
 
     def summary(self, out: Path) -> str:
@@ -128,7 +130,10 @@ def restore_photographs(
         target = pick_device(device)
         model = load_model(path, task=task, device=target, content=content)
         record = content.get("record") or {}
-        say(f"network: {weights}" + (f", for {record['trained_for']}" if "trained_for" in record else ""))
+        say(f"network: {weights}")
+        for key, words in ("trained_for", "for"), ("not_for", "not for"):
+            if key in record:
+                say(f"  {words}: {record[key]}")
         _check_writable(out)
         seconds = _expected_seconds(model, jobs, tile, target, bf16)
         if seconds > LONG:
@@ -150,7 +155,8 @@ def restore_photographs(
             raise
         bar = None
     for text, names in tally.notes.items():
-        say(f"note: {text}: {UserError(shorten(names))}")
+        if len(names) > 1 or text not in tally.told:
+            say(f"note: {text}: {UserError(shorten(names))}")
     if tally.refused:
         raise UserError(f"{tally.summary(out)}, for the reasons above")
     say(tally.summary(out))
