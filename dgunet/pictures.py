@@ -182,31 +182,42 @@ def write_picture(path: str | Path, picture: Picture, comment: str):
     """Write a picture as PNG, or as JPEG (quality 95, colours in full resolution) where the file's ending says so.
 
     What it is to keep is written with it, and a comment, see `comment_of`. The file appears when it is complete.
+
+    Raises:
+        UserError: the format does not hold it, as a JPEG of more than 65500 pixels in a row.
     """
     path = Path(path)
     pixels, alpha = picture.pixels, picture.alpha
     if alpha is not None:
         pixels = np.dstack([pixels, alpha])
-    encoded = io.BytesIO()
-    if pixels.dtype == np.uint16:
-        encoded.write(_deep_png(pixels, picture.keep, comment))
-    else:
-        image = optional("PIL.Image").fromarray(pixels)
-        if is_jpeg(path):
-            options = picture.keep | dict(quality=95, subsampling=0, optimize=True, comment=comment)
-            if len(options.get("exif", b"")) > 65000:  # more than the format holds
-                del options["exif"]
-            image.save(encoded, "JPEG", **options)
-        else:
-            info = optional("PIL.PngImagePlugin").PngInfo()
-            info.add_text("Comment", comment)
-            image.save(encoded, "PNG", pnginfo=info, **picture.keep)
+    try:
+        encode = _deep_png if pixels.dtype == np.uint16 else _jpeg if is_jpeg(path) else _png
+        encoded = encode(pixels, picture.keep, comment)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be written in its format ({error})") from error
     with replacing(path) as temporary:
-        temporary.write_bytes(encoded.getbuffer())
+        temporary.write_bytes(encoded)
 
 
 def is_jpeg(path: Path) -> bool:
     return path.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif")
+
+
+def _jpeg(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
+    options = keep | dict(quality=95, subsampling=0, comment=comment)
+    if len(options.get("exif", b"")) > 65000:  # more than the format holds
+        del options["exif"]
+    encoded = io.BytesIO()
+    optional("PIL.Image").fromarray(pixels).save(encoded, "JPEG", **options)
+    return encoded.getvalue()
+
+
+def _png(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
+    info = optional("PIL.PngImagePlugin").PngInfo()
+    info.add_text("Comment", comment)
+    encoded = io.BytesIO()
+    optional("PIL.Image").fromarray(pixels).save(encoded, "PNG", pnginfo=info, **keep)
+    return encoded.getvalue()
 
 
 def _deep_png(pixels: np.ndarray, keep: dict, comment: str) -> bytes:

@@ -111,6 +111,8 @@ def restore_photographs(
         UserError: no picture at all, unsuitable weights, a place that cannot be written to; or at the end, naming the
             pictures that could not be restored. All others are there then.
     """
+    if stages:
+        optional("matplotlib")  # now and not after the first picture
     bar = None
 
     def say(text: str, file=None):

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image, ImageCms
 
-from dgunet import command, load_model, pretrained, restore, restoring
+from dgunet import command, load_model, pictures, pretrained, restore, restoring
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.errors import UserError
 from dgunet.pictures import Picture, comment_of, read_picture, unlike_noise, write_picture
@@ -198,6 +198,21 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path, name, content, told):
     with pytest.raises(UserError, match=told) as error:
         read_picture(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_what_jpeg_cannot_hold_is_told(tmp_path):
+    with pytest.raises(UserError, match="a.jpg cannot be written in its format"):
+        write_picture(tmp_path / "a.jpg", Picture(np.zeros((1, 66000, 3), np.uint8)), "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_scans_larger_than_pillow_opens_by_itself(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert read_picture(path).pixels.shape == (16, 24, 3) and Image.MAX_IMAGE_PIXELS == 10
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
+    with pytest.raises(UserError, match="24x16 pixels, more than can be read"):
+        read_picture(path)
 
 
 def test_noise_unlike_the_training():
