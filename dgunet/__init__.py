@@ -1,9 +1,32 @@
 """DGUNet: deep generalized unfolding networks for image restoration (Mou, Wang, Zhang; CVPR 2022)."""
 
-from dgunet.checkpoint import load_model
-from dgunet.errors import UserError
-from dgunet.inference import restore
-from dgunet.model import DGUNet, create_model, list_models
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dgunet.checkpoint import load_model
+    from dgunet.errors import UserError
+    from dgunet.inference import restore
+    from dgunet.model import DGUNet, create_model, list_models
 
 __version__ = "0.1.0"
 __all__ = ["DGUNet", "UserError", "create_model", "list_models", "load_model", "restore"]
+
+# Imported when first asked for, so that `dgunet --help` need not wait for PyTorch.
+_MODULES = {
+    "load_model": "checkpoint",
+    "UserError": "errors",
+    "restore": "inference",
+    **dict.fromkeys(("DGUNet", "create_model", "list_models"), "model"),
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'dgunet' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"dgunet.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

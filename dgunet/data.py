@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dgunet.errors import UserError, optional
 from dgunet.files import open_file, replacing
+from dgunet.transforms import upright
 
 natsorted = optional("natsort").natsorted
 
@@ -174,15 +175,6 @@ def _orientation(exif: bytes) -> int:
     return turn if turn in range(1, 9) else 1
 
 
-def _upright(image: np.ndarray, turn: int) -> np.ndarray:
-    """Undo how the camera was held: what the EXIF orientation asks for."""
-    if turn >= 5:
-        image = image.swapaxes(0, 1)
-    down = -1 if turn in (3, 4, 7, 8) else 1
-    right = -1 if turn in (2, 3, 6, 7) else 1
-    return np.ascontiguousarray(image[::down, ::right])
-
-
 def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
     header = _header(io.BytesIO(encoded))
     if header is None:
@@ -196,7 +188,7 @@ def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
         image = _decode_png(path, encoded, header.plain_png)
     else:
         image = _decode_any(path, encoded, header.mode, grey)
-    image = _upright(image, header.turn)
+    image = upright(image, header.turn)
     if image.shape[:2] != header.size:  # `image_size` believed it
         raise UserError(_damaged(path))
     return image

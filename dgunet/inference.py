@@ -67,10 +67,9 @@ def restore(
         with torch.no_grad():
             x = x.to(device)
             if isinstance(tile, str):
-                tile = _automatic_tile(model, x)
+                tile = automatic_tile(model, x.shape, device)
             if tile is not None:
                 tile = int(tile)  # NumPy's integers overflow
-                tile_overlap = min(tile // 4, 64) if tile_overlap is None else min(int(tile_overlap), tile // 2)
             turns = range(8) if self_ensemble else (0,)
             out = sum(undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap, bf16), k) for k in turns)
             restored = (out / len(turns)).clamp(0, 1)
@@ -92,6 +91,11 @@ def check_tiles(tile, tile_overlap):
             "tile must be None, 'auto' or at least 16 pixels, and tile_overlap from 0 to half of it; "
             f"got tile={tile!r}, tile_overlap={tile_overlap!r}"
         )
+
+
+def tile_side(text: str) -> int | str | None:
+    """``tile`` as it is written on a command line: ``auto``, ``whole`` (None) or a number."""
+    return {"auto": "auto", "whole": None}[text] if text in ("auto", "whole") else int(text)
 
 
 def _check_network(model) -> torch.device:
@@ -138,23 +142,36 @@ def estimate(model, y: Tensor, bf16: bool = False) -> Tensor:
 
 
 def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int | None, bf16: bool) -> Tensor:
-    height, width = x.shape[2:]
-    if tile is None or (height <= tile and width <= tile):
+    areas, overlap = tiles_of(*x.shape[2:], tile, overlap)
+    if len(areas) == 1:
         return _restore_whole(model, x, bf16)
+    out = torch.zeros_like(x)
+    weight = x.new_zeros(1, 1, *x.shape[2:])
+    for rows, columns in areas:
+        area = (..., rows, columns)
+        part = x[area]
+        # Pyramids: falling linearly over the overlap towards the tile's borders, they blend neighbours.
+        ramp = _ramp(part.shape[2], overlap, x)[:, None] * _ramp(part.shape[3], overlap, x)
+        out[area] += ramp * _restore_whole(model, part, bf16)
+        weight[area] += ramp
+    return out / weight
+
+
+def tiles_of(
+    height: int, width: int, tile: int | None, overlap: int | None = None
+) -> tuple[list[tuple[slice, slice]], int]:
+    """The areas (rows, columns) that a picture is restored in, and how many pixels neighbours share at least."""
+    if tile is None or (height <= tile and width <= tile):
+        return [(slice(0, height), slice(0, width))], 0
+    overlap = min(tile // 4, 64) if overlap is None else min(int(overlap), tile // 2)
     # On these multiples a tile's scales lie on the same grid as the whole picture's.
     tile, overlap = tile // MULTIPLE * MULTIPLE, -(-overlap // MULTIPLE) * MULTIPLE
     overlap = min(overlap, tile - MULTIPLE)
-    out = torch.zeros_like(x)
-    weight = x.new_zeros(1, 1, height, width)
-    for top in _tile_starts(height, tile, overlap):
-        for left in _tile_starts(width, tile, overlap):
-            area = (..., slice(top, top + tile), slice(left, left + tile))
-            part = x[area]
-            # Pyramids: falling linearly over the overlap towards the tile's borders, they blend neighbours.
-            ramp = _ramp(part.shape[2], overlap, x)[:, None] * _ramp(part.shape[3], overlap, x)
-            out[area] += ramp * _restore_whole(model, part, bf16)
-            weight[area] += ramp
-    return out / weight
+    rows, columns = (
+        [slice(start, min(start + tile, size)) for start in _tile_starts(size, tile, overlap)]
+        for size in (height, width)
+    )
+    return [(down, right) for down in rows for right in columns], overlap
 
 
 def _restore_whole(model, x: Tensor, bf16: bool) -> Tensor:
@@ -184,14 +201,17 @@ def estimate_memory(model, pixels: int) -> int:
     return 4 * _FLOATS_PER_PIXEL_AND_WIDTH * model.arguments["width"] * pixels
 
 
-def _automatic_tile(model, x: Tensor) -> int | None:
-    """None if the whole batch fits into nine tenths of the free memory, else the largest square tile that does."""
-    if x.device.type == "cuda":
-        free = torch.cuda.mem_get_info(x.device)[0]
-        free += torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+def automatic_tile(model, shape: tuple[int, int, int, int], device: torch.device) -> int | None:
+    """None if the whole batch of this shape fits into nine tenths of the device's free memory.
+
+    Else the largest square tile that does, with a warning.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         free = optional("psutil").virtual_memory().available
-    batch, _, height, width = x.shape
+    batch, _, height, width = shape
     if estimate_memory(model, batch * height * width) <= 0.9 * free:
         return None
     side = int((0.9 * free / estimate_memory(model, batch)) ** 0.5) // 64 * 64

@@ -31,7 +31,8 @@ from dgunet.evaluation import (
     restore_pictures,
 )
 from dgunet.hardware import pick_device, use_huge_pages
-from dgunet.inference import check_tiles
+from dgunet.inference import check_tiles, tile_side
+from dgunet.pictures import noise_level, trained_noise, unlike_noise
 from dgunet.pretrained import locate
 from dgunet.transforms import unit_range
 
@@ -61,7 +62,7 @@ def add_tiling(add: Callable):
         action=argparse.BooleanOptionalAction,
         help="mean over 8 flips and rotations (default: of SIDD and DND, as in the original)",
     )
-    add("--tile", type=_tile_side, default="auto", help="tile side in pixels, whole, or auto (default)")
+    add("--tile", type=tile_side, default="auto", help="tile side in pixels, whole, or auto (default)")
     add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter of the tile, at most 64)")
 
 
@@ -200,10 +201,7 @@ def _load(task: str, weights: str | None, shipped: str | None, device: str) -> _
     if not weights:
         print(f"no --weights given: this repository's own {shipped} ({content['record']['trained_for']})")
     model = load_model(path, task=task, device=pick_device(device), content=content)
-    name, noise = model.name or "DGUNet", None
-    match content.get("noise_sigma"):
-        case [int() | float() as low, int() | float() as high]:  # anything else is not an entry of ours
-            noise = (low, high)
+    name, noise = model.name or "DGUNet", trained_noise(content)
     print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, from {path}")
     return _Network(model, name, source, path, noise)
 
@@ -294,21 +292,10 @@ def _listening(method: Callable, levels: list[float]) -> Callable:
     return restore
 
 
-def noise_level(image: np.ndarray) -> float:
-    """Estimate of the standard deviation of white noise in (..., H, W, C) pictures, in their unit; nan for tiny ones.
-
-    The median of the absolute second differences along both axes (Immerkaer's mask), which smooth areas make and edges
-    do not reach. Fine texture counts as noise.
-    """
-    differences = np.diff(np.diff(image[..., :1024, :1024, :], 2, axis=-3), 2, axis=-2)
-    return float(np.median(np.abs(differences)) / (0.6745 * 6)) if differences.size else float("nan")
-
-
 def _tell_of_noise(name: str, trained: tuple[float, float], levels: list[float]):
     """One sentence where pictures have other noise than the weights are for."""
     low, high = trained
-    # The estimates are 0.7 to 1.1 of the truth where noise is visible, more where it is weaker than texture.
-    unlike = [level for level in levels if not 2 / 3 * low <= level <= 4 / 3 * high]
+    unlike = [level for level in levels if unlike_noise(level, trained)]
     if unlike:
         told = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         weakest, strongest = f"{min(unlike):.0f}", f"{max(unlike):.0f}"
@@ -317,11 +304,6 @@ def _tell_of_noise(name: str, trained: tuple[float, float], levels: list[float])
             f"note: {len(unlike)} of {len(levels)} in {name}: noise of about sigma {found}, but these weights were "
             f"trained for sigma {told}: they blur where it is weaker, and leave some where it is stronger"
         )
-
-
-def _tile_side(text: str) -> int | str | None:
-    """``auto``, ``whole`` (None) or a number, for `restore`."""
-    return {"auto": "auto", "whole": None}[text] if text in ("auto", "whole") else int(text)
 
 
 def average(results: list[Result]) -> Result:

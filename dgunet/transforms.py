@@ -52,3 +52,12 @@ def unit_range(x: Tensor | np.ndarray) -> Tensor | np.ndarray:
 def to_uint8(image: np.ndarray) -> np.ndarray:
     """Floats in [0, 1] as an 8-bit picture: clamped, times 255, rounded to nearest; one of 8 bits as it is."""
     return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * np.float32(255)).round().astype(np.uint8)
+
+
+def upright(image: np.ndarray, turn: int) -> np.ndarray:
+    """(H, W, ...) as the camera was held, turned as its EXIF orientation (1 to 8) asks for."""
+    if turn >= 5:
+        image = image.swapaxes(0, 1)
+    down = -1 if turn in (3, 4, 7, 8) else 1
+    right = -1 if turn in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(image[::down, ::right])

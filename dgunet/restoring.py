@@ -1,0 +1,391 @@
+"""What `dgunet denoise | derain | deblur` do: folders of photographs, restored one after the other."""
+
+import contextlib
+import hashlib
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dgunet import __version__
+from dgunet.checkpoint import load_model, read_checkpoint
+from dgunet.errors import UserError, optional, shorten
+from dgunet.figures import draw_stages, label_stages, stages_of
+from dgunet.files import open_file
+from dgunet.hardware import pick_device
+from dgunet.inference import automatic_tile, restore, tiles_of
+from dgunet.model import Stage
+from dgunet.pictures import (
+    SUFFIXES,
+    comment_of,
+    is_jpeg,
+    look_at,
+    noise_level,
+    read_picture,
+    trained_noise,
+    unlike_noise,
+    write_picture,
+)
+from dgunet.pretrained import locate
+from dgunet.transforms import to_uint8
+
+LONG = 15  # seconds; what takes longer is told before
+SQUARE = 192  # pixels, the side of what the time is measured with
+OURS = "restored by dgunet"  # how the comment in a restored picture begins
+FIGURE_FROM, FIGURE_SIDE = 512, 160  # pixels around the middle that the figure of stages is computed of, and shows
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to be restored: where it is, where it goes, how large it is, and its figure of stages if any."""
+
+    source: Path
+    target: Path
+    height: int
+    width: int
+    figure: Path | None
+
+
+@dataclass
+class Tally:
+    """What has become of the pictures, told as it happens and at the end."""
+
+    say: Callable[..., None]
+    done: int = 0
+    skipped: int = 0
+    refused: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)  # of the notes, those that were told at once
+
+    def refuse(self, name: Path, reason: str):
+        self.refused.append(str(name))
+        reason = reason if str(name) in reason else f"{name}: {reason}"
+        self.say(f"not restored: {UserError(reason)}", file=sys.stderr)
+
+    def note(self, name: Path, text: str, now: str = ""):
+        """Something to tell of a picture, with others of which the same is to be told; ``now`` of the first at once."""
+        if now and text not in self.notes:
+            self.say(f"note: {UserError(f'{name}: {now}')}")
+            self.told.add(text)
+        self.notes.setdefault(text, []).append(str(name))
+
+    def summary(self, out: Path) -> str:
+        before = f", {self.skipped} done before" if self.skipped else ""
+        refused = f"; {len(self.refused)} not restored" if self.refused else ""
+        return f"{self.done} restored{before}, in {out}{refused}"
+
+
+def restore_photographs(
+    photos: list[Path],
+    out: Path,
+    weights: str | Path,
+    task: str,
+    *,
+    overwrite: bool = False,
+    stages: bool = False,
+    tile: int | str | None = "auto",
+    device: str = "auto",
+    bf16: bool = False,
+):
+    """Restore pictures and folders of pictures into a folder, telling of it on stdout.
+
+    Args:
+        photos: files and folders, these with all that is in them. They are not written to.
+        out: made if needed. A single folder's pictures come directly into it, several folders' into folders of their
+            names. What was restored from the same file with the same weights and settings before is skipped.
+        weights: the name of weights that come with dgunet, or a file.
+        task: that they must be for.
+        overwrite: restore again what is there already; nothing is replaced that this has not written.
+        stages: also draw each picture after each stage.
+        tile, bf16: see `restore`.
+        device: see `hardware.pick_device`.
+
+    Raises:
+        UserError: no picture at all, unsuitable weights, a place that cannot be written to; or at the end, naming the
+            pictures that could not be restored. All others are there then.
+    """
+    if stages:
+        optional("matplotlib")  # now and not after the first picture
+    bar = None
+
+    def say(text: str, file=None):
+        if bar is None:
+            print(text, file=file, flush=True)
+        else:
+            bar.write(text, file=file)
+
+    tally = Tally(say)
+    path = locate(weights)
+    content = read_checkpoint(path)
+    mark = Mark(path, tile, bf16)
+    jobs = _skip_done(_jobs(_gather(photos, out, tally), out, stages, tally), mark, overwrite, tally)
+    if tally.skipped:
+        say(f"{tally.skipped} of {tally.skipped + len(jobs)} done before; --overwrite does them again")
+    if jobs:
+        target = pick_device(device)
+        model = load_model(path, task=task, device=target, content=content)
+        record = content.get("record") or {}
+        say(f"network: {weights}")
+        for key, words in ("trained_for", "for"), ("not_for", "not for"):
+            if key in record:
+                say(f"  {words}: {record[key]}")
+        _check_writable(out)
+        seconds = _expected_seconds(model, jobs, tile, target, bf16)
+        if seconds > LONG:
+            megapixels = sum(job.height * job.width for job in jobs) / 1e6
+            say(f"this takes about {_duration(seconds)}: {_count(len(jobs))}, {megapixels:.1f} megapixels, on {target}")
+        noise = trained_noise(content)
+        tqdm = optional("tqdm").tqdm
+        try:
+            total = sum(job.height * job.width for job in jobs)
+            with tqdm(total=total, unit="pixel", unit_scale=True, disable=None, smoothing=0.1, leave=False) as bar:
+                for job in jobs:
+                    before = bar.n
+                    with _attempt(job, tally):
+                        _restore_one(model, job, tally, noise, tile, target, bf16, mark, bar.update)
+                    bar.update(before + job.height * job.width - bar.n)
+        except BaseException:  # Ctrl-C, a full disk
+            bar = None
+            say(f"stopped: {tally.summary(out)}; the same command goes on with the others")
+            raise
+        bar = None
+    for text, names in tally.notes.items():
+        if len(names) > 1 or text not in tally.told:
+            say(f"note: {text}: {UserError(shorten(names))}")
+    if tally.refused:
+        raise UserError(f"{tally.summary(out)}, for the reasons above")
+    say(tally.summary(out))
+
+
+def _gather(photos: list[Path], out: Path, tally: Tally) -> Iterator[tuple[Path, Path]]:
+    """Each picture, and the path that it gets in ``out``."""
+    for given in photos:
+        if not given.is_dir():
+            if given.exists():
+                yield given, Path(given.name)
+            else:
+                tally.refuse(given, "there is no such file or folder; check the path")
+            continue
+        if out.exists() and os.path.samefile(given, out):
+            raise UserError(f"--out is the folder of the photographs themselves, {given}; choose another")
+        below = Path(given.resolve().name) if len(photos) > 1 else Path()
+        found = False
+        for folder, folders, names in os.walk(given):
+            here = Path(folder)
+            folders[:] = sorted(
+                name
+                for name in folders
+                if not name.startswith(".") and not (out.exists() and os.path.samefile(here / name, out))
+            )
+            for name in sorted(names):
+                if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                    found = True
+                    yield here / name, below / (here / name).relative_to(given)
+        if not found:
+            tally.refuse(given, "there are no pictures in this folder")
+
+
+def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, tally: Tally) -> list[Job]:
+    """A job for each picture that can be read and written."""
+    jobs: dict[Path, Job] = {}
+    photographs = set()
+    for source, relative in found:
+        try:
+            photographs.add(_identity(source))
+            height, width, kind = look_at(source)
+        except UserError as error:
+            tally.refuse(source, str(error))
+            continue
+        target = out / relative
+        if not (target.suffix.lower() == ".png" or (is_jpeg(target) and kind == "JPEG")):
+            target = target.with_suffix(".png")
+        if target in jobs:
+            same = os.path.samefile(source, jobs[target].source)
+            if not same:
+                other = jobs[target].source
+                tally.refuse(source, f"would be written to {target}, as {other} is; restore it to another --out")
+            continue
+        figure = target.with_name(f"{target.name}.stages.png") if stages else None
+        jobs[target] = Job(source, target, height, width, figure)
+    for target, job in list(jobs.items()):
+        if target.exists() and _identity(target) in photographs:
+            tally.refuse(job.source, f"{target} is a photograph to be restored itself; choose another --out")
+            del jobs[target]
+    return list(jobs.values())
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
+
+
+class Mark:
+    """Tells what a restored picture was made from: a comment in it that depends on the file, weights and settings."""
+
+    def __init__(self, weights: Path, tile: int | str | None, bf16: bool):
+        self.weights = f"{weights.parent.name}/{weights.name}"
+        self.settings = hashlib.sha256(weights.read_bytes() + f"{tile} {bf16}".encode()).digest()
+
+    def of(self, source: Path) -> str:
+        with open_file(source) as file:
+            digest = hashlib.sha256(self.settings + file.read()).hexdigest()[:20]
+        return f"{OURS} {__version__}, {self.weights}; {digest}"
+
+
+def _skip_done(jobs: list[Job], mark: Mark, overwrite: bool, tally: Tally) -> list[Job]:
+    left = []
+    for job in jobs:
+        if not job.target.exists():
+            left.append(job)
+            continue
+        comment = comment_of(job.target) or ""
+        if not comment.startswith(OURS):
+            tally.refuse(job.source, f"{job.target} is there already, and not from dgunet; choose another --out")
+        elif overwrite:
+            left.append(job)
+        elif comment.split()[-1] != mark.of(job.source).split()[-1]:  # of another version it may be
+            told = "is there already, of another picture or with other weights or settings"
+            tally.refuse(job.source, f"{job.target} {told}; --overwrite replaces it, or choose another --out")
+        elif job.figure is not None and not job.figure.exists():
+            left.append(job)
+        else:
+            tally.skipped += 1
+    return left
+
+
+def _check_writable(out: Path):
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise UserError(f"{out} may not be written to; change its permissions, or choose another --out")
+
+
+def _expected_seconds(model, jobs: list[Job], tile: int | str | None, device: torch.device, bf16: bool) -> float:
+    """From the time that a small square takes; 0 for what is not worth it, as on GPUs, which that would not occupy."""
+    work = sum(_work(job.height, job.width, None if tile == "auto" else tile) for job in jobs)
+    work += sum(min(job.height * job.width, FIGURE_FROM**2) for job in jobs if job.figure is not None)
+    if device.type != "cpu" or work < 4 * SQUARE**2:
+        return 0
+    square = np.zeros((SQUARE, SQUARE, model.channels), np.float32)
+    restore(model, square[:64, :64], tile=None, bf16=bf16)  # the first is slow
+    started = time.perf_counter()
+    restore(model, square, tile=None, bf16=bf16)
+    return (time.perf_counter() - started) / SQUARE**2 * work
+
+
+def _work(height: int, width: int, tile: int | None) -> int:
+    """Pixels that the network goes through, those in the overlap of tiles several times."""
+    areas, _ = tiles_of(height, width, tile)
+    return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in areas)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
+def _count(number: int) -> str:
+    return "1 picture" if number == 1 else f"{number} pictures"
+
+
+@contextlib.contextmanager
+def _attempt(job: Job, tally: Tally):
+    """Around the work on a picture: one that cannot be restored costs no other."""
+    try:
+        yield
+        tally.done += 1
+    except UserError as error:
+        tally.refuse(job.source, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        tally.refuse(job.source, "out of memory; restore it in tiles, --tile 512")
+
+
+def _restore_one(model, job: Job, tally: Tally, noise, tile, device: torch.device, bf16: bool, mark: Mark, count):
+    comment = mark.of(job.source)
+    picture = read_picture(job.source)
+    scale = np.iinfo(picture.pixels.dtype).max
+    y = picture.pixels.astype(np.float32) / np.float32(scale)
+    y = y if y.ndim == 3 else y[..., None]
+    if noise is not None:
+        _tell_of_noise(job, 255 * noise_level(y), noise, tally)
+    if y.shape[2] == 1:
+        y = np.repeat(y, model.channels, axis=2)
+    height, width = y.shape[:2]
+    if tile == "auto":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # told here in the command's own words
+            tile = automatic_tile(model, (1, model.channels, height, width), device)
+        if tile is not None:
+            text = "larger than memory allows at once, restored in tiles (--tile whole forces it)"
+            tally.note(job.source, text, now=f"{text}, of {tile} pixels")
+    work = model.stages * _work(height, width, tile)
+    with _counting(model, lambda pixels: count(height * width * pixels / work)):
+        x = restore(model, y, tile=tile, bf16=bf16)
+    if job.figure is not None:
+        _draw(model, job, y, x)
+    if picture.pixels.ndim == 2:
+        x = x.mean(axis=2)
+    restored = replace(picture, pixels=(x * np.float32(scale)).round().astype(picture.pixels.dtype))
+    write_picture(job.target, restored, comment)
+    notes = picture.notes + ([] if job.target.name == job.source.name else ["written as PNG"])
+    for text in notes:
+        tally.note(job.source, text)
+
+
+def _tell_of_noise(job: Job, level: float, trained: tuple[float, float], tally: Tally):
+    low, high = trained
+    told = f"sigma {low:g}" if low == high else f"sigma {low:g} to {high:g}"
+    match unlike_noise(level, trained):
+        case "weaker":
+            text = f"less noise than this network is for ({told}), so that it may blur fine detail"
+            advice = "keep the original where that looks better"
+        case "stronger":
+            text = f"more noise than this network is for ({told}), so that it may leave some"
+            advice = "restore the picture reduced to half its size, or with another network"
+        case _:
+            return
+    tally.note(job.source, text, now=f"about sigma {level:.0f}, {text}; {advice}")
+
+
+@contextlib.contextmanager
+def _counting(model, count: Callable[[int], None]) -> Iterator[None]:
+    """Inside, ``count`` is called after each stage, with the number of pixels that went through it."""
+
+    def hook(stage, inputs, output):
+        count(inputs[0].shape[-2] * inputs[0].shape[-1])
+
+    with contextlib.ExitStack() as hooks:
+        for stage in (module for module in model.modules() if isinstance(module, Stage)):
+            hooks.callback(stage.register_forward_hook(hook).remove)
+        yield
+
+
+def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
+    """The figure of stages of the picture's middle, computed from what is around it."""
+    top, left, height, width = _middle(y.shape, FIGURE_FROM)
+    around = y[top : top + height, left : left + width]
+    estimates = stages_of(model, around)
+    inner_top, inner_left, height, width = _middle(around.shape, FIGURE_SIDE)
+    window = (slice(inner_top, inner_top + height), slice(inner_left, inner_left + width))
+    tiles = [("as it came", to_uint8(around)), *label_stages(estimates)]
+    tiles = [(label, image[window].squeeze(), math.inf) for label, image in tiles]
+    step = max(1, max(y.shape) // 1000)
+    frame = tuple(value // step for value in (top + inner_top, left + inner_left, height, width))
+    draw_stages(to_uint8(x[::step, ::step]).squeeze(), frame, tiles, job.figure, job.source.name)
+
+
+def _middle(shape: tuple, side: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the part of so many pixels in the middle."""
+    height, width = (min(side, whole) for whole in shape[:2])
+    return (shape[0] - height) // 2, (shape[1] - width) // 2, height, width

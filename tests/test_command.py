@@ -1,0 +1,497 @@
+"""The command `dgunet` on tiny pictures of every kind, and any picture read and written."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+from PIL import Image, ImageCms
+
+from dgunet import command, load_model, pictures, pretrained, restore, restoring
+from dgunet.checkpoint import describe_model, save_checkpoint
+from dgunet.errors import UserError
+from dgunet.pictures import Picture, comment_of, read_picture, unlike_noise, write_picture
+
+ROOT = Path(__file__).resolve().parents[1]
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def colours(height: int = 16, width: int = 24, seed: int = 0, dtype=np.uint8) -> np.ndarray:
+    """A smooth picture, so that JPEG keeps it."""
+    small = np.random.default_rng(seed).uniform(0.2, 0.8, (3, 4, 3))
+    return (cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC) * np.iinfo(dtype).max).astype(dtype)
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def weights(tmp_path, tiny_model) -> Path:
+    model = tiny_model(stages=2)
+    path = tmp_path / "weights.pth"
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, path)
+    return path
+
+
+@pytest.fixture
+def dgunet(tmp_path, weights, capsys, monkeypatch) -> Callable[..., Done]:
+    """``dgunet("denoise", ...)`` runs the command in ``tmp_path``, where the photographs are put."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words) -> Done:
+        capsys.readouterr()
+        words = [str(word) for word in words]
+        if words[0] in command.RESTORING and "--weights" not in words:
+            words += ["--weights", str(weights)]
+        with pytest.raises(SystemExit) as ended:
+            command.main(words)
+        return Done(ended.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def save(path: str, pixels: np.ndarray = None, **options) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(colours() if pixels is None else pixels).save(path, **options)
+    return path
+
+
+def files(folder: str) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+class Kind(NamedTuple):
+    suffix: str
+    write: Callable[[Path], None]
+    told: list[str] = []  # of each note, a part
+    loss: float = 0  # mean difference from `colours`
+
+
+def kinds() -> dict[str, Kind]:
+    rgb, grey = Image.fromarray(colours()), Image.fromarray(colours()[..., 0])
+    deep = colours(dtype=np.uint16)[..., ::-1]
+    clear = rgb.copy()
+    clear.putalpha(grey)
+    return {
+        "plain": Kind(".webp", lambda p: rgb.save(p, lossless=True)),
+        "grey": Kind(".png", grey.save, ["grey"]),
+        "grey_16": Kind(".png", lambda p: cv2.imwrite(str(p), deep[..., 2]), ["grey", "16 bits"]),
+        "deep_png": Kind(".png", lambda p: cv2.imwrite(str(p), deep), ["16 bits"]),
+        "deep_tif": Kind(".tif", lambda p: cv2.imwrite(str(p), deep), ["16 bits"]),
+        "deep_rgba": Kind(
+            ".png", lambda p: cv2.imwrite(str(p), np.dstack([deep, deep[..., 2]])), ["16 bits", "transparency"]
+        ),
+        "rgba": Kind(".png", clear.save, ["transparency"]),
+        "grey_alpha": Kind(".png", clear.convert("LA").save, ["grey", "transparency"], 60),
+        "palette": Kind(".gif", rgb.quantize(256).save, ["a palette, now RGB"], 4),
+        "clear_palette": Kind(
+            ".png", lambda p: rgb.quantize(64).save(p, transparency=3), ["a palette, now RGB", "transparency"], 8
+        ),
+        "cmyk": Kind(".jpg", lambda p: rgb.convert("CMYK").save(p, quality=100), ["CMYK, now RGB"], 3),
+        "cmyk_tif": Kind(".tif", rgb.convert("CMYK").save, ["CMYK, now RGB"], 1),
+        "fax": Kind(".tif", grey.convert("1").save, ["black and white, now grey"], 255),
+        "film": Kind(
+            ".gif", lambda p: rgb.save(p, save_all=True, append_images=[grey]), ["first of its 2", "a palette"], 4
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_kind_of_picture_is_read_and_said(tmp_path, kind):
+    suffix, write, told, loss = kinds()[kind]
+    path = tmp_path / f"a{suffix}"
+    write(path)
+    picture = read_picture(path)
+    expected = colours(dtype=np.uint16 if "16 bits" in told else np.uint8)
+    expected = expected[..., 0] if "grey" in told or kind == "fax" else expected
+    assert picture.pixels.shape == expected.shape and picture.pixels.dtype == expected.dtype
+    assert np.abs(picture.pixels.astype(float) - expected).mean() <= loss
+    assert len(picture.notes) == len(told) and all(map(str.__contains__, picture.notes, told))
+    assert (picture.alpha is not None) == ("transparency" in told)
+    if kind in ("rgba", "deep_rgba"):
+        np.testing.assert_array_equal(picture.alpha, expected[..., 0])
+    write_picture(tmp_path / "again.png", picture, "of mine")
+    again = read_picture(tmp_path / "again.png")
+    np.testing.assert_array_equal(again.pixels, picture.pixels)
+    assert (again.alpha is None) == (picture.alpha is None)
+    if picture.alpha is not None:
+        np.testing.assert_array_equal(again.alpha, picture.alpha)
+    assert comment_of(tmp_path / "again.png") == "of mine"
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp", "deep .png", "deep .tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8, 5])
+def test_turned_upright_once(tmp_path, suffix, orientation):
+    deep, suffix = "deep" in suffix, suffix.split()[-1]
+    upright = colours(16, 24, dtype=np.uint16 if deep else np.uint8)
+    steps = {1: (0, False), 3: (2, False), 6: (1, False), 8: (3, False), 5: (1, True)}[orientation]
+    stored = np.rot90(upright[:, ::-1] if steps[1] else upright, steps[0])
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "Camera"
+    path = tmp_path / f"a{suffix}"
+    if deep and suffix == ".tif":
+        tag = [(274, "H", 1, orientation, True)]
+        pytest.importorskip("tifffile").imwrite(path, np.ascontiguousarray(stored), extratags=tag, photometric="rgb")
+    elif deep:
+        write_picture(path, Picture(np.ascontiguousarray(stored), keep={"exif": exif.tobytes()}), "")
+    else:
+        options = {".jpg": dict(quality=100, subsampling=0), ".webp": dict(lossless=True)}.get(suffix, {})
+        Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, **options)
+    picture = read_picture(path)
+    assert picture.pixels.shape == upright.shape
+    assert np.abs(picture.pixels / 255.0 - upright / 255.0).max() < 0.05
+    write_picture(tmp_path / "again.jpg" if suffix == ".jpg" else tmp_path / "again.png", picture, "")
+    (again,) = tmp_path.glob("again.*")
+    assert read_picture(again).pixels.shape == upright.shape
+    written = Image.open(again).getexif()
+    assert written.get(0x0112, 1) == 1 and written.get(0x010F) == (None if suffix == ".tif" else "Camera")
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_colour_profile_and_resolution_are_kept(tmp_path, deep):
+    pixels = colours(dtype=np.uint16 if deep else np.uint8)
+    write_picture(tmp_path / "a.png", Picture(pixels, keep={"icc_profile": SRGB, "dpi": (300, 300)}), "")
+    picture = read_picture(tmp_path / "a.png")
+    assert picture.keep["icc_profile"] == SRGB and picture.keep["dpi"] == pytest.approx((300, 300), abs=0.1)
+    np.testing.assert_array_equal(picture.pixels, pixels)
+    assert np.array_equal(cv2.imread(str(tmp_path / "a.png"), cv2.IMREAD_UNCHANGED)[..., ::-1], pixels)
+
+
+def test_profile_of_other_colours_is_not_kept(tmp_path):
+    save(tmp_path / "grey.png", colours()[..., 0], icc_profile=SRGB)
+    assert "icc_profile" not in read_picture(tmp_path / "grey.png").keep
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("a.heic", b"\0\0\0\x18ftypheic" + bytes(99), "HEIC.*export it as JPEG"),
+        ("a.nef", b"MM\0*" + bytes(99), "raw file; develop it"),
+        ("a.png", b"", "is empty"),
+        ("a.jpg", b"hello", "no picture that can be read"),
+        ("a.tif", None, "floating-point"),
+        ("cut.png", b"cut", "may be damaged"),
+    ],
+)
+def test_what_cannot_be_read_is_told_in_one_line(tmp_path, name, content, told):
+    path = tmp_path / name
+    if content is None:
+        Image.fromarray(np.zeros((8, 8), np.float32)).save(path)
+    else:
+        path.write_bytes(content if content != b"cut" else save(tmp_path / "whole.png").read_bytes()[:300])
+    with pytest.raises(UserError, match=told) as error:
+        read_picture(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_what_jpeg_cannot_hold_is_told(tmp_path):
+    with pytest.raises(UserError, match="a.jpg cannot be written in its format"):
+        write_picture(tmp_path / "a.jpg", Picture(np.zeros((1, 66000, 3), np.uint8)), "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_scans_larger_than_pillow_opens_by_itself(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert read_picture(path).pixels.shape == (16, 24, 3) and Image.MAX_IMAGE_PIXELS == 10
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
+    with pytest.raises(UserError, match="24x16 pixels, more than can be read"):
+        read_picture(path)
+
+
+def test_noise_unlike_the_training():
+    assert [unlike_noise(level, (25, 25)) for level in (1, 16, 25, 50)] == ["weaker", None, None, "stronger"]
+    assert [unlike_noise(level, (0, 50)) for level in (0, 50, 80)] == [None, None, "stronger"]
+
+
+# ----------------------------------------------------------------------------------------------------------- restoring
+
+
+def test_folders_and_files_of_every_kind(dgunet, weights):
+    """Each becomes what `restore` makes of it; names and folders are kept; a second run finds all done."""
+    Path("photos").mkdir()
+    for kind, (suffix, write, *_) in kinds().items():
+        write(Path("photos", kind + suffix))
+    for name in ("photos/day 2/b.jpeg", "photos/.hidden/c.jpg", "photos/.d.jpg"):
+        save(name)
+    Path("photos/notes.txt").write_text("none")
+    done = dgunet("denoise", "photos", "--out", "restored/here")
+    count = len(kinds()) + 1
+    assert done.status == 0, done.err
+    assert done.out.splitlines()[-1] == f"{count} restored, in restored/here"
+    expected = {name + (".jpg" if name == "cmyk" else ".png") for name in kinds()}
+    assert files("restored/here") == sorted({*expected, "day 2/b.jpeg"})
+    model = load_model(weights)
+    for name in ("deep_tif", "rgba", "plain", "grey_16"):
+        (path,) = Path("photos").glob(f"{name}.*")
+        degraded, restored = read_picture(path), read_picture(f"restored/here/{name}.png")
+        scale = np.iinfo(degraded.pixels.dtype).max
+        y = degraded.pixels.astype(np.float32) / scale
+        x = restore(model, np.dstack([y] * 3)).mean(axis=2) if y.ndim == 2 else restore(model, y)
+        assert np.abs(restored.pixels / scale - x).max() < 0.6 / scale + 1e-6
+        assert restored.pixels.dtype == degraded.pixels.dtype and not np.array_equal(restored.pixels, degraded.pixels)
+        assert np.array_equal(restored.alpha, degraded.alpha)
+    for told in ("CMYK, now RGB: photos/cmyk", "16 bits per channel", "written as PNG: photos/cmyk_tif.tif, "):
+        assert sum(line.startswith("note: ") and told in line for line in done.out.splitlines()) == 1
+    stamps = [os.stat(Path("restored/here", name)).st_mtime_ns for name in files("restored/here")]
+    again = dgunet("denoise", "photos", "--out", "restored/here")
+    assert again.status == 0 and again.out.splitlines()[-1] == f"0 restored, {count} done before, in restored/here"
+    assert stamps == [os.stat(Path("restored/here", name)).st_mtime_ns for name in files("restored/here")]
+
+
+def test_names_and_places(dgunet):
+    """A folder beside others keeps its name; what was restored before is no input; nothing is overwritten."""
+    for k, name in enumerate(("a/x.png", "a/x.jpg", "b/x.png", "y.png", "c/y.png", "a/z.tif", "a/z.png")):
+        save(name, colours(seed=k))
+    done = dgunet("denoise", "a", "b/", "y.png", "c/y.png", "y.png", "--out", "out")
+    assert done.status == 2
+    assert files("out") == ["a/x.jpg", "a/x.png", "a/z.png", "b/x.png", "y.png"]
+    refused = [line for line in done.err.splitlines() if line.startswith("not restored")]
+    assert len(refused) == 2 and "c/y.png: would be written to out/y.png, as y.png is" in refused[1]
+    assert done.err.splitlines()[-1] == "error: 5 restored, in out; 2 not restored, for the reasons above"
+    again = dgunet("denoise", ".", "--out", "out", "--tile", "auto")
+    assert "3 done before" in again.out or again.status == 2
+    assert files("out") == ["a/x.jpg", "a/x.png", "a/z.png", "b/x.png", "c/y.png", "y.png"]
+
+
+def test_photographs_are_never_written_to(dgunet):
+    save("a/x.png")
+    save("a/sub/x.png", colours(seed=2))
+    before = {name: Path("a", name).read_bytes() for name in files("a")}
+    one = dgunet("denoise", "a", "--out", "a", "--overwrite")
+    two = dgunet("denoise", "a/x.png", "--out", "a", "--overwrite")
+    three = dgunet("denoise", "a/sub/x.png", "a/x.png", "--out", "a", "--overwrite")
+    Path("linked").symlink_to("a")
+    four = dgunet("denoise", "a", "--out", "linked", "--overwrite")
+    assert [done.status for done in (one, two, three, four)] == [2] * 4
+    five = dgunet("denoise", "a/sub", "--out", "a", "--overwrite")  # a/x.png is none of those to be restored
+    assert five.status == 2 and "not from dgunet" in five.err
+    assert all("choose another" in done.err for done in (one, two, three, four, five))
+    assert {name: Path("a", name).read_bytes() for name in files("a")} == before
+
+
+def test_results_of_other_pictures_weights_and_settings_are_not_taken_for_done(dgunet, tiny_model):
+    save("a/x.png")
+    save("b/x.png", colours(seed=1))
+    assert dgunet("denoise", "a/x.png", "--out", "out").status == 0
+    first = Path("out/x.png").read_bytes()
+    model = tiny_model(stages=2, seed=1)
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, "other.pth")
+    for changed in (["b/x.png"], ["a/x.png", "--weights", "other.pth"], ["a/x.png", "--tile", "16"]):
+        done = dgunet("denoise", *changed, "--out", "out")
+        assert done.status == 2 and "out/x.png is there already" in done.err and "--overwrite" in done.err
+        assert Path("out/x.png").read_bytes() == first
+    save("a/x.png", colours(seed=3))
+    assert dgunet("denoise", "a/x.png", "--out", "out").status == 2
+    assert dgunet("denoise", "a/x.png", "--out", "out", "--overwrite").status == 0
+    assert Path("out/x.png").read_bytes() != first
+    shutil.move("a/x.png", "moved.png")
+    shutil.move("moved.png", "b/x.png")
+    assert "1 done before" in dgunet("denoise", "b/x.png", "--out", "out").out
+
+
+def test_one_bad_picture_costs_no_other(dgunet):
+    save("a/1.png")
+    save("a/2.jpg").write_bytes(save("a/2.jpg").read_bytes()[:400])
+    Path("a/3.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    save("a/4.png")
+    Path("none").mkdir()
+    done = dgunet("denoise", "a", "missing.png", "none", "--out", "out")
+    assert done.status == 2 and files("out") == ["a/1.png", "a/4.png"]
+    told = done.err.splitlines()
+    assert len(told) == 5 and told[-1] == "error: 2 restored, in out; 4 not restored, for the reasons above"
+    for name, reason in ("a/2.jpg", "damaged"), ("3.heic", "HEIC"), ("missing.png", "no such"), ("none", "no pictures"):
+        assert any(name in line and reason in line for line in told)
+    assert dgunet("denoise", "none", "--out", "new").status == 2 and not Path("new").exists()
+
+
+def test_figure_of_stages(dgunet):
+    save("grey.png", colours(24, 24)[..., 0])
+    assert dgunet("denoise", "grey.png", "--out", "out").status == 0
+    assert "1 restored" in dgunet("denoise", "grey.png", "--out", "out", "--stages").out
+    assert files("out") == ["grey.png", "grey.png.stages.png"]
+    assert min(Image.open("out/grey.png.stages.png").size) > 400
+    assert "1 done before" in dgunet("denoise", "grey.png", "--out", "out", "--stages").out
+
+
+def test_interrupted_it_keeps_what_is_done_and_goes_on(dgunet, monkeypatch):
+    for name in ("a/1.png", "a/2.png", "a/3.png"):
+        save(name, colours(seed=int(name[2])))
+    calls = []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return restore(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(restoring, "restore", interrupted)
+        done = dgunet("denoise", "a", "--out", "out")
+    assert done.status == 130 and done.err.strip().endswith("interrupted")
+    assert done.out.splitlines()[-1] == "stopped: 1 restored, in out; the same command goes on with the others"
+    assert files("out") == ["1.png"]
+    assert dgunet("denoise", "a", "--out", "out").out.splitlines()[-1] == "2 restored, 1 done before, in out"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_full_disk_ends_it_in_one_line(dgunet, monkeypatch, number):
+    for name in ("a/1.png", "a/2.png"):
+        save(name)
+    write = Path.write_bytes
+
+    def full(path, data):
+        if "2.png" in path.name:
+            raise OSError(number, os.strerror(number))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    done = dgunet("denoise", "a", "--out", "out")
+    assert done.status == 2 and files("out") == ["1.png"] and "stopped: 1 restored" in done.out
+    assert done.err.splitlines()[-1].startswith(f"error: out/2.png: {os.strerror(number)}; ")
+
+
+def test_out_of_memory_costs_no_other(dgunet, monkeypatch):
+    save("a/1.png", colours(32, 32))
+    save("a/2.png")
+
+    def short(model, image, **options):
+        if image.shape[0] == 32:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return restore(model, image, **options)
+
+    monkeypatch.setattr(restoring, "restore", short)
+    done = dgunet("denoise", "a", "--out", "out")
+    assert done.status == 2 and files("out") == ["2.png"] and "--tile 512" in done.err
+
+
+def test_tiles(dgunet, weights, monkeypatch):
+    pixels = colours(40, 150)
+    save("x.png", pixels)
+    assert dgunet("denoise", "x.png", "--out", "tiled", "--tile", "32").status == 0
+    expected = restore(load_model(weights), pixels, tile=32)
+    assert np.abs(read_picture("tiled/x.png").pixels.astype(int) - expected).max() <= 1
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
+    done = dgunet("denoise", "x.png", "--out", "auto")
+    assert "in tiles" in done.out and "of 128 pixels" in done.out and "UserWarning" not in done.err
+    assert "tiles" not in dgunet("denoise", "x.png", "--out", "whole", "--tile", "whole").out.replace("test_tiles", "")
+    for side in ("8", "many", "-1"):
+        bad = dgunet("denoise", "x.png", "--out", "o", "--tile", side)
+        assert bad.status == 2 and "--tile is whole, auto, or a side" in bad.err
+
+
+def test_progress_counts_every_stage_and_tile(weights):
+    model, image, seen = load_model(weights), np.zeros((40, 150, 3), np.float32), []
+    for tile in (None, 32):
+        seen.clear()
+        with restoring._counting(model, seen.append):
+            restore(model, image, tile=tile)
+        work = restoring._work(40, 152 if tile is None else 150, tile)  # padded to a multiple of 8
+        assert sum(seen) == pytest.approx(model.stages * work, rel=0.1) and len(seen) % model.stages == 0
+
+
+def test_time_is_told_before_a_long_run(dgunet, monkeypatch):
+    monkeypatch.setattr(restoring, "SQUARE", 16)
+    save("x.png", colours(40, 400))
+    assert "this takes about" not in dgunet("denoise", "x.png", "--out", "a").out
+    monkeypatch.setattr(restoring, "LONG", 0)
+    told = dgunet("denoise", "x.png", "--out", "b").out
+    assert "this takes about" in told and "seconds: 1 picture, 0.0 megapixels, on cpu" in told
+    durations = [restoring._duration(seconds) for seconds in (71, 600, 7200)]
+    assert durations == ["71 seconds", "10 minutes", "2.0 hours"]
+
+
+def test_noise_that_the_network_is_not_for_is_told(dgunet, tiny_model):
+    model, rng = tiny_model(stages=2), np.random.default_rng(0)
+    content = {"state_dict": model.state_dict(), "model": describe_model(model), "noise_sigma": [25, 25]}
+    save_checkpoint(content, "sigma25.pth")
+    clean = colours(64, 64)
+    for name, sigma in {"clean": 0, "clean too": 0, "fits": 25, "strong": 60}.items():
+        save(f"a/{name}.png", (clean + rng.normal(0, sigma, clean.shape)).clip(0, 255).round().astype(np.uint8))
+    lines = dgunet("denoise", "a", "--out", "out", "--weights", "sigma25.pth").out.splitlines()
+    told = [line for line in lines if "noise than this network is for (sigma 25)" in line]
+    assert len(told) == 3
+    assert told[0].startswith("note: a/clean too.png: about sigma 0, less noise")
+    assert told[1].startswith("note: a/strong.png: about sigma ") and "more noise" in told[1]
+    assert told[2].startswith("note: less noise") and told[2].endswith("a/clean too.png, a/clean.png")
+    save_checkpoint(content | {"noise_sigma": None}, "any.pth")
+    assert "noise than" not in dgunet("denoise", "a", "--out", "any", "--weights", "any.pth").out
+
+
+def test_mistakes_are_one_line(dgunet):
+    save("x.png")
+    Path("file").write_text("")
+    for words, told in [
+        (["x.png", "--out", "file"], "file"),
+        (["x.png", "--out", "out", "--weights", "none.pth"], "none.pth"),
+        (["x.png", "--out", "out", "--weights", "denoising_gausian"], "denoising_gausian"),
+        (["x.png", "--out", "out", "--device", "cuda:9"], "--device"),
+        (["nothing.png", "--out", "out"], "nothing.png: there is no such file"),
+    ]:
+        done = dgunet("denoise", *words)
+        assert done.status == 2 and told in done.err and "Traceback" not in done.err
+        assert not Path("out").exists() or not files("out")
+
+
+# ------------------------------------------------------------------------------------------ the rest of the command
+
+
+def test_default_network_is_a_shipped_one(dgunet, weights, monkeypatch):
+    save("x.png")
+    record = SimpleNamespace(name="deblurring_of_mine", task="deblurring", path=weights)
+    with monkeypatch.context() as patched:
+        patched.setattr(pretrained, "list_pretrained", lambda: [])
+        with pytest.raises(UserError, match="no network for deblurring .*--weights FILE"):
+            command._default_weights("deblur", "deblurring")
+        patched.setattr(pretrained, "list_pretrained", lambda: [record])
+        assert command._default_weights("deblur", "deblurring") == "deblurring_of_mine"
+    shipped = {command._default_weights(name, RESTORING_TASKS[name]) for name in ("denoise", "derain")}
+    assert shipped == {"denoising_gaussian", "deraining_streaks"}
+
+
+RESTORING_TASKS = {name: task for name, (task, _, _) in command.RESTORING.items()}
+
+
+def test_list(dgunet):
+    told = dgunet("list").out
+    records = json.loads(dgunet("list", "--json").out)
+    assert {"denoising_gaussian", "deraining_streaks"} <= {record["name"] for record in records}
+    for record in records:
+        assert record["name"] in told and record["trained_for"] in told and record["bytes"] > 2**20
+    assert "dgunet denoise uses denoising_gaussian" in told
+
+
+def test_modules_of_their_own_are_imported_when_used(dgunet, monkeypatch):
+    calls = []
+    module = SimpleNamespace(
+        add_arguments=lambda parser: parser.add_argument("--port", type=int), run=lambda args: calls.append(args.port)
+    )
+    monkeypatch.setitem(sys.modules, "dgunet.demo", module)
+    assert dgunet("demo", "--port", "7").status == 0 and calls == [7]
+
+
+def test_real_command_line(run_command, weights, tmp_path):
+    """As a process: help without PyTorch, then a picture."""
+    code = "import sys; from dgunet.command import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    told = run_command(["-c", code]).stdout
+    assert "denoise" in told and told.endswith("False\n")
+    save(tmp_path / "x.png")
+    done = run_command(["-m", "dgunet", "denoise", "x.png", "no.png", "--out", "o", "--weights", weights])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert files(tmp_path / "o") == ["x.png"] and "no.png" in done.stderr
