@@ -181,9 +181,11 @@ KINDS = {"block_sampling": BlockSampling, "blur": Blur}
 
 
 def describe_degradation(degradation: Degradation | None) -> dict | None:
-    """What `rebuild_degradation` needs besides the weights; None for one that is learned, or not of ours."""
+    """What `rebuild_degradation` needs besides the weights; None where it is learned. It rebuilds none of the user's."""
+    if degradation is None:
+        return None
     kind = next((kind for kind, ours in KINDS.items() if type(degradation) is ours), None)
-    return None if kind is None else {"kind": kind, **degradation.settings()}
+    return {"kind": "own"} if kind is None else {"kind": kind, **degradation.settings()}
 
 
 def rebuild_degradation(description: dict, tensors: dict[str, Tensor]) -> Degradation:
