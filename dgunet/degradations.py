@@ -181,7 +181,7 @@ KINDS = {"block_sampling": BlockSampling, "blur": Blur}
 
 
 def describe_degradation(degradation: Degradation | None) -> dict | None:
-    """What `rebuild_degradation` needs besides the weights; None where it is learned. It rebuilds none of the user's."""
+    """What `rebuild_degradation` needs besides the weights, None where it is learned; of the user's own it cannot."""
     if degradation is None:
         return None
     kind = next((kind for kind, ours in KINDS.items() if type(degradation) is ours), None)
