@@ -1,12 +1,19 @@
 """What `inside` says of a forward pass and of degradations."""
 
+from pathlib import Path
+
+import ablation
+import cv2
+import numpy as np
 import pytest
 import torch
 
-from dgunet import DGUNet
+from dgunet import DGUNet, create_model, load_model
+from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.degradations import BlockSampling, Blur, LearnedDegradation
 from dgunet.inside import adjoint_mismatch, data_term, impulse_response, trace
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(width=8, growth=4, final_growth=4)
 
 
@@ -100,3 +107,68 @@ def test_data_term():
     blur = Blur(torch.full((1, 1), 0.5))
     x = torch.ones(1, 1, 8, 8)
     assert data_term(blur, x, torch.zeros_like(x)) == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------- scripts
+
+
+def save(model, path):
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, path)
+    return path
+
+
+@pytest.mark.parametrize("network", ["learned", "no gradient", "sensing"])
+def test_analyse(tiny_model, picture_pairs, run_command, tmp_path, network):
+    torch.manual_seed(0)
+    picture_pairs(tmp_path / "set", size=(37, 45))
+    if network == "sensing":
+        model, folder = tiny_model("compressive_sensing_dgunet", stages=3, ratio=0.1), "set/target"
+    else:
+        model, folder = tiny_model(stages=3, gradient=network != "no gradient"), "set"
+    np.save(tmp_path / "kernel.npy", np.full((3, 5), 1 / 15))
+    words = ["--weights", save(model, tmp_path / "w.pth"), "--pair", tmp_path / folder, "img2"]
+    words += ["--out", tmp_path / "out", "--kernel", tmp_path / "kernel.npy"]
+    done = run_command([ROOT / "scripts/analyse.py", *words])
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    header, lines = rows[0], [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+    assert [line["stage"] for line in lines] == ["1", "2", "3"]
+    drawn = {path.name for path in (tmp_path / "out").iterdir()}
+    if network == "no gradient":
+        assert drawn == {"stages.png", "curves.png"} and "not adjoint" not in header
+        assert {line["gradient step"] for line in lines} == {"0.000"}
+    else:
+        assert drawn == {"stages.png", "curves.png", "degradation.png"}
+        assert all((float(line["not adjoint"]) < 1e-3) == (network == "sensing") for line in lines)
+    if network == "sensing":  # measured, not read
+        assert {line["|A truth - y|"] for line in lines} == {"0.000"}
+
+
+def test_ablation(picture_pairs, run_command, tmp_path):
+    """Through the real command line: every run trains; a second call finds them all done."""
+    picture_pairs(tmp_path / "pairs", count=6, size=(32, 32))
+    words = ["--train_dir", tmp_path / "pairs/target", "--out", tmp_path / "out", "--tasks", "denoising"]
+    words += ["--epochs", "1"]
+    words += ["--seeds", "1", "--only", "gradient", "--", "TRAINING.VAL_HOLD_BACK", "2", "TRAINING.TRAIN_PS", "32"]
+    words += ["TRAINING.VAL_PS", "32", "OPTIM.BATCH_SIZE", "2"]
+    done = run_command([ROOT / "scripts/ablation.py", *words])
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "out/ablation.md").read_text()
+    assert "| as in the paper, 5 stages |" in table and "| no gradient steps |" in table
+    assert cv2.imread(str(tmp_path / "out/ablation.png")).shape[1] > 500
+    states = sorted((tmp_path / "out/runs").rglob("model_latest.pth"))
+    assert [load_model(path).arguments["gradient"] for path in states] == [True, False]
+    before = [path.stat().st_mtime_ns for path in states]
+    assert run_command([ROOT / "scripts/ablation.py", *words]).stdout == done.stdout
+    assert [path.stat().st_mtime_ns for path in states] == before
+
+
+def test_every_ablation_is_a_network(tmp_path):
+    for task, settings in ablation.TASKS.items():
+        for variant in ablation.VARIANTS:
+            if variant.task in ("", task):
+                model = create_model(settings["MODEL.NAME"], **ablation.SMALL | variant.arguments)
+                for key, value in variant.arguments.items():
+                    assert model.arguments[key] == value
+                default = create_model(settings["MODEL.NAME"], **ablation.SMALL)
+                assert variant.settings or variant is ablation.BASE or model.arguments != default.arguments
