@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from dgunet import DGUNet
@@ -10,23 +11,51 @@ from dgunet.inference import estimate
 from dgunet.transforms import pad_to_blocks, unit_range
 
 
+def disturb(y: Tensor, matrix: Tensor, noise: float = 0, bits: int = 0) -> Tensor:
+    """Measurements as a real sensor gives them.
+
+    Args:
+        y: a picture's, (B, M, h, w).
+        matrix: that measured it, (M, N).
+        noise: standard deviation of Gaussian noise, in 8-bit levels: on a row's measurements ``noise / 255`` times the
+            row's length, as if each pixel had it. The same random numbers every time.
+        bits: of a uniform quantiser, of each row between its least and its largest measurement; 0 for none.
+    """
+    if noise:
+        random = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        y = y + noise / 255 * matrix.norm(dim=1)[:, None, None] * random
+    if bits:
+        least, largest = y.amin(dim=(0, 2, 3), keepdim=True), y.amax(dim=(0, 2, 3), keepdim=True)
+        step = ((largest - least) / (2**bits - 1)).clamp_min(1e-12)
+        y = least + step * ((y - least) / step).round()
+    return y
+
+
 @torch.inference_mode()
-def reconstruct_whole(model: DGUNet, luma: np.ndarray, bf16: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def reconstruct_whole(
+    model: DGUNet, luma: np.ndarray, bf16: bool = False, noise: float = 0, bits: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Measure a whole picture and reconstruct it at once: x_K and x_0 = A_adjoint(y), (H, W) float32, not clipped.
 
-    ``bf16`` as for `restore`.
+    ``bf16`` as for `restore`, ``noise`` and ``bits`` as for `disturb`.
     """
     height, width = luma.shape
     operator = model.degradation
     x = pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block)
-    y = operator.A(x.to(operator.matrix.device))
+    y = disturb(operator.A(x.to(operator.matrix.device)), operator.matrix, noise, bits)
     results = estimate(model, y, bf16), operator.A_adjoint(y)
     return tuple(x[0, 0, :height, :width].float().cpu().numpy() for x in results)
 
 
 @torch.inference_mode()
 def reconstruct_tiles(
-    model: DGUNet, luma: np.ndarray, bf16: bool = False, tile: int = 128, batch: int = 16
+    model: DGUNet,
+    luma: np.ndarray,
+    bf16: bool = False,
+    noise: float = 0,
+    bits: int = 0,
+    tile: int = 128,
+    batch: int = 16,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same in tiles that know nothing of each other, as the original tests.
 
@@ -39,8 +68,8 @@ def reconstruct_tiles(
     rows, columns = (side // tile for side in padded.shape[1:])
     tiles = padded.view(rows, tile, columns, tile).transpose(1, 2).reshape(-1, 1, tile, tile)
     finals, initials = [], []
-    for part in tiles.to(operator.matrix.device).split(batch):
-        y = operator.A(part)
+    measured = disturb(operator.A(tiles.to(operator.matrix.device)), operator.matrix, noise, bits)
+    for y in measured.split(batch):
         finals.append(estimate(model, y, bf16).cpu())
         initials.append(operator.A_adjoint(y).cpu())
 

@@ -4,13 +4,16 @@
     python CompressiveSensing/test.py --weights model.pth                        # the paper's table: Set11 and BSD68
     python CompressiveSensing/test.py --weights model.pth --dataset path/to/pictures --save_images
     python CompressiveSensing/test.py --weights model.pth --whole                # whole pictures, not 128x128 tiles
+    python CompressiveSensing/test.py --noise 5 --bits 8                         # measurements as a real sensor's
     python CompressiveSensing/test.py --score_only reconstructed                 # score reconstructed/Set11/...
 
 PSNR and SSIM as the original's test script computes them: on the luminance of OpenCV, unrounded, 128x128 tiles that are
 reconstructed separately. "input" in the table is x_0 = A_adjoint(y). A test that was interrupted goes on where it was.
 """
 
+import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,7 +25,7 @@ from dgunet import DGUNet
 from dgunet.data import read_luma
 from dgunet.errors import run_cli
 from dgunet.evaluation import PictureSet, picture_samples
-from dgunet.testing import Benchmark, command
+from dgunet.testing import Benchmark, command, noise_sigma
 
 RATIOS = (1, 4, 10, 25, 50)  # percent
 
@@ -61,12 +64,30 @@ BENCHMARKS = {
 
 
 def measure_and_reconstruct(
-    model: DGUNet, picture: np.ndarray, whole: bool, bf16: bool
+    model: DGUNet, picture: np.ndarray, whole: bool, bf16: bool, **disturbed
 ) -> tuple[np.ndarray, np.ndarray]:
-    return (reconstruct_whole if whole else reconstruct_tiles)(model, picture, bf16)
+    return (reconstruct_whole if whole else reconstruct_tiles)(model, picture, bf16, **disturbed)
 
 
-def paper_key(model: DGUNet) -> str:
+def add_options(add: Callable):
+    add("--whole", action="store_true", help="whole pictures, not tiles of 128x128")
+    add(
+        "--noise",
+        type=noise_sigma,
+        metavar="S",
+        help="measurements with noise of this standard deviation, in 8-bit levels",
+    )
+    add("--bits", type=int, choices=range(1, 17), metavar="1..16", help="measurements rounded to so many bits")
+
+
+def options(args: argparse.Namespace, benchmark: Benchmark) -> dict:
+    disturbed = {"noise": args.noise, "bits": args.bits}
+    return {"whole": args.whole} | {name: value for name, value in disturbed.items() if value}
+
+
+def paper_key(model: DGUNet, args: argparse.Namespace) -> str:
+    if args.noise or args.bits:
+        return ""
     ratio = model.degradation.matrix.shape[0] / model.degradation.block**2
     percent = min(RATIOS, key=lambda r: abs(r / 100 - ratio))
     return f"{model.name} {percent}%" if abs(percent / 100 - ratio) < 0.001 else ""
@@ -79,8 +100,8 @@ def main():
         BENCHMARKS,
         own=lambda args: {"": Benchmark("", "cs_y", open=luma)},
         method=measure_and_reconstruct,
-        add_options=lambda add: add("--whole", action="store_true", help="whole pictures, not tiles of 128x128"),
-        options=lambda args, benchmark: dict(whole=args.whole),
+        add_options=add_options,
+        options=options,
         paper_key=paper_key,
         shipped="compressive_sensing_25",
     )

@@ -28,7 +28,7 @@ from dgunet.data import read_image
 from dgunet.errors import UserError, optional, run_cli
 from dgunet.evaluation import PictureSet, Sample, picture_samples
 from dgunet.files import replacing
-from dgunet.testing import Benchmark, add_tiling, command, own_folder
+from dgunet.testing import Benchmark, add_tiling, command, noise_sigma, own_folder
 from dgunet.transforms import unit_range
 
 
@@ -135,12 +135,6 @@ BENCHMARKS = {
     "CC15": Benchmark("CC15", "gaussian_rgb", usual=False),
     **{f"{name}_{sigma}": gaussian(name, sigma) for name in ("CBSD68", "Kodak24") for sigma in (15, 25, 50)},
 }
-
-
-def noise_sigma(text: str) -> float:
-    if not 0 < float(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not a standard deviation in 8-bit levels, such as 25")
-    return float(text)
 
 
 def add_options(add: Callable):

@@ -305,9 +305,17 @@ def _infer_arguments(state_dict: dict[str, Tensor], path) -> dict:
         if has_first:
             wider = state_dict["first.proximal.encoder.blocks.0.conv1.weight"].shape[0]
             arguments["growth"] = wider - width
-            arguments["pathways"] = any(".proximal.fusion." in name for name in state_dict)
-            concat = "first.proximal.attention_conv.weight" in state_dict
-            arguments["fusion"] = "concat" if concat else "subspace"
+            parts = {part for name in state_dict for part in name.split(".proximal.")[1:]}
+            fused, modulated = (any(part.startswith(what) for part in parts) for what in ("fusion.", "encoder.isff."))
+            adaptive = any(part.endswith("scale_conv.weight") for part in parts)
+            arguments["attention"] = "attention_conv.weight" in parts
+            concat = any(name.startswith("middle.") and name.endswith(".fusion.conv.weight") for name in state_dict)
+            concat |= not middle and arguments["attention"]  # of two stages the names do not tell, nor does it matter
+            arguments["pathways"] = fused or modulated
+            arguments["fusion"] = "concat" if concat else "subspace" if fused else "none"
+            if modulated or middle:  # of two stages the first has no ISFF
+                arguments["isff"] = "adaptive" if adaptive else "additive" if modulated else "none"
+        arguments["gradient"] = any(re.search(r"\.rho$|.\.degradation\.", name) for name in state_dict)
         if "last.proximal.fusion.conv.weight" in state_dict:
             out_width = state_dict["last.proximal.fusion.conv.weight"].shape[0]
             arguments |= dict(final_fusion="concat", final_growth=out_width - width)
@@ -324,6 +332,8 @@ def _infer_degradation(state_dict: dict[str, Tensor], description: dict, path) -
     if any(name.startswith("last.degradation.") for name in state_dict):
         return None
     own = {name: value.to("meta") for name, value in state_dict.items() if name.startswith("degradation.")}
+    if not own and "last.rho" not in state_dict:  # no gradient step, so none is learned
+        return None
     tensors = {name.removeprefix("degradation."): value for name, value in own.items()}
     try:
         known = description.get("degradation")

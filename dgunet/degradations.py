@@ -181,9 +181,11 @@ KINDS = {"block_sampling": BlockSampling, "blur": Blur}
 
 
 def describe_degradation(degradation: Degradation | None) -> dict | None:
-    """What `rebuild_degradation` needs besides the weights; None for one that is learned, or not of ours."""
+    """What `rebuild_degradation` needs besides the weights, None where it is learned; of the user's own it cannot."""
+    if degradation is None:
+        return None
     kind = next((kind for kind, ours in KINDS.items() if type(degradation) is ours), None)
-    return None if kind is None else {"kind": kind, **degradation.settings()}
+    return {"kind": "own"} if kind is None else {"kind": kind, **degradation.settings()}
 
 
 def rebuild_degradation(description: dict, tensors: dict[str, Tensor]) -> Degradation:
@@ -213,7 +215,7 @@ def named_degradation(cfg, train_set=None) -> Degradation | None:
     if not name:
         return None
     try:
-        return Blur(torch.from_numpy(_read_array(Path(kernel))))
+        return Blur(torch.from_numpy(read_array(Path(kernel))))
     except ValueError as error:
         raise UserError(f"MODEL.KERNEL {kernel}: {error}") from error
 
@@ -286,7 +288,7 @@ def sampling_operator(
         if start in STARTS:
             values = start_matrix(start, ratio, blocks=blocks)
         else:
-            values = torch.from_numpy(_read_array(Path(start)))
+            values = torch.from_numpy(read_array(Path(start)))
         operator = BlockSampling(ratio, learned=learned, matrix=values)
     except (OSError, ValueError) as error:
         raise UserError(f"MODEL.RATIO {ratio}, MODEL.MATRIX_START {start}: {error}") from error
@@ -294,7 +296,7 @@ def sampling_operator(
     return operator
 
 
-def _read_array(path: Path) -> np.ndarray:
+def read_array(path: Path) -> np.ndarray:
     """The numbers in a .npy file, float32."""
     with open_file(path) as file:
         try:

@@ -33,16 +33,18 @@ class Stage(nn.Module):
     Args:
         proximal: maps v and the previous stage's features to x and this stage's features.
         degradation: the stage's own learned degradation, or None where the network's known one is to be used.
-        rho: initial value of the learned step size.
+        rho: initial value of the learned step size; None for no gradient step, v is then x.
     """
 
-    def __init__(self, proximal: nn.Module, degradation: LearnedDegradation | None, rho: float):
+    def __init__(self, proximal: nn.Module, degradation: LearnedDegradation | None, rho: float | None):
         super().__init__()
-        self.rho = nn.Parameter(torch.full((1,), float(rho)))
+        self.rho = nn.Parameter(torch.full((1,), float(rho))) if rho is not None else None
         self.degradation = degradation
         self.proximal = proximal
 
     def gradient_step(self, x: Tensor, y: Tensor, known: Degradation | None) -> Tensor:
+        if self.rho is None:
+            return x
         degradation = self.degradation if known is None else known
         return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
 
@@ -72,11 +74,16 @@ class DGUNet(nn.Module):
         width, growth: the U-Net of a stage has the widths w, w+g, w+2g, w+3g; both even, in [4, 1024] and [0, 1024].
         stages: number of stages K, in [1, 100].
         shared: the middle stages 2..K-1 share one set of weights (DGUNet) or have their own (DGUNet+).
-        pathways: inter-stage information pathways (ISFF and feature fusion); False is the paper's ablation.
-        fusion: pathways of the stages 2..K-1, ``"subspace"`` (images) or ``"concat"`` (compressive sensing); see
+        pathways: the inter-stage information pathways, ISFF and feature fusion; False leaves both out.
+        fusion: feature fusion in the stages 2..K-1, ``"subspace"`` (images), ``"concat"`` (compressive sensing), or
+            ``"none"``, then neither in the last one; see `pathways`.
+        isff: inter-stage feature fusion in the encoders, ``"adaptive"`` (images), ``"additive"`` (compressive
+            sensing), or ``"none"``; see `ISFF`.
+        attention: the features handed on to fusion are attended by the stage's estimate (compressive sensing), see
             `ProximalMapping`.
-        final_fusion: fusion of the last stage, ``"concat"`` (to width + final_growth) or ``"subspace"``.
+        final_fusion: feature fusion in the last stage, ``"concat"`` (to width + final_growth) or ``"subspace"``.
         final_growth: see ``final_fusion``; in [0, 1024].
+        gradient: False leaves out the gradient steps, ``v_k = x_{k-1}``.
         degradation: None to learn it (each stage its own; the middle ones share theirs when ``shared``), or a known
             one: of `dgunet.degradations`, deepinv's linear operators, or any object with ``A(x)`` and ``A_adjoint(y)``.
         rho: initial value of the learned step sizes; 1 projects onto the data where A has orthonormal rows.
@@ -95,8 +102,11 @@ class DGUNet(nn.Module):
         shared: bool = True,
         pathways: bool = True,
         fusion: str = "subspace",
+        isff: str = "adaptive",
+        attention: bool = False,
         final_fusion: str = "concat",
         final_growth: int = 32,
+        gradient: bool = True,
         degradation: Degradation | None = None,
         rho: float = 0.5,
         checkpointing: bool = False,
@@ -118,18 +128,22 @@ class DGUNet(nn.Module):
             raise ValueError(f"rho must be a number, got {rho!r:.60}")
         self.channels, self.stages, self.checkpointing = channels, stages, checkpointing
         self.degradation = degradation
+        if not pathways:
+            fusion = isff = "none"
+        rho = rho if gradient else None
 
         def stage(informed: bool) -> Stage:
-            proximal = ProximalMapping(channels, width, growth, fusion, informed, informs=pathways)
+            proximal = ProximalMapping(channels, width, growth, fusion, isff, attention, informed)
             return Stage(proximal, learned_degradation(), rho)
 
         def learned_degradation() -> LearnedDegradation | None:
-            return LearnedDegradation(channels) if degradation is None else None
+            return LearnedDegradation(channels) if degradation is None and gradient else None
 
         middle_stages = max(stages - 2, 0)
         self.first = stage(informed=False) if stages > 1 else None
-        self.middle = nn.ModuleList(stage(pathways) for _ in range(min(middle_stages, 1) if shared else middle_stages))
-        final_fusion = final_fusion if pathways and stages > 1 else None
+        own = min(middle_stages, 1) if shared else middle_stages
+        self.middle = nn.ModuleList(stage(informed=True) for _ in range(own))
+        final_fusion = final_fusion if fusion != "none" and stages > 1 else "none"
         mapping = FinalMapping(channels, width, final_fusion, width + final_growth)
         self.last = FinalStage(mapping, learned_degradation(), rho)
 
@@ -233,7 +247,8 @@ class DGUNet(nn.Module):
 # largest, which are beyond what anyone uses, and small enough to be built or refused at once.
 ARGUMENTS = dict(
     channels=(1, 1024), width=(4, 1024), growth=(0, 1024), stages=(1, 100), shared=[True, False],
-    pathways=[True, False], fusion=["subspace", "concat"], final_fusion=["subspace", "concat"], final_growth=(0, 1024),
+    pathways=[True, False], fusion=["subspace", "concat", "none"], isff=["adaptive", "additive", "none"],
+    attention=[True, False], final_fusion=["subspace", "concat"], final_growth=(0, 1024), gradient=[True, False],
 )  # fmt: skip
 
 
@@ -247,7 +262,7 @@ def _check_arguments(arguments: dict):
             if name in ("width", "growth") and value % 2:
                 raise ValueError(f"{name} must be even, {got}")
         elif type(value) is not type(allowed[0]) or value not in allowed:
-            raise ValueError(f"{name} must be {allowed[0]!r} or {allowed[1]!r}, {got}")
+            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, {got}")
 
 
 class FromImages(nn.Module):
@@ -273,7 +288,10 @@ class Variant:
 
 _DEBLURRING = dict(width=80, growth=48, shared=True, final_fusion="concat", final_growth=32)
 _DERAINING = dict(width=40, growth=20, shared=True, final_fusion="concat", final_growth=16)
-_SENSING = dict(channels=1, width=32, growth=16, shared=True, fusion="concat", final_fusion="concat", final_growth=16)
+_SENSING = dict(
+    channels=1, width=32, growth=16, shared=True, fusion="concat", isff="additive", attention=True,
+    final_fusion="concat", final_growth=16,
+)  # fmt: skip
 _PLUS = dict(shared=False, final_fusion="subspace")
 
 VARIANTS = {

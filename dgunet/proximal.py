@@ -15,20 +15,24 @@ MULTIPLE = 2 ** (LEVELS - 1)  # the sides of an image are multiples of it
 class StageFeatures(NamedTuple):
     """What a stage hands to the next: its features at full resolution and at every scale, finest first."""
 
-    features: Tensor  # (B, width, H, W)
-    encoded: list[Tensor]  # before each downsampling, scales 1, 1/2, 1/4
-    decoded: list[Tensor]  # scales 1, 1/2, 1/4
+    features: Tensor | None  # (B, width, H, W), for feature fusion
+    encoded: list[Tensor] | None  # before each downsampling, scales 1, 1/2, 1/4, for ISFF
+    decoded: list[Tensor] | None  # scales 1, 1/2, 1/4, for ISFF
 
 
 class Encoder(nn.Module):
-    """Widths w, w+g, w+2g, w+3g: block i works at scale 1/2^i, is informed by ISFF, then halves the resolution."""
+    """Widths w, w+g, w+2g, w+3g: block i works at scale 1/2^i, is informed by ISFF, then halves the resolution.
 
-    def __init__(self, widths: list[int], informed: bool, adaptive: bool):
+    ``isff`` is its form, or ``"none"``.
+    """
+
+    def __init__(self, widths: list[int], isff: str):
         super().__init__()
         pairs = list(zip(widths, widths[1:], strict=False))
         self.blocks = nn.ModuleList(ConvBlock(narrow, wide, norm=True) for narrow, wide in pairs)
         self.downsamples = nn.ModuleList(nn.Conv2d(w, w, 4, stride=2, padding=1, bias=False) for _, w in pairs)
-        self.isff = nn.ModuleList(ISFF(wide, narrow, adaptive) for narrow, wide in pairs) if informed else None
+        forms = (ISFF(wide, narrow, adaptive=isff == "adaptive") for narrow, wide in pairs)
+        self.isff = nn.ModuleList(forms) if isff != "none" else None
         self.bottom = ConvBlock(widths[-1], widths[-1], norm=True)
 
     def forward(self, x: Tensor, previous: StageFeatures | None) -> tuple[Tensor, list[Tensor]]:
@@ -67,25 +71,28 @@ class ProximalMapping(nn.Module):
     Args:
         channels: image channels.
         width, growth: the U-Net has the widths w, w+g, w+2g, w+3g at the scales 1, 1/2, 1/4, 1/8.
-        fusion: the kind of pathway between stages. ``"subspace"``: subspace fusion, adaptive ISFF, and features
-            ``f + conv(f)`` handed on. ``"concat"`` (the original's compressive sensing): fusion of the concatenation,
-            additive ISFF, and features ``f + conv(f) * sigmoid(conv(x))``, attended by the stage's own estimate.
-        informed: whether this stage receives the features of the one before.
-        informs: whether the next stage receives this one's.
+        fusion: of the features that the stages hand on, ``"subspace"``, ``"concat"``, or ``"none"``.
+        isff: the form of `ISFF`, ``"adaptive"``, ``"additive"``, or ``"none"``.
+        attention: the features handed on are ``f + conv(f) * sigmoid(conv(x))``, attended by the stage's own estimate,
+            instead of ``f + conv(f)``.
+        informed: whether there is a stage before this one.
     """
 
-    def __init__(self, channels: int, width: int, growth: int, fusion: str, informed: bool, informs: bool):
+    def __init__(
+        self, channels: int, width: int, growth: int, fusion: str, isff: str, attention: bool, informed: bool
+    ):  # fmt: skip
         super().__init__()
         widths = [width + i * growth for i in range(LEVELS)]
         self.shallow = ShallowFeatures(channels, width)
         self.fusion = make_fusion(fusion, width, width) if informed else None
-        self.encoder = Encoder(widths, informed, adaptive=fusion == "subspace")
+        self.encoder = Encoder(widths, isff if informed else "none")
         self.decoder = Decoder(widths)
         # The supervised head: 1x1 convolutions to the estimate and to the features for the next stage.
         self.image_conv = nn.Conv2d(width, channels, 1, bias=False)
-        self.features_conv = nn.Conv2d(width, width, 1, bias=False) if informs else None
-        attends = informs and fusion == "concat"
+        self.features_conv = nn.Conv2d(width, width, 1, bias=False) if fusion != "none" else None
+        attends = attention and fusion != "none"
         self.attention_conv = nn.Conv2d(channels, width, 1, bias=False) if attends else None
+        self.modulates = isff != "none"  # the next stage
 
     def forward(self, v: Tensor, previous: StageFeatures | None) -> tuple[Tensor, StageFeatures | None]:
         features = self.shallow(v)
@@ -95,27 +102,28 @@ class ProximalMapping(nn.Module):
         decoded = self.decoder(deepest, encoded)
         features = decoded[0]
         x = v + self.image_conv(features)
+        return x, StageFeatures(self._features(features, x), *(encoded, decoded) if self.modulates else (None, None))
+
+    def _features(self, features: Tensor, x: Tensor) -> Tensor | None:
+        """What feature fusion in the next stage is given."""
         if self.features_conv is None:
-            return x, None
+            return None
         change = self.features_conv(features)
         if self.attention_conv is None:
-            features = change.add_(features)
-        else:
-            features = torch.addcmul(features, change, self.attention_conv(x).sigmoid_())
-        return x, StageFeatures(features, encoded, decoded)
+            return change.add_(features)
+        return torch.addcmul(features, change, self.attention_conv(x).sigmoid_())
 
 
 class FinalMapping(nn.Module):
     """The last stage's lighter mapping: shallow features, fusion, one conv3x3 (no bias) to the image residual.
 
-    ``fusion`` is ``"concat"`` (to ``out_width`` channels), ``"subspace"`` (stays at ``width``), or None without
-    features of the previous stage.
+    ``fusion`` is ``"concat"`` (to ``out_width`` channels), ``"subspace"`` (stays at ``width``), or ``"none"``.
     """
 
-    def __init__(self, channels: int, width: int, fusion: str | None, out_width: int):
+    def __init__(self, channels: int, width: int, fusion: str, out_width: int):
         super().__init__()
         self.shallow = ShallowFeatures(channels, width)
-        self.fusion = make_fusion(fusion, width, out_width) if fusion is not None else None
+        self.fusion = make_fusion(fusion, width, out_width)
         self.image_conv = conv3x3(out_width if fusion == "concat" else width, channels, bias=False)
 
     def forward(self, v: Tensor, previous: StageFeatures | None) -> Tensor:
@@ -125,10 +133,12 @@ class FinalMapping(nn.Module):
         return self.image_conv(features)
 
 
-def make_fusion(fusion: str, width: int, out_width: int) -> nn.Module:
+def make_fusion(fusion: str, width: int, out_width: int) -> nn.Module | None:
     """The module that merges a stage's shallow features with the previous stage's, both ``width`` channels."""
+    if fusion == "none":
+        return None
     if fusion == "subspace":
         return SubspaceFusion(width)
     if fusion == "concat":
         return ConcatFusion(width, out_width)
-    raise ValueError(f"fusion must be 'subspace' or 'concat', got {fusion!r}")
+    raise ValueError(f"fusion must be 'subspace', 'concat' or 'none', got {fusion!r}")

@@ -66,6 +66,13 @@ def add_tiling(add: Callable):
     add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter of the tile, at most 64)")
 
 
+def noise_sigma(text: str) -> float:
+    """An option's value: of Gaussian noise, in 8-bit levels."""
+    if not 0 < float(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a standard deviation in 8-bit levels, such as 25")
+    return float(text)
+
+
 def tiling(args: argparse.Namespace, benchmark: Benchmark) -> dict:
     check_tiles(args.tile, args.tile_overlap)
     ensemble = benchmark.self_ensemble if args.self_ensemble is None else args.self_ensemble
@@ -81,7 +88,7 @@ def command(
     method: Callable = restore_pictures,
     add_options: Callable[[Callable], None] = add_tiling,
     options: Callable[[argparse.Namespace, Benchmark], dict] = tiling,
-    paper_key: Callable[[torch.nn.Module], str] = lambda model: model.name,
+    paper_key: Callable[[torch.nn.Module, argparse.Namespace], str] = lambda model, args: model.name,
     paper_average: dict[str, tuple[float, float]] | None = None,
     shipped: str | None = None,
 ):
@@ -95,7 +102,7 @@ def command(
         method: see `evaluate`.
         add_options: adds the options of the task, given an argument parser's ``add_argument``.
         options: those of the method, given the parsed ones and the test set.
-        paper_key: under which name the paper's values for a network stand in the benchmarks.
+        paper_key: under which name the paper's values for a network and these options stand in the benchmarks.
         paper_average: where the mean over all benchmarks is a row of its own: the paper's, by network.
         shipped: the name of this repository's own weights for the task, tested where none are given.
 
@@ -145,7 +152,7 @@ def command(
         if levels:
             _tell_of_noise(name, noise, levels)
         if network is not None and not result.missing:
-            result.paper = benchmark.paper.get(paper_key(network.model))
+            result.paper = benchmark.paper.get(paper_key(network.model, args))
         if result.images:
             results.append(result)
     published = [result for result in results if result.dataset in benchmarks and not result.missing]

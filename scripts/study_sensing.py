@@ -8,14 +8,14 @@ pictures held back from training, of their 256x256 centres. A study that was int
 """
 
 import argparse
-import csv
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import ROOT, UserError, run_cli
+from ablation import train
+
+from dgunet.errors import UserError, run_cli
 
 COMMON = {
     "MODEL.RATIO": 0.25, "MODEL.MATRIX_START": "dct", "MODEL.OVERRIDES": "{stages: 3, rho: 1.0}",
@@ -61,7 +61,7 @@ def main():
         raise UserError(f"--only matches none of {'; '.join(VARIANTS)}")
     rows = []
     for name in chosen:
-        score = train(name, args)
+        score = train_variant(name, args)
         rows.append((name, score))
         print(f"{name}: {score:.2f} dB", flush=True)
     reference = rows[0][1]
@@ -70,7 +70,7 @@ def main():
         print(f"| {name} | {score:.2f} | {score - reference:+.2f} |")
 
 
-def train(name: str, args) -> float:
+def train_variant(name: str, args) -> float:
     """Train one variant, run after run; the last validation's PSNR."""
     weights = ""
     for step, (changes, epochs) in enumerate(VARIANTS[name], start=1):
@@ -79,14 +79,9 @@ def train(name: str, args) -> float:
             "OPTIM.NUM_EPOCHS": epochs, "MODEL.SESSION": session, "MODEL.WEIGHTS": weights, "TRAINING.RESUME": True,
             "TRAINING.TRAIN_DIR": args.train_dir, "TRAINING.SAVE_DIR": args.out,
         }  # fmt: skip
-        words = [str(word) for pair in settings.items() for word in pair]
-        command = [sys.executable, ROOT / "CompressiveSensing" / "train.py", *words, *args.options]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(f"{name}: {done.stderr.strip()}")
+        psnr = train("compressive_sensing", settings, args.options)
         weights = args.out / session / "model_latest.pth"
-    with open(args.out / session / "history.csv") as file:
-        return float(list(csv.DictReader(file))[-1]["psnr"])
+    return psnr
 
 
 if __name__ == "__main__":

@@ -160,7 +160,9 @@ def test_small_network_round_trip(tmp_path, tiny_model, layout):
     "overrides",
     [dict(stages=k) for k in (1, 2, 3, 5)]
     + [dict(shared=False, stages=4), dict(pathways=False, stages=3), dict(channels=1)]
-    + [dict(fusion="concat", stages=3), dict(final_fusion="subspace", stages=5)],
+    + [dict(fusion="concat", stages=3), dict(final_fusion="subspace", stages=5)]
+    + [dict(isff="additive", stages=2), dict(isff="none"), dict(fusion="none"), dict(fusion="none", attention=True)]
+    + [dict(fusion="none", isff="none"), dict(attention=True, stages=3), dict(gradient=False, stages=2)],
     ids=str,
 )
 def test_options_are_stored_with_the_weights(tmp_path, tiny_model, overrides):
@@ -168,6 +170,31 @@ def test_options_are_stored_with_the_weights(tmp_path, tiny_model, overrides):
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "a.pth")
     loaded = load_model(tmp_path / "a.pth", task="denoising")
     assert (loaded.name, loaded.arguments) == (model.name, model.arguments)
+    assert_same_weights(loaded, model)
+
+
+@pytest.mark.parametrize("isff", ["adaptive", "additive", "none"])
+@pytest.mark.parametrize("fusion", ["subspace", "concat", "none"])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_bare_weights_tell_which_parts_there_are(tmp_path, tiny_model, isff, fusion, gradient):
+    model = tiny_model(isff=isff, fusion=fusion, gradient=gradient)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    loaded = load_model(tmp_path / "a.pth")
+    assert_same_weights(loaded, model)
+    y = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(y)[0], model(y)[0], atol=1e-6, rtol=0)
+
+
+def test_files_from_before_the_parts_were_told_apart(tmp_path, tiny_model):
+    """``fusion="concat"`` once meant additive ISFF and the attention as well."""
+    model = tiny_model(fusion="concat", isff="additive", attention=True, stages=3)
+    description = describe_model(model)
+    for name in ("isff", "attention", "gradient"):
+        del description["arguments"][name]
+    save_checkpoint({"state_dict": model.state_dict(), "model": description}, tmp_path / "a.pth")
+    loaded = load_model(tmp_path / "a.pth")
+    assert loaded.arguments == model.arguments
     assert_same_weights(loaded, model)
 
 

@@ -305,6 +305,18 @@ def test_nan_in_compressive_sensing(test, monkeypatch):
     assert rows("compressive_sensing") == []
 
 
+def test_disturbed_measurements_do_not_stand_beside_the_papers(test, picture_pairs):
+    picture_pairs(Path("pairs"), count=2, size=(40, 48))
+    os.renames("pairs/target", "Datasets/Set11")
+    words = ["--dataset", "Set11"]
+    assert "36.11" in test(*words, task="compressive_sensing").out
+    disturbed = test(*words, "--noise", "5", "--bits", "8", task="compressive_sensing")
+    assert disturbed.status == 0 and "36.11" not in disturbed.out
+    clean, noisy = rows("compressive_sensing")
+    assert "noise=5" in noisy["settings"] and "bits=8" in noisy["settings"] and "noise" not in clean["settings"]
+    assert noisy["input_psnr"] != clean["input_psnr"]
+
+
 # ------------------------------------------------------------------------------------------------------------ the table
 
 

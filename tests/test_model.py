@@ -91,7 +91,12 @@ def test_every_parameter_receives_a_gradient(name):
     "overrides",
     [dict(stages=k, shared=shared) for k in (1, 2, 3, 7) for shared in (True, False)]
     + [dict(stages=k, pathways=False, shared=shared) for k in (2, 3) for shared in (True, False)]
-    + [dict(stages=k, fusion="concat") for k in (2, 3)]
+    + [dict(stages=k, fusion=fusion) for k in (1, 2, 3) for fusion in ("concat", "none")]
+    + [dict(stages=k, isff=isff) for k in (2, 3) for isff in ("additive", "none")]
+    + [dict(stages=3, fusion="none", isff="none"), dict(stages=3, fusion="none", shared=False)]
+    + [dict(stages=k, attention=True) for k in (2, 3)]
+    + [dict(stages=k, gradient=False) for k in (1, 3)]
+    + [dict(stages=3, gradient=False, degradation=HalfBrightness())]
     + [dict(stages=k, final_fusion="subspace") for k in (1, 2, 3)]
     + [dict(stages=3, fusion="concat", final_fusion="subspace")]
     + [dict(stages=k, degradation=HalfBrightness()) for k in (1, 3)]
@@ -257,9 +262,46 @@ def test_mistakes_in_construction(name, options, message):
         assert isinstance(error.value, UserError)
 
 
-def test_pathways_can_be_left_out(tiny_model):
-    names = [name for name, _ in tiny_model(pathways=False).named_parameters()]
-    assert not [name for name in names if "fusion" in name or "isff" in name or "features_conv" in name]
+@pytest.mark.parametrize(
+    ("overrides", "absent", "present"),
+    [
+        (dict(pathways=False), ("fusion", "isff", "features_conv"), ("rho",)),
+        (dict(fusion="none"), ("fusion", "features_conv"), ("isff",)),
+        (dict(fusion="none", attention=True), ("attention_conv",), ("isff",)),
+        (dict(isff="none"), ("isff",), ("fusion", "features_conv")),
+        (dict(isff="additive"), ("scale_conv", "shift_conv"), ("isff", "basis_conv")),
+        (dict(fusion="concat"), ("basis_conv", "attention_conv"), ("scale_conv", "fusion.conv")),
+        (dict(gradient=False), ("rho", "degradation"), ("fusion", "isff")),
+    ],
+    ids=str,
+)
+def test_each_part_can_be_left_out_alone(tiny_model, overrides, absent, present):
+    """A part that is out has no weights, and nothing reaches the next stage by it; all others have theirs."""
+    model = tiny_model(**overrides)
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names for part in absent if part in name]
+    assert all(any(part in name for name in names) for part in present)
+
+
+def test_without_pathways_a_stage_sees_only_the_estimate_of_the_one_before(tiny_model):
+    model = tiny_model(pathways=False)
+    x = torch.rand(1, 3, 16, 16)
+    v = model.middle[0].gradient_step(x, x, None)
+    estimate, handed_on = model.middle[0].proximal(v, None)
+    assert handed_on.features is handed_on.encoded is handed_on.decoded is None
+    torch.testing.assert_close(model.middle[0](x, x, handed_on, None)[0], estimate)
+
+
+def test_without_gradient_steps_the_mapping_is_given_the_estimate(tiny_model):
+    """``v_k = x_{k-1}``: what is measured does not matter beyond x_0, but for the residual of the last stage."""
+    model = tiny_model(gradient=False)
+    x, y = torch.rand(2, 1, 3, 16, 16)
+    assert model.last.gradient_step(x, y, None) is x
+    known = tiny_model("compressive_sensing_dgunet", gradient=False)
+    y = measured(known)
+    with torch.inference_mode():
+        x = known.degradation.A_adjoint(y)
+        torch.testing.assert_close(known.first(x, y, None, known.degradation)[0], known.first.proximal(x, None)[0])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -462,6 +462,29 @@ def test_tiles_follow_the_original_and_whole_does_not(weights):
     assert whole.shape == luma.shape and np.abs(whole - restored).max() > 1e-4
 
 
+def test_measurements_with_noise_and_of_few_bits(tiny_model):
+    """What test.py's --noise and --bits do; seen from the first estimate, which is linear in the measurements."""
+    model = tiny_model("compressive_sensing_dgunet", stages=2, ratio=0.5)
+    matrix = model.degradation.matrix
+    torch.manual_seed(0)
+    y = torch.rand(1, len(matrix), 40, 40)
+    noisy = sensing.disturb(y, matrix, noise=10)
+    torch.testing.assert_close((noisy - y).std(dim=(0, 2, 3)), 10 / 255 * matrix.norm(dim=1), rtol=0.1, atol=0)
+    assert torch.equal(noisy, sensing.disturb(y, matrix, noise=10)) and torch.equal(y, sensing.disturb(y, matrix))
+    for bits in (1, 8):
+        rounded = sensing.disturb(y, matrix, bits=bits)
+        assert all(len(row.unique()) <= 2**bits for row in rounded[0])
+        step = (y.amax(dim=(0, 2, 3)) - y.amin(dim=(0, 2, 3))) / (2**bits - 1)
+        assert ((rounded - y).abs().amax(dim=(0, 2, 3)) <= 0.501 * step).all()
+    constant = torch.ones_like(y)
+    torch.testing.assert_close(sensing.disturb(constant, matrix, bits=8), constant)
+    luma = np.random.default_rng(0).integers(0, 256, (70, 130), dtype=np.uint8)
+    for reconstruct in (sensing.reconstruct_tiles, sensing.reconstruct_whole):
+        clean, initial = reconstruct(model, luma)
+        disturbed, other = reconstruct(model, luma, noise=5, bits=6)
+        assert np.abs(initial - other).mean() > 1e-3 and np.abs(clean - disturbed).mean() > 1e-3
+
+
 def test_sets_are_scored_by_the_original_protocol(tmp_path, weights, monkeypatch):
     rng = np.random.default_rng(0)
     pictures = {name: rng.integers(0, 256, (40, 70), dtype=np.uint8) for name in ("Set11/a.tif", "BSD68/b.png")}

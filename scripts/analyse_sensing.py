@@ -1,0 +1,160 @@
+"""What compressive sensing has learned to measure, and where its errors are.
+
+    python scripts/analyse_sensing.py --weights compressive_sensing_10 compressive_sensing_25 --pictures Datasets/Set11
+    python scripts/analyse_sensing.py --weights step1/model_best.pth step2/model_best.pth --pictures Datasets/Set11
+
+Prints, for each of the weights, how its matrix compares with the discrete cosine transform (DCT) and how large the
+errors are at the borders of blocks and of the 128x128 tiles, and draws into --out:
+
+    matrix.png   rows of each matrix as 32x32 pictures, and which frequencies all of them see, beside the DCT's
+    seams.png    the error over the distance to the nearest border of a block, and one picture's errors
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CompressiveSensing"))
+
+import numpy as np
+import torch
+from analyse import save
+from matplotlib.figure import Figure
+from scipy.fft import dctn
+from sensing import reconstruct_tiles, reconstruct_whole
+from torch import Tensor
+
+from dgunet import DGUNet, load_model
+from dgunet.data import list_images, read_luma
+from dgunet.degradations import start_matrix
+from dgunet.errors import run_cli
+
+TILE = 128
+ROWS = 8  # of a matrix that are drawn
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--weights", nargs="+", required=True, help="checkpoints, or names of shipped networks")
+    add("--pictures", required=True, help="folder")
+    add("--out", type=Path, default=Path("results/analysis"), help="folder (default: results/analysis)")
+    args = parser.parse_args()
+    models = {label(words): load_model(words, task="compressive_sensing") for words in args.weights}
+    args.out.mkdir(parents=True, exist_ok=True)
+    print("| weights | rows | of as many cosines it sees | rows' lengths | largest cosine of two rows |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, model in models.items():
+        print(f"| {name} | " + " | ".join(compare_with_cosines(model.degradation.matrix.detach())) + " |")
+    save(draw_matrices(models), args.out / "matrix.png")
+
+    pictures = [read_luma(path) for path in list_images(args.pictures)]
+    print("\n| weights | rms error | at borders of blocks | at borders of tiles | there, whole pictures |")
+    print("| --- | --- | --- | --- | --- |")
+    errors = {}
+    for name, model in models.items():
+        tiled, whole = (
+            [reconstruct(model, picture)[0].clip(0, 1) * 255 - picture for picture in pictures]
+            for reconstruct in (reconstruct_tiles, reconstruct_whole)
+        )
+        errors[name] = tiled
+        block = model.degradation.block
+        at_tiles = [borders(error.shape, TILE, 0) for error in tiled]
+        at_blocks = [borders(e.shape, block, 0) & ~tiles for e, tiles in zip(tiled, at_tiles, strict=True)]
+        everywhere = [np.ones(error.shape, bool) for error in tiled]
+        cells = [(tiled, everywhere), (tiled, at_blocks), (tiled, at_tiles), (whole, at_tiles)]
+        print(f"| {name} | " + " | ".join(f"{rms(*cell):.2f}" for cell in cells) + " |")
+    save(draw_seams(models, errors), args.out / "seams.png")
+    print(f"\ndrawn in {args.out.absolute()}")
+
+
+def label(words: str) -> str:
+    """Of weights: their name, or their file with its folder."""
+    return "/".join(Path(words).parts[-2:])
+
+
+# -------------------------------------------------------------------------------------------------------------- matrix
+
+
+def seen_frequencies(matrix: Tensor) -> np.ndarray:
+    """How much of each frequency of the DCT a matrix (M, block^2) sees, in [0, 1]: (block, block), from low to high.
+
+    It is the squared length of the frequency's projection onto the span of the rows: how these are mixed, and how long
+    they are, does not count.
+    """
+    block = round(matrix.shape[1] ** 0.5)
+    rows = torch.linalg.qr(matrix.double().mT).Q.mT.reshape(-1, block, block)  # orthonormal, of the same span
+    return np.square(dctn(rows.numpy(), axes=(1, 2), norm="ortho")).sum(axis=0)
+
+
+def compare_with_cosines(matrix: Tensor) -> list[str]:
+    cosines = start_matrix("dct", 1)[: len(matrix)]
+    shared = seen_frequencies(matrix)[seen_frequencies(cosines) > 0.5].mean()
+    lengths = matrix.norm(dim=1)
+    unit = matrix / lengths[:, None]
+    cross = (unit @ unit.mT).fill_diagonal_(0).abs().max().item()
+    return [str(len(matrix)), f"{100 * shared:.1f} %", f"{lengths.min():.2f} to {lengths.max():.2f}", f"{cross:.2f}"]
+
+
+def draw_matrices(models: dict[str, DGUNet]) -> Figure:
+    figure = Figure(figsize=(1.25 * (ROWS + 3.4), 1.75 * len(models) + 0.5), layout="constrained")
+    axes = figure.subplots(len(models), ROWS + 2, squeeze=False, width_ratios=[1] * ROWS + [1.6, 1.6])
+    for line, (name, model) in zip(axes, models.items(), strict=True):
+        matrix, block = model.degradation.matrix.detach(), model.degradation.block
+        for axis, k in zip(line, np.linspace(0, len(matrix) - 1, ROWS).astype(int), strict=False):
+            row = matrix[k].reshape(block, block)
+            limit = row.abs().max().item()
+            axis.imshow(row, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+            axis.set_title(f"row {k + 1}", fontsize=8)
+        cosines = start_matrix("dct", 1)[: len(matrix)]
+        for axis, (title, m) in zip(line[-2:], ((name, matrix), ("DCT", cosines)), strict=True):
+            axis.imshow(seen_frequencies(m), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(f"frequencies seen,\n{title}", fontsize=8)
+        for axis in line:
+            axis.set_axis_off()
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------------------- seams
+
+
+def borders(shape: tuple[int, int], side: int, distance: int) -> np.ndarray:
+    """The pixels at a distance from the nearest inner border of cells of a side, (H, W) bool."""
+
+    def near(length: int) -> np.ndarray:
+        inner = np.arange(side, length, side)  # a picture's edge is no seam
+        gaps = np.abs(np.arange(length)[:, None] + 0.5 - inner) - 0.5
+        return gaps.min(axis=1, initial=np.inf)
+
+    rows, columns = (near(length) for length in shape)
+    return np.minimum(rows[:, None], columns[None]) == distance
+
+
+def rms(errors: list[np.ndarray], masks: list[np.ndarray]) -> float:
+    squares = np.concatenate([error[mask] ** 2 for error, mask in zip(errors, masks, strict=True)])
+    return float(np.sqrt(squares.mean()))
+
+
+def draw_seams(models: dict[str, DGUNet], errors: dict[str, list[np.ndarray]]) -> Figure:
+    figure = Figure(figsize=(4.6 + 2.6 * min(len(models), 5), 3.4), layout="constrained")
+    axes = figure.subplots(1, 1 + min(len(models), 5), squeeze=False, width_ratios=[1.8] + [1] * min(len(models), 5))[0]
+    for name, model in models.items():
+        block = model.degradation.block
+        distances = range(block // 2)
+        curve = [rms(errors[name], [borders(e.shape, block, d) for e in errors[name]]) for d in distances]
+        axes[0].plot(distances, curve, marker=".", label=name)
+    axes[0].set(xlabel="pixels to the nearest border of a block", title="rms error, 8-bit levels")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
+    axes[0].grid(alpha=0.3)
+    for axis, (name, found) in zip(axes[1:], errors.items(), strict=False):
+        side = min(2 * TILE, *found[0].shape)
+        axis.imshow(128 + 8 * found[0][:side, :side], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_title(f"error x 8, {name}", fontsize=8)
+        axis.set_axis_off()
+    return figure
+
+
+if __name__ == "__main__":
+    run_cli(main)

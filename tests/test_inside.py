@@ -1,0 +1,174 @@
+"""What `inside` says of a forward pass and of degradations."""
+
+from pathlib import Path
+
+import ablation
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from dgunet import DGUNet, create_model, load_model
+from dgunet.checkpoint import describe_model, save_checkpoint
+from dgunet.degradations import BlockSampling, Blur, LearnedDegradation
+from dgunet.inside import adjoint_mismatch, data_term, impulse_response, trace
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = dict(width=8, growth=4, final_growth=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(stages=k) for k in (1, 2, 5)]
+    + [dict(stages=4, shared=False), dict(stages=3, pathways=False), dict(stages=3, gradient=False)]
+    + [dict(stages=3, channels=1, degradation=BlockSampling(0.25)), dict(stages=3, checkpointing=True)],
+    ids=str,
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_trace_is_the_forward_pass(options, grad):
+    torch.manual_seed(0)
+    model = DGUNet(**SMALL | options)
+    y = torch.rand(1, model.channels, 32, 32)
+    known = model.degradation
+    y = y if known is None else known.A(y)
+    with torch.set_grad_enabled(grad):
+        estimates = model(y)
+        record = trace(model, y)
+    assert [step.k for step in record.steps] == list(range(1, model.stages + 1))
+    assert len(record.estimates) == model.stages + 1
+    for x, expected in zip(record.estimates[1:], estimates[::-1], strict=True):
+        assert torch.equal(x, expected)
+    x = y if known is None else known.A_adjoint(y)
+    assert torch.equal(record.initial, x)
+    for step, stage in zip(record.steps, model.unrolled(), strict=True):
+        assert torch.equal(step.before, x)
+        assert torch.equal(step.v, stage.gradient_step(x, y, known))
+        torch.testing.assert_close(x + step.gradient_step + step.proximal_step, step.x)
+        assert step.rho == (None if stage.rho is None else stage.rho.item())
+        assert step.degradation is (stage.degradation if known is None else known)
+        x = step.x
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_trace_of_a_compiled_network_and_after_a_mistake():
+    model = DGUNet(**SMALL, stages=3)
+    y = torch.rand(1, 3, 16, 16)
+    with torch.inference_mode():
+        expected = model(y)[0]
+        model.compile(backend="eager")
+        with pytest.raises(ValueError, match="multiples of 8"):
+            trace(model, y[..., :-1])
+        assert torch.equal(trace(model, y).estimates[-1], expected)
+    assert all(stage._compiled_call_impl is not None for stage in model.unrolled())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_adjoint_mismatch_of_known_and_of_learned_operators():
+    torch.manual_seed(0)
+    x = torch.rand(1, 1, 32, 32)
+    for known in (Blur(torch.rand(3, 5)), BlockSampling(0.1)):
+        assert adjoint_mismatch(known, x, known.A(torch.rand_like(x))) < 1e-5
+
+    class Wrong:
+        def A(self, x):
+            return 2 * x
+
+        def A_adjoint(self, y):
+            return -y
+
+    assert adjoint_mismatch(Wrong(), x, x) == pytest.approx(1.5, abs=1e-5)
+
+    class Nothing(Wrong):
+        def A_adjoint(self, y):
+            return 0 * y
+
+    assert adjoint_mismatch(Nothing(), x, x) == pytest.approx(1, abs=1e-5)
+    learned = LearnedDegradation(3)
+    assert 0 < adjoint_mismatch(learned, torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)) < 2
+    # as the inner products say that it stands for
+    x, y = torch.rand(2, 1, 3, 8, 8)
+    d, e = torch.randn(2, 400, 1, 3, 8, 8)
+    A = torch.stack([torch.func.jvp(learned.A, (x,), (v,))[1] for v in d])
+    adjoint = torch.stack([torch.func.jvp(learned.A_adjoint, (learned.A(x) - y,), (v,))[1] for v in e])
+    products = (A * e).sum(dim=(1, 2, 3, 4))
+    wrong = products - (d * adjoint).sum(dim=(1, 2, 3, 4))
+    expected = (wrong.square().mean() / products.square().mean()).sqrt().item()
+    assert adjoint_mismatch(learned, x, y, probes=200) == pytest.approx(expected, rel=0.2)
+
+
+def test_impulse_response_of_a_blur_is_its_kernel():
+    kernel = torch.rand(3, 5)
+    response = impulse_response(Blur(kernel).A, torch.rand(1, 3, 16, 16), 7, 8)
+    torch.testing.assert_close(response[6:9, 6:11], kernel)
+    assert response.sum() == pytest.approx(kernel.sum().item(), rel=1e-5)
+
+
+def test_data_term():
+    blur = Blur(torch.full((1, 1), 0.5))
+    x = torch.ones(1, 1, 8, 8)
+    assert data_term(blur, x, torch.zeros_like(x)) == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------- scripts
+
+
+def save(model, path):
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, path)
+    return path
+
+
+@pytest.mark.parametrize("network", ["learned", "no gradient", "sensing"])
+def test_analyse(tiny_model, picture_pairs, run_command, tmp_path, network):
+    torch.manual_seed(0)
+    picture_pairs(tmp_path / "set", size=(37, 45))
+    if network == "sensing":
+        model, folder = tiny_model("compressive_sensing_dgunet", stages=3, ratio=0.1), "set/target"
+    else:
+        model, folder = tiny_model(stages=3, gradient=network != "no gradient"), "set"
+    np.save(tmp_path / "kernel.npy", np.full((3, 5), 1 / 15))
+    words = ["--weights", save(model, tmp_path / "w.pth"), "--pair", tmp_path / folder, "img2"]
+    words += ["--out", tmp_path / "out", "--kernel", tmp_path / "kernel.npy"]
+    done = run_command([ROOT / "scripts/analyse.py", *words])
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    header, lines = rows[0], [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+    assert [line["stage"] for line in lines] == ["1", "2", "3"]
+    drawn = {path.name for path in (tmp_path / "out").iterdir()}
+    if network == "no gradient":
+        assert drawn == {"stages.png", "curves.png"} and "not adjoint" not in header
+        assert {line["gradient step"] for line in lines} == {"0.000"}
+    else:
+        assert drawn == {"stages.png", "curves.png", "degradation.png"}
+        assert all((float(line["not adjoint"]) < 1e-3) == (network == "sensing") for line in lines)
+    if network == "sensing":  # measured, not read
+        assert {line["|A truth - y|"] for line in lines} == {"0.000"}
+
+
+def test_ablation(picture_pairs, run_command, tmp_path):
+    """Through the real command line: every run trains; a second call finds them all done."""
+    picture_pairs(tmp_path / "pairs", count=6, size=(32, 32))
+    words = ["--train_dir", tmp_path / "pairs/target", "--out", tmp_path / "out", "--tasks", "denoising"]
+    words += ["--epochs", "1"]
+    words += ["--seeds", "1", "--only", "gradient", "--", "TRAINING.VAL_HOLD_BACK", "2", "TRAINING.TRAIN_PS", "32"]
+    words += ["TRAINING.VAL_PS", "32", "OPTIM.BATCH_SIZE", "2"]
+    done = run_command([ROOT / "scripts/ablation.py", *words])
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "out/ablation.md").read_text()
+    assert "| as in the paper, 5 stages |" in table and "| no gradient steps |" in table
+    assert cv2.imread(str(tmp_path / "out/ablation.png")).shape[1] > 500
+    states = sorted((tmp_path / "out/runs").rglob("model_latest.pth"))
+    assert [load_model(path).arguments["gradient"] for path in states] == [True, False]
+    before = [path.stat().st_mtime_ns for path in states]
+    assert run_command([ROOT / "scripts/ablation.py", *words]).stdout == done.stdout
+    assert [path.stat().st_mtime_ns for path in states] == before
+
+
+def test_every_ablation_is_a_network(tmp_path):
+    for task, settings in ablation.TASKS.items():
+        for variant in ablation.VARIANTS:
+            if variant.task in ("", task):
+                model = create_model(settings["MODEL.NAME"], **ablation.SMALL | variant.arguments)
+                for key, value in variant.arguments.items():
+                    assert model.arguments[key] == value
+                default = create_model(settings["MODEL.NAME"], **ablation.SMALL)
+                assert variant.settings or variant is ablation.BASE or model.arguments != default.arguments
