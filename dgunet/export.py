@@ -85,7 +85,7 @@ def export_model(
         warnings.simplefilter("ignore")  # of the exporters, about themselves
         program = _trace(network)
         write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_pt2, _read_pt2)
-        write(program, temporary, network.names, metadata)
+        write(program, temporary, network, metadata)
         y = example(model, rows=3, columns=5).float().cpu()
         expected = network(y) if stages else [network(y)]
         difference = max((a - b).abs().max().item() for a, b in zip(read(temporary)(y), expected, strict=True))
@@ -186,16 +186,21 @@ def _trace(network: _Estimates) -> torch.export.ExportedProgram:
     return program
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, names: list[str], metadata: dict[str, str]):
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, network: _Estimates, metadata: dict[str, str]):
     onnx = optional("onnx")
-    file = torch.onnx.export(program, input_names=["y"], output_names=names, dynamo=True, verbose=False).model_proto
+    file = torch.onnx.export(
+        program, input_names=["y"], output_names=network.names, dynamo=True, verbose=False
+    ).model_proto
     graph = file.graph
     del graph.value_info[:]
     for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]  # how the exporter came to it, which takes more room than the node
-    sides = ("rows", "columns") if graph.input[0].type.tensor_type.shape.dim != () else ()
-    for value in (*graph.input, *graph.output):
-        for axis, name in ((0, "batch"), (2, "height"), (3, "width")):
+    measured = isinstance(network.model.degradation, BlockSampling)
+    for value, sides in [
+        (graph.input[0], ("rows", "columns") if measured else ("height", "width")),
+        *((value, ("height", "width")) for value in graph.output),
+    ]:
+        for axis, name in zip((0, 2, 3), ("batch", *sides), strict=True):
             value.type.tensor_type.shape.dim[axis].dim_param = name
     onnx.helper.set_model_props(file, metadata)
     path.write_bytes(file.SerializeToString())
@@ -207,7 +212,7 @@ def _read_onnx(path: Path):
     return lambda y: [torch.from_numpy(x) for x in session.run(None, {"y": y.numpy()})]
 
 
-def _write_pt2(program: torch.export.ExportedProgram, path: Path, names: list[str], metadata: dict[str, str]):
+def _write_pt2(program: torch.export.ExportedProgram, path: Path, network: _Estimates, metadata: dict[str, str]):
     buffer = BytesIO()
     torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata, indent=1)})
     path.write_bytes(buffer.getbuffer())
