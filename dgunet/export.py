@@ -229,4 +229,10 @@ def _read_pt2(path: Path):
 
 
 def _about(weights: str) -> dict[str, str]:
-    return {}
+    """Licence and purpose of weights that come with dgunet; nothing of others."""
+    try:
+        from dgunet.pretrained import list_pretrained
+    except ModuleNotFoundError:  # a dgunet without weights of its own
+        return {}
+    records = [record for record in list_pretrained() if weights == record.name]
+    return {key: str(getattr(record, key)) for record in records for key in ("licence", "trained_for", "not_for")}
