@@ -99,7 +99,11 @@ class BlockSampling(nn.Module):
             )
         with torch.autocast(x.device.type, enabled=False):
             b, (height, width) = self.block, x.shape[2:]
-            blocks = x.to(self.matrix.dtype).reshape(-1, height // b, b, width // b, b).transpose(2, 3).flatten(3)
+            x = x.to(self.matrix.dtype)
+            if torch.compiler.is_exporting():  # the same, but for rounded gradients; the other does not take free sizes
+                blocks = F.pixel_unshuffle(x, b).permute(0, 2, 3, 1)
+            else:
+                blocks = x.reshape(-1, height // b, b, width // b, b).transpose(2, 3).flatten(3)
             return (blocks @ self.matrix.mT).permute(0, 3, 1, 2)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
@@ -109,6 +113,8 @@ class BlockSampling(nn.Module):
         with torch.autocast(y.device.type, enabled=False):
             b, (rows, columns) = self.block, y.shape[2:]
             blocks = y.to(self.matrix.dtype).permute(0, 2, 3, 1) @ self.matrix
+            if torch.compiler.is_exporting():  # as in A
+                return F.pixel_shuffle(blocks.permute(0, 3, 1, 2), b)
             blocks = blocks.view(-1, rows, columns, b, b).transpose(2, 3)
             return blocks.reshape(-1, 1, rows * b, columns * b)
 
@@ -170,7 +176,7 @@ class Blur(nn.Module):
         """Which rows, and which columns, make up an image that is extended by half a kernel on each side."""
         indices = []
         for size, taps in zip(x.shape[-2:], self.kernel.shape, strict=True):
-            period = max(2 * (size - 1), 1)
+            period = torch.full((), max(2 * (size - 1), 1), device=x.device)  # ONNX divides by no free number
             index = torch.arange(-(taps // 2), size + taps // 2, device=x.device) % period
             indices.append(torch.minimum(index, period - index))
         return indices

@@ -73,42 +73,77 @@ class SubspaceFusion(nn.Module):
 def project(basis: Tensor, features: Tensor, precision: torch.dtype | None = None) -> Tensor:
     """Orthogonal projection of feature maps onto the span of basis maps, ``V (V^T V)^-1 V^T features``.
 
-    The projection does not change when a basis map is rescaled, so the Gram matrix is brought to a unit diagonal, as
-    if the maps had unit length: a ridge on it bounds its condition number whatever the maps are. Coinciding, constant
-    and zero maps are therefore harmless. Runs in float32 whatever autocast says, and never waits for the device.
+    The projection does not change when a basis map is rescaled, so the maps are taken as if they had unit length: a
+    ridge on the diagonal of their Gram matrix bounds its condition number then, whatever the maps are. Coinciding,
+    constant and zero maps are therefore harmless. Runs in float32 whatever autocast says, and never waits for the
+    device.
 
     Args:
         basis: (B, rank, H, W).
         features: (B, C, H, W).
-        precision: of the small Gram matrix; None for float64, or float32 where the device has no other (Apple's GPU).
-            The ridge is 1e-8 in float64. In float32 it has to be 2e-6, and two steps of iterative refinement take back
-            what it costs: both are within 1e-3 of the exact projection up to a condition number of 1e5.
+        precision: of the small Gram matrix; None for float64, or float32 where there is no other (Apple's GPU, exported
+            networks). Both are within 1e-3 of the exact projection up to a condition number of 1e5.
 
     Returns:
         (B, C, H, W), dtype of ``features``.
     """
+    exporting = torch.compiler.is_exporting()
     if precision is None:
-        precision = torch.float32 if features.device.type == "mps" else torch.float64
-    ridge, refinements = (1e-8, 0) if precision == torch.float64 else (2e-6, 2)
+        precision = torch.float32 if exporting or features.device.type == "mps" else torch.float64
     with torch.autocast(features.device.type, enabled=False):
-        whole = basis.is_contiguous() and basis.device.type == "cpu"
+        whole = basis.is_contiguous() and basis.device.type == "cpu" and not exporting
         V, maps = _columns(basis.float(), whole), _columns(features.float(), whole)
-        gram = _product(V.to(precision), V.to(precision))
-        unit = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-30).rsqrt()[..., None]  # (B, rank, 1): 1 / length
-        gram = unit * gram * unit.mT + ridge * torch.eye(gram.shape[1], dtype=precision, device=gram.device)
-        factor, _ = torch.linalg.cholesky_ex(gram)  # the _ex form does not wait for the device to report success
-
-        def coefficients(maps: Tensor) -> Tensor:  # (B, 1, rank, C)
-            # Two triangular systems: cholesky_solve would wait for the device, and CUDA graphs could not hold it.
-            half = torch.linalg.solve_triangular(factor, unit * _product(V, maps).to(precision), upper=False)
-            return (unit * torch.linalg.solve_triangular(factor.mT, half, upper=True)).float()[:, None]
-
-        solution = coefficients(maps)
-        for _ in range(refinements):
-            solution = solution + coefficients(maps - V @ solution)
+        if precision == torch.float64:
+            solution = _solve(V, maps)
+        else:
+            V = _orthonormalise(V)
+            solution = _product(V, maps)[:, None]
         projected = (solution.mT @ V.mT).mT if whole else V @ solution  # in the memory format of the maps
         projected = projected.to(features.dtype).flatten(1, 2)  # (B, HW, C)
     return projected.unflatten(1, features.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _solve(V: Tensor, maps: Tensor, ridge: float = 1e-8) -> Tensor:
+    """``(V^T V)^-1 V^T maps`` of columns in float32, (B, 1, rank, C), with the Gram matrix in float64."""
+    gram = _product(V.double(), V.double())
+    unit = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-30).rsqrt()[..., None]  # (B, rank, 1): 1 / length
+    gram = unit * gram * unit.mT + ridge * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    factor, _ = torch.linalg.cholesky_ex(gram)  # the _ex form does not wait for the device to report success
+    # Two triangular systems: cholesky_solve would wait for the device, and CUDA graphs could not hold it.
+    half = torch.linalg.solve_triangular(factor, unit * _product(V, maps).double(), upper=False)
+    return (unit * torch.linalg.solve_triangular(factor.mT, half, upper=True)).float()[:, None]
+
+
+def _orthonormalise(V: Tensor, ridge: float = 1e-5) -> Tensor:
+    """An orthonormal basis of the span of columns, in float32 throughout: Cholesky QR, done twice.
+
+    In float32 a Gram matrix has errors of 1e-6, which the ridge has to exceed. The first time it makes directions
+    short that have eigenvalues near it or below; the second time gives them unit length again, but for those that
+    rounding made. (The division by 1 + ridge is for the others: none of theirs is lost.)
+    """
+    V = V / V.detach().abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)  # squares have twice the range
+    V = V * V.square().sum(dim=(1, 2), keepdim=True).clamp_min(1e-30).rsqrt()
+    for _ in range(2):
+        gram = _product(V, V)
+        eye = torch.eye(gram.shape[1], device=V.device).expand_as(gram)
+        V = V @ _inverse_factor((gram + ridge * eye) / (1 + ridge), eye, ridge).mT[:, None]
+    return V
+
+
+def _inverse_factor(gram: Tensor, eye: Tensor, ridge: float) -> Tensor:
+    """The inverse of the Cholesky factor L of matrices (B, rank, rank), ``gram = L L^T``."""
+    if not torch.compiler.is_exporting():
+        factor, _ = torch.linalg.cholesky_ex(gram)
+        return torch.linalg.solve_triangular(factor, eye, upper=False)
+    # In the operations that ONNX has: elimination of ``[gram, eye]``, unrolled, which leaves ``[L^T, L^-1]``. With the
+    # ridge no pivot is smaller than that, which rounding shall not change.
+    rest, rows = torch.cat([gram, eye], dim=2), []
+    for k in range(gram.shape[1]):
+        row = rest[:, k : k + 1]
+        row = row * row[:, :, k : k + 1].clamp_min(ridge).rsqrt()
+        rest = rest - row[:, :, : gram.shape[1]].mT * row
+        rows.append(row)
+    return torch.cat(rows, dim=1)[:, :, gram.shape[1] :]
 
 
 def _columns(maps: Tensor, whole: bool) -> Tensor:

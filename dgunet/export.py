@@ -1,0 +1,235 @@
+"""Write a network as a file that runs without this package: ONNX, or PyTorch's exported program (.pt2).
+
+    dgunet export denoising_gaussian --out denoiser.onnx
+    dgunet export model_best.pth --out denoiser.pt2 --stages     # the estimates of all stages
+
+Height, width and number of pictures stay free. docs/export.md shows how to run the files.
+"""
+
+import copy
+import json
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dgunet.checkpoint import load_model
+from dgunet.degradations import KINDS, BlockSampling
+from dgunet.errors import UserError, optional
+from dgunet.files import replacing
+from dgunet.model import VARIANTS, DGUNet
+from dgunet.pretrained import list_pretrained
+from dgunet.proximal import MULTIPLE
+
+FORMATS = ("onnx", "pt2")
+LARGEST_DIFFERENCE = 1e-3  # from the network's own estimates that a file may have
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("weights", metavar="WEIGHTS", help="a checkpoint, or the name of weights that come with dgunet (dgunet list)")
+    add("--out", required=True, type=Path, metavar="FILE", help="file to write, .onnx or .pt2; must not exist")
+    add("--format", choices=FORMATS, help="what to write, where the file's name does not end with it")
+    add("--stages", action="store_true", help="give the estimates of all stages, the restored picture first")
+
+
+def run(args):
+    began = time.monotonic()
+    _check_file(args.out, args.format)  # before anything that takes time
+    model = load_model(args.weights)
+    print(f"{args.weights}: {model.name or 'a DGUNet'}; exporting takes a minute or more", flush=True)
+    difference = export_model(model, args.out, args.format, args.stages, _about(args.weights))
+    print(
+        f"wrote {args.out}: {args.out.stat().st_size / 2**20:.1f} MiB in {time.monotonic() - began:.0f} s; "
+        f"run on another size, it differs from the network by {difference:.1g} at most"
+    )
+
+
+def export_model(
+    model: DGUNet,
+    path: str | Path,
+    format: str | None = None,
+    stages: bool = False,
+    about: Mapping[str, str] | None = None,
+) -> float:
+    """Write a network to a file that runs without this package, in float32, whatever device and type it has here.
+
+    The input ``y`` is (B, C, H, W), in [0, 1], sides multiples of 8 and at least 16; in compressive sensing it is the
+    measurements (B, M, h, w) of at least 2x2 blocks. The output ``restored`` is the restored picture, clamped to [0, 1]
+    as `restore` does. The file holds a few facts about the network as its metadata (.pt2: as ``metadata.json``).
+
+    Args:
+        model: a DGUNet whose degradation is learned or one of `dgunet.degradations`.
+        path: the file to write, must not exist; written atomically, after it was run.
+        format: ``"onnx"`` or ``"pt2"``; None for what the file's name ends with.
+        stages: give the estimates of all stages, ``x_K`` (the restored picture), ..., ``x_1``.
+        about: further metadata, such as ``{"licence": "MIT"}``.
+
+    Returns:
+        The largest difference between the file's output and the network's, on random pictures of a size other than the
+        one that it was made with.
+
+    Raises:
+        UserError: the file exists, no such format, or a network that cannot be exported; nothing is written.
+    """
+    path = Path(path)
+    format = _check_file(path, format)
+    _check_network(model, format)
+    network = _Estimates(copy.deepcopy(model).to("cpu", torch.float32).eval(), stages)
+    metadata = {**describe(model), **(about or {})}
+    with warnings.catch_warnings(), torch.no_grad(), replacing(path) as temporary:
+        warnings.simplefilter("ignore")  # of the exporters, about themselves
+        program = _trace(network)
+        write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_pt2, _read_pt2)
+        write(program, temporary, network, metadata)
+        y = example(model, rows=3, columns=5).float().cpu()
+        expected = network(y) if stages else [network(y)]
+        difference = max((a - b).abs().max().item() for a, b in zip(read(temporary)(y), expected, strict=True))
+        if not difference <= LARGEST_DIFFERENCE:
+            raise UserError(
+                f"exported, {model.name or 'the network'} differs from itself by {difference:.1g}; not written"
+            )
+    return difference
+
+
+def describe(model: DGUNet) -> dict[str, str]:
+    """What the file says about the network."""
+    from dgunet import __version__
+
+    known = model.degradation
+    shape, unit = f"(B, {model.channels}, H, W)", f"multiples of {_unit(model)}"
+    taken = f"degraded pictures {shape} in [0, 1], H and W {unit}"
+    if isinstance(known, BlockSampling):
+        rows, b = known.matrix.shape[0], known.block
+        taken = f"measurements (B, {rows}, H/{b}, W/{b}) of pictures in [0, 1], H and W {unit}"
+    return {
+        "name": model.name or "DGUNet",
+        "task": VARIANTS[model.name].task if model.name in VARIANTS else "unknown",
+        "licence": "unknown",
+        "multiple": str(_unit(model)),
+        "value_range": "0 1",
+        "input": taken,
+        "output": f"restored pictures {shape} in [0, 1]",
+        "made_by": f"dgunet {__version__}",
+        "paper": "Deep Generalized Unfolding Networks for Image Restoration (Mou, Wang, Zhang; CVPR 2022)",
+    }
+
+
+def example(model: DGUNet, rows: int, columns: int, batch: int = 1) -> Tensor:
+    """What the network takes for random pictures of so many units of the smallest size."""
+    generator = torch.Generator().manual_seed(0)
+    size = (batch, model.channels, rows * _unit(model), columns * _unit(model))
+    x = torch.rand(size, generator=generator)
+    if model.degradation is None:
+        return x
+    return copy.deepcopy(model.degradation).to("cpu", torch.float32).A(x)
+
+
+def _unit(model: DGUNet) -> int:
+    """Of what the sides of a picture are multiples."""
+    return math.lcm(MULTIPLE, getattr(model.degradation, "block", 1))
+
+
+class _Estimates(nn.Module):
+    """What is exported: from ``y`` the restored picture, or the estimates of all stages, clamped."""
+
+    def __init__(self, model: DGUNet, stages: bool):
+        super().__init__()
+        self.model, self.stages = model, stages
+        self.names = ["restored", *(f"stage{k}" for k in range(model.stages - 1, 0, -1) if stages)]
+
+    def forward(self, y: Tensor):
+        estimates = [x.clamp(0, 1) for x in self.model(y)]
+        return tuple(estimates) if self.stages else estimates[0]
+
+
+def _check_file(path: Path, format: str | None) -> str:
+    """The format of a file to be written."""
+    ending = path.suffix.lower().removeprefix(".")
+    format = format or ending
+    if format not in FORMATS:
+        raise UserError(f"{path}: what shall it be? give a name that ends with .onnx or .pt2, or --format")
+    if ending in FORMATS and ending != format:
+        raise UserError(f"{path} should end with .{format} to hold {format}; change one of the two")
+    if path.exists():
+        raise UserError(f"{path} exists; remove it, or choose another name")
+    return format
+
+
+def _check_network(model: DGUNet, format: str):
+    known = model.degradation
+    if known is not None and type(known) not in KINDS.values():
+        raise UserError(
+            f"the network's known degradation is a {type(known).__name__}, code of your own, whose measurements have "
+            "sizes that export does not know; torch.export.export(model, (y,), dynamic_shapes=...) takes them"
+        )
+    if format == "onnx":
+        optional("onnx"), optional("onnxruntime"), optional("onnxscript")
+        if 4 * sum(tensor.numel() for tensor in model.state_dict().values()) > 1.9 * 2**30:
+            raise UserError("an ONNX file holds at most 2 GiB, this network has more; export it as .pt2")
+
+
+def _trace(network: _Estimates) -> torch.export.ExportedProgram:
+    model = network.model
+    y = example(model, rows=4, columns=6, batch=2)
+    step = _unit(model) // getattr(model.degradation, "block", 1)  # of y's own sides
+    # From 2 on: PyTorch lays out a side of length 1 in another way.
+    height, width = (torch.export.Dim(name, min=2) for name in ("rows", "columns"))
+    sides = {2: height, 3: width} if step == 1 else {2: step * height, 3: step * width}
+    program = torch.export.export(network, (y,), dynamic_shapes=({0: torch.export.Dim("batch")} | sides,))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, network: _Estimates, metadata: dict[str, str]):
+    onnx = optional("onnx")
+    file = torch.onnx.export(
+        program, input_names=["y"], output_names=network.names, dynamo=True, verbose=False
+    ).model_proto
+    graph = file.graph
+    del graph.value_info[:]
+    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]  # how the exporter came to it, which takes more room than the node
+    measured = isinstance(network.model.degradation, BlockSampling)
+    for value, sides in [
+        (graph.input[0], ("rows", "columns") if measured else ("height", "width")),
+        *((value, ("height", "width")) for value in graph.output),
+    ]:
+        for axis, name in zip((0, 2, 3), ("batch", *sides), strict=True):
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+    onnx.helper.set_model_props(file, metadata)
+    path.write_bytes(file.SerializeToString())
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def _read_onnx(path: Path):
+    session = optional("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda y: [torch.from_numpy(x) for x in session.run(None, {"y": y.numpy()})]
+
+
+def _write_pt2(program: torch.export.ExportedProgram, path: Path, network: _Estimates, metadata: dict[str, str]):
+    buffer = BytesIO()
+    torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata, indent=1)})
+    path.write_bytes(buffer.getbuffer())
+
+
+def _read_pt2(path: Path):
+    module = torch.export.load(BytesIO(path.read_bytes())).module()
+
+    def run(y: Tensor) -> list[Tensor]:
+        restored = module(y)
+        return [restored] if isinstance(restored, Tensor) else list(restored)
+
+    return run
+
+
+def _about(weights: str) -> dict[str, str]:
+    """Licence and purpose of weights that come with dgunet; nothing of others."""
+    records = [record for record in list_pretrained() if weights == record.name]
+    return {key: str(getattr(record, key)) for record in records for key in ("licence", "trained_for", "not_for")}

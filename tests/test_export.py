@@ -1,0 +1,195 @@
+"""Networks as ONNX and .pt2 files: they give what `restore` and the network give."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dgunet import UserError, create_model, export, load_model, restore
+from dgunet.checkpoint import describe_model, save_checkpoint
+from dgunet.degradations import Blur
+from dgunet.errors import ROOT
+from dgunet.pathways import project
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def shipped() -> torch.nn.Module:
+    """The weights that are shipped, in three stages for seven, which share them: an export takes its time."""
+    model = load_model(ROOT / "Denoising" / "pretrained_models" / "gaussian25" / "weights.pth")
+    model.stages = 3
+    return model
+
+
+def tiny(name: str, **overrides) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return create_model(name, **(dict(width=8, growth=4, final_growth=4, stages=3) | overrides)).eval()
+
+
+NETWORKS = {
+    "subspace": shipped,
+    "concat": lambda: tiny("compressive_sensing_dgunet", ratio=0.04),
+    "blur": lambda: tiny("deblurring_dgunet", stages=2, degradation=Blur(torch.rand(3, 5) / 8)),
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def exported(request, tmp_path_factory):
+    """A network and its two files; one tracing is enough for both."""
+    model, folder, traced = NETWORKS[request.param](), tmp_path_factory.mktemp(request.param), []
+    trace = export._trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            export, "_trace", lambda network: traced[0] if traced else traced.append(trace(network)) or traced[0]
+        )
+        for format in export.FORMATS:
+            assert export.export_model(model, folder / f"network.{format}", about={"licence": "MIT"}) < 1e-4
+    return model, folder
+
+
+def expected(model, y: torch.Tensor) -> torch.Tensor:
+    if model.degradation is None:
+        return restore(model, y)
+    with torch.no_grad():
+        return model(y)[0].clamp(0, 1)
+
+
+@pytest.mark.parametrize("rows, columns, batch", [(2, 7, 1), (6, 3, 2)])
+def test_files_give_what_the_network_gives(exported, rows, columns, batch):
+    model, folder = exported
+    y = export.example(model, rows, columns, batch)
+    session = onnxruntime.InferenceSession(folder / "network.onnx")
+    restored = session.run(["restored"], {"y": y.numpy()})[0]
+    assert restored.std() > 0.01
+    np.testing.assert_allclose(restored, expected(model, y), atol=1e-4, rtol=0)
+    program = torch.export.load(folder / "network.pt2").module()
+    torch.testing.assert_close(program(y), expected(model, y), atol=1e-4, rtol=0)
+
+
+def test_files_say_what_they_hold(exported):
+    model, folder = exported
+    session = onnxruntime.InferenceSession(folder / "network.onnx")
+    about = session.get_modelmeta().custom_metadata_map
+    assert about["name"] == model.name and about["licence"] == "MIT" and about["value_range"] == "0 1"
+    assert about["multiple"] == ("32" if about["task"] == "compressive_sensing" else "8")
+    taken, given = session.get_inputs()[0], session.get_outputs()[0]
+    assert given.shape == ["batch", model.channels, "height", "width"]
+    assert taken.shape[1] == (41 if about["task"] == "compressive_sensing" else 3)
+    files = {"metadata.json": ""}
+    torch.export.load(folder / "network.pt2", extra_files=files)
+    assert json.loads(files["metadata.json"]) == about
+    for path in folder.iterdir():
+        assert str(ROOT).encode() not in path.read_bytes()
+
+
+def test_estimates_of_all_stages(tmp_path):
+    model = tiny("deraining_dgunet", stages=2)
+    export.export_model(model, tmp_path / "network.pt2", stages=True)
+    y = export.example(model, 3, 4)
+    with torch.no_grad():
+        estimates = model(y)
+    found = torch.export.load(tmp_path / "network.pt2").module()(y)
+    for a, b in zip(found, estimates, strict=True):
+        torch.testing.assert_close(a, b.clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_command(tmp_path, capsys):
+    model = tiny("denoising_dgunet", stages=1)
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "weights.pth")
+    out = tmp_path / "new" / "network.pt2"
+    export.run(parse(str(tmp_path / "weights.pth"), "--out", str(out)))
+    assert "it differs from the network by" in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["network.pt2"]
+    with pytest.raises(UserError, match="network.pt2 exists; remove it"):
+        export.run(parse(str(tmp_path / "weights.pth"), "--out", str(out)))
+
+
+@pytest.mark.parametrize(
+    "name, format, message",
+    [
+        ("network", None, "ends with .onnx or .pt2, or --format"),
+        ("network.pth", None, "ends with .onnx or .pt2, or --format"),
+        ("network.pt2", "onnx", "should end with .onnx to hold onnx"),
+        ("", "onnx", "exists; remove it"),
+    ],
+)
+def test_impossible_files_are_told_before_anything_else(tmp_path, name, format, message):
+    with pytest.raises(UserError, match=message):
+        export.run(parse("missing.pth", "--out", str(tmp_path / name), *(["--format", format] if format else [])))
+
+
+class Darken:
+    def A(self, x):
+        return 0.5 * x
+
+    A_adjoint = A
+
+
+def test_a_degradation_of_the_users_own_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is a Darken, code of your own"):
+        export.export_model(tiny("deraining_dgunet", degradation=Darken()), tmp_path / "network.onnx")
+
+
+def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_read_pt2", lambda path: lambda y: [y])
+    with pytest.raises(UserError, match="differs from itself by .* is not written"):
+        export.export_model(tiny("denoising_dgunet", stages=1), tmp_path / "network.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------- the projection that is exported
+
+
+def spanned(basis: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """The projection, in float64 by the pseudo-inverse."""
+    V, maps = basis.double().flatten(2).mT, features.double().flatten(2).mT
+    V = V / V.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    return (V @ (torch.linalg.pinv(V, rtol=1e-6) @ maps)).mT.reshape(features.shape)
+
+
+def ill_conditioned(kind: str) -> torch.Tensor:
+    maps = torch.randn(2, 16, 24, 20, generator=torch.Generator().manual_seed(0))
+    if kind == "a pair 1e-3 apart":
+        maps[:, 1] = maps[:, 0] + 1e-3 * maps[:, 1]
+    elif kind == "all 1e-2 apart":
+        maps = maps[:, :1] + 1e-2 * maps
+    elif kind == "constant but for 1e-3":
+        maps = 1 + 1e-3 * maps
+    elif kind == "monomials":
+        across, down = torch.linspace(0, 1, 20), torch.linspace(0, 1, 24)[:, None]
+        maps = torch.stack([across**i * down**j for i in range(4) for j in range(4)]).expand_as(maps)
+    elif kind == "two zero":
+        maps[:, 3:5] = 0
+    elif kind == "all zero":
+        maps[:] = 0
+    elif kind == "all the same":
+        maps[:] = maps[:, :1].clone()
+    elif kind == "1e-25 to 1e25":
+        maps = maps * torch.logspace(-25, 25, 16).view(1, -1, 1, 1)
+    return maps
+
+
+KINDS = ["a pair 1e-3 apart", "all 1e-2 apart", "constant but for 1e-3", "monomials", "two zero", "all zero"]
+KINDS += ["all the same", "1e-25 to 1e25"]
+
+
+@pytest.mark.parametrize("exporting", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_projection_in_float32_is_least_squares(kind, exporting, monkeypatch):
+    """Up to a condition number of 1e7: unrolled for exporting, and as on devices without float64."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
+    basis = ill_conditioned(kind)
+    scale = basis.abs().amax(dim=(2, 3), keepdim=True).clamp_min(1e-30)
+    features = (basis / scale)[:, :6] + torch.randn(2, 6, 24, 20, generator=torch.Generator().manual_seed(1))
+    projected = project(basis, features, torch.float32)
+    torch.testing.assert_close(projected.double(), spanned(basis, features), atol=1e-3, rtol=0)
