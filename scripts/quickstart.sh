@@ -30,7 +30,7 @@ shipped() {
 }
 
 echo; echo "== 1/3  what the networks that come with the repository do with a photograph"
-shipped "Gaussian noise, sigma 25" Denoising/pretrained_models/gaussian25 \
+shipped "Gaussian noise, sigma 25" Denoising/pretrained_models/gaussian \
     denoising denoising_gaussian25/test --noise gaussian --sigma 25
 shipped "Compressive sensing: a quarter as many measurements as pixels" CompressiveSensing/pretrained_models/ratio25 \
     compressive_sensing compressive_sensing/test

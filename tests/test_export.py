@@ -20,7 +20,7 @@ pytest.importorskip("onnxscript")
 
 def shipped() -> torch.nn.Module:
     """The weights that are shipped, in three stages for seven, which share them: an export takes its time."""
-    model = load_model(ROOT / "Denoising" / "pretrained_models" / "gaussian25" / "weights.pth")
+    model = load_model(ROOT / "Denoising" / "pretrained_models" / "gaussian" / "weights.safetensors")
     model.stages = 3
     return model
 
