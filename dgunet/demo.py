@@ -31,7 +31,7 @@ from dgunet.transforms import pad_to_blocks, pad_to_multiple, to_uint8, unit_ran
 
 PORTS = range(7860, 7960)  # the first free one, where none is asked for
 MAX_FILE_SIZE = "50mb"
-MAX_READ = 100_000_000  # pixels; a picture with more is not even decoded
+MAX_READ = 80_000_000  # pixels; a picture with more is not even decoded
 TILE, OVERLAP = 512, 64  # multiples of compressive sensing's blocks
 EXAMPLE_SIDE = 400  # pixels: restored in some seconds on a CPU
 EXAMPLES = {"test": ("astronaut", "cat", "coffee"), "train": ("rocket", "motorcycle_left"), "val": ("camera_face",)}
@@ -125,8 +125,8 @@ def run(args: argparse.Namespace):
     device = pick_device(args.device)
     networks = [*(_own(text, device) for text in args.weights), *shipped()]
     with tempfile.TemporaryDirectory(prefix="dgunet_demo_", ignore_cleanup_errors=True) as folder:
-        # Gradio reads these when it is imported.
-        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        # Gradio reads these when it is imported; it looks for Matplotlib's backend, which otherwise lists all fonts.
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "MPLBACKEND": "agg"}
         gr = optional("gradio")
         app = build(networks, device, round(1e6 * args.megapixels))
         app.queue(default_concurrency_limit=4, max_size=40)
@@ -285,15 +285,18 @@ def stages_of(
     ]
     done = 0
 
+    def tell():
+        tile, stage = divmod(done, model.stages)
+        which = f", tile {tile + 1} of {len(areas)}" if len(areas) > 1 else ""
+        if tile < len(areas):
+            told(done / model.stages / len(areas), f"stage {stage + 1} of {model.stages}{which}")
+
     def count(*_):
         nonlocal done
         done += 1
-        tile, stage = divmod(done, model.stages)
-        which = f", tile {tile + 1} of {len(areas)}" if len(areas) > 1 else ""
-        told(
-            done / model.stages / len(areas), f"stage {stage + 1} of {model.stages}{which}" if tile < len(areas) else ""
-        )
+        tell()
 
+    tell()
     stages, weight = x.new_zeros(model.stages + 1, *x.shape[1:]), x.new_zeros(x.shape[2:])
     handles = [stage.register_forward_hook(count) for stage in dict.fromkeys(model.unrolled())]
     try:
@@ -327,7 +330,8 @@ def psnr(image: np.ndarray, truth: np.ndarray) -> float:
 
 CSS = """
 .gradio-container {max-width: 1240px !important}
-.gallery .grid-container {grid-template-columns: repeat(6, 1fr) !important}
+.gallery .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)) !important}
+.gallery .gallery-item, .gallery .thumbnail-item {width: 100% !important; height: auto; min-width: 0}
 """
 
 ABOUT = """## DGUNet restores pictures by proximal gradient descent, unrolled into learned stages
@@ -369,7 +373,7 @@ class _Tab:
             with gr.Column(scale=2, min_width=320):
                 picture = gr.State(pictures[task.example])
                 gallery = gr.Gallery(
-                    list(pictures.values()), label="Examples", show_label=False, columns=6, height="auto",
+                    list(pictures.values()), label="Examples", show_label=False, columns=6, height=90,
                     allow_preview=False, object_fit="cover", buttons=[], interactive=False, elem_classes="gallery",
                     selected_index=list(pictures).index(task.example),
                 )  # fmt: skip
@@ -380,17 +384,17 @@ class _Tab:
                 if sigma := self.networks[network].noise_sigma:
                     usual = min(max(usual, sigma[0]), sigma[1])
                 strength = gr.Slider(low, high, usual, step=1, label=what, visible=not sensing)
-                seed = gr.Slider(0, 20, 0, step=1, label="seed: another one", visible=not sensing)
+                seed = gr.Slider(0, 20, 0, step=1, label="random seed", visible=not sensing)
                 chosen = gr.Radio(
                     list(self.networks), value=network, visible=len(self.networks) > 1,
-                    label="Measurements for each 100 pixels" if sensing else "Network",
+                    label="Measurements, as a part of the pixels" if sensing else "Network",
                 )  # fmt: skip
                 button = gr.Button("Restore", variant="primary")
             with gr.Column(scale=3, min_width=400):
                 pair, text, _, _, _ = self.look(pictures[task.example], ways[0], usual, 0, network)
                 caption = gr.Markdown(text, elem_id=f"{self.name}_caption")
                 viewer = gr.ImageSlider(
-                    pair, format="png", label="before and after", show_label=False, interactive=False, max_height=470,
+                    pair, format="png", label="before and after", show_label=False, interactive=False, max_height=445,
                     elem_id=f"{self.name}_viewer",
                 )  # fmt: skip
                 stage = gr.Slider(0, 7, 7, step=1, label="On the right: the estimate after stage", visible=False)
@@ -407,7 +411,8 @@ class _Tab:
 
         inputs, outputs = [picture, way, strength, seed, chosen], [viewer, caption, stage, table, found]
         quietly = dict(api_visibility="private", show_progress="hidden")
-        look = dict(fn=self.look, inputs=inputs, outputs=outputs, **quietly)
+        # One after the other, so that the last that a visitor asks for is also the last that comes.
+        look = dict(fn=self.look, inputs=inputs, outputs=outputs, concurrency_id="look", concurrency_limit=1, **quietly)
         gallery.select(choose, None, [picture, note, own], **quietly).then(**look)
         own.upload(self.take, [own, picture], [picture, note], **quietly).then(**look)
         way.input(self.fitting, way, [strength, seed], **quietly).then(**look)
@@ -439,8 +444,8 @@ class _Tab:
             operator = load(network, self.device).degradation
             pair = given, start_of(operator, given)
             text = (
-                f"Left the luminance, right Aᵀy, of {len(operator.matrix)} measurements for each block of "
-                f"{operator.block}x{operator.block} pixels: **{psnr(*pair):.2f} dB**."
+                f"Left the luminance, right Aᵀy of {len(operator.matrix)} measurements a block of "
+                f"{operator.block}x{operator.block}: **{psnr(*pair):.2f} dB**."
             )
         elif way == AS_IT_IS:
             pair, text = (given, given), "The picture as it is. " + _unlike(network, given)
