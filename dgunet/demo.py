@@ -1,6 +1,7 @@
 """The networks in a browser: choose a picture, degrade it, restore it, look at every stage (``dgunet demo``)."""
 
 import argparse
+import math
 import os
 import signal
 import tempfile
@@ -20,7 +21,7 @@ from dgunet.data import to_tensor
 from dgunet.degradations import BlockSampling
 from dgunet.errors import ROOT, UserError, explain, optional
 from dgunet.hardware import autocast_dtype, pick_device
-from dgunet.inference import _ramp, _tile_starts
+from dgunet.inference import _ramp
 from dgunet.metrics import psnr_batch
 from dgunet.model import DGUNet
 from dgunet.photographs import MIN_SIDE, embedded_photos
@@ -278,11 +279,7 @@ def stages_of(
     multiple = MULTIPLE if known is None else known.block
     pad = pad_to_multiple if known is None else pad_to_blocks
     x = pad(unit_range(to_tensor(picture)[None]), multiple).to(device)
-    areas = [
-        (..., slice(top, top + TILE), slice(left, left + TILE))
-        for top in _starts(x.shape[2], multiple)
-        for left in _starts(x.shape[3], multiple)
-    ]
+    areas = [(..., down, right) for down in _cut(x.shape[2], multiple) for right in _cut(x.shape[3], multiple)]
     done = 0
 
     def tell():
@@ -318,10 +315,11 @@ def stages_of(
     return [to_uint8(stage).reshape(picture.shape) for stage in stages]
 
 
-def _starts(size: int, multiple: int) -> list[int]:
-    """Where tiles begin, of a side that is a multiple of ``multiple``, as they do."""
-    unit = multiple // MULTIPLE
-    return [unit * start for start in _tile_starts(size // unit, TILE // unit, OVERLAP // unit)]
+def _cut(size: int, multiple: int) -> list[slice]:
+    """Tiles of a side, as few and as small as TILE and OVERLAP allow; they begin at multiples of ``multiple``."""
+    count = max(math.ceil((size - OVERLAP) / (TILE - OVERLAP)), 1)
+    step = max(math.ceil((size - OVERLAP) / count / multiple), 1) * multiple
+    return [slice(start, min(start + step + OVERLAP, size)) for start in range(0, max(size - OVERLAP, 1), step)]
 
 
 def psnr(image: np.ndarray, truth: np.ndarray) -> float:
@@ -362,13 +360,12 @@ class _Tab:
         self.name, self.task, self.device, self.pixels = name, TASKS[name], device, pixels
         self.networks = {_label(network): network for network in networks}
         self.sensing = name == "compressive_sensing"
-        self.before = "Aᵀy" if self.sensing else "degraded"
 
     def build(self):
         gr = optional("gradio")
         task, sensing, pictures = self.task, self.sensing, examples()
         ways = [*task.ways, AS_IT_IS]
-        network = next(iter(self.networks))
+        network = list(self.networks)[len(self.networks) // 2 if sensing else 0]
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 picture = gr.State(pictures[task.example])
@@ -414,7 +411,7 @@ class _Tab:
         # One after the other, so that the last that a visitor asks for is also the last that comes.
         look = dict(fn=self.look, inputs=inputs, outputs=outputs, concurrency_id="look", concurrency_limit=1, **quietly)
         gallery.select(choose, None, [picture, note, own], **quietly).then(**look)
-        own.upload(self.take, [own, picture], [picture, note], **quietly).then(**look)
+        own.upload(self.take, [own, picture], [picture, note, gallery], **quietly).then(**look)
         way.input(self.fitting, way, [strength, seed], **quietly).then(**look)
         for event in (strength.release, seed.release, chosen.input):
             event(trigger_mode="always_last", **look)
@@ -426,10 +423,11 @@ class _Tab:
 
     def take(self, path, picture):
         """The visitor's own picture, or the former one with a sentence on why it cannot be used."""
+        gr = optional("gradio")
         try:
-            return read_picture(path, self.pixels)
+            return *read_picture(path, self.pixels), gr.update(selected_index=None)
         except UserError as error:
-            return picture, f"⚠️ {error}"
+            return picture, f"⚠️ {error}", gr.skip()
 
     def fitting(self, way):
         """Which sliders matter."""
@@ -481,9 +479,10 @@ class _Tab:
         if found is None:
             return optional("gradio").skip()
         k, last = int(k), len(found.stages) - 1
+        before = "Aᵀy" if self.sensing else "degraded" if found.scores else "the picture"
         score = [f", **{score:.2f} dB**" for score in found.scores] or [""] * (last + 1)
         name = "x₀" if k == 0 else "restored" if k == last else f"after stage {k} of {last}"
-        text = f"Left {self.before}{score[0]}; right {name}{score[k]}. {found.took}"
+        text = f"Left {before}{score[0]}; right {name}{score[k]}. {found.took}"
         return (found.stages[0], found.stages[k]), text
 
 
