@@ -16,18 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgunet.checkpoint import load_model
+from dgunet import pictures
+from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import to_tensor
 from dgunet.degradations import BlockSampling
-from dgunet.errors import ROOT, UserError, explain, optional
+from dgunet.errors import UserError, explain, optional
 from dgunet.hardware import autocast_dtype, pick_device
 from dgunet.inference import _ramp
 from dgunet.metrics import psnr_batch
 from dgunet.model import DGUNet
 from dgunet.photographs import MIN_SIDE, embedded_photos
+from dgunet.pictures import noise_level, trained_noise, unlike_noise
+from dgunet.pretrained import list_pretrained
 from dgunet.proximal import MULTIPLE
 from dgunet.synthesis import Degrade, added_rain, degrade_picture, gaussian_noise, motion_blur, sensor_noise
-from dgunet.testing import noise_level
 from dgunet.transforms import pad_to_blocks, pad_to_multiple, to_uint8, unit_range
 
 PORTS = range(7860, 7960)  # the first free one, where none is asked for
@@ -87,14 +89,9 @@ class Network:
 
 
 def shipped() -> list[Network]:
-    """The networks that come with dgunet."""
-    found = []
-    for folder in sorted(ROOT.glob("*/pretrained_models/*")):
-        task = {"CompressiveSensing": "compressive_sensing"}.get(folder.parts[-3], folder.parts[-3].lower())
-        sigma = (25.0, 25.0) if folder.name == "gaussian25" else None
-        name = f"{task}_{folder.name.removeprefix('ratio')}"
-        found.append(Network(name, task, folder / "weights.pth", noise_sigma=sigma))
-    return found
+    """The networks that come with dgunet, those of one task from the fewest measurements to the most."""
+    records = sorted(list_pretrained(), key=lambda record: (len(record.name), record.name))
+    return [Network(r.name, r.task, r.path, f"{r.trained_for} Not for: {r.not_for}", r.noise_sigma) for r in records]
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -170,12 +167,10 @@ def _own(text: str, device: torch.device) -> Network:
     task, separator, path = text.partition("=")
     if not separator or task not in TASKS:
         raise UserError(f"--weights takes TASK=FILE, the task one of {', '.join(TASKS)}; got {text!r:.100}")
-    network = Network(Path(path).stem, task, Path(path))
+    network = Network(Path(path).stem, task, Path(path), noise_sigma=trained_noise(read_checkpoint(path)))
     known = load(network, device).degradation
-    if (task == "compressive_sensing") != isinstance(known, BlockSampling) or not isinstance(
-        known, BlockSampling | None
-    ):
-        raise UserError(f"{path} is not for {task}: its degradation is {type(known).__name__}")
+    if not (isinstance(known, BlockSampling) if task == "compressive_sensing" else known is None):
+        raise UserError(f"{path}: the tab for {task} cannot show a network of the degradation {type(known).__name__}")
     return network
 
 
@@ -190,48 +185,34 @@ def read_picture(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
     Raises:
         UserError: it cannot be read, is too small or too large.
     """
-    Image, ImageOps = optional("PIL.Image"), optional("PIL.ImageOps")
-    changed = []
     try:
-        if not Path(path).stat().st_size:
-            raise UserError("This file is empty.")
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > MAX_READ:
-                raise UserError(
-                    f"This picture has {width}x{height} pixels, more than the {MAX_READ / 1e6:.0f} million that the "
-                    "demo reads; make it smaller."
-                )
-            if min(width, height) < MIN_SIDE:
-                raise UserError(
-                    f"This picture has {width}x{height} pixels; the demo needs at least {MIN_SIDE}x{MIN_SIDE}."
-                )
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):
-                values = np.asarray(image, np.float32)
-                scale = 65535 if image.mode[0] == "I" else 1
-                image = Image.fromarray(to_uint8(values / scale))
-                changed.append("rounded to 8 bits")
-            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                changed.append("laid on white")
-            image = image.convert("RGB")
-    except UserError:
-        raise
-    except Image.DecompressionBombError:
-        raise UserError("This picture says that it has more pixels than the demo reads; make it smaller.") from None
-    except Exception as error:  # what is no picture fails in many ways
-        raise UserError("This is not a picture that can be read, or the file is damaged; try another.") from error
-    width, height = image.size
-    if width * height > pixels:
-        scale = (pixels / (width * height)) ** 0.5
-        image = image.resize((max(int(width * scale), 1), max(int(height * scale), 1)), Image.Resampling.LANCZOS)
+        height, width, _ = pictures.look_at(path)
+        if height * width > MAX_READ:
+            most = f"more than the {MAX_READ / 1e6:.0f} million that the demo reads"
+            raise UserError(f"{path} has {width}x{height} pixels, {most}; make it smaller")
+        if min(height, width) < MIN_SIDE:
+            raise UserError(f"{path} has {width}x{height} pixels; the demo needs at least {MIN_SIDE}x{MIN_SIDE}")
+        picture = pictures.read_picture(path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), "This file")) from error
+    image, changed = unit_range(picture.pixels), []
+    if picture.pixels.dtype == np.uint16:
+        image = (picture.pixels / 65535).astype(np.float32)
+        changed.append("rounded to 8 bits")
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    if picture.alpha is not None:
+        alpha = picture.alpha[..., None] / np.float32(np.iinfo(picture.alpha.dtype).max)
+        image = alpha * image + (1 - alpha)
+        changed.append("laid on white")
+    if (scale := (pixels / (height * width)) ** 0.5) < 1:
+        before, after = image.shape[:2], [max(int(scale * side), 1) for side in image.shape[:2]]
+        image = optional("cv2").resize(image, after[::-1], interpolation=optional("cv2").INTER_AREA)
         changed.append(
-            f"scaled from {width}x{height} to {image.width}x{image.height} pixels, so that it does not take long "
+            f"scaled from {before[1]}x{before[0]} to {after[1]}x{after[0]} pixels, so that it does not take long "
             "(the command line restores pictures of any size)"
         )
-    return np.asarray(image), f"Your picture was {', and '.join(changed)}." if changed else ""
+    return to_uint8(image), f"Your picture was {', and '.join(changed)}." if changed else ""
 
 
 @cache
@@ -363,18 +344,20 @@ class _Tab:
 
     def build(self):
         gr = optional("gradio")
-        task, sensing, pictures = self.task, self.sensing, examples()
+        task, sensing, photos = self.task, self.sensing, examples()
         ways = [*task.ways, AS_IT_IS]
         network = list(self.networks)[len(self.networks) // 2 if sensing else 0]
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                picture = gr.State(pictures[task.example])
+                picture = gr.State(photos[task.example])
                 gallery = gr.Gallery(
-                    list(pictures.values()), label="Examples", show_label=False, columns=6, height=90,
+                    list(photos.values()), label="Examples", show_label=False, columns=6, height=90,
                     allow_preview=False, object_fit="cover", buttons=[], interactive=False, elem_classes="gallery",
-                    selected_index=list(pictures).index(task.example),
+                    selected_index=list(photos).index(task.example),
                 )  # fmt: skip
-                own = gr.File(label="or a picture of your own", file_types=["image"], height=120)
+                own = gr.File(
+                    label="or a picture of your own", file_types=["image"], height=120, elem_id=f"{self.name}_own"
+                )
                 note = gr.Markdown(elem_id=f"{self.name}_note")
                 way = gr.Radio(ways, value=ways[0], label="Degrade it by", visible=not sensing)
                 what, low, high, usual = task.strength or ("", 0, 1, 0)
@@ -388,7 +371,7 @@ class _Tab:
                 )  # fmt: skip
                 button = gr.Button("Restore", variant="primary")
             with gr.Column(scale=3, min_width=400):
-                pair, text, _, _, _ = self.look(pictures[task.example], ways[0], usual, 0, network)
+                pair, text, _, _, _ = self.look(photos[task.example], ways[0], usual, 0, network)
                 caption = gr.Markdown(text, elem_id=f"{self.name}_caption")
                 viewer = gr.ImageSlider(
                     pair, format="png", label="before and after", show_label=False, interactive=False, max_height=445,
@@ -401,7 +384,7 @@ class _Tab:
             gr.Markdown("\n\n".join(told))
 
         def choose(event: gr.SelectData):  # Gradio reads the signatures of these two
-            return list(pictures.values())[event.index], "", None
+            return list(photos.values())[event.index], "", None
 
         def restore(picture, way, strength, seed, label, progress=gr.Progress()):  # noqa: B008
             return self.restore(picture, way, strength, seed, label, progress)
@@ -515,12 +498,12 @@ def _unlike(network: Network, given: np.ndarray, sigma: float | None = None) -> 
         return ""
     low, high = network.noise_sigma
     level = 255 * noise_level(unit_range(given)) if sigma is None else sigma
-    if 2 / 3 * low <= level <= 4 / 3 * high or not np.isfinite(level):
+    effect = {"weaker": "it blurs", "stronger": "it leaves some"}.get(unlike_noise(level, network.noise_sigma))
+    if effect is None:
         return ""
     trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-    what = "it blurs" if level < low else "it leaves some"
     seems = "The noise seems to be" if sigma is None else "This is"
-    return f"{seems} of sigma {level:.0f}, but the network was trained for {trained}: {what}. "
+    return f"{seems} of sigma {level:.0f}, but the network was trained for {trained}: {effect}. "
 
 
 def _table(scores: list[float]) -> str:
