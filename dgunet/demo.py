@@ -390,19 +390,19 @@ class _Tab:
             return self.restore(picture, way, strength, seed, label, progress)
 
         inputs, outputs = [picture, way, strength, seed, chosen], [viewer, caption, stage, table, found]
-        quietly = dict(api_visibility="private", show_progress="hidden")
+        quietly = dict(api_visibility="private", show_progress="hidden", trigger_mode="multiple")
         # One after the other, so that the last that a visitor asks for is also the last that comes.
         look = dict(fn=self.look, inputs=inputs, outputs=outputs, concurrency_id="look", concurrency_limit=1, **quietly)
         gallery.select(choose, None, [picture, note, own], **quietly).then(**look)
         own.upload(self.take, [own, picture], [picture, note, gallery], **quietly).then(**look)
         way.input(self.fitting, way, [strength, seed], **quietly).then(**look)
         for event in (strength.release, seed.release, chosen.input):
-            event(trigger_mode="always_last", **look)
+            event(**look)
         button.click(
             restore, inputs, outputs, concurrency_id="restore", concurrency_limit=1, show_progress_on=viewer,
             api_visibility="private",
         )  # fmt: skip
-        stage.input(self.show, [found, stage], [viewer, caption], trigger_mode="always_last", **quietly)
+        stage.input(self.show, [found, stage], [viewer, caption], **quietly | dict(trigger_mode="always_last"))
 
     def take(self, path, picture):
         """The visitor's own picture, or the former one with a sentence on why it cannot be used."""

@@ -243,6 +243,7 @@ def visit(page, url: str, folder: Path):
     own.locator("input[type=file]").set_input_files(folder / "broken.png")
     says(page.locator("#denoising_note"), "This file is no picture that can be read")
     own.get_by_label("Clear").click()
+    own.get_by_text("Click to Upload").wait_for()
     own.locator("input[type=file]").set_input_files(folder / "photo.png")
     page.wait_for_function("document.querySelector('#denoising_viewer img').naturalWidth == 96")
     page.get_by_text("nothing: take it as it is").first.click()
