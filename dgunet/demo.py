@@ -91,7 +91,12 @@ class Network:
 def shipped() -> list[Network]:
     """The networks that come with dgunet, those of one task from the fewest measurements to the most."""
     records = sorted(list_pretrained(), key=lambda record: (len(record.name), record.name))
-    return [Network(r.name, r.task, r.path, f"{r.trained_for} Not for: {r.not_for}", r.noise_sigma) for r in records]
+    return [
+        Network(
+            r.name, r.task, r.path, f"{r.trained_for} Not for {r.not_for[:1].lower()}{r.not_for[1:]}", r.noise_sigma
+        )
+        for r in records
+    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -380,8 +385,7 @@ class _Tab:
                 stage = gr.Slider(0, 7, 7, step=1, label="On the right: the estimate after stage", visible=False)
                 table = gr.Markdown()
                 found = gr.State(None, time_to_live=3600)
-        if told := [f"**{label}**: {network.told}" for label, network in self.networks.items() if network.told]:
-            gr.Markdown("\n\n".join(told))
+        about = gr.Markdown(self.tell(network))
 
         def choose(event: gr.SelectData):  # Gradio reads the signatures of these two
             return list(photos.values())[event.index], "", None
@@ -398,11 +402,16 @@ class _Tab:
         way.input(self.fitting, way, [strength, seed], **quietly).then(**look)
         for event in (strength.release, seed.release, chosen.input):
             event(**look)
+        chosen.input(self.tell, chosen, about, **quietly)
         button.click(
             restore, inputs, outputs, concurrency_id="restore", concurrency_limit=1, show_progress_on=viewer,
             api_visibility="private",
         )  # fmt: skip
         stage.input(self.show, [found, stage], [viewer, caption], **quietly | dict(trigger_mode="always_last"))
+
+    def tell(self, label):
+        network = self.networks[label]
+        return f"**{network.name}**: {network.told or network.path}"
 
     def take(self, path, picture):
         """The visitor's own picture, or the former one with a sentence on why it cannot be used."""
