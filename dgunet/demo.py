@@ -411,7 +411,7 @@ class _Tab:
 
     def tell(self, label):
         network = self.networks[label]
-        return f"**{network.name}**: {network.told or network.path}"
+        return f"**{network.name}**: {network.told}" if network.told else f"**{network.name}**"
 
     def take(self, path, picture):
         """The visitor's own picture, or the former one with a sentence on why it cannot be used."""
