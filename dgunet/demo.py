@@ -1,9 +1,11 @@
 """The networks in a browser: choose a picture, degrade it, restore it, look at every stage (``dgunet demo``)."""
 
 import argparse
+import contextlib
 import math
 import os
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -125,42 +127,44 @@ def run(args: argparse.Namespace):
         raise UserError(f"--megapixels is from 0.01 to 100, got {args.megapixels:g}")
     if args.port is not None and not 0 < args.port < 2**16:
         raise UserError(f"--port is from 1 to {2**16 - 1}, got {args.port}")
+    port = _free_port(args.host, args.port)
     device = pick_device(args.device)
     networks = [*(_own(text, device) for text in args.weights), *shipped()]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="dgunet_demo_", ignore_cleanup_errors=True) as folder:
         # Gradio reads these when it is imported; it looks for Matplotlib's backend, which otherwise lists all fonts.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "MPLBACKEND": "agg"}
         gr = optional("gradio")
         app = build(networks, device, round(1e6 * args.megapixels))
         app.queue(default_concurrency_limit=4, max_size=40)
-        try:
-            url = app.launch(
-                server_name=args.host,
-                server_port=args.port,
-                prevent_thread_lock=True,
-                quiet=True,
-                share=False,
-                ssr_mode=False,
-                max_file_size=MAX_FILE_SIZE,
-                footer_links=["settings"],
-                theme=gr.themes.Default(
-                    primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-                ),
-                css=CSS,
-            )[1]
-        except OSError as error:
-            place = f"port {args.port}" if args.port else f"the ports {PORTS[0]} to {PORTS[-1]}"
-            raise UserError(
-                f"cannot listen on {args.host}, {place}: in use, or no address of this machine; choose another --port"
-            ) from error
+        url = app.launch(
+            server_name=args.host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            max_file_size=MAX_FILE_SIZE,
+            footer_links=["settings"],
+            theme=gr.themes.Default(
+                primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+            ),
+            css=CSS,
+        )[1]
         print(f"DGUNet is at {url} (Ctrl-C ends it)", flush=True)
         if not args.no_browser and _has_display():
             webbrowser.open(url)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
-        except KeyboardInterrupt:
-            app.close(verbose=False)
+    os._exit(0)  # at once: a restoration that goes on would hold the process
+
+
+def _free_port(host: str, port: int | None) -> int:
+    for candidate in PORTS if port is None else [port]:
+        with contextlib.suppress(OSError), socket.create_server((host, candidate)):
+            return candidate
+    place = f"the ports {PORTS[0]} to {PORTS[-1]}" if port is None else f"port {port}"
+    raise UserError(f"cannot listen on {host}, {place}: in use, or no address of this machine; choose another --port")
 
 
 def _has_display() -> bool:

@@ -150,6 +150,7 @@ def arguments(*words: str) -> argparse.Namespace:
     [
         (["--megapixels", "0"], "--megapixels is from"),
         (["--port", "70000"], "--port is from"),
+        (["--host", "203.0.113.1"], "no address of this machine"),
         (["--weights", "model.pth"], "TASK=FILE"),
         (["--weights", "deblurring=nowhere.pth"], "nowhere.pth"),
     ],
@@ -177,12 +178,11 @@ def own_environment(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
-def test_a_port_in_use_is_told_in_one_line(own_environment):
-    pytest.importorskip("gradio")
+def test_a_port_in_use_is_told_in_one_line():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1, port {port}: in use"):
-            demo.run(arguments("--port", str(port), "--no_browser"))
+            demo.run(arguments("--port", str(port)))
 
 
 def test_one_restoration_at_a_time(own_environment):
