@@ -1,0 +1,527 @@
+"""The networks in a browser: choose a picture, degrade it, restore it, look at every stage (``dgunet demo``)."""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+import webbrowser
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dgunet import pictures
+from dgunet.checkpoint import load_model, read_checkpoint
+from dgunet.data import to_tensor
+from dgunet.degradations import BlockSampling
+from dgunet.errors import UserError, explain, optional
+from dgunet.hardware import autocast_dtype, pick_device
+from dgunet.inference import _ramp
+from dgunet.metrics import psnr_batch
+from dgunet.model import DGUNet
+from dgunet.photographs import MIN_SIDE, embedded_photos
+from dgunet.pictures import noise_level, trained_noise, unlike_noise
+from dgunet.pretrained import list_pretrained
+from dgunet.proximal import MULTIPLE
+from dgunet.synthesis import Degrade, added_rain, degrade_picture, gaussian_noise, motion_blur, sensor_noise
+from dgunet.transforms import pad_to_blocks, pad_to_multiple, to_uint8, unit_range
+
+PORTS = range(7860, 7960)  # the first free one, where none is asked for
+MAX_FILE_SIZE = "50mb"
+MAX_READ = 80_000_000  # pixels; a picture with more is not even decoded
+TILE, OVERLAP = 512, 64  # multiples of compressive sensing's blocks
+EXAMPLE_SIDE = 400  # pixels: restored in some seconds on a CPU
+EXAMPLES = {"test": ("astronaut", "cat", "coffee"), "train": ("rocket", "motorcycle_left"), "val": ("camera_face",)}
+AS_IT_IS = "nothing: take it as it is"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A tab: its title and first example, and by their names, how its pictures are degraded by a strength."""
+
+    title: str
+    example: str
+    ways: dict[str, Callable[[float], Degrade]]
+    strength: tuple[str, float, float, float] | None = None  # what it is, the least, the greatest, the usual
+
+
+TASKS = {
+    "denoising": Task(
+        "Denoising",
+        "astronaut",
+        {
+            "Gaussian noise": lambda sigma: partial(gaussian_noise, sigma=sigma),
+            "camera noise at high ISO": lambda _: sensor_noise,
+        },
+        ("sigma of the Gaussian noise, in 8-bit levels", 0, 75, 25),
+    ),
+    "deraining": Task(
+        "Deraining",
+        "motorcycle_left",
+        {"rain": lambda drops: partial(added_rain, density=(drops, drops))},
+        ("drops per 10,000 pixels", 10, 100, 40),
+    ),
+    "deblurring": Task(
+        "Deblurring",
+        "coffee",
+        {"camera shake": lambda extent: partial(motion_blur, extent=(extent, extent))},
+        ("extent of the shake in pixels", 3, 25, 10),
+    ),
+    "compressive_sensing": Task("Compressive sensing", "camera_face", {}),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """Weights to choose from, and what is known of them."""
+
+    name: str
+    task: str
+    path: Path
+    told: str = ""
+    noise_sigma: tuple[float, float] | None = None
+
+
+def shipped() -> list[Network]:
+    """The networks that come with dgunet, those of one task from the fewest measurements to the most."""
+    records = sorted(list_pretrained(), key=lambda record: (len(record.name), record.name))
+    return [
+        Network(
+            r.name, r.task, r.path, f"{r.trained_for} Not for {r.not_for[:1].lower()}{r.not_for[1:]}", r.noise_sigma
+        )
+        for r in records
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    add = parser.add_argument
+    add(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, which only this machine reaches)"
+    )
+    add("--port", type=int, help=f"(default: the first free one from {PORTS[0]})")
+    add("--no_browser", action="store_true", help="do not open the page")
+    add("--weights", nargs="+", default=[], metavar="TASK=FILE", help="networks of your own, e.g. denoising=model.pth")
+    add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
+    add(
+        "--megapixels", type=float, default=1.0, help="larger pictures are scaled down to so many (default: 1, which "
+        "takes a CPU of two cores about a minute)"
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace):
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        UserError: the port is in use, no such address, weights that cannot be used.
+        ModuleNotFoundError: the extra ``demo`` is not installed; the message says so.
+    """
+    if not 0.01 <= args.megapixels <= 100:
+        raise UserError(f"--megapixels is from 0.01 to 100, got {args.megapixels:g}")
+    if args.port is not None and not 0 < args.port < 2**16:
+        raise UserError(f"--port is from 1 to {2**16 - 1}, got {args.port}")
+    port = _free_port(args.host, args.port)
+    device = pick_device(args.device)
+    networks = [*(_own(text, device) for text in args.weights), *shipped()]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="dgunet_demo_", ignore_cleanup_errors=True) as folder:
+        # Gradio reads these when it is imported; it looks for Matplotlib's backend, which otherwise lists all fonts.
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "MPLBACKEND": "agg"}
+        gr = optional("gradio")
+        app = build(networks, device, round(1e6 * args.megapixels))
+        app.queue(default_concurrency_limit=4, max_size=40)
+        url = app.launch(
+            server_name=args.host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            max_file_size=MAX_FILE_SIZE,
+            footer_links=["settings"],
+            theme=gr.themes.Default(
+                primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+            ),
+            css=CSS,
+        )[1]
+        print(f"DGUNet is at {url} (Ctrl-C ends it)", flush=True)
+        if not args.no_browser and _has_display():
+            webbrowser.open(url)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+    os._exit(0)  # at once: a restoration that goes on would hold the process
+
+
+def _free_port(host: str, port: int | None) -> int:
+    for candidate in PORTS if port is None else [port]:
+        with contextlib.suppress(OSError), socket.create_server((host, candidate)):
+            return candidate
+    place = f"the ports {PORTS[0]} to {PORTS[-1]}" if port is None else f"port {port}"
+    raise UserError(f"cannot listen on {host}, {place}: in use, or no address of this machine; choose another --port")
+
+
+def _has_display() -> bool:
+    """Whether a browser would have a window; without, Python opens one in the terminal."""
+    return os.name == "nt" or os.uname().sysname == "Darwin" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ))
+
+
+def _own(text: str, device: torch.device) -> Network:
+    task, separator, path = text.partition("=")
+    if not separator or task not in TASKS:
+        raise UserError(f"--weights takes TASK=FILE, the task one of {', '.join(TASKS)}; got {text!r:.100}")
+    network = Network(Path(path).stem, task, Path(path), noise_sigma=trained_noise(read_checkpoint(path)))
+    known = load(network, device).degradation
+    if not (isinstance(known, BlockSampling) if task == "compressive_sensing" else known is None):
+        raise UserError(f"{path}: the tab for {task} cannot show a network of the degradation {type(known).__name__}")
+    return network
+
+
+@cache
+def load(network: Network, device: torch.device) -> DGUNet:
+    return load_model(network.path, task=network.task, device=device)
+
+
+def read_picture(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
+    """A visitor's picture as (H, W, 3) uint8, upright and with at most so many pixels, and what was changed.
+
+    Raises:
+        UserError: it cannot be read, is too small or too large.
+    """
+    try:
+        height, width, _ = pictures.look_at(path)
+        if height * width > MAX_READ:
+            most = f"more than the {MAX_READ / 1e6:.0f} million that the demo reads"
+            raise UserError(f"{path} has {width}x{height} pixels, {most}; make it smaller")
+        if min(height, width) < MIN_SIDE:
+            raise UserError(f"{path} has {width}x{height} pixels; the demo needs at least {MIN_SIDE}x{MIN_SIDE}")
+        picture = pictures.read_picture(path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), "This file")) from error
+    image, changed = unit_range(picture.pixels), []
+    if picture.pixels.dtype == np.uint16:
+        image = (picture.pixels / 65535).astype(np.float32)
+        changed.append("rounded to 8 bits")
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    if picture.alpha is not None:
+        alpha = picture.alpha[..., None] / np.float32(np.iinfo(picture.alpha.dtype).max)
+        image = alpha * image + (1 - alpha)
+        changed.append("laid on white")
+    if (scale := (pixels / (height * width)) ** 0.5) < 1:
+        before, after = image.shape[:2], [max(int(scale * side), 1) for side in image.shape[:2]]
+        image = optional("cv2").resize(image, after[::-1], interpolation=optional("cv2").INTER_AREA)
+        changed.append(
+            f"scaled from {before[1]}x{before[0]} to {after[1]}x{after[0]} pixels, so that it does not take long "
+            "(the command line restores pictures of any size)"
+        )
+    return to_uint8(image), f"Your picture was {', and '.join(changed)}." if changed else ""
+
+
+@cache
+def examples() -> dict[str, np.ndarray]:
+    """Photographs that come with scikit-image, none of which a shipped network has seen: (H, W, 3) uint8 by name."""
+    Image = optional("PIL.Image")
+    found = {}
+    for split, names in EXAMPLES.items():
+        for photo in embedded_photos(split):
+            if photo.name in names:
+                with Image.open(photo.path) as image:
+                    if photo.crop:
+                        top, left, height, width = photo.crop
+                        image = image.crop((left, top, left + width, top + height))
+                    image = image.convert("RGB")
+                    image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE), Image.Resampling.LANCZOS)
+                    found[photo.name] = np.asarray(image)
+    return found
+
+
+def degrade(task: str, picture: np.ndarray, way: str | None, strength: float, seed: int) -> np.ndarray:
+    """What the network is given of a picture (H, W, 3) uint8, of the same shape; of compressive sensing its luminance
+    (H, W), which is then measured."""
+    if task == "compressive_sensing":
+        return np.asarray(optional("PIL.Image").fromarray(picture).convert("L"))
+    if way == AS_IT_IS:
+        return picture
+    return degrade_picture(picture, TASKS[task].ways[way](strength), int(seed), "demo")
+
+
+def stages_of(
+    model: DGUNet, picture: np.ndarray, told: Callable[[float, str], None] = lambda done, doing: None
+) -> list[np.ndarray]:
+    """The estimates x_0, x_1, ..., x_K of a picture, all of its shape, uint8; of a large one in tiles.
+
+    Args:
+        model: a network for pictures, or for compressive sensing, which is given the picture's measurements.
+        picture: (H, W, 3) uint8, degraded; of compressive sensing (H, W), clean.
+        told: called with the part that is done, in [0, 1], and what comes next.
+    """
+    height, width = picture.shape[:2]
+    known = model.degradation
+    device = next(model.parameters()).device
+    bf16 = autocast_dtype("auto", device) is not None  # where it is faster; costs some thousandths of a dB
+    multiple = MULTIPLE if known is None else known.block
+    pad = pad_to_multiple if known is None else pad_to_blocks
+    x = pad(unit_range(to_tensor(picture)[None]), multiple).to(device)
+    areas = [(..., down, right) for down in _cut(x.shape[2], multiple) for right in _cut(x.shape[3], multiple)]
+    done = 0
+
+    def tell():
+        tile, stage = divmod(done, model.stages)
+        which = f", tile {tile + 1} of {len(areas)}" if len(areas) > 1 else ""
+        if tile < len(areas):
+            told(done / model.stages / len(areas), f"stage {stage + 1} of {model.stages}{which}")
+
+    def count(*_):
+        nonlocal done
+        done += 1
+        tell()
+
+    tell()
+    stages, weight = x.new_zeros(model.stages + 1, *x.shape[1:]), x.new_zeros(x.shape[2:])
+    handles = [stage.register_forward_hook(count) for stage in dict.fromkeys(model.unrolled())]
+    try:
+        with torch.inference_mode():
+            for area in areas:
+                start = y = x[area].contiguous(memory_format=torch.channels_last)
+                if known is not None:
+                    y = known.A(start)
+                    start = known.A_adjoint(y)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    estimates = model(y)[::-1]
+                ramp = _ramp(start.shape[2], OVERLAP, x)[:, None] * _ramp(start.shape[3], OVERLAP, x)
+                stages[area] += ramp * torch.cat([start, *estimates])
+                weight[area[1:]] += ramp
+    finally:
+        for handle in handles:
+            handle.remove()
+    stages = (stages / weight)[..., :height, :width].permute(0, 2, 3, 1).cpu().numpy()
+    return [to_uint8(stage).reshape(picture.shape) for stage in stages]
+
+
+def _cut(size: int, multiple: int) -> list[slice]:
+    """Tiles of a side, as few and as small as TILE and OVERLAP allow; they begin at multiples of ``multiple``."""
+    count = max(math.ceil((size - OVERLAP) / (TILE - OVERLAP)), 1)
+    step = max(math.ceil((size - OVERLAP) / count / multiple), 1) * multiple
+    return [slice(start, min(start + step + OVERLAP, size)) for start in range(0, max(size - OVERLAP, 1), step)]
+
+
+def psnr(image: np.ndarray, truth: np.ndarray) -> float:
+    return psnr_batch(*(unit_range(to_tensor(picture)[None]) for picture in (image, truth))).item()
+
+
+CSS = """
+.gradio-container {max-width: 1240px !important}
+.gallery .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)) !important}
+.gallery .gallery-item, .gallery .thumbnail-item {width: 100% !important; height: auto; min-width: 0}
+"""
+
+ABOUT = """## DGUNet restores pictures by proximal gradient descent, unrolled into learned stages
+"""
+
+
+def build(networks: list[Network], device: torch.device, pixels: int):
+    """The page, a `gradio.Blocks`, for these networks; pictures of more than so many pixels are scaled down."""
+    gr = optional("gradio")
+    with gr.Blocks(title="DGUNet", analytics_enabled=False, delete_cache=(600, 3600)) as app:
+        gr.Markdown(ABOUT)
+        for name, task in TASKS.items():
+            with gr.Tab(task.title, id=name):
+                if of_task := [network for network in networks if network.task == name]:
+                    _Tab(name, of_task, device, pixels).build()
+                else:
+                    gr.Markdown(
+                        f"No network for {task.title.lower()} comes with this version. Once you have trained one, "
+                        f"`dgunet demo --weights {name}=model_best.pth` shows it here."
+                    )
+    return app
+
+
+class _Tab:
+    """One task's part of the page. What a visitor does is kept in the page's state, nothing of it here."""
+
+    def __init__(self, name: str, networks: list[Network], device: torch.device, pixels: int):
+        self.name, self.task, self.device, self.pixels = name, TASKS[name], device, pixels
+        self.networks = {_label(network): network for network in networks}
+        self.sensing = name == "compressive_sensing"
+
+    def build(self):
+        gr = optional("gradio")
+        task, sensing, photos = self.task, self.sensing, examples()
+        ways = [*task.ways, AS_IT_IS]
+        network = list(self.networks)[len(self.networks) // 2 if sensing else 0]
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                picture = gr.State(photos[task.example])
+                gallery = gr.Gallery(
+                    list(photos.values()), label="Examples", show_label=False, columns=6, height=90,
+                    allow_preview=False, object_fit="cover", buttons=[], interactive=False, elem_classes="gallery",
+                    selected_index=list(photos).index(task.example),
+                )  # fmt: skip
+                own = gr.File(
+                    label="or a picture of your own", file_types=["image"], height=120, elem_id=f"{self.name}_own"
+                )
+                note = gr.Markdown(elem_id=f"{self.name}_note")
+                way = gr.Radio(ways, value=ways[0], label="Degrade it by", visible=not sensing)
+                what, low, high, usual = task.strength or ("", 0, 1, 0)
+                if sigma := self.networks[network].noise_sigma:
+                    usual = min(max(usual, sigma[0]), sigma[1])
+                strength = gr.Slider(low, high, usual, step=1, label=what, visible=not sensing)
+                seed = gr.Slider(0, 20, 0, step=1, label="random seed", visible=not sensing)
+                chosen = gr.Radio(
+                    list(self.networks), value=network, visible=len(self.networks) > 1,
+                    label="Measurements, as a part of the pixels" if sensing else "Network",
+                )  # fmt: skip
+                button = gr.Button("Restore", variant="primary")
+            with gr.Column(scale=3, min_width=400):
+                pair, text, _, _, _ = self.look(photos[task.example], ways[0], usual, 0, network)
+                caption = gr.Markdown(text, elem_id=f"{self.name}_caption")
+                viewer = gr.ImageSlider(
+                    pair, format="png", label="before and after", show_label=False, interactive=False, max_height=445,
+                    elem_id=f"{self.name}_viewer",
+                )  # fmt: skip
+                stage = gr.Slider(0, 7, 7, step=1, label="On the right: the estimate after stage", visible=False)
+                table = gr.Markdown()
+                found = gr.State(None, time_to_live=3600)
+        about = gr.Markdown(self.tell(network))
+
+        def choose(event: gr.SelectData):  # Gradio reads the signatures of these two
+            return list(photos.values())[event.index], "", None
+
+        def restore(picture, way, strength, seed, label, progress=gr.Progress()):  # noqa: B008
+            return self.restore(picture, way, strength, seed, label, progress)
+
+        inputs, outputs = [picture, way, strength, seed, chosen], [viewer, caption, stage, table, found]
+        quietly = dict(api_visibility="private", show_progress="hidden", trigger_mode="multiple")
+        # One after the other, so that the last that a visitor asks for is also the last that comes.
+        look = dict(fn=self.look, inputs=inputs, outputs=outputs, concurrency_id="look", concurrency_limit=1, **quietly)
+        gallery.select(choose, None, [picture, note, own], **quietly).then(**look)
+        own.upload(self.take, [own, picture], [picture, note, gallery], **quietly).then(**look)
+        way.input(self.fitting, way, [strength, seed], **quietly).then(**look)
+        for event in (strength.release, seed.release, chosen.input):
+            event(**look)
+        chosen.input(self.tell, chosen, about, **quietly)
+        button.click(
+            restore, inputs, outputs, concurrency_id="restore", concurrency_limit=1, show_progress_on=viewer,
+            api_visibility="private",
+        )  # fmt: skip
+        stage.input(self.show, [found, stage], [viewer, caption], **quietly | dict(trigger_mode="always_last"))
+
+    def tell(self, label):
+        network = self.networks[label]
+        return f"**{network.name}**: {network.told}" if network.told else f"**{network.name}**"
+
+    def take(self, path, picture):
+        """The visitor's own picture, or the former one with a sentence on why it cannot be used."""
+        gr = optional("gradio")
+        try:
+            return *read_picture(path, self.pixels), gr.update(selected_index=None)
+        except UserError as error:
+            return picture, f"⚠️ {error}", gr.skip()
+
+    def fitting(self, way):
+        """Which sliders matter."""
+        update = optional("gradio").update
+        return update(visible=way == next(iter(self.task.ways))), update(visible=way != AS_IT_IS)
+
+    def look(self, picture, way, strength, seed, label):
+        """What would be restored, beside the original."""
+        given = degrade(self.name, picture, way, strength, seed)
+        network = self.networks[label]
+        if self.sensing:
+            operator = load(network, self.device).degradation
+            pair = given, start_of(operator, given)
+            text = (
+                f"Left the luminance, right Aᵀy of {len(operator.matrix)} measurements a block of "
+                f"{operator.block}x{operator.block}: **{psnr(*pair):.2f} dB**."
+            )
+        elif way == AS_IT_IS:
+            pair, text = (given, given), "The picture as it is. " + _unlike(network, given)
+        else:
+            pair = picture, given
+            text = f"Left the original, right with {way}: **{psnr(*pair):.2f} dB**. "
+            text += _unlike(network, given, strength if way == "Gaussian noise" else None)
+        update = optional("gradio").update
+        return pair, f"{text} Press **Restore**.", update(visible=False), "", None
+
+    def restore(self, picture, way, strength, seed, label, progress):
+        gr = optional("gradio")
+        try:
+            given = degrade(self.name, picture, way, strength, seed)
+            model = load(self.networks[label], self.device)
+            begin = time.perf_counter()
+            stages = stages_of(model, given, lambda done, doing: progress(done, desc=doing))
+            seconds = time.perf_counter() - begin
+        except Exception as error:
+            if (told := explain(error)) is None:
+                raise
+            return gr.skip(), f"⚠️ {told}", gr.skip(), gr.skip(), gr.skip()
+        truth = given if self.sensing else None if way == AS_IT_IS else picture
+        scores = [] if truth is None else [psnr(stage, truth) for stage in stages]
+        place = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        size = f"{given.shape[1]}x{given.shape[0]} pixels"
+        found = Found(stages, scores, f"{size}, restored in {seconds:.1f} s on the {place}.")
+        last = len(stages) - 1
+        return *self.show(found, last), gr.update(visible=True, maximum=last, value=last), _table(scores), found
+
+    def show(self, found, k):
+        """One of the stages beside x_0."""
+        if found is None:
+            return optional("gradio").skip()
+        k, last = int(k), len(found.stages) - 1
+        before = "Aᵀy" if self.sensing else "degraded" if found.scores else "the picture"
+        score = [f", **{score:.2f} dB**" for score in found.scores] or [""] * (last + 1)
+        name = "x₀" if k == 0 else "restored" if k == last else f"after stage {k} of {last}"
+        text = f"Left {before}{score[0]}; right {name}{score[k]}. {found.took}"
+        return (found.stages[0], found.stages[k]), text
+
+
+@dataclass(frozen=True)
+class Found:
+    """A restored picture: x_0 ... x_K, their PSNR where the truth is known, and how long it took."""
+
+    stages: list[np.ndarray]
+    scores: list[float]
+    took: str
+
+
+def start_of(operator: BlockSampling, luma: np.ndarray) -> np.ndarray:
+    """A_adjoint(A(x)) of a luminance (H, W), as uint8."""
+    height, width = luma.shape
+    with torch.inference_mode():
+        x = pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block)
+        start = operator.A_adjoint(operator.A(x.to(operator.matrix.device)))
+    return to_uint8(start[0, 0, :height, :width].cpu().numpy())
+
+
+def _label(network: Network) -> str:
+    ratio = network.name.rpartition("_")[2]
+    return f"{ratio} %" if network.task == "compressive_sensing" and ratio.isdigit() else network.name
+
+
+def _unlike(network: Network, given: np.ndarray, sigma: float | None = None) -> str:
+    """A sentence where a picture has other Gaussian noise than the network was trained for."""
+    if network.noise_sigma is None:
+        return ""
+    low, high = network.noise_sigma
+    level = 255 * noise_level(unit_range(given)) if sigma is None else sigma
+    effect = {"weaker": "it blurs", "stronger": "it leaves some"}.get(unlike_noise(level, network.noise_sigma))
+    if effect is None:
+        return ""
+    trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    seems = "The noise seems to be" if sigma is None else "This is"
+    return f"{seems} of sigma {level:.0f}, but the network was trained for {trained}: {effect}. "
+
+
+def _table(scores: list[float]) -> str:
+    if not scores:
+        return ""
+    rows = [["", *(f"x{chr(0x2080 + k) if k < 10 else k}" for k in range(len(scores)))]]
+    rows += [["---"] * len(rows[0]), ["PSNR in dB", *(f"{score:.2f}" for score in scores)]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,266 @@
+"""The demo in the browser: its functions, and a visit to its page."""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dgunet import DGUNet, demo
+from dgunet.checkpoint import describe_model, save_checkpoint
+from dgunet.errors import UserError
+from dgunet.transforms import to_uint8
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    down, right = np.mgrid[0:1:64j, 0:1:96j]
+    return (255 * np.stack([down, right, 0.5 * (down + right)], axis=-1)).astype(np.uint8)
+
+
+def saved_network(path: Path, model: DGUNet) -> Path:
+    save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, path)
+    return path
+
+
+def saved(path: Path, image: np.ndarray, **options) -> Path:
+    Image.fromarray(image).save(path, **options)
+    return path
+
+
+# Pictures of visitors
+
+
+def test_reads_what_cameras_and_scanners_write(tmp_path, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright
+    turned, told = demo.read_picture(saved(tmp_path / "turned.png", picture, exif=exif), 10**6)
+    assert np.array_equal(turned, np.rot90(picture, -1)) and told == ""
+    deep = saved(tmp_path / "deep.png", picture[..., 0].astype(np.uint16) * 257)
+    read, told = demo.read_picture(deep, 10**6)
+    assert (
+        np.array_equal(read, np.repeat(picture[..., :1], 3, axis=2)) and told == "Your picture was rounded to 8 bits."
+    )
+    clear = saved(tmp_path / "clear.png", np.dstack([picture, np.zeros((64, 96), np.uint8)]))
+    read, told = demo.read_picture(clear, 10**6)
+    assert (read == 255).all() and "white" in told
+
+
+def test_scales_large_pictures_down_and_says_so(tmp_path, picture):
+    read, told = demo.read_picture(saved(tmp_path / "a.png", picture), 64 * 96 // 4)
+    assert read.shape == (32, 48, 3) and "scaled from 96x64 to 48x32" in told
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says it has this size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"", "^This file is empty"),
+        (b"no picture", "^This file is no picture"),
+        (bomb(1, 1), "at least 32x32"),
+        (bomb(9_000, 9_000), "9000x9000"),
+        (bomb(90_000, 90_000), "more than can be read"),
+        (bomb(64, 64), "damaged"),
+    ],
+)
+def test_bad_files_get_a_sentence(tmp_path, content, told):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        demo.read_picture(tmp_path / "a.png", 10**6)
+
+
+# What is computed
+
+
+def test_every_task_degrades_by_its_strength(picture):
+    for name, task in demo.TASKS.items():
+        for way in task.ways:
+            _, low, high, usual = task.strength
+            weak, strong, again = (demo.degrade(name, picture, way, s, seed=1) for s in (max(low, 1), high, high))
+            assert strong.shape == picture.shape and strong.dtype == np.uint8 and np.array_equal(strong, again)
+            assert low <= usual <= high and demo.psnr(strong, picture) < np.inf
+            assert np.array_equal(weak, strong) == (way == "camera noise at high ISO")
+    assert demo.degrade("denoising", picture, demo.AS_IT_IS, 25, 0) is picture
+    assert demo.degrade("compressive_sensing", picture, None, 0, 0).shape == (64, 96)
+
+
+def test_stages_are_those_of_the_network(tiny_model, picture):
+    model = tiny_model(stages=3)
+    told = []
+    stages = demo.stages_of(model, picture[:50, :70], lambda done, doing: told.append((round(done, 2), doing)))
+    assert len(stages) == 4 and np.array_equal(stages[0], picture[:50, :70])
+    assert told == [(0, "stage 1 of 3"), (0.33, "stage 2 of 3"), (0.67, "stage 3 of 3")]
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        estimates = model(x)[::-1]
+    for stage, estimate in zip(demo.stages_of(model, picture)[1:], estimates, strict=True):
+        expected = to_uint8(estimate[0].permute(1, 2, 0).numpy())
+        assert abs(stage.astype(int) - expected).mean() < 0.6  # in bfloat16, where that is fast
+
+
+def test_large_pictures_are_restored_in_tiles_of_whole_blocks(tiny_model, picture, monkeypatch):
+    monkeypatch.setattr(demo, "TILE", 128)
+    luma = np.tile(picture[..., 1], (3, 3))[:150, :250]
+    model = tiny_model("compressive_sensing_dgunet", ratio=0.5, stages=2)
+    told = []
+    stages = demo.stages_of(model, luma, lambda done, doing: told.append(doing))
+    assert told[-1] == "stage 2 of 2, tile 6 of 6" and all(stage.shape == luma.shape for stage in stages)
+    # Blocks are measured one by one: were tiles not of whole ones, x_0 would differ.
+    assert abs(stages[0].astype(int) - demo.start_of(model.degradation, luma)).max() <= 1
+
+
+def test_tells_of_other_noise_than_the_network_is_for(picture):
+    network = demo.Network("n", "denoising", Path("n"), noise_sigma=(25, 25))
+    assert "trained for 25: it blurs" in demo._unlike(network, picture, 5)
+    assert "it leaves some" in demo._unlike(network, picture, 50) and demo._unlike(network, picture, 25) == ""
+    assert "it blurs" in demo._unlike(network, picture)  # which has none
+
+
+# The command
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--megapixels", "0"], "--megapixels is from"),
+        (["--port", "70000"], "--port is from"),
+        (["--host", "203.0.113.1"], "no address of this machine"),
+        (["--weights", "model.pth"], "TASK=FILE"),
+        (["--weights", "deblurring=nowhere.pth"], "nowhere.pth"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words, told):
+    with pytest.raises(UserError, match=told):
+        demo.run(arguments(*words))
+
+
+def test_networks_of_other_tasks_are_refused(tmp_path, tiny_model):
+    sensing = saved_network(tmp_path / "sensing.pth", tiny_model("compressive_sensing_dgunet", ratio=0.1))
+    with pytest.raises(UserError, match="sensing.pth"):
+        demo.run(arguments("--weights", f"denoising={sensing}"))
+
+
+def test_without_gradio_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ModuleNotFoundError, match=r"dgunet\[demo\]|\[demo\]'"):
+        demo.run(arguments())
+
+
+@pytest.fixture
+def own_environment(monkeypatch):
+    """The command sets variables, for Gradio, which is imported once."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+def test_a_port_in_use_is_told_in_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1, port {port}: in use"):
+            demo.run(arguments("--port", str(port)))
+
+
+def test_one_restoration_at_a_time(own_environment):
+    pytest.importorskip("gradio")
+    app = demo.build(demo.shipped(), torch.device("cpu"), 10**6)
+    restoring = [function for function in app.fns.values() if function.name == "restore"]
+    assert len(restoring) >= 3  # one for each tab with a network
+    assert {(function.concurrency_id, function.concurrency_limit) for function in restoring} == {("restore", 1)}
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+def test_a_visit(tmp_path, tiny_model, picture):
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    weights = saved_network(tmp_path / "tiny.pth", tiny_model(stages=3))
+    saved(tmp_path / "photo.png", picture)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    places = {name: tmp_path / name for name in ("HOME", "TMPDIR", "cwd")}
+    for place in places.values():
+        place.mkdir()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "dgunet", "demo", "--weights", f"denoising={weights}", "--no_browser"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=places["cwd"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(places["HOME"]), "TMPDIR": str(places["TMPDIR"])},
+    )  # fmt: skip
+    try:
+        line = server.stdout.readline()
+        assert line.startswith("DGUNet is at http://127.0.0.1:"), line + server.stdout.read()
+        url = line.split()[3]
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            visit(browser.new_page(), url, tmp_path)
+            browser.close()
+    finally:
+        server.send_signal(signal.SIGTERM)  # as Ctrl-C, which a shell may have told its children to ignore
+        rest = server.communicate(timeout=60)[0]
+    assert (server.returncode, rest) == (0, "")
+    assert [file for place in places.values() for file in place.rglob("*") if file.is_file()] == []
+
+
+def visit(page, url: str, folder: Path):
+    elsewhere = []
+    page.on("request", lambda r: r.url.startswith((url, "data:", "blob:")) or elsewhere.append(r.url))
+    page.set_default_timeout(60_000)
+    page.goto(url)
+    seen = {"denoising": page.locator("#denoising_caption"), "sensing": page.locator("#compressive_sensing_caption")}
+
+    def says(place, *words: str):
+        for word in words:
+            place.get_by_text(word).first.wait_for()
+
+    says(seen["denoising"], "with Gaussian noise", "Restore")
+    # A file that is none, then a picture.
+    own = page.locator("#denoising_own")
+    own.locator("input[type=file]").set_input_files(folder / "broken.png")
+    says(page.locator("#denoising_note"), "This file is no picture that can be read")
+    own.get_by_label("Clear").click()
+    own.get_by_text("Click to Upload").wait_for()
+    own.locator("input[type=file]").set_input_files(folder / "photo.png")
+    page.wait_for_function("document.querySelector('#denoising_viewer img').naturalWidth == 96")
+    page.get_by_text("nothing: take it as it is").first.click()
+    says(seen["denoising"], "The picture as it is.")
+    page.get_by_text("Gaussian noise", exact=True).first.click()
+    says(seen["denoising"], "Left the original, right with Gaussian noise")
+    page.get_by_role("button", name="Restore").first.click()
+    says(seen["denoising"], "right restored", "96x64 pixels, restored in")
+    stage = page.get_by_label("number input for On the right: the estimate after stage").first
+    stage.fill("1")
+    stage.press("Enter")
+    says(seen["denoising"], "right after stage 1 of 3")
+    images = page.locator("#denoising_viewer img")
+    sizes = images.evaluate_all("images => images.map(image => [image.naturalWidth, image.naturalHeight])")
+    assert sizes == [[96, 64], [96, 64]]
+    page.get_by_role("tab", name="Deblurring").click()
+    says(page, "No network for deblurring comes with this version")
+    page.get_by_role("tab", name="Compressive sensing").click()
+    says(seen["sensing"], "Left the luminance")
+    assert elsewhere == []
