@@ -266,7 +266,10 @@ def _check_arguments(arguments: dict):
 
 
 class FromImages(nn.Module):
-    """A network as it is trained, from images: where its degradation is known, clean ones, which are measured first."""
+    """A network as it is trained, from images: where its degradation is known, clean ones, which are measured first.
+
+    Estimates smaller than the images are of their centres, see `Degradation`.
+    """
 
     def __init__(self, model: DGUNet):
         super().__init__()
@@ -274,7 +277,7 @@ class FromImages(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         known = self.model.degradation
-        return self.model(x if known is None else known.A(x))
+        return self.model(x if known is None else getattr(known, "measure", known.A)(x))
 
 
 @dataclass(frozen=True)
