@@ -195,7 +195,7 @@ class Blur(nn.Module):
 class MotionBlur(Blur):
     """Known blurs, to train one network for all of them: each `measure` is by a simulated camera shake of its own.
 
-    The network then restores from any blur: ``model.degradation = Blur(kernel)``.
+    The network then restores from any blur: ``model(y, Blur(kernel))[0]``.
 
     Args:
         shortest, longest: extent of the kernels, their larger side in pixels, see `synthesis.motion_kernel`.
@@ -229,7 +229,10 @@ class MotionBlur(Blur):
 
     def _borders(self, x: Tensor) -> list[Tensor]:
         if self.kernel is None:
-            raise UserError("this network is for any known blur; give it yours: model.degradation = Blur(kernel)")
+            raise UserError(
+                "this network is for any known blur; give it yours, model(y, Blur(kernel))[0], "
+                "or for good, model.degradation = Blur(kernel)"
+            )
         return super()._borders(x)
 
 
