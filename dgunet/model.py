@@ -217,7 +217,8 @@ class DGUNet(nn.Module):
             degradation: a known one in the place of the network's, which is known, too.
 
         Raises:
-            ValueError: a known degradation where the network's is learned; wrong number of channels, or sides that are not multiples of 8.
+            ValueError: a known degradation where the network's is learned; wrong number of channels, or sides that are
+                not multiples of 8.
         """
         if self._compiled:
             torch.compiler.cudagraph_mark_step_begin()

@@ -6,8 +6,8 @@
 The folder holds im1_kernel1_img.png, ..., gt/im1.png and gt/kernel1.png, ...: 4 grey pictures, each photographed with 8
 camera shakes that were measured ("Understanding and evaluating blind deconvolution algorithms", CVPR 2009).
 
-Scored is as the authors do: the photographs lie some pixels beside the pictures, so that what is restored is moved by up
-to SHIFT pixels, in quarters of one, to where it fits best, and MARGIN pixels on each side do not count.
+Scored is as the authors do: the photographs lie some pixels beside the pictures, so that what is restored is moved by
+up to SHIFT pixels, in quarters of one, to where it fits best, and MARGIN pixels on each side do not count.
 """
 
 import argparse
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dgunet.checkpoint import load_model
 from dgunet.data import read_image, to_tensor

@@ -6,7 +6,6 @@ The other way round nothing is needed: deepinv's linear operators have ``A`` and
 degradations as they are, ``DGUNet(degradation=physics)``.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

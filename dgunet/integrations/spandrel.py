@@ -1,10 +1,7 @@
 """DGUNet for spandrel, with which ComfyUI and chaiNNer load networks of every architecture.
 
-    from dgunet.integrations.spandrel import install
-    install()
-    restored = spandrel.ModelLoader().load_from_file("weights.safetensors")(image)  # (1, 3, H, W) in [0, 1]
-
-    pip install dgunet[spandrel]
+After `install()` its ``ModelLoader().load_from_file("weights.safetensors")`` gives a function of pictures (1, 3, H, W)
+in [0, 1]. Needs ``pip install dgunet[spandrel]``.
 """
 
 from dgunet.checkpoint import load_model
