@@ -1,7 +1,7 @@
 """Score a DGUNet for known blurs on the pictures of Levin et al. beside deepinv's own methods, as in docs/deepinv.md.
 
     python scripts/score_known_blur.py --data levin --weights checkpoints/deblurring/known_blur_cpu/model_best.pth \\
-        --denoiser Denoising/pretrained_models/gaussian25/weights.pth
+        --denoiser denoising_gaussian
 
 The folder holds im1_kernel1_img.png, ..., gt/im1.png and gt/kernel1.png, ...: 4 grey pictures, each photographed with 8
 camera shakes that were measured ("Understanding and evaluating blind deconvolution algorithms", CVPR 2009).
@@ -31,7 +31,6 @@ from dgunet.metrics import evaluate_pair
 from dgunet.transforms import centre, to_uint8, unit_range
 
 MARGIN, SHIFT = 15, 6  # one of the photographs lies 5.25 pixels beside its picture
-NOISE = 0.01  # that all methods reckon with: what is wrong with the kernels counts as noise, too
 
 
 def read_grey(path: Path) -> Tensor:
@@ -108,8 +107,8 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="folder of the photographs")
     parser.add_argument("--weights", help="DGUNet trained for any known blur")
     parser.add_argument("--denoiser", help="DGUNet for Gaussian noise, the prior of plug-and-play")
-    parser.add_argument("--tv", type=float, default=1e-3, help="weight of total variation (default: %(default)s)")
-    parser.add_argument("--pnp", type=float, default=NOISE, help="noise that DPIR reckons with (default: %(default)s)")
+    parser.add_argument("--tv", type=float, default=5e-4, help="weight of total variation (default: %(default)s)")
+    parser.add_argument("--pnp", type=float, default=0.01, help="noise that DPIR reckons with (default: %(default)s)")
     parser.add_argument("--pictures", default="*", help="names of the pictures, as in im1_* (default: all)")
     args = parser.parse_args()
     photographs = sorted(args.data.glob(f"{args.pictures}_img.png"))
