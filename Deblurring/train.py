@@ -19,10 +19,10 @@ from dgunet.training import crop_options, train_command
 
 
 def train_set(cfg, pairs) -> SaturationPatches:
-    return SaturationPatches(pairs, saturation=cfg.AUGMENT.SATURATION, **crop_options(cfg))
+    return SaturationPatches(pairs, saturation=cfg.AUGMENT.SATURATION, luma=cfg.MODEL.GREY, **crop_options(cfg))
 
 
-USES = ("SYNTHESIS", "AUGMENT.SATURATION", "MODEL.DEGRADATION", "MODEL.KERNEL")
+USES = ("SYNTHESIS", "AUGMENT.SATURATION", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY")
 
 if __name__ == "__main__":
     run_cli(lambda: train_command("deblurring", __doc__, USES, train_set))

@@ -39,7 +39,12 @@ _C.MODEL.MATRIX = "learned"  # compressive sensing: learned (with the network) o
 _C.MODEL.MATRIX_START = ""
 # Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean pictures: blur. Empty: it is learned.
 _C.MODEL.DEGRADATION = ""
-_C.MODEL.KERNEL = ""  # blur: .npy file of the kernel, (h, w), both odd
+# blur: .npy file of the kernel, (h, w), both odd; or motion: a simulated camera shake for each step. It comes in from
+# beyond the crops, whose margin of half the largest extent is cut off.
+_C.MODEL.KERNEL = ""
+_C.MODEL.KERNEL_EXTENT = [5, 25]  # motion: smallest and largest extent, pixels
+_C.MODEL.NOISE = 0.0  # blur: sigma of Gaussian noise on what is blurred while training, on the scale 0 to 255
+_C.MODEL.GREY = False  # blur: train on the luminance, for grey pictures
 _C.MODEL.WEIGHTS = ""  # to start from: a checkpoint (ours or the authors'), or the name of one; empty: from scratch
 
 _C.OPTIM = CN()
@@ -105,8 +110,8 @@ _C.SPEED.CHECKPOINTING = False  # recompute each stage in the backward pass: muc
 
 # Keys, or how they begin, that are not every task's: its train.py says which it uses.
 _NOT_EVERYWHERE = (
-    "MODEL.RATIO", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "SYNTHESIS", "AUGMENT.SATURATION",
-    "AUGMENT.MIXUP",
+    "MODEL.RATIO", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY", "SYNTHESIS",
+    "AUGMENT.SATURATION", "AUGMENT.MIXUP",
 )  # fmt: skip
 
 # What `load_config` accepts: (lowest, highest), both included, of a list for each of its numbers; or [the choices].
@@ -119,6 +124,8 @@ _RANGES = {
     "PROCESSES": (0, 256),
     "MODEL.OVERRIDES.rho": (0, 10),
     "MODEL.RATIO": (0.001, 1),
+    "MODEL.KERNEL_EXTENT": (1, 200),
+    "MODEL.NOISE": (0, 255),
     "OPTIM.BATCH_SIZE": (1, 2**16),
     "OPTIM.NUM_EPOCHS": (1, _EPOCHS),
     "OPTIM.LR_INITIAL": (1e-12, 1),

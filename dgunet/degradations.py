@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from dgunet.errors import UserError
 from dgunet.files import open_file
 from dgunet.layers import conv3x3
+from dgunet.proximal import MULTIPLE
+from dgunet.synthesis import motion_kernel
 
 STARTS = ("xavier", "orthonormal", "dct", "pca")
 
@@ -24,7 +26,8 @@ class Degradation(Protocol):
     """A linear map from images (B, C, H, W) to measurements, and its adjoint.
 
     Of the known ones, those whose measurements are images of x's size say so by ``image_to_image = True``: `restore`
-    may pad these and cut them into tiles.
+    may pad these and cut them into tiles. Those that train on something else than ``A(x)`` of clean pictures x, such as
+    ``A(x)`` and noise, have ``measure(x)`` for it: images may come out smaller than x, which is its centre then.
     """
 
     def A(self, x: Tensor) -> Tensor: ...
@@ -135,6 +138,7 @@ class Blur(nn.Module):
 
     Args:
         kernel: (h, w), both odd; used as it is (a blur that keeps the brightness sums to 1).
+        noise: what `measure` adds, Gaussian, sigma in the unit of the pictures.
 
     Raises:
         ValueError: a kernel of another shape.
@@ -142,8 +146,9 @@ class Blur(nn.Module):
 
     image_to_image = True
 
-    def __init__(self, kernel: Tensor):
+    def __init__(self, kernel: Tensor, noise: float = 0.0):
         super().__init__()
+        self.noise = noise
         if kernel.dim() != 2 or not kernel.shape[0] % 2 or not kernel.shape[1] % 2:
             raise ValueError(f"a blur's kernel is (h, w), both odd, got {tuple(kernel.shape)}")
         self.register_buffer("kernel", kernel.detach().clone().float())
@@ -155,6 +160,11 @@ class Blur(nn.Module):
             extended = x.to(self.kernel.dtype).index_select(-2, rows).index_select(-1, columns)
             return F.conv2d(extended, self._taps(x), groups=x.shape[1])
 
+    def measure(self, x: Tensor) -> Tensor:
+        """``A(x)`` with noise, drawn from PyTorch's generator."""
+        y = self.A(x)
+        return y + self.noise * torch.randn_like(y) if self.noise else y
+
     def A_adjoint(self, y: Tensor) -> Tensor:
         """The adjoint, also at the borders: (B, C, H, W) to images of that size."""
         with torch.autocast(y.device.type, enabled=False):
@@ -164,7 +174,7 @@ class Blur(nn.Module):
             return folded.new_zeros(y.shape).index_add(-2, rows, folded)
 
     def settings(self) -> dict:
-        return {}
+        return {"noise": self.noise} if self.noise else {}
 
     def keeps(self, weights: dict[str, Tensor]) -> bool:
         return True  # of two kernels the config's is meant
@@ -182,8 +192,52 @@ class Blur(nn.Module):
         return indices
 
 
+class MotionBlur(Blur):
+    """Known blurs, to train one network for all of them: each `measure` is by a simulated camera shake of its own.
+
+    The network then restores from any blur: ``model(y, Blur(kernel))[0]``.
+
+    Args:
+        shortest, longest: extent of the kernels, their larger side in pixels, see `synthesis.motion_kernel`.
+        noise: see `Blur`.
+    """
+
+    image_to_image = False  # until one is given
+
+    def __init__(self, shortest: float = 5, longest: float = 25, noise: float = 0.0):
+        super().__init__(torch.empty(1, 1), noise)
+        self.register_buffer("kernel", None, persistent=False)  # it is of one step
+        self.shortest, self.longest = shortest, longest
+
+    def measure(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W), blurred alike; the centre, which the blur reaches from beyond the borders as it does in
+        a photograph: (B, C, H - 2m, W - 2m), with m a multiple of 8.
+        """
+        rng = np.random.default_rng(torch.randint(2**62, ()).item())
+        self.kernel = torch.from_numpy(motion_kernel(rng, (self.shortest, self.longest))).to(x.device)
+        m = self.margin
+        if min(x.shape[-2:]) < 2 * m + MULTIPLE:
+            raise UserError(f"crops for blurs of {self.longest:g} pixels are at least {2 * m + MULTIPLE} pixels large")
+        return super().measure(x)[..., m:-m, m:-m]
+
+    @property
+    def margin(self) -> int:
+        return math.ceil(self.longest / 2 / MULTIPLE) * MULTIPLE
+
+    def settings(self) -> dict:
+        return {"shortest": self.shortest, "longest": self.longest, "noise": self.noise}
+
+    def _borders(self, x: Tensor) -> list[Tensor]:
+        if self.kernel is None:
+            raise UserError(
+                "this network is for any known blur; give it yours, model(y, Blur(kernel))[0], "
+                "or for good, model.degradation = Blur(kernel)"
+            )
+        return super()._borders(x)
+
+
 # The known degradations that checkpoints hold, by the kind that they name.
-KINDS = {"block_sampling": BlockSampling, "blur": Blur}
+KINDS = {"block_sampling": BlockSampling, "blur": Blur, "motion_blur": MotionBlur}
 
 
 def describe_degradation(degradation: Degradation | None) -> dict | None:
@@ -217,11 +271,15 @@ def named_degradation(cfg, train_set=None) -> Degradation | None:
     if name not in ("", "blur"):
         raise UserError(f"MODEL.DEGRADATION is blur, or empty for one that is learned, got {name!r}")
     if bool(name) != bool(kernel):
-        raise UserError("a known blur needs both MODEL.DEGRADATION blur and MODEL.KERNEL, a .npy file")
+        raise UserError("a known blur needs both MODEL.DEGRADATION blur and MODEL.KERNEL, a .npy file or motion")
     if not name:
         return None
+    noise = cfg.MODEL.NOISE / 255
+    if kernel == "motion":
+        extent = cfg.MODEL.KERNEL_EXTENT
+        return MotionBlur(min(extent), max(extent), noise)
     try:
-        return Blur(torch.from_numpy(read_array(Path(kernel))))
+        return Blur(torch.from_numpy(read_array(Path(kernel))), noise)
     except ValueError as error:
         raise UserError(f"MODEL.KERNEL {kernel}: {error}") from error
 

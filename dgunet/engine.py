@@ -26,7 +26,7 @@ from dgunet.patches import EpochBatches, TrainingSet, ValidationSet, loading
 from dgunet.runlog import RunLog, describe
 from dgunet.schedule import EpochSchedule, validation_steps
 from dgunet.state import cannot_be_resumed, check_state
-from dgunet.transforms import unit_range
+from dgunet.transforms import centre, unit_range
 
 log = logging.getLogger("dgunet")
 
@@ -187,11 +187,14 @@ class Trainer:
         scores = torch.zeros(len(self.val_set), dtype=torch.float64, device=self.device)
         mine = range(self.rank, len(self.val_set), self.world)
         subset, done = Subset(self.val_set, mine), 0
-        with loading(subset, self.cfg.TRAINING.WORKERS, batch_size=self._validation_batch()) as loader:
+        loaded = loading(subset, self.cfg.TRAINING.WORKERS, batch_size=self._validation_batch())
+        with torch.random.fork_rng(range(torch.cuda.device_count())), loaded as loader:
+            torch.manual_seed(self.cfg.SEED)  # what is measured has the same noise each time
             for input, target in loader:
                 with self.learner.autocast():
                     restored = model(self.learner.move(input.flatten(0, -4)))[0]  # blocks as pictures of their own
                 indices = list(mine)[done : done + len(input)]
+                target = centre(target, *restored.shape[-2:])
                 target = unit_range(target.to(self.device)).flatten(1, -3)  # and side by side again
                 scores[indices] = psnr_batch(restored.float().reshape(target.shape), target).double()
                 done += len(input)

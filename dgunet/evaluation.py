@@ -13,11 +13,12 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ from dgunet.distributed import sole_writer
 from dgunet.errors import UserError, optional
 from dgunet.files import replacing
 from dgunet.inference import restore
-from dgunet.metrics import AlignmentError, evaluate_pair, find_protocol
+from dgunet.metrics import AlignmentError, Metric, evaluate_pair, find_protocol
 from dgunet.transforms import to_uint8, unit_range
 
 natsorted = optional("natsort").natsorted
@@ -88,6 +89,7 @@ class Row(NamedTuple):
     input_ssim: float | None
     note: str
     files: str  # their fingerprint
+    metrics: Mapping[str, float] = MappingProxyType({})  # further scores by name
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Result:
     input_psnr: float  # of the degraded pictures, by the same protocol
     input_ssim: float
     paper: tuple[float, float] | None = None  # PSNR, SSIM
+    metrics: dict[str, float] = field(default_factory=dict)  # means of further scores by name
     seconds_per_image: float = math.nan  # restoring and scoring, of the pictures of this call
     settings: dict = field(default_factory=dict)
     missing: int = 0  # pictures of the data set that could not be tested
@@ -132,6 +135,7 @@ def evaluate(
     name: str = "",
     method: Callable = restore_pictures,
     settings: dict | None = None,
+    metrics: Mapping[str, Metric] = MappingProxyType({}),
     save_images: bool | None = None,
     say: Callable[[str], None] = lambda line: None,
     **options,
@@ -155,6 +159,8 @@ def evaluate(
         method: how the network restores: a function of it, a sample's degraded picture(s) and the options, that gives
             what a function given as ``model`` does.
         settings: what else the scores depend on; noted with them.
+        metrics: further scores of the restored pictures by name, see `metrics.find_metrics`. Pictures that were scored
+            without one are scored anew.
         save_images: whether restored pictures are written; None where they are scored as they lie on the disk, or are
             all that is wanted.
         say: given a line of text now and then, e.g. ``print``.
@@ -176,6 +182,8 @@ def evaluate(
         note = settings | {"weights": _digest(model)}
     else:
         note = {"scored": time.time()}
+    if metrics and not data.targets:
+        raise UserError(f"{name}: --metrics are of pictures with targets, in input/ and target/; leave it out")
     stamps = {name: stamp for sample in data.samples for stamp in [_stamp(sample.files)] for name in sample.names}
     rounded = data.targets and find_protocol(protocol).rounded
     keep = folder is not None and save_images is not False
@@ -185,7 +193,7 @@ def evaluate(
         pictures = not save or all((folder / f"{name}.png").exists() for name in sample.names)
         return pictures and (not keep or data.kept(folder, sample))
 
-    with contextlib.closing(ScoreSheet(folder, protocol or "none", note, stamps)) as sheet, _full_precision():
+    with contextlib.closing(ScoreSheet(folder, protocol or "none", note, stamps, metrics)) as sheet, _full_precision():
         if sheet.continued:
             say(f"{name}: {sheet.continued} of {len(stamps)} pictures are done already")
         for sample in tqdm(data.samples, desc=name, unit="picture", disable=None):
@@ -268,6 +276,8 @@ class ScoreSheet:
             `done` knows its pictures; another one is begun anew.
         files: the pictures that the data set consists of, by name, each with a fingerprint of its files. A picture
             whose fingerprint has changed is not `done`.
+        metrics: further scores by name, functions of the restored picture and its target. A picture that lacks one is
+            not `done`.
         threads: how many; None for one per core.
 
     Raises:
@@ -276,8 +286,11 @@ class ScoreSheet:
     """
 
     def __init__(
-        self, folder: Path | None, protocol: str, settings: dict, files: dict[str, str], threads: int | None = None
-    ):
+        self, folder: Path | None, protocol: str, settings: dict, files: dict[str, str],
+        metrics: Mapping[str, Metric] = MappingProxyType({}), threads: int | None = None,
+    ):  # fmt: skip
+        self.metrics, self.metrics_lock = metrics, threading.Lock()
+        self.columns = list(metrics)  # of further scores, also those from before
         self.path, self.protocol, self.files = folder and folder / "scores.csv", protocol, files
         self.rows: dict[str, Row] = {}
         self.folder_lock = contextlib.ExitStack()
@@ -290,7 +303,7 @@ class ScoreSheet:
                 self._read()
             self._write()  # before the note: killed in between, the former scores must not pass for these settings'
             note.write_text(settings)
-        self.continued = len(self.rows)
+        self.continued = sum(map(self.done, self.rows))
         # The filters behind the metrics work outside of Python's lock, so threads use all cores.
         threads = threads or os.cpu_count()
         self.pool = ThreadPoolExecutor(threads)
@@ -300,7 +313,7 @@ class ScoreSheet:
         self.failures: list[str] = []
 
     def done(self, name: str) -> bool:
-        return name in self.rows
+        return name in self.rows and self.metrics.keys() <= self.rows[name].metrics.keys()
 
     def add(self, name: str, restored: np.ndarray, target: np.ndarray, degraded: np.ndarray | None):
         """Score a picture against its target in the background; ``degraded``, if any, for comparison."""
@@ -311,7 +324,7 @@ class ScoreSheet:
 
     def tick(self, name: str):
         """Note a picture that has no target as done."""
-        self._append((name, None, None, None, None, ""))
+        self._append(Row(name, None, None, None, None, "", self.files[name]))
 
     def finish(self, dataset: str) -> Result:
         """Wait for all scores; what they come to."""
@@ -320,14 +333,19 @@ class ScoreSheet:
                 job.result()
             except ValueError as error:  # a picture that the protocol cannot score
                 self.failures.append(f"{name}: {error}")
-        self.rows = {name: self.rows[name] for name in natsorted(self.rows)}
+        self.rows = {name: self.rows[name] for name in natsorted(self.rows) if self.done(name)}
         self._write()
         self.close()
         rows = list(self.rows.values())
         scored = [row[1:5] for row in rows if row.psnr is not None]
         means = [statistics.fmean(column) for column in zip(*scored, strict=True)] or [math.nan] * 4
-        missing = len(self.files) - len(rows)
-        return Result(dataset, self.protocol, len(scored), *means, missing=missing, rows=rows, failures=self.failures)
+        return Result(
+            dataset, self.protocol, len(scored), *means, missing=len(self.files) - len(rows), rows=rows,
+            metrics={
+                name: statistics.fmean(row.metrics[name] for row in rows) if rows else math.nan for name in self.metrics
+            },
+            failures=self.failures,
+        )  # fmt: skip
 
     def close(self):
         """Score no more, and leave the folder to others."""
@@ -347,33 +365,41 @@ class ScoreSheet:
                 before = evaluate_pair(degraded, target, self.protocol, align=align)
         except AlignmentError:
             before = evaluate_pair(degraded, target, self.protocol, align=False)
-        self._append((name, *scores, *before, note))
+        with self.metrics_lock:  # networks, which use all cores, or the GPU, by themselves
+            further = {name: metric(restored, target) for name, metric in self.metrics.items()}
+        self._append(Row(name, *scores, *before, note, self.files[name], further))
 
-    def _append(self, row: tuple):
-        row = Row(*row, self.files[row[0]])
+    def _append(self, row: Row):
         with self.lock:
             self.rows[row.name] = row
             if self.path is not None:
                 with open(self.path, "a", **TEXT) as file:
-                    csv.writer(file).writerow(row)
+                    csv.writer(file).writerow(self._cells(row))
+
+    def _cells(self, row: Row) -> list:
+        return [*row[:-1], *(row.metrics.get(name) for name in self.columns)]
 
     def _read(self):
         with contextlib.suppress(FileNotFoundError, csv.Error), open(self.path, **TEXT) as file:
-            for row in csv.DictReader(file):
+            reader = csv.DictReader(file)
+            before = [name for name in reader.fieldnames or () if name not in (*Row._fields, *self.columns)]
+            self.columns += before
+            for row in reader:
                 name = row.get("name")
                 if name not in self.files or row.get("files") != self.files[name]:
                     continue  # of another picture, or the line under way when the test was killed
                 with contextlib.suppress(TypeError, ValueError):  # a damaged line
                     scores = [float(row[key]) if row[key] else None for key in Row._fields[1:5]]
-                    self.rows[name] = Row(name, *scores, row["note"], row["files"])
+                    further = {key: float(row[key]) for key in self.columns if row.get(key)}
+                    self.rows[name] = Row(name, *scores, row["note"], row["files"], further)
 
     def _write(self):
         if self.path is None:
             return
         with replacing(self.path) as temporary, open(temporary, "w", **TEXT) as file:
             writer = csv.writer(file)
-            writer.writerow(Row._fields)
-            writer.writerows(self.rows.values())
+            writer.writerow([*Row._fields[:-1], *self.columns])
+            writer.writerows(map(self._cells, self.rows.values()))
 
 
 def _each(sample: Sample, given: Pictures | None) -> Pictures | list:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dgunet.degradations import MotionBlur
 from dgunet.errors import UserError, optional
 from dgunet.proximal import MULTIPLE
 from dgunet.transforms import dihedral, pad_to_multiple, undo_dihedral
@@ -106,6 +107,8 @@ def _check_network(model) -> torch.device:
             + ("; pass its .module" if hasattr(model, "module") else "")
         )
     if not (model.degradation is None or getattr(model.degradation, "image_to_image", False)):
+        if isinstance(model.degradation, MotionBlur):
+            raise UserError("this network is for any known blur; give it yours first: model.degradation = Blur(kernel)")
         raise UserError("restore is for networks whose input is a picture; call model(y)[0] with the measurement")
     kinds = {(p.device, p.dtype) for p in model.parameters()}
     if len(kinds) != 1:

@@ -16,7 +16,7 @@ from dgunet.hardware import autocast_dtype, memory_format, training_device
 from dgunet.losses import LOSSES, StageLoss
 from dgunet.model import DGUNet, FromImages
 from dgunet.state import is_averaged, load_moments
-from dgunet.transforms import unit_range
+from dgunet.transforms import centre, unit_range
 
 
 class Counts(NamedTuple):
@@ -115,7 +115,7 @@ class Learner:
                 self.network.require_backward_grad_sync = i == passes - 1  # gradients travel once, with the last pass
             with self.autocast():
                 estimates = self.network(part)
-            part_loss = self.loss(estimates, part_target) / passes
+            part_loss = self.loss(estimates, centre(part_target, *estimates[0].shape[-2:])) / passes
             part_loss.backward()
             loss += part_loss.detach()
         loss = distributed.sum_over_processes(loss) / self.world

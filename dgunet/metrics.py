@@ -29,6 +29,10 @@ and L the nominal range. The protocols differ in the window, in what happens at 
 call an image.
 """
 
+import contextlib
+import difflib
+import functools
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgunet.errors import optional
+from dgunet.errors import UserError, optional
 from dgunet.transforms import unit_range
 
 # cv2 and skimage are imported where they are used: a model that is only trained or run needs neither.
@@ -143,6 +147,61 @@ def psnr_batch(restored: Tensor, target: Tensor) -> Tensor:
     difference = restored.float().clamp(0, 1) - target.float().clamp(0, 1)
     rmse = difference.square().mean(dim=(1, 2, 3)).sqrt()
     return 20 * torch.log10(1 / rmse)
+
+
+Metric = Callable[[np.ndarray, np.ndarray], float]  # of a restored picture and its target, as of `evaluate_pair`
+
+
+def find_metrics(names: list[str], device: str | torch.device = "cpu") -> dict[str, Metric]:
+    """Metrics of the pyiqa library by their names there: ``lpips``, ``dists``, ``niqe``, ...
+
+    They see pictures as they are: nothing is aligned or cut off. Grey ones they are given as three equal channels.
+
+    Raises:
+        UserError: there is no such metric, or its weights cannot be downloaded.
+        ModuleNotFoundError: the library is not installed; the message says what to install.
+    """
+    if not names:
+        return {}
+    pyiqa = optional("pyiqa")
+    known = pyiqa.list_models()
+    found = {}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=3) or known[:8]
+            raise UserError(f"--metrics: pyiqa {pyiqa.__version__} has no {name}; near are {', '.join(near)}")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it tells of downloads
+                metric = pyiqa.create_metric(name, device=device)
+        except Exception as error:  # of any kind: a download, a package that this one needs
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"--metrics {name} does not work here ({reason[0]:.200}): pyiqa downloads most metrics' weights at "
+                "their first use; try again with a connection, or leave it out"
+            ) from error
+        found[f"pyiqa_{name}" if name in ("psnr", "ssim") else name] = functools.partial(
+            _score_with, name, metric, device
+        )
+    return found
+
+
+@torch.no_grad()
+def _score_with(name: str, metric: Callable, device, restored: np.ndarray, target: np.ndarray) -> float:
+    """A pyiqa metric's score of two pictures.
+
+    Raises:
+        ValueError: it cannot score these, such as too small ones.
+    """
+    if restored.ndim == 2:
+        target = _full_luma(target)
+    pictures = [
+        torch.from_numpy(np.ascontiguousarray(_as_colour(unit_range(picture)).transpose(2, 0, 1)))[None].to(device)
+        for picture in (restored, target)
+    ]
+    try:
+        return float(metric(*(picture.clamp(0, 1) for picture in pictures[: 2 if metric.metric_mode == "FR" else 1])))
+    except Exception as error:  # of any kind
+        raise ValueError(f"{name} cannot score this picture: {' '.join(str(error).split()):.200}") from error
 
 
 # The protocols: each takes two checked arrays and returns (psnr, ssim).

@@ -208,27 +208,32 @@ class DGUNet(nn.Module):
 
     _compiled = False
 
-    def forward(self, y: Tensor) -> list[Tensor]:
+    def forward(self, y: Tensor, degradation: Degradation | None = None) -> list[Tensor]:
         """Returns the estimates x_K, ..., x_1, the restored image first.
 
         Args:
             y: degraded image (B, C, H, W), range [0, 1], sides multiples of 8; or, for a known degradation, the
                 measurement that its ``A_adjoint`` takes.
+            degradation: a known one in the place of the network's, which is known, too.
 
         Raises:
-            ValueError: wrong number of channels, or sides that are not multiples of 8.
+            ValueError: a known degradation where the network's is learned; wrong number of channels, or sides that are
+                not multiples of 8.
         """
         if self._compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        x = y if self.degradation is None else self.degradation.A_adjoint(y)
+        if degradation is not None and self.degradation is None:
+            raise ValueError("this DGUNet has learned its degradation and takes no other; leave it out")
+        known = self.degradation if degradation is None else degradation
+        x = y if known is None else known.A_adjoint(y)
         self._check(x)
         features = None
         estimates = []
         for stage in self.unrolled():
             if self.checkpointing and torch.is_grad_enabled():
-                x, features = checkpoint(stage, x, y, features, self.degradation, use_reentrant=False)
+                x, features = checkpoint(stage, x, y, features, known, use_reentrant=False)
             else:
-                x, features = stage(x, y, features, self.degradation)
+                x, features = stage(x, y, features, known)
             estimates.append(x)
         return estimates[::-1]
 
@@ -266,7 +271,10 @@ def _check_arguments(arguments: dict):
 
 
 class FromImages(nn.Module):
-    """A network as it is trained, from images: where its degradation is known, clean ones, which are measured first."""
+    """A network as it is trained, from images: where its degradation is known, clean ones, which are measured first.
+
+    Estimates smaller than the images are of their centres, see `Degradation`.
+    """
 
     def __init__(self, model: DGUNet):
         super().__init__()
@@ -274,7 +282,7 @@ class FromImages(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         known = self.model.degradation
-        return self.model(x if known is None else known.A(x))
+        return self.model(x if known is None else getattr(known, "measure", known.A)(x))
 
 
 @dataclass(frozen=True)

@@ -124,13 +124,15 @@ class PairedPatches(RandomPatches):
         items: pairs, or their folder with ``input/`` and ``target/``, every pair of which is checked now, or its
             packed file.
         *args, **kwargs: see `RandomPatches`.
+        luma: whether to take the luminance of pictures, (1, patch, patch).
     """
 
-    def __init__(self, items: str | Path | list[Pair], *args, **kwargs):
+    def __init__(self, items: str | Path | list[Pair], *args, luma: bool = False, **kwargs):
         super().__init__(items if isinstance(items, list) else find_pairs(items), *args, **kwargs)
+        self.open = open_luma if luma else open_image
 
     def sample(self, item: Pair, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        return self.augment(rng, *self.crop(rng, open_image(item.input), open_image(item.target)))
+        return self.augment(rng, *self.crop(rng, self.open(item.input), self.open(item.target)))
 
     def augment(self, rng: np.random.Generator, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The original's flips and rotations: of 9 equally likely choices, two leave the crop as it is."""

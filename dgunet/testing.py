@@ -3,7 +3,6 @@
 import argparse
 import csv
 import datetime
-import io
 import os
 import statistics
 import sys
@@ -30,8 +29,10 @@ from dgunet.evaluation import (
     pairs_or_pictures,
     restore_pictures,
 )
+from dgunet.files import replacing
 from dgunet.hardware import pick_device, use_huge_pages
 from dgunet.inference import check_tiles, tile_side
+from dgunet.metrics import find_metrics
 from dgunet.pictures import noise_level, trained_noise, unlike_noise
 from dgunet.pretrained import locate
 from dgunet.transforms import unit_range
@@ -122,6 +123,7 @@ def command(
         folder = args.results / task / f"scores_of_{args.score_only.absolute().name}"
     else:
         raise UserError(f"no folder {args.score_only.absolute()} with restored pictures")
+    metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device)) if args.metrics else {}
     tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, own(args))
     results, failures = [], []
     for name, (word, benchmark) in tests.items():
@@ -130,6 +132,7 @@ def command(
             source = _find(word, args.data_root, benchmarks)
             data = benchmark.open(source)
             common = dict(data=data, protocol=benchmark.protocol, folder=folder / name, name=name, say=print)
+            common |= dict(metrics=metrics)
             if network is None:
                 if not data.targets:
                     raise UserError(f"{source} has no input/ and target/, so there is nothing to score against")
@@ -184,6 +187,7 @@ def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Call
     add("--results", type=Path, default=Path("results"), help="where everything is written (default: results)")
     add("--score_only", type=Path, metavar="FOLDER", help="score the pictures in FOLDER/DATASET, restore nothing")
     add("--save_images", action="store_true", help="write restored pictures also where the scores do not need it")
+    add("--metrics", nargs="+", metavar="NAME", help="further scores, of the pyiqa library: lpips, dists, niqe, ...")
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
     add("--bf16", action="store_true", help="bfloat16 autocast: faster, some thousandths of a dB off")
     add("--compile", action="store_true", help="torch.compile: faster after a minute or more of compiling")
@@ -316,12 +320,14 @@ def _tell_of_noise(name: str, trained: tuple[float, float], levels: list[float])
 def average(results: list[Result]) -> Result:
     """The mean of the sets' means, each with equal weight whatever its size."""
     means = [statistics.fmean(getattr(r, key) for r in results) for key in ("psnr", "ssim", "input_psnr", "input_ssim")]
-    return Result("average", results[0].protocol, sum(r.images for r in results), *means, settings=results[0].settings)
+    metrics = {name: statistics.fmean(r.metrics[name] for r in results) for name in results[0].metrics}
+    images, settings = sum(r.images for r in results), results[0].settings
+    return Result("average", results[0].protocol, images, *means, metrics=metrics, settings=settings)
 
 
 def format_table(results: list[Result]) -> str:
     """The measured values beside the paper's, a line for each data set."""
-    header = ["dataset", "images", "input PSNR/SSIM", "PSNR/SSIM", "paper", "difference"]
+    header = ["dataset", "images", "input PSNR/SSIM", "PSNR/SSIM", "paper", "difference", *results[0].metrics]
     rows = [header]
     for r in results:
         paper = difference = "-"
@@ -330,7 +336,8 @@ def format_table(results: list[Result]) -> str:
             paper = f"{r.paper[0]:.2f}/{r.paper[1]:.{digits}f}"
             difference = f"{r.psnr - r.paper[0]:+.2f}/{r.ssim - r.paper[1]:+.{digits}f}"
         degraded, restored = f"{r.input_psnr:.2f}/{r.input_ssim:.4f}", f"{r.psnr:.2f}/{r.ssim:.4f}"
-        rows.append([r.label, str(r.images), degraded, restored, paper, difference])
+        further = [f"{value:.4f}" for value in r.metrics.values()]
+        rows.append([r.label, str(r.images), degraded, restored, paper, difference, *further])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -339,22 +346,31 @@ def format_table(results: list[Result]) -> str:
 def append_results(path: Path, results: list[Result], weights: str, model: str):
     """Add a row for each result to a CSV file of all results so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.writer(text)
+    columns = _COLUMNS + [name for r in results[:1] for name in r.metrics]
+    rows = []
     for r in results:
         settings = " ".join(f"{key}={value}" for key, value in r.settings.items())
-        writer.writerow(
-            [datetime.datetime.now().isoformat(timespec="seconds"), weights, model, r.label, r.protocol, r.images,
-             f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.input_psnr:.4f}", f"{r.input_ssim:.6f}",
-             f"{r.seconds_per_image:.3f}", settings, " ".join(sys.argv)]
+        values = (
+            datetime.datetime.now().isoformat(timespec="seconds"), weights, model, r.label, r.protocol, r.images,
+            f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.input_psnr:.4f}", f"{r.input_ssim:.6f}",
+            f"{r.seconds_per_image:.3f}", settings, " ".join(sys.argv),
+            *(f"{value:.6f}" for value in r.metrics.values()),
         )  # fmt: skip
+        rows.append(dict(zip(columns, values, strict=True)))
     with sole_writer(path.parent, "test", wait=True):  # tests that end together do not mix their rows
         before = path.read_bytes() if path.exists() else b""
-        start = "" if before.endswith(b"\n") else "\r\n"  # after a line that was cut off
-        if not before:
-            start = (
-                "date,weights,model,dataset,protocol,images,psnr,ssim,input_psnr,input_ssim,seconds_per_image,"
-                "settings,command\r\n"
-            )
+        head, newline, others = before.partition(b"\n")
+        known = head.decode(TEXT["encoding"], TEXT["errors"]).strip().split(",") if head else []
+        columns = known + [name for name in columns if name not in known]
+        if columns != known or not newline:  # a new table, or scores that it has had no columns for
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                file.write(",".join(columns).encode() + b"\r\n" + others)
         with open(path, "a", **TEXT) as file:
-            file.write(start + text.getvalue())
+            if others and not others.endswith(b"\n"):  # a line that was cut off
+                file.write("\r\n")
+            csv.DictWriter(file, columns).writerows(rows)
+
+
+_COLUMNS = (
+    "date,weights,model,dataset,protocol,images,psnr,ssim,input_psnr,input_ssim,seconds_per_image,settings,command"
+).split(",")

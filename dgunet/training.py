@@ -24,7 +24,7 @@ def train_command(
     description: str,
     uses: tuple[str, ...],
     make_train_set: Callable,
-    make_val_set: Callable = lambda cfg, pairs: Centres(pairs, cfg.TRAINING.VAL_PS),
+    make_val_set: Callable = lambda cfg, pairs: Centres(pairs, cfg.TRAINING.VAL_PS, luma=cfg.MODEL.GREY),
     find: Callable = find_pairs,
     make_degradation: Callable = named_degradation,
 ):
@@ -59,6 +59,8 @@ def train_command(
         if cfg.SYNTHESIS.NAME:
             raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the pictures; set one of the two")
         find = find_clean
+    elif cfg.MODEL.GREY or cfg.MODEL.NOISE:
+        raise UserError("MODEL.GREY and MODEL.NOISE are of a known blur; set MODEL.DEGRADATION blur, or leave them out")
     degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS) if cfg.SYNTHESIS.NAME else None
     items = look(find_images if degrade else find, training.TRAIN_DIR)
     if training.EXCLUDE and items:
@@ -127,7 +129,8 @@ def build_model(
     """
     torch.manual_seed(cfg.SEED)
     degradation = make_degradation(cfg, train_set)
-    model = create_model(cfg.MODEL.NAME, degradation, checkpointing=cfg.SPEED.CHECKPOINTING, **cfg.MODEL.OVERRIDES)
+    arguments = {**cfg.MODEL.OVERRIDES, **({"channels": 1} if cfg.MODEL.GREY else {})}
+    model = create_model(cfg.MODEL.NAME, degradation, checkpointing=cfg.SPEED.CHECKPOINTING, **arguments)
     path = cfg.MODEL.WEIGHTS
     if not path or latest_to_resume(cfg):
         return model

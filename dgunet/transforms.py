@@ -31,6 +31,12 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
+def centre(x: Tensor, height: int, width: int) -> Tensor:
+    """The middle of (..., H, W), of the given size."""
+    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+    return x[..., top : top + height, left : left + width]
+
+
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """`pad_to` the next height and width that are multiples of a number."""
     height, width = (-(-side // multiple) * multiple for side in x.shape[2:])

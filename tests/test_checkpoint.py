@@ -19,7 +19,7 @@ from torch import nn
 from dgunet import DGUNet, UserError, create_model, list_models, load_model
 from dgunet import checkpoint as checkpoint_module
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
-from dgunet.degradations import BlockSampling, Blur
+from dgunet.degradations import BlockSampling, Blur, MotionBlur
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -252,6 +252,10 @@ def test_known_degradations_come_with_their_kind(tmp_path, tiny_model, learned):
         assert_same_weights(loaded, model)
         assert type(loaded.degradation) is type(model.degradation) and loaded.name == model.name
         assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in model.named_parameters()]
+    for known in (Blur(torch.rand(3, 5), noise=0.01), MotionBlur(3, 9, 0.01)):
+        model = DGUNet(1, 8, 4, 2, final_growth=4, degradation=known)
+        torch.save({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "a.pth")
+        assert load_model(tmp_path / "a.pth").degradation.settings() == known.settings()
     # as files said it before there were other kinds
     old = {"name": sampling.name, "arguments": sampling.arguments, "learned_matrix": learned}
     torch.save({"state_dict": sampling.state_dict(), "model": old}, tmp_path / "a.pth")

@@ -1,6 +1,7 @@
 """The test commands, each run in this process: what they do beside one another, at faults, and on a second call."""
 
 import csv
+import dataclasses
 import importlib.util
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -813,3 +815,86 @@ def spoil(rng: np.random.Generator, root: Path):
         path.mkdir()
     else:
         (path.parent / f"{path.stem}.jpg").write_bytes(content)
+
+
+# ------------------------------------------------------------------------------------------------- further metrics
+
+
+def test_further_metrics_are_columns_and_a_picture_without_one_is_scored_anew(tmp_path, picture_pairs):
+    picture_pairs(tmp_path / "set", count=3, size=(16, 20))
+    restored = []
+
+    class Identity(torch.nn.Module):
+        def forward(self, y):
+            return y
+
+    def method(model, degraded):
+        restored.append(degraded)
+        return degraded, degraded
+
+    def difference(x, target):
+        assert x.dtype == target.dtype == np.uint8
+        return float(np.abs(x.astype(float) - target).mean())
+
+    def score(**metrics):
+        restored.clear()
+        result = evaluate(Identity(), tmp_path / "set", "rgb_matlab", tmp_path / "out", method=method, metrics=metrics)
+        with open(tmp_path / "out/scores.csv", newline="") as file:
+            return result, list(csv.DictReader(file)), len(restored)
+
+    result, rows, count = score()
+    assert (result.metrics, count) == ({}, 3)
+    result, rows, count = score(difference=difference)
+    assert count == 3, "scored anew"
+    assert [float(row["difference"]) for row in rows] == [row.metrics["difference"] for row in result.rows]
+    assert result.metrics["difference"] == pytest.approx(np.mean([float(row["difference"]) for row in rows])) != 0
+    (tmp_path / "out" / f"{rows[0]['name']}.png").unlink()
+    assert score(difference=difference)[2] == 1, "the others are done"
+    _, again, count = score()
+    assert count == 0 and again == rows, "columns of before are kept"
+    assert score(constant=lambda x, target: 7.0)[0].metrics == {"constant": 7.0}
+
+    def fails(x, target):
+        raise ValueError("cannot score this picture")
+
+    result = score(fails=fails)[0]
+    assert result.missing == len(result.failures) == 3 and "cannot score this picture" in result.failures[0]
+    with pytest.raises(UserError, match="targets"):
+        evaluate(Identity(), tmp_path / "set/input", "rgb_matlab", metrics={"difference": difference})
+
+
+def test_results_get_columns_for_further_metrics(tmp_path):
+    plain = Result("set", "cs_y", 3, 30.0, 0.9, 20.0, 0.5)
+    table = tmp_path / "results.csv"
+    further = ({"lpips": 0.25}, {"niqe": 4.0, "lpips": 0.5}, {})
+    append_results(table, [plain], "w.pth", "DGUNet")
+    for metrics in further:
+        append_results(table, [dataclasses.replace(plain, metrics=metrics)], "w.pth", "DGUNet")
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["lpips"] or "", row["niqe"] or "") for row in rows] == [
+        ("", ""),
+        ("0.250000", ""),
+        ("0.500000", "4.000000"),
+        ("", ""),
+    ]
+    assert {row["psnr"] for row in rows} == {"30.0000"} and None not in rows[0]
+    assert average([dataclasses.replace(plain, metrics={"a": a}) for a in (1.0, 2.0)]).metrics == {"a": 1.5}
+
+
+def test_metrics_of_pyiqa(test, picture_pairs, monkeypatch):
+    pyiqa = pytest.importorskip("pyiqa")
+    picture_pairs(Path("set"), count=2, size=(40, 48))
+    assert test("--dataset", "set", "--metrics", "gmsd", "psnr").status == 0
+    (row,) = rows()
+    assert 0 < float(row["gmsd"]) < 1 and float(row["pyiqa_psnr"]) == pytest.approx(float(row["psnr"]), abs=0.01)
+    told = test("--dataset", "set", "--metrics", "lpisp")
+    assert told.status == 2 and "has no lpisp; near are lpips" in told.err
+
+    def no_connection(name, **options):
+        raise urllib.error.URLError("no connection")
+
+    monkeypatch.setattr(pyiqa, "create_metric", no_connection)
+    told = test("--dataset", "set", "--metrics", "lpips")
+    assert told.status == 2 and "lpips does not work here" in told.err and "downloads" in told.err
+    assert told.err.count("\n") == 1

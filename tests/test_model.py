@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from dgunet import DGUNet, UserError, create_model, list_models
 from dgunet.config import load_config
-from dgunet.degradations import BlockSampling, Blur, named_degradation, sampling_operator, start_matrix
+from dgunet.degradations import BlockSampling, Blur, MotionBlur, named_degradation, sampling_operator, start_matrix
 from dgunet.instance_norm import HalfInstanceNorm
 from dgunet.layers import ChannelAttention
 from dgunet.original_checkpoints import is_unused
@@ -400,6 +400,46 @@ def test_blur_is_the_convolution_with_its_kernel():
     np.testing.assert_allclose(Blur(kernel).A(picture[None, None])[0, 0], expected, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert Blur(kernel).A(picture[None, None].bfloat16()).dtype == torch.float32
+
+
+def test_blur_measures_with_its_noise():
+    torch.manual_seed(0)
+    blur, x = Blur(torch.ones(3, 3) / 9, noise=0.1), torch.rand(1, 1, 64, 64)
+    assert (blur.measure(x) - blur.A(x)).std().item() == pytest.approx(0.1, rel=0.05)
+    assert torch.equal(Blur(blur.kernel).measure(x), blur.A(x))
+
+
+def test_simulated_blur_is_another_at_each_step_and_comes_in_from_beyond_the_borders():
+    blur, x, kernels = MotionBlur(5, 25), torch.rand(2, 1, 72, 80), []
+    torch.manual_seed(0)
+    for _ in range(3):
+        y = blur.measure(x)
+        assert y.shape == (2, 1, 40, 48)
+        torch.testing.assert_close(y, Blur(blur.kernel).A(x)[..., 16:-16, 16:-16])
+        assert blur.kernel.sum().item() == pytest.approx(1, abs=1e-5)
+        kernels.append(blur.kernel)
+    assert not any(a.shape == b.shape and torch.equal(a, b) for a, b in zip(kernels, kernels[1:], strict=False))
+    torch.manual_seed(0)
+    blur.measure(x)
+    assert torch.equal(blur.kernel, kernels[0]), "as PyTorch's generator says"
+    assert "kernel" not in blur.state_dict()
+    with pytest.raises(UserError, match="at least 40 pixels"):
+        blur.measure(x[..., :39])
+
+
+def test_network_for_any_blur_is_given_one():
+    torch.manual_seed(0)
+    kernel = torch.rand(3, 5) / 7
+    any_blur = DGUNet(1, 8, 4, 2, final_growth=4, degradation=MotionBlur())
+    this_blur = DGUNet(1, 8, 4, 2, final_growth=4, degradation=Blur(kernel))
+    this_blur.load_state_dict(any_blur.state_dict() | {"degradation.kernel": kernel})
+    y = torch.rand(1, 1, 16, 24)
+    for given, expected in zip(any_blur(y, Blur(kernel)), this_blur(y), strict=True):
+        assert torch.equal(given, expected)
+    with pytest.raises(UserError, match="give it yours"):
+        any_blur(y)
+    with pytest.raises(ValueError, match="has learned its degradation"):
+        DGUNet(1, 8, 4, 2, final_growth=4)(y, Blur(kernel))
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 4), (0, 3)])

@@ -25,7 +25,7 @@ from dgunet import create_model, load_model, restore
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import find_pairs, read_image, read_luma, write_image
-from dgunet.degradations import start_matrix
+from dgunet.degradations import Blur, start_matrix
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.metrics import evaluate_pair
@@ -358,6 +358,35 @@ def test_known_blur_from_a_config_to_a_score(tmp_path):
         restore(model, y, self_ensemble=True)
     done = run("deblurring", "train.py", *words, "SYNTHESIS.NAME", "motion_blur", cwd=tmp_path, check=2)
     assert "set one of the two" in done.stderr
+
+
+def test_one_network_for_any_known_blur_of_grey_pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(4):
+        write_image(tmp_path / f"clean/{k}.png", rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
+    words = [
+        "TRAINING.TRAIN_DIR", "clean", "TRAINING.SAVE_DIR", "runs", "OPTIM.NUM_EPOCHS", 2, "OPTIM.BATCH_SIZE", 2,
+        "OPTIM.LR_INITIAL", 1e-12, "OPTIM.LR_MIN", 0, "TRAINING.TRAIN_PS", 40, "TRAINING.VAL_PS", 40, "DEVICE", "cpu",
+        "TRAINING.WORKERS", 0, "SPEED.AMP", "fp32", "MODEL.SESSION", "any", "MODEL.GREY", True,
+        "TRAINING.VAL_EPOCHS", "[1, 2]", "TRAINING.VAL_FROM_EPOCH", 0, "TRAINING.VAL_TIMES", 1,
+        "MODEL.OVERRIDES", "{width: 8, growth: 4, final_growth: 4, stages: 2}",
+    ]  # fmt: skip
+    known = ["MODEL.DEGRADATION", "blur", "MODEL.KERNEL", "motion", "MODEL.KERNEL_EXTENT", "[3, 9]", "MODEL.NOISE", 50]
+    done = run("deblurring", "train.py", *words, cwd=tmp_path, check=2)
+    assert "MODEL.GREY and MODEL.NOISE are of a known blur" in done.stderr
+    run("deblurring", "train.py", *words, *known, cwd=tmp_path)
+    with open(tmp_path / "runs/any/history.csv", newline="") as file:
+        first, second = (float(row["psnr"]) for row in csv.DictReader(file))
+    assert first == pytest.approx(second, abs=1e-4), "blurs and noise of the validation are the same each time"
+    model = load_model(tmp_path / "runs/any/model_best.pth")
+    assert model.channels == 1 and model.degradation.settings() == dict(shortest=3, longest=9, noise=50 / 255)
+    assert model(torch.rand(1, 1, 16, 24), Blur(torch.ones(3, 3) / 9))[0].shape == (1, 1, 16, 24)
+    told = run(
+        "deblurring", "test.py", "--weights", "runs/any/model_best.pth", "--dataset", "clean", cwd=tmp_path, check=2
+    )
+    assert "give it yours first: model.degradation = Blur(kernel)" in told.stderr
+    model.degradation = Blur(torch.ones(3, 3) / 9)
+    assert restore(model, read_luma(tmp_path / "clean/0.png")[:33]).shape == (33, 48)
 
 
 # --------------------------------------------------------------------- compressive sensing

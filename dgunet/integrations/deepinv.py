@@ -1,0 +1,109 @@
+"""DGUNet for deepinv: as a reconstructor, as a denoiser for plug-and-play, its degradations as physics.
+
+    pip install dgunet[deepinv]
+
+The other way round nothing is needed: deepinv's linear operators have ``A`` and ``A_adjoint``, so that they are known
+degradations as they are, ``DGUNet(degradation=physics)``.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from dgunet.degradations import Degradation
+from dgunet.errors import optional
+from dgunet.model import DGUNet
+from dgunet.proximal import MULTIPLE
+from dgunet.transforms import pad_to_multiple
+
+deepinv = optional("deepinv")
+
+
+class Reconstructor(deepinv.models.Reconstructor):
+    """A DGUNet as a deepinv reconstructor, for its ``test`` and ``Trainer``; gradients pass.
+
+    Args:
+        model: where its degradation is learned, the physics are ignored; where it is known, those handed in take its
+            place. The network must have been trained for such: `degradations.MotionBlur` trains for any blur.
+    """
+
+    def __init__(self, model: DGUNet):
+        super().__init__()
+        self.model = model
+
+    def forward(self, y: Tensor, physics: Degradation | None = None, **kwargs) -> Tensor:
+        """The restored images x_K, (B, C, H, W), of any size.
+
+        Args:
+            y: degraded images (B, C, H, W), range [0, 1]; of a known degradation, measurements.
+            physics: what has measured them; None for the network's own known degradation.
+            **kwargs: not used; deepinv hands them to all of its models.
+
+        Raises:
+            ValueError: another number of channels than the network's.
+        """
+        if self.model.degradation is None:
+            height, width = y.shape[-2:]
+            return self.model(pad_to_multiple(y, MULTIPLE))[0][..., :height, :width]
+        whole = Whole(self.model.degradation if physics is None else physics)
+        return whole.cut(self.model(y, whole)[0])
+
+
+class Whole:
+    """A known degradation on images whose sides are extended to multiples of 8, what is added not being measured."""
+
+    def __init__(self, degradation: Degradation):
+        self.degradation = degradation
+        self.size = ()  # height and width of the images, which only the adjoint tells
+
+    def A(self, x: Tensor) -> Tensor:
+        return self.degradation.A(self.cut(x))
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        x = self.degradation.A_adjoint(y)
+        self.size = height, width = x.shape[-2:]
+        return F.pad(x, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+
+    def cut(self, x: Tensor) -> Tensor:
+        return x[..., : self.size[0], : self.size[1]]
+
+
+class Denoiser(deepinv.models.Denoiser):
+    """A denoising DGUNet as a deepinv denoiser, the prior of its plug-and-play algorithms.
+
+    A network knows no sigma: it removes what noise it was trained for, so one for a range of sigmas serves best.
+
+    Args:
+        model: a network whose degradation is learned. Of one for colour, grey pictures are restored as three equal
+            channels, of which the mean is taken.
+    """
+
+    def __init__(self, model: DGUNet):
+        super().__init__()
+        self.reconstructor = Reconstructor(model)
+
+    def forward(self, x: Tensor, sigma: float | Tensor | None = None, **kwargs) -> Tensor:
+        """The denoised images, (B, C, H, W), range [0, 1]; ``sigma`` is not used."""
+        grey = x.shape[1] == 1 and self.reconstructor.model.channels > 1
+        if grey:
+            x = x.expand(-1, self.reconstructor.model.channels, -1, -1)
+        x = self.reconstructor(x)
+        return x.mean(1, keepdim=True) if grey else x
+
+
+class Physics(deepinv.physics.LinearPhysics):
+    """A known degradation, such as `BlockSampling` or `Blur`, as a deepinv operator.
+
+    Args:
+        degradation: has ``A(x)`` and ``A_adjoint(y)``.
+        **options: of ``deepinv.physics.LinearPhysics``, e.g. ``noise_model``.
+    """
+
+    def __init__(self, degradation: Degradation, **options):
+        super().__init__(**options)
+        self.degradation = degradation
+
+    def A(self, x: Tensor, **kwargs) -> Tensor:
+        return self.degradation.A(x)
+
+    def A_adjoint(self, y: Tensor, **kwargs) -> Tensor:
+        return self.degradation.A_adjoint(y)

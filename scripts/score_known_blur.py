@@ -1,0 +1,138 @@
+"""Score a DGUNet for known blurs on the pictures of Levin et al. beside deepinv's own methods, as in docs/deepinv.md.
+
+    python scripts/score_known_blur.py --data levin --weights checkpoints/deblurring/known_blur_cpu/model_best.pth \\
+        --denoiser denoising_gaussian
+
+The folder holds im1_kernel1_img.png, ..., gt/im1.png and gt/kernel1.png, ...: 4 grey pictures, each photographed with 8
+camera shakes that were measured ("Understanding and evaluating blind deconvolution algorithms", CVPR 2009).
+
+Scored is as the authors do: the photographs lie some pixels beside the pictures, so that what is restored is moved by
+up to SHIFT pixels, in quarters of one, to where it fits best, and MARGIN pixels on each side do not count.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dgunet.checkpoint import load_model
+from dgunet.data import read_image, to_tensor
+from dgunet.degradations import Blur
+from dgunet.errors import UserError, optional, run_cli
+from dgunet.metrics import evaluate_pair
+from dgunet.transforms import centre, to_uint8, unit_range
+
+MARGIN, SHIFT = 15, 6  # one of the photographs lies 5.25 pixels beside its picture
+
+
+def read_grey(path: Path) -> Tensor:
+    """(1, 1, H, W) in [0, 1]."""
+    return unit_range(to_tensor(read_image(path, grey=True)))[None]
+
+
+def read_kernel(path: Path, x: Tensor, y: Tensor) -> Tensor:
+    """(h, w), sum 1, turned by 180 degrees where it explains the photograph y of the picture x so: the files differ."""
+    kernel = read_grey(path)[0, 0]
+    kernel = kernel / kernel.sum()
+
+    def likeness(kernel: Tensor) -> float:
+        """The highest correlation of y with the blurred picture, wherever that is moved to."""
+        spectrum = torch.fft.fft2(x - x.mean()) * torch.fft.fft2(kernel, x.shape[-2:])
+        correlation = torch.fft.ifft2(spectrum.conj() * torch.fft.fft2(y - y.mean())).real.max()
+        return (correlation / spectrum.abs().square().sum().sqrt()).item()
+
+    return max(kernel, kernel.rot90(2), key=likeness)
+
+
+def methods(args: argparse.Namespace) -> dict:
+    """By name, functions of a photograph and its kernel that give a picture of the same size."""
+    deepinv = optional("deepinv")
+    from dgunet.integrations.deepinv import Denoiser, Reconstructor
+
+    def inside(algorithm):
+        """The photograph is blurred also from beyond its borders: the middle of a picture that is larger."""
+
+        def run(y: Tensor, kernel: Tensor) -> Tensor:
+            physics = deepinv.physics.Blur(kernel[None, None], padding="valid", use_fft=True)
+            sides = [(taps // 2,) * 2 for taps in kernel.shape]
+            start = F.pad(y, sides[1] + sides[0], mode="replicate")
+            return centre(algorithm(y, physics, init=(start, start)), *y.shape[-2:])
+
+        return run
+
+    optim = deepinv.optim
+    variation = optim.FISTA(
+        data_fidelity=optim.L2(), prior=optim.TVPrior(n_it_max=20), lambda_reg=args.tv, stepsize=1.0, max_iter=100
+    )
+    found = {"blurred": lambda y, kernel: y, "total variation": inside(variation)}
+    if args.denoiser:
+        denoiser = Denoiser(load_model(args.denoiser))
+        found["plug-and-play (DPIR)"] = inside(optim.DPIR(args.pnp, denoiser))
+    if args.weights:
+        dgunet = Reconstructor(load_model(args.weights)).eval()
+        found["DGUNet"] = lambda y, kernel: dgunet(y, Blur(kernel))
+    return found
+
+
+def aligned_score(restored: Tensor, target: Tensor) -> tuple[float, float]:
+    """PSNR in dB and SSIM of 8-bit pictures, the restored one moved to where its error is least."""
+    target = target[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
+
+    def moved(down: float, right: float) -> Tensor:
+        top, left = MARGIN + down // 1, MARGIN + right // 1
+        part = restored[..., int(top) : int(top) + target.shape[-2] + 1, int(left) : int(left) + target.shape[-1] + 1]
+        part = torch.lerp(part[..., :-1, :], part[..., 1:, :], down % 1)  # bilinear, as the authors
+        return torch.lerp(part[..., :-1], part[..., 1:], right % 1)
+
+    def error(place: tuple[float, float]) -> float:
+        return (moved(*place) - target).square().mean().item()
+
+    whole = range(-SHIFT, SHIFT + 1)
+    row, column = min(((i, j) for i in whole for j in whole), key=error)
+    quarters = [k / 4 for k in range(-4, 5)]
+    best = min(((row + a, column + b) for a in quarters for b in quarters), key=error)
+    return evaluate_pair(*(to_uint8(x[0, 0].numpy()) for x in (moved(*best), target)), "gaussian_rgb")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the photographs")
+    parser.add_argument("--weights", help="DGUNet trained for any known blur")
+    parser.add_argument("--denoiser", help="DGUNet for Gaussian noise, the prior of plug-and-play")
+    parser.add_argument("--tv", type=float, default=5e-4, help="weight of total variation (default: %(default)s)")
+    parser.add_argument("--pnp", type=float, default=0.01, help="noise that DPIR reckons with (default: %(default)s)")
+    parser.add_argument("--pictures", default="*", help="names of the pictures, as in im1_* (default: all)")
+    args = parser.parse_args()
+    photographs = sorted(args.data.glob(f"{args.pictures}_img.png"))
+    if not photographs:
+        raise UserError(f"no {args.pictures}_img.png in {args.data}; --data names the folder of Levin's photographs")
+    scores, seconds = {}, {}
+    for path in photographs:
+        numbers = re.fullmatch(r"(im\d+)_(kernel\d+)_img", path.stem)
+        if numbers is None:
+            raise UserError(f"{path} is not named as im1_kernel1_img.png")
+        y, x = read_grey(path), read_grey(args.data / f"gt/{numbers[1]}.png")
+        kernel = read_kernel(args.data / f"gt/{numbers[2]}.png", x, y)
+        for name, restore in methods(args).items():
+            started = time.monotonic()
+            with torch.no_grad():
+                restored = restore(y, kernel)
+            seconds.setdefault(name, []).append(time.monotonic() - started)
+            scores.setdefault(name, []).append(aligned_score(restored, x))
+        print(path.stem, *(f"{name} {found[-1][0]:.2f}" for name, found in scores.items()), sep="  ", flush=True)
+    print(f"\n| {len(photographs)} photographs | PSNR (dB) | SSIM | seconds each |\n| --- | --- | --- | --- |")
+    for name, found in scores.items():
+        psnr, ssim = map(statistics.fmean, zip(*found, strict=True))
+        print(f"| {name} | {psnr:.2f} | {ssim:.3f} | {statistics.fmean(seconds[name]):.1f} |")
+
+
+if __name__ == "__main__":
+    run_cli(main)
