@@ -127,7 +127,7 @@ def example(model: DGUNet, rows: int, columns: int, batch: int = 1) -> Tensor:
     x = torch.rand(size, generator=generator)
     if model.degradation is None:
         return x
-    return copy.deepcopy(model.degradation).to("cpu", torch.float32).A(x)
+    return copy.deepcopy(model.degradation).to("cpu", torch.float32).A(x).detach()
 
 
 def _unit(model: DGUNet) -> int:
@@ -182,8 +182,9 @@ def _trace(network: _Estimates) -> torch.export.ExportedProgram:
     height, width = (torch.export.Dim(name, min=2) for name in ("rows", "columns"))
     sides = {2: height, 3: width} if step == 1 else {2: step * height, 3: step * width}
     program = torch.export.export(network, (y,), dynamic_shapes=({0: torch.export.Dim("batch")} | sides,))
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+    for part in program.graph_module.modules():  # what is inside autocast is a graph of its own
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths of this machine
     return program
 
 
