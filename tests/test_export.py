@@ -33,7 +33,7 @@ def tiny(name: str, **overrides) -> torch.nn.Module:
 NETWORKS = {
     "subspace": shipped,
     "concat": lambda: tiny("compressive_sensing_dgunet", ratio=0.04),
-    "blur": lambda: tiny("deblurring_dgunet", stages=2, degradation=Blur(torch.rand(3, 5) / 8)),
+    "blur": lambda: tiny("deblurring_dgunet", stages=1, degradation=Blur(torch.rand(3, 5) / 8)),
 }
 
 
