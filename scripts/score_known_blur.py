@@ -114,14 +114,14 @@ def main():
     photographs = sorted(args.data.glob(f"{args.pictures}_img.png"))
     if not photographs:
         raise UserError(f"no {args.pictures}_img.png in {args.data}; --data names the folder of Levin's photographs")
-    scores, seconds = {}, {}
+    scores, seconds, compared = {}, {}, methods(args)
     for path in photographs:
         numbers = re.fullmatch(r"(im\d+)_(kernel\d+)_img", path.stem)
         if numbers is None:
             raise UserError(f"{path} is not named as im1_kernel1_img.png")
         y, x = read_grey(path), read_grey(args.data / f"gt/{numbers[1]}.png")
         kernel = read_kernel(args.data / f"gt/{numbers[2]}.png", x, y)
-        for name, restore in methods(args).items():
+        for name, restore in compared.items():
             started = time.monotonic()
             with torch.no_grad():
                 restored = restore(y, kernel)

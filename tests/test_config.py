@@ -191,7 +191,7 @@ def test_missing_file_and_folder(tmp_path):
         ('"a\\nb": 1\n', "unknown config key a b"),
         ("OPTIM: 5\n", "OPTIM is a section, got 5"),
         ("MODEL: {OVERRIDES: [8]}\n", "MODEL.OVERRIDES is a section"),
-        ("MODEL: {OVERRIDES: {wdith: 8}}\n", "it takes final_fusion"),
+        ("MODEL: {OVERRIDES: {wdith: 8}}\n", "it takes attention, final_fusion"),
         ("MODEL: {OVERRIDES: {width: {a: 8}}}\n", "unknown config key MODEL.OVERRIDES.width.a"),
         ("OPTIM.: 5\n", "unknown config key OPTIM."),
         ("1: 5\n", "unknown config key 1"),

@@ -562,7 +562,7 @@ def test_noise_that_the_weights_are_not_for_is_told(test, sigma):
 
 
 def test_shipped_denoiser_says_what_it_is_for():
-    assert read_checkpoint("denoising_gaussian")["noise_sigma"] == [25, 25]
+    assert read_checkpoint("denoising_gaussian")["noise_sigma"] == [0, 50]
 
 
 @pytest.mark.parametrize("sigma", [5, 15, 25, 50])

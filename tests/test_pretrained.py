@@ -58,7 +58,7 @@ def test_names():
     "given, told",
     [
         ("denoising_gausian", "did you mean denoising_gaussian?"),
-        ("x", "known are compressive_sensing_10, "),
+        ("x", "known are compressive_sensing_1, compressive_sensing_10, "),
         ("denoising_gaussian.pth", "no checkpoint at"),
         (Path("folder/denoising_gaussian"), "no checkpoint at"),
         ("..", "is a folder"),
@@ -148,7 +148,7 @@ def test_a_record_that_has_changed(exporting):
     assert after["record"]["scores"] == {"CBSD68_25": [99.5, 0.99]} and after["model"] == before["model"]
     assert all(torch.equal(after["state_dict"][name], value) for name, value in before["state_dict"].items())
     table = (exporting.folder.parents[2] / "docs/models.md").read_text()
-    assert "CBSD68_25 99.50 / 0.9900" in table and "2026-11-21" in table
+    assert "CBSD68_25 99.50 / 0.9900" in table and "2026-11-22" in table
     time = weights.stat().st_mtime_ns
     assert "renewed" not in exporting("--renew") and weights.stat().st_mtime_ns == time
 
