@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,4 +72,5 @@ def _records() -> dict[str, Record]:
         about = read_about(path)
         fields = {name: tuple(v) if name == "noise_sigma" and v else v for name, v in about["record"].items()}
         records.append(Record(task=find_variant(about["model"]["name"]).task, path=path, **fields))
-    return {record.name: record for record in sorted(records, key=lambda record: record.name)}
+    by_number = [(re.sub(r"\d+", lambda number: number[0].zfill(4), record.name), record) for record in records]
+    return {record.name: record for _, record in sorted(by_number, key=lambda pair: pair[0])}

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from natsort import natsorted
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_checkpoint_faults import DISK_FAULTS
@@ -46,7 +47,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def test_names():
     names = list_models(pretrained=True)
-    assert names == [record.name for record in list_pretrained()] == sorted(names)
+    assert names == [record.name for record in list_pretrained()] == natsorted(names)
     assert {"denoising_gaussian", "deraining_streaks", "compressive_sensing_25"} <= set(names)
     record = find_pretrained("denoising_gaussian")
     assert record.task == "denoising" and len(record.noise_sigma) == 2
@@ -58,7 +59,7 @@ def test_names():
     "given, told",
     [
         ("denoising_gausian", "did you mean denoising_gaussian?"),
-        ("x", "known are compressive_sensing_1, compressive_sensing_10, "),
+        ("x", "known are compressive_sensing_1, compressive_sensing_4, compressive_sensing_10, "),
         ("denoising_gaussian.pth", "no checkpoint at"),
         (Path("folder/denoising_gaussian"), "no checkpoint at"),
         ("..", "is a folder"),
