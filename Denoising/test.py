@@ -3,7 +3,7 @@
     python Denoising/test.py --weights model.pth --dataset SIDD              # the paper's table, from the .mat blocks
     python Denoising/test.py --weights model.pth --dataset DND               # writes the files to submit
     python Denoising/test.py --weights model.pth --dataset path/to/folder    # pairs in input/ and target/, or pictures
-    python Denoising/test.py --dataset path/to/folder                        # our own weights: Gaussian noise, sigma 25
+    python Denoising/test.py --dataset path/to/folder                        # our own weights: Gaussian noise
     python Denoising/test.py --weights model.pth --dataset CBSD68_25 Kodak24_25              # clean sets, noise added
     python Denoising/test.py --weights model.pth --dataset path/to/folder --sigma 15 25 50   # clean pictures of yours
 

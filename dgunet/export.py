@@ -42,7 +42,7 @@ def run(args):
     began = time.monotonic()
     _check_file(args.out, args.format)  # before anything that takes time
     model = load_model(args.weights)
-    print(f"{args.weights}: {model.name or 'a DGUNet'}; exporting takes a minute or more", flush=True)
+    print(f"{args.weights}: {model.name or 'a DGUNet'}; exporting takes minutes", flush=True)
     difference = export_model(model, args.out, args.format, args.stages, _about(args.weights))
     print(
         f"wrote {args.out}: {args.out.stat().st_size / 2**20:.1f} MiB in {time.monotonic() - began:.0f} s; "

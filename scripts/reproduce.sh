@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Every row of the README's table of results, from the weights in this repository.
 #   bash scripts/reproduce.sh DATA
-# DATA holds the folders Set11, BSD68 (grey pictures), CBSD68, Kodak24 (in colour), and Rain100L (input/ and target/). A run
+# DATA holds the folders Set11, BSD68 (grey pictures), CBSD68, Kodak24 (in colour), CC15 and Rain100L (input/ and target/). A run
 # that was interrupted goes on where it was.
 set -euo pipefail
 folder() { find -L "$1" -maxdepth 1 -type d -iname "$2" -print -quit; }  # in upper or lower case
-for name in Set11 BSD68 CBSD68 Kodak24 Rain100L; do
+for name in Set11 BSD68 CBSD68 Kodak24 CC15 Rain100L; do
     if [ $# != 1 ] || [ ! -d "$1" ] || [ -z "$(folder "$1" $name)" ]; then
-        echo "usage: bash scripts/reproduce.sh DATA    (a folder with Set11/, BSD68/, CBSD68/, Kodak24/ and Rain100L/)" >&2
+        echo "usage: bash scripts/reproduce.sh DATA    (a folder with Set11/, BSD68/, CBSD68/, Kodak24/, CC15/ and Rain100L/)" >&2
         exit 2
     fi
 done
@@ -20,6 +20,7 @@ for weights in CompressiveSensing/pretrained_models/*/weights.safetensors; do
     $python CompressiveSensing/test.py --weights "$weights" --data_root "$data" --results $results
 done
 $python Denoising/test.py --data_root "$data" --results $results  # the Gaussian noise that its weights are for
+$python Denoising/test.py --weights denoising_real --dataset CC15 --data_root "$data" --results $results
 mkdir -p $results/data/test
 ln -sfn "$(folder "$data" Rain100L)" $results/data/test/Rain100L
 $python Deraining/test.py --dataset Rain100L --data_root $results/data --results $results
