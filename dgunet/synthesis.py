@@ -40,6 +40,36 @@ def gaussian_noise(
     return (np.clip(noisy, 0, 1) if clip else noisy).astype(np.float32)
 
 
+def found_noise(image: np.ndarray, rng: Generator, sigma: float | tuple[float, float] = (0.0, 50.0)) -> np.ndarray:
+    """Add Gaussian noise as it is found in pictures: half of them as the literature tests, white and without bounds.
+
+    The others are clipped to [0, 1]; half of these have noise that the colours share in part or, as grey pictures, in
+    whole, and half are JPEGs.
+
+    image: (H, W, 3) in [0, 1]; sigma: standard deviation on the scale 0 to 255, or a range that it is drawn from.
+    """
+    if np.ndim(sigma):
+        sigma = rng.uniform(*sigma)
+    own, common = (rng.standard_normal((*image.shape[:2], n), dtype=np.float32) for n in (3, 1))
+    plain, apart, file = rng.random(3) < 0.5
+    shared = 0 if plain or apart else min(1, rng.uniform(0, 2))  # of the variance; one in eight: all of it
+    noise = np.sqrt(1 - shared) * own + np.sqrt(shared) * common
+    noisy = (image + noise * np.float32(sigma / 255)).astype(np.float32)
+    if plain:
+        return noisy
+    noisy = np.clip(noisy, 0, 1)
+    return as_jpeg(noisy, int(rng.integers(75, 100))) if file else noisy
+
+
+def as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """A picture (H, W, 3) in [0, 1] as a JPEG of this quality gives it back, its colours at half the resolution."""
+    cv2 = optional("cv2")
+    _, file = cv2.imencode(
+        ".jpg", np.round(255 * image[..., ::-1]).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality]
+    )
+    return cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1] / np.float32(255)
+
+
 def sensor_noise(
     image: np.ndarray,
     rng: Generator,
@@ -209,7 +239,8 @@ def motion_blur(image: np.ndarray, rng: Generator, extent: tuple[float, float] =
 Degrade = Callable[[np.ndarray, Generator], np.ndarray]
 
 DEGRADATIONS: dict[str, Degrade] = {
-    function.__name__: function for function in (gaussian_noise, sensor_noise, rain_streaks, added_rain, motion_blur)
+    function.__name__: function
+    for function in (gaussian_noise, found_noise, sensor_noise, rain_streaks, added_rain, motion_blur)
 }
 
 

@@ -146,6 +146,25 @@ def test_noise_of_a_range_and_without_bounds():
     assert synthesis.gaussian_noise(0 * grey, np.random.default_rng(0), 25, clip=False).min() < -0.2
 
 
+def test_found_noise_is_of_every_kind():
+    """Half is white noise without bounds; of the rest there are noise that is grey, noise that is not, and JPEGs."""
+    grey = np.full((96, 96, 3), 0.5, np.float32)
+    kinds, total = {"white": 0, "unclipped": 0, "grey": 0, "jpeg": 0}, 400
+    for seed in range(total):
+        dark = synthesis.found_noise(0 * grey, np.random.default_rng(seed), 25)
+        noise = synthesis.found_noise(grey, np.random.default_rng(seed), 25) - 0.5
+        likeness = np.corrcoef(noise[..., 0].ravel(), noise[..., 1].ravel())[0, 1]
+        colour = noise[..., 0] - noise[..., 1] + 1e-9 * noise[..., 2]
+        neighbours = np.corrcoef(colour[:, 1:].ravel(), colour[:, :-1].ravel())[0, 1]
+        assert noise.dtype == np.float32 and 8 < 255 * noise.std() < 27
+        kinds["unclipped"] += dark.min() < 0
+        kinds["white"] += abs(likeness) < 0.05 and abs(neighbours) < 0.05
+        kinds["grey"] += likeness > 0.95
+        kinds["jpeg"] += neighbours > 0.1  # neighbours have one colour
+    assert 0.43 * total < kinds["unclipped"] < 0.57 * total < kinds["white"] < 0.7 * total
+    assert kinds["grey"] > 0.08 * total and 0.15 * total < kinds["jpeg"] < 0.3 * total
+
+
 # --- what is written ---
 
 
