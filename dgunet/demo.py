@@ -92,12 +92,11 @@ class Network:
 
 def shipped() -> list[Network]:
     """The networks that come with dgunet, those of one task from the fewest measurements to the most."""
-    records = sorted(list_pretrained(), key=lambda record: (len(record.name), record.name))
     return [
         Network(
             r.name, r.task, r.path, f"{r.trained_for} Not for {r.not_for[:1].lower()}{r.not_for[1:]}", r.noise_sigma
         )
-        for r in records
+        for r in list_pretrained()
     ]
 
 
@@ -355,7 +354,7 @@ class _Tab:
         gr = optional("gradio")
         task, sensing, photos = self.task, self.sensing, examples()
         ways = [*task.ways, AS_IT_IS]
-        network = list(self.networks)[len(self.networks) // 2 if sensing else 0]
+        network = "25 %" if "25 %" in self.networks else next(iter(self.networks))
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 picture = gr.State(photos[task.example])
@@ -403,7 +402,7 @@ class _Tab:
         look = dict(fn=self.look, inputs=inputs, outputs=outputs, concurrency_id="look", concurrency_limit=1, **quietly)
         gallery.select(choose, None, [picture, note, own], **quietly).then(**look)
         own.upload(self.take, [own, picture], [picture, note, gallery], **quietly).then(**look)
-        way.input(self.fitting, way, [strength, seed], **quietly).then(**look)
+        way.input(self.fitting, [way, chosen], [strength, seed, chosen, about], **quietly).then(**look)
         for event in (strength.release, seed.release, chosen.input):
             event(**look)
         chosen.input(self.tell, chosen, about, **quietly)
@@ -425,10 +424,14 @@ class _Tab:
         except UserError as error:
             return picture, f"⚠️ {error}", gr.skip()
 
-    def fitting(self, way):
-        """Which sliders matter."""
-        update = optional("gradio").update
-        return update(visible=way == next(iter(self.task.ways))), update(visible=way != AS_IT_IS)
+    def fitting(self, way, label):
+        """Which sliders matter; and for the kind of noise the network that is for it, unless one's own is chosen."""
+        update, gaussian = optional("gradio").update, way == "Gaussian noise"
+        if self.name == "denoising" and way != AS_IT_IS and self.networks[label].told:
+            for_this = (name for name, n in self.networks.items() if n.told and (n.noise_sigma is not None) == gaussian)
+            label = label if (self.networks[label].noise_sigma is not None) == gaussian else next(for_this, label)
+        sliders = update(visible=way == next(iter(self.task.ways))), update(visible=way != AS_IT_IS)
+        return *sliders, update(value=label), self.tell(label)
 
     def look(self, picture, way, strength, seed, label):
         """What would be restored, beside the original."""

@@ -62,6 +62,24 @@ def test_scales_large_pictures_down_and_says_so(tmp_path, picture):
     assert read.shape == (32, 48, 3) and "scaled from 96x64 to 48x32" in told
 
 
+def test_the_network_follows_the_kind_of_noise():
+    pytest.importorskip("gradio")
+    gaussian, real = "denoising_gaussian", "denoising_real"
+    networks = [network for network in demo.shipped() if network.task == "denoising"]
+    assert [network.name for network in networks] == [gaussian, real]  # the first one is shown at first
+    tab = demo._Tab("denoising", networks, torch.device("cpu"), 10**6)
+    for way, given, expected in (
+        ("Gaussian noise", real, gaussian), ("Gaussian noise", gaussian, gaussian),
+        ("camera noise at high ISO", gaussian, real), (demo.AS_IT_IS, real, real), (demo.AS_IT_IS, gaussian, gaussian),
+    ):  # fmt: skip
+        *_, chosen, told = tab.fitting(way, given)
+        assert chosen["value"] == expected and told.startswith(f"**{expected}**")
+    own = demo.Network("own", "denoising", Path("own.pth"))
+    for others in ([], networks):
+        tab = demo._Tab("denoising", [own, *others], torch.device("cpu"), 10**6)
+        assert tab.fitting("Gaussian noise", "own")[2]["value"] == "own"
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG that says it has this size."""
 
