@@ -17,7 +17,6 @@ from dgunet.errors import UserError
 from dgunet.files import open_file
 from dgunet.layers import conv3x3
 from dgunet.proximal import MULTIPLE
-from dgunet.synthesis import motion_kernel
 
 STARTS = ("xavier", "orthonormal", "dct", "pca")
 
@@ -213,6 +212,8 @@ class MotionBlur(Blur):
         """Images (B, C, H, W), blurred alike; the centre, which the blur reaches from beyond the borders as it does in
         a photograph: (B, C, H - 2m, W - 2m), with m a multiple of 8.
         """
+        from dgunet.synthesis import motion_kernel  # with NumPy's random numbers, which take long to import
+
         rng = np.random.default_rng(torch.randint(2**62, ()).item())
         self.kernel = torch.from_numpy(motion_kernel(rng, (self.shortest, self.longest))).to(x.device)
         m = self.margin

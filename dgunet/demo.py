@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import math
 import os
 import signal
 import socket
@@ -23,16 +22,15 @@ from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import to_tensor
 from dgunet.degradations import BlockSampling
 from dgunet.errors import UserError, explain, optional
+from dgunet.figures import stages_of
 from dgunet.hardware import autocast_dtype, pick_device
-from dgunet.inference import _ramp
-from dgunet.metrics import psnr_batch
+from dgunet.metrics import evaluate_pair
 from dgunet.model import DGUNet
 from dgunet.photographs import MIN_SIDE, embedded_photos
-from dgunet.pictures import noise_level, trained_noise, unlike_noise
+from dgunet.pictures import noise_level, tell_sigmas, trained_noise, unlike_noise
 from dgunet.pretrained import list_pretrained
-from dgunet.proximal import MULTIPLE
 from dgunet.synthesis import Degrade, added_rain, degrade_picture, gaussian_noise, motion_blur, sensor_noise
-from dgunet.transforms import pad_to_blocks, pad_to_multiple, to_uint8, unit_range
+from dgunet.transforms import pad_to_blocks, to_uint8, unit_range
 
 PORTS = range(7860, 7960)  # the first free one, where none is asked for
 MAX_FILE_SIZE = "50mb"
@@ -251,68 +249,8 @@ def degrade(task: str, picture: np.ndarray, way: str | None, strength: float, se
     return degrade_picture(picture, TASKS[task].ways[way](strength), int(seed), "demo")
 
 
-def stages_of(
-    model: DGUNet, picture: np.ndarray, told: Callable[[float, str], None] = lambda done, doing: None
-) -> list[np.ndarray]:
-    """The estimates x_0, x_1, ..., x_K of a picture, all of its shape, uint8; of a large one in tiles.
-
-    Args:
-        model: a network for pictures, or for compressive sensing, which is given the picture's measurements.
-        picture: (H, W, 3) uint8, degraded; of compressive sensing (H, W), clean.
-        told: called with the part that is done, in [0, 1], and what comes next.
-    """
-    height, width = picture.shape[:2]
-    known = model.degradation
-    device = next(model.parameters()).device
-    bf16 = autocast_dtype("auto", device) is not None  # where it is faster; costs some thousandths of a dB
-    multiple = MULTIPLE if known is None else known.block
-    pad = pad_to_multiple if known is None else pad_to_blocks
-    x = pad(unit_range(to_tensor(picture)[None]), multiple).to(device)
-    areas = [(..., down, right) for down in _cut(x.shape[2], multiple) for right in _cut(x.shape[3], multiple)]
-    done = 0
-
-    def tell():
-        tile, stage = divmod(done, model.stages)
-        which = f", tile {tile + 1} of {len(areas)}" if len(areas) > 1 else ""
-        if tile < len(areas):
-            told(done / model.stages / len(areas), f"stage {stage + 1} of {model.stages}{which}")
-
-    def count(*_):
-        nonlocal done
-        done += 1
-        tell()
-
-    tell()
-    stages, weight = x.new_zeros(model.stages + 1, *x.shape[1:]), x.new_zeros(x.shape[2:])
-    handles = [stage.register_forward_hook(count) for stage in dict.fromkeys(model.unrolled())]
-    try:
-        with torch.inference_mode():
-            for area in areas:
-                start = y = x[area].contiguous(memory_format=torch.channels_last)
-                if known is not None:
-                    y = known.A(start)
-                    start = known.A_adjoint(y)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    estimates = model(y)[::-1]
-                ramp = _ramp(start.shape[2], OVERLAP, x)[:, None] * _ramp(start.shape[3], OVERLAP, x)
-                stages[area] += ramp * torch.cat([start, *estimates])
-                weight[area[1:]] += ramp
-    finally:
-        for handle in handles:
-            handle.remove()
-    stages = (stages / weight)[..., :height, :width].permute(0, 2, 3, 1).cpu().numpy()
-    return [to_uint8(stage).reshape(picture.shape) for stage in stages]
-
-
-def _cut(size: int, multiple: int) -> list[slice]:
-    """Tiles of a side, as few and as small as TILE and OVERLAP allow; they begin at multiples of ``multiple``."""
-    count = max(math.ceil((size - OVERLAP) / (TILE - OVERLAP)), 1)
-    step = max(math.ceil((size - OVERLAP) / count / multiple), 1) * multiple
-    return [slice(start, min(start + step + OVERLAP, size)) for start in range(0, max(size - OVERLAP, 1), step)]
-
-
 def psnr(image: np.ndarray, truth: np.ndarray) -> float:
-    return psnr_batch(*(unit_range(to_tensor(picture)[None]) for picture in (image, truth))).item()
+    return evaluate_pair(image, truth, "train_rgb")[0]
 
 
 CSS = """
@@ -459,7 +397,9 @@ class _Tab:
             given = degrade(self.name, picture, way, strength, seed)
             model = load(self.networks[label], self.device)
             begin = time.perf_counter()
-            stages = stages_of(model, given, lambda done, doing: progress(done, desc=doing))
+            bf16 = autocast_dtype("auto", self.device) is not None  # where it is faster
+            told = lambda done, doing: progress(done, desc=doing)  # noqa: E731
+            stages = stages_of(model, given, bf16=bf16, tile=TILE, overlap=OVERLAP, told=told)
             seconds = time.perf_counter() - begin
         except Exception as error:
             if (told := explain(error)) is None:
@@ -512,12 +452,11 @@ def _unlike(network: Network, given: np.ndarray, sigma: float | None = None) -> 
     """A sentence where a picture has other Gaussian noise than the network was trained for."""
     if network.noise_sigma is None:
         return ""
-    low, high = network.noise_sigma
     level = 255 * noise_level(unit_range(given)) if sigma is None else sigma
     effect = {"weaker": "it blurs", "stronger": "it leaves some"}.get(unlike_noise(level, network.noise_sigma))
     if effect is None:
         return ""
-    trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    trained = tell_sigmas(network.noise_sigma)
     seems = "The noise seems to be" if sigma is None else "This is"
     return f"{seems} of sigma {level:.0f}, but the network was trained for {trained}: {effect}. "
 

@@ -1,30 +1,91 @@
 """The figure of stages: how the estimate becomes a picture."""
 
 import io
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dgunet.errors import optional
 from dgunet.files import replacing
+from dgunet.inference import blended
+from dgunet.inside import after_each_stage
+from dgunet.model import DGUNet
 from dgunet.proximal import MULTIPLE
-from dgunet.transforms import pad_to_multiple, to_uint8, unit_range
+from dgunet.transforms import pad_to_blocks, pad_to_multiple, to_uint8, unit_range
 
 
-def stages_of(model, degraded: np.ndarray) -> list[np.ndarray]:
-    """The estimates x_1 ... x_K of a picture, (H, W, C) uint8 or floats in [0, 1], as uint8 of the same shape."""
-    height, width = degraded.shape[:2]
-    y = torch.from_numpy(unit_range(degraded)).permute(2, 0, 1)[None]
-    parameter = next(model.parameters())
-    with torch.inference_mode():
-        estimates = model(pad_to_multiple(y, MULTIPLE).to(parameter))[::-1]
-    estimates = [x[0, :, :height, :width].permute(1, 2, 0).float().cpu().numpy() for x in estimates]
-    return [to_uint8(x) for x in estimates]
+def stages_of(
+    model: DGUNet,
+    picture: np.ndarray,
+    *,
+    bf16: bool = False,
+    tile: int | None = None,
+    overlap: int = 0,
+    told: Callable[[float, str], None] = lambda done, doing: None,
+) -> list[np.ndarray]:
+    """The estimates x_0, x_1, ..., x_K of a picture, all of its shape, uint8.
+
+    Args:
+        model: a network for pictures, or for compressive sensing, which is given the picture's measurements.
+        picture: (H, W, C), degraded; of compressive sensing (H, W), clean; uint8, or floats in [0, 1].
+        bf16: compute in bfloat16: faster where the hardware has it, some thousandths of a dB off.
+        tile, overlap: largest side of the tiles that it is computed in, and what they share; multiples of compressive
+            sensing's blocks. None: as a whole.
+        told: called with the part that is done, in [0, 1], and what comes next.
+    """
+    height, width = picture.shape[:2]
+    known, parameter = model.degradation, next(model.parameters())
+    multiple, pad = (MULTIPLE, pad_to_multiple) if known is None else (known.block, pad_to_blocks)
+    x = torch.from_numpy(np.atleast_3d(unit_range(picture))).permute(2, 0, 1)[None]
+    x = pad(x, multiple).to(parameter)
+    areas = [
+        (rows, columns)
+        for rows in _cut(x.shape[2], multiple, tile, overlap)
+        for columns in _cut(x.shape[3], multiple, tile, overlap)
+    ]
+    done = 0
+
+    def tell():
+        place, stage = divmod(done, model.stages)
+        which = f", tile {place + 1} of {len(areas)}" if len(areas) > 1 else ""
+        if place < len(areas):
+            told(done / model.stages / len(areas), f"stage {stage + 1} of {model.stages}{which}")
+
+    def count(*_):
+        nonlocal done
+        done += 1
+        tell()
+
+    def stages(area: tuple) -> Tensor:
+        start = y = x[area].contiguous(memory_format=torch.channels_last)
+        if known is not None:
+            y = known.A(start)
+            start = known.A_adjoint(y)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return torch.cat([start, *model(y)[::-1]]).float()
+
+    tell()
+    with torch.inference_mode(), after_each_stage(model, count):
+        found = blended(areas, overlap, x.shape[2:], stages)
+    found = found[..., :height, :width].permute(0, 2, 3, 1).cpu().numpy()
+    return [to_uint8(stage).reshape(picture.shape) for stage in found]
+
+
+def _cut(size: int, multiple: int, tile: int | None, overlap: int) -> list[slice]:
+    """Tiles of a side, as few and as small as possible; they begin at multiples of ``multiple``."""
+    if tile is None:
+        return [slice(0, size)]
+    count = max(math.ceil((size - overlap) / (tile - overlap)), 1)
+    step = max(math.ceil((size - overlap) / count / multiple), 1) * multiple
+    return [slice(start, min(start + step + overlap, size)) for start in range(0, max(size - overlap, 1), step)]
 
 
 def label_stages(estimates: list[np.ndarray]) -> list[tuple[str, np.ndarray]]:
-    """What `stages_of` gives, each with its name in the figure."""
+    """The estimates x_1, ..., x_K, each with its name in the figure."""
     names = [f"after stage {k}" for k in range(1, len(estimates))] + ["restored"]
     return list(zip(names, estimates, strict=True))
 

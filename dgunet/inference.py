@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from numbers import Integral
 
 import numpy as np
@@ -146,16 +147,30 @@ def estimate(model, y: Tensor, bf16: bool = False) -> Tensor:
 
 def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int | None, bf16: bool) -> Tensor:
     areas, overlap = tiles_of(*x.shape[2:], tile, overlap)
+    return blended(areas, overlap, x.shape[2:], lambda area: _restore_whole(model, x[area], bf16))
+
+
+def blended(
+    areas: list[tuple[slice, slice]], overlap: int, size: tuple[int, int], compute: Callable[[tuple], Tensor]
+) -> Tensor:
+    """What ``compute`` gives for each area, put together.
+
+    Args:
+        areas: rows and columns of each; neighbours share at least ``overlap`` pixels.
+        size: height and width of the whole.
+        compute: of the indices (..., rows, columns) of an area to (..., h, w), float32.
+    """
+    indices = [(..., rows, columns) for rows, columns in areas]
     if len(areas) == 1:
-        return _restore_whole(model, x, bf16)
-    out = torch.zeros_like(x)
-    weight = x.new_zeros(1, 1, *x.shape[2:])
-    for rows, columns in areas:
-        area = (..., rows, columns)
-        part = x[area]
+        return compute(indices[0])
+    out = weight = None
+    for area in indices:
+        part = compute(area)
+        if out is None:
+            out, weight = part.new_zeros(*part.shape[:-2], *size), part.new_zeros(size)
         # Pyramids: falling linearly over the overlap towards the tile's borders, they blend neighbours.
-        ramp = _ramp(part.shape[2], overlap, x)[:, None] * _ramp(part.shape[3], overlap, x)
-        out[area] += ramp * _restore_whole(model, part, bf16)
+        ramp = _ramp(part.shape[-2], overlap, part)[:, None] * _ramp(part.shape[-1], overlap, part)
+        out[area] += ramp * part
         weight[area] += ramp
     return out / weight
 

@@ -6,14 +6,14 @@ for step in record.steps:
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dgunet.degradations import Degradation
-from dgunet.model import DGUNet
+from dgunet.model import DGUNet, Stage
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,27 @@ def trace(model: DGUNet, y: Tensor) -> Trace:
         degradation = stage.degradation if known is None else known
         steps.append(Step(len(steps) + 1, before, v.pop(), result[0], rho, degradation))
 
+    with after_each_stage(model, note_stage), contextlib.ExitStack() as hooks:
+        for stage in dict.fromkeys(model.unrolled()):
+            hooks.callback(stage.proximal.register_forward_pre_hook(note_v).remove)
+        model(y)
+    return Trace(y, steps[0].before, steps)
+
+
+@contextlib.contextmanager
+def after_each_stage(model: DGUNet, call: Callable[[Stage, tuple, tuple], None]) -> Iterator[None]:
+    """Inside, ``call`` is given each stage that has run, its arguments and its results; of compiled ones as well."""
     stages = list(dict.fromkeys(model.unrolled()))
     compiled = [stage._compiled_call_impl for stage in stages]
     with contextlib.ExitStack() as hooks:
         for stage in stages:
             stage._compiled_call_impl = None  # it would not look at the hooks
-            hooks.callback(stage.proximal.register_forward_pre_hook(note_v).remove)
-            hooks.callback(stage.register_forward_hook(note_stage).remove)
+            hooks.callback(stage.register_forward_hook(call).remove)
         try:
-            model(y)
+            yield
         finally:
-            for stage, call in zip(stages, compiled, strict=True):
-                stage._compiled_call_impl = call
-    return Trace(y, steps[0].before, steps)
+            for stage, own in zip(stages, compiled, strict=True):
+                stage._compiled_call_impl = own
 
 
 def data_term(degradation: Degradation, x: Tensor, y: Tensor) -> float:

@@ -132,7 +132,9 @@ class PairedPatches(RandomPatches):
         self.open = open_luma if luma else open_image
 
     def sample(self, item: Pair, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        return self.augment(rng, *self.crop(rng, self.open(item.input), self.open(item.target)))
+        input = self.open(item.input)
+        target = input if item.target == item.input else self.open(item.target)  # of a known degradation they are one
+        return self.augment(rng, *self.crop(rng, input, target))
 
     def augment(self, rng: np.random.Generator, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The original's flips and rotations: of 9 equally likely choices, two leave the crop as it is."""
@@ -275,7 +277,8 @@ class Centres(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         item = self.items[index]
         if isinstance(item, Pair):
-            return self.centre(item.input), self.centre(item.target)
+            input = self.centre(item.input)
+            return input, input if item.target == item.input else self.centre(item.target)
         target = self.centre(item)
         if self.degrade is None:
             return target, target

@@ -269,6 +269,12 @@ def trained_noise(content: dict) -> tuple[float, float] | None:
     return None
 
 
+def tell_sigmas(trained: tuple[float, float]) -> str:
+    """That noise in words: ``25``, or ``0 to 50``."""
+    low, high = trained
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
 def unlike_noise(level: float, trained: tuple[float, float]) -> str | None:
     """``"weaker"`` or ``"stronger"``, where an estimated `noise_level` is outside of what a network was trained for."""
     low, high = trained

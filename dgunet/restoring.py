@@ -21,7 +21,7 @@ from dgunet.figures import draw_stages, label_stages, stages_of
 from dgunet.files import open_file
 from dgunet.hardware import pick_device
 from dgunet.inference import automatic_tile, restore, tiles_of
-from dgunet.model import Stage
+from dgunet.inside import after_each_stage
 from dgunet.pictures import (
     SUFFIXES,
     comment_of,
@@ -29,6 +29,7 @@ from dgunet.pictures import (
     look_at,
     noise_level,
     read_picture,
+    tell_sigmas,
     trained_noise,
     unlike_noise,
     write_picture,
@@ -344,8 +345,7 @@ def _restore_one(model, job: Job, tally: Tally, noise, tile, device: torch.devic
 
 
 def _tell_of_noise(job: Job, level: float, trained: tuple[float, float], tally: Tally):
-    low, high = trained
-    told = f"sigma {low:g}" if low == high else f"sigma {low:g} to {high:g}"
+    told = f"sigma {tell_sigmas(trained)}"
     match unlike_noise(level, trained):
         case "weaker":
             text = f"less noise than this network is for ({told}), so that it may blur fine detail"
@@ -358,24 +358,16 @@ def _tell_of_noise(job: Job, level: float, trained: tuple[float, float], tally: 
     tally.note(job.source, text, now=f"about sigma {level:.0f}, {text}; {advice}")
 
 
-@contextlib.contextmanager
-def _counting(model, count: Callable[[int], None]) -> Iterator[None]:
+def _counting(model, count: Callable[[int], None]) -> contextlib.AbstractContextManager[None]:
     """Inside, ``count`` is called after each stage, with the number of pixels that went through it."""
-
-    def hook(stage, inputs, output):
-        count(inputs[0].shape[-2] * inputs[0].shape[-1])
-
-    with contextlib.ExitStack() as hooks:
-        for stage in (module for module in model.modules() if isinstance(module, Stage)):
-            hooks.callback(stage.register_forward_hook(hook).remove)
-        yield
+    return after_each_stage(model, lambda stage, inputs, result: count(inputs[0].shape[-2] * inputs[0].shape[-1]))
 
 
 def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
     """The figure of stages of the picture's middle, computed from what is around it."""
     top, left, height, width = _middle(y.shape, FIGURE_FROM)
     around = y[top : top + height, left : left + width]
-    estimates = stages_of(model, around)
+    estimates = stages_of(model, around)[1:]
     inner_top, inner_left, height, width = _middle(around.shape, FIGURE_SIDE)
     window = (slice(inner_top, inner_top + height), slice(inner_left, inner_left + width))
     tiles = [("as it came", to_uint8(around)), *label_stages(estimates)]

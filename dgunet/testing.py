@@ -33,7 +33,7 @@ from dgunet.files import replacing
 from dgunet.hardware import pick_device, use_huge_pages
 from dgunet.inference import check_tiles, tile_side
 from dgunet.metrics import find_metrics
-from dgunet.pictures import noise_level, trained_noise, unlike_noise
+from dgunet.pictures import noise_level, tell_sigmas, trained_noise, unlike_noise
 from dgunet.pretrained import locate
 from dgunet.transforms import unit_range
 
@@ -305,15 +305,14 @@ def _listening(method: Callable, levels: list[float]) -> Callable:
 
 def _tell_of_noise(name: str, trained: tuple[float, float], levels: list[float]):
     """One sentence where pictures have other noise than the weights are for."""
-    low, high = trained
     unlike = [level for level in levels if unlike_noise(level, trained)]
     if unlike:
-        told = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         weakest, strongest = f"{min(unlike):.0f}", f"{max(unlike):.0f}"
         found = weakest if weakest == strongest else f"{weakest} to {strongest}"
         print(
             f"note: {len(unlike)} of {len(levels)} in {name}: noise of about sigma {found}, but these weights were "
-            f"trained for sigma {told}: they blur where it is weaker, and leave some where it is stronger"
+            f"trained for sigma {tell_sigmas(trained)}: they blur where it is weaker, and leave some where it is "
+            "stronger"
         )
 
 

@@ -24,13 +24,13 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from plot_stages import choose
+from plot_stages import find_window, read_pair
 from torch import Tensor
 
 from dgunet import DGUNet, load_model
-from dgunet.data import find_pairs, list_images, read_image, read_luma, to_tensor
-from dgunet.degradations import LearnedDegradation, read_array
-from dgunet.errors import UserError, run_cli
+from dgunet.data import to_tensor
+from dgunet.degradations import BlockSampling, LearnedDegradation, read_array
+from dgunet.errors import run_cli
 from dgunet.inside import Step, Trace, adjoint_mismatch, data_term, impulse_response, trace
 from dgunet.metrics import psnr_batch
 from dgunet.proximal import MULTIPLE
@@ -52,7 +52,8 @@ def main():
 
     model = load_model(args.weights)
     y, truth = read_case(model, *args.pair)
-    window = find_window(truth, args.crop)
+    top, left, side = find_window(truth.shape[2:], args.crop, usual=128, least=2 * LEARNED_REACH + 1)
+    window = slice(top, top + side), slice(left, left + side)
     kernel = None if args.kernel is None else torch.from_numpy(read_array(args.kernel))
     with torch.no_grad():
         record = trace(model, y)
@@ -68,27 +69,12 @@ def main():
 
 def read_case(model: DGUNet, folder: str, name: str) -> tuple[Tensor, Tensor]:
     """What the network is given, and the true picture (1, C, H, W), padded to what the network takes."""
-    if hasattr(model.degradation, "block"):
-        luma = read_luma(choose({path.stem: path for path in list_images(folder)}, name, folder))
-        truth = pad_to_blocks(unit_range(to_tensor(luma)[None]), model.degradation.block)
+    pictures = (unit_range(to_tensor(picture)[None]) for picture in read_pair(model, folder, name))
+    if isinstance(model.degradation, BlockSampling):
+        _, truth = (pad_to_blocks(picture, model.degradation.block) for picture in pictures)
         return model.degradation.A(truth), truth
-    pair = choose({pair.name: pair for pair in find_pairs(folder)}, name, folder)
-    read = read_luma if model.channels == 1 else read_image
-    y, truth = (
-        pad_to_multiple(unit_range(to_tensor(read(path))[None]), MULTIPLE) for path in (pair.input, pair.target)
-    )
+    y, truth = (pad_to_multiple(picture, MULTIPLE) for picture in pictures)
     return y, truth
-
-
-def find_window(truth: Tensor, crop: list[int] | None) -> tuple[slice, slice]:
-    height, width = truth.shape[2:]
-    side = min(128, height, width)
-    top, left, side = crop or ((height - side) // 2, (width - side) // 2, side)
-    if min(top, left) < 0 or side < 2 * LEARNED_REACH + 1 or top + side > height or left + side > width:
-        raise UserError(
-            f"--crop: the picture is {width}x{height}, and the part at least {2 * LEARNED_REACH + 1} a side"
-        )
-    return slice(top, top + side), slice(left, left + side)
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.errors import ROOT, UserError, optional, run_cli
 from dgunet.model import find_variant
+from dgunet.pictures import tell_sigmas
 from dgunet.pretrained import IN_REPOSITORY, Record
 from dgunet.weights import save_weights
 
@@ -129,13 +130,12 @@ def models_table() -> str:
         record = read_record(path.with_name("record.yaml"))
         model = load_model(path)
         noise = record["noise_sigma"]
-        sigma = "" if noise is None else f"{noise[0]:g}" if noise[0] == noise[1] else f"{noise[0]:g} to {noise[1]:g}"
         scores = ", ".join(f"{name} {psnr:.2f} / {ssim:.4f}" for name, (psnr, ssim) in record["scores"].items())
         arguments = model.arguments
         rows = {
             "for": record["trained_for"],
             "not for": record["not_for"],
-            "noise": sigma and f"sigma {sigma}, of 255",
+            "noise": noise and f"sigma {tell_sigmas(noise)}, of 255",
             "scores": scores,
             "network": f"{model.name}, width {arguments['width']}, {arguments['stages']} stages, "
             f"{sum(p.numel() for p in model.parameters()):,} parameters",

@@ -13,14 +13,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import torch
 
-from dgunet import load_model
-from dgunet.data import find_pairs, list_images, read_image, read_luma, to_tensor
+from dgunet import DGUNet, load_model
+from dgunet.data import find_pairs, list_images, read_image, read_luma
+from dgunet.degradations import BlockSampling
 from dgunet.errors import UserError, run_cli
 from dgunet.figures import draw_stages, label_stages, stages_of
-from dgunet.metrics import psnr_batch
-from dgunet.transforms import pad_to_blocks, to_uint8, unit_range
+from dgunet.metrics import evaluate_pair
 
 
 def main():
@@ -37,13 +36,9 @@ def main():
     args = parser.parse_args()
 
     model = load_model(args.weights)
-    degraded, target, estimates = (image_stages if model.degradation is None else sensing_stages)(model, *args.pair)
-    height, width = target.shape[:2]
-    side = min(160, height, width)
-    top, left, side = args.crop or ((height - side) // 2, (width - side) // 2, side)
-    if min(top, left) < 0 or side < 8 or top + side > height or left + side > width:
-        raise UserError(f"the crop does not fit into {args.pair[1]}, which is {width}x{height}")
-
+    picture, target = read_pair(model, *args.pair)
+    degraded, *estimates = stages_of(model, picture)
+    top, left, side = find_window(target.shape[:2], args.crop, usual=160, least=8)
     window = (slice(top, top + side), slice(left, left + side))
     first, whole = ("degraded", degraded) if model.degradation is None else ("$A^T y$", target)
     tiles = [(first, degraded), *label_stages(estimates), ("ground truth", target)]
@@ -53,22 +48,24 @@ def main():
     print(f"{args.pair[1]}: {before:.2f} dB -> {after:.2f} dB, drawn in {args.out.absolute()}")
 
 
-def image_stages(model, folder: str, name: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Degraded picture, target, and the estimates x_1 ... x_K, all (H, W, 3) uint8."""
+def read_pair(model: DGUNet, folder: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The degraded and the true picture, (H, W, 3) or (H, W) uint8; of compressive sensing the luminance, twice."""
+    if isinstance(model.degradation, BlockSampling):
+        luma = read_luma(choose({path.stem: path for path in list_images(folder)}, name, folder))
+        return luma, luma
     pair = choose({pair.name: pair for pair in find_pairs(folder)}, name, folder)
-    degraded, target = read_image(pair.input), read_image(pair.target)
-    return degraded, target, stages_of(model, degraded)
+    read = read_luma if model.channels == 1 else read_image
+    return read(pair.input), read(pair.target)
 
 
-def sensing_stages(model, folder: str, name: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """The same of a picture that is measured: x_0, luminance, and the estimates, all (H, W) uint8."""
-    luma = read_luma(choose({path.stem: path for path in list_images(folder)}, name, folder))
-    height, width = luma.shape
-    with torch.inference_mode():
-        y = model.degradation.A(pad_to_blocks(unit_range(to_tensor(luma)[None]), model.degradation.block))
-        pictures = [model.degradation.A_adjoint(y), *model(y)[::-1]]
-    initial, *estimates = [to_uint8(x[0, 0, :height, :width].numpy()) for x in pictures]
-    return initial, luma, estimates
+def find_window(size: tuple[int, int], crop: list[int] | None, usual: int, least: int) -> tuple[int, int, int]:
+    """Top, left and side of the part that is shown of a picture (H, W): as --crop says, or in the middle."""
+    height, width = size
+    side = min(usual, height, width)
+    top, left, side = crop or ((height - side) // 2, (width - side) // 2, side)
+    if min(top, left) < 0 or side < least or top + side > height or left + side > width:
+        raise UserError(f"the crop does not fit: the picture is {width}x{height}, and a part at least {least} a side")
+    return top, left, side
 
 
 def choose(found: dict, name: str, folder: str):
@@ -78,7 +75,7 @@ def choose(found: dict, name: str, folder: str):
 
 
 def psnr(image: np.ndarray, target: np.ndarray) -> float:
-    return psnr_batch(*(unit_range(to_tensor(picture)[None]) for picture in (image, target))).item()
+    return evaluate_pair(image, target, "train_rgb")[0]
 
 
 if __name__ == "__main__":

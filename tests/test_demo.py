@@ -18,6 +18,7 @@ from PIL import Image
 from dgunet import DGUNet, demo
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.errors import UserError
+from dgunet.figures import stages_of
 from dgunet.transforms import to_uint8
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,23 +126,22 @@ def test_every_task_degrades_by_its_strength(picture):
 def test_stages_are_those_of_the_network(tiny_model, picture):
     model = tiny_model(stages=3)
     told = []
-    stages = demo.stages_of(model, picture[:50, :70], lambda done, doing: told.append((round(done, 2), doing)))
+    stages = stages_of(model, picture[:50, :70], told=lambda done, doing: told.append((round(done, 2), doing)))
     assert len(stages) == 4 and np.array_equal(stages[0], picture[:50, :70])
     assert told == [(0, "stage 1 of 3"), (0.33, "stage 2 of 3"), (0.67, "stage 3 of 3")]
     x = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         estimates = model(x)[::-1]
-    for stage, estimate in zip(demo.stages_of(model, picture)[1:], estimates, strict=True):
+    for stage, estimate in zip(stages_of(model, picture, bf16=True)[1:], estimates, strict=True):
         expected = to_uint8(estimate[0].permute(1, 2, 0).numpy())
         assert abs(stage.astype(int) - expected).mean() < 0.6  # in bfloat16, where that is fast
 
 
-def test_large_pictures_are_restored_in_tiles_of_whole_blocks(tiny_model, picture, monkeypatch):
-    monkeypatch.setattr(demo, "TILE", 128)
+def test_large_pictures_are_restored_in_tiles_of_whole_blocks(tiny_model, picture):
     luma = np.tile(picture[..., 1], (3, 3))[:150, :250]
     model = tiny_model("compressive_sensing_dgunet", ratio=0.5, stages=2)
     told = []
-    stages = demo.stages_of(model, luma, lambda done, doing: told.append(doing))
+    stages = stages_of(model, luma, tile=128, overlap=64, told=lambda done, doing: told.append(doing))
     assert told[-1] == "stage 2 of 2, tile 6 of 6" and all(stage.shape == luma.shape for stage in stages)
     # Blocks are measured one by one: were tiles not of whole ones, x_0 would differ.
     assert abs(stages[0].astype(int) - demo.start_of(model.degradation, luma)).max() <= 1

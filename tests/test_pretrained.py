@@ -392,8 +392,9 @@ def test_hugging_face_folder(tmp_path, offline, name, degradation, overrides):
         DGUNet.from_pretrained(tmp_path / "a", task=other, **own)
     assert json.loads((tmp_path / "a/config.json").read_text()) == describe_model(model)
     card = ModelCard.load(tmp_path / "a/README.md")
-    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == ("mit", "dgunet", "image-to-image")
-    assert {"image-restoration", name.removesuffix("_dgunet").replace("_", "-")} <= set(card.data.tags)
+    about = card.data.to_dict()
+    assert (about["license"], about["library_name"], about["pipeline_tag"]) == ("mit", "dgunet", "image-to-image")
+    assert {"image-restoration", name.removesuffix("_dgunet").replace("_", "-")} <= set(about["tags"])
     for part in (name, "For a test.", "arxiv.org/abs/2204.13348", "pypi.org/project/dgunet"):
         assert part in card.text
 
