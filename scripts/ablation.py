@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -48,22 +49,32 @@ TITLES = {"denoising": "Gaussian noise, sigma 25", "compressive_sensing": "compr
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """A change: arguments of `DGUNet`, and other config keys; of one task, or of all."""
+    """A change: arguments of `DGUNet`, and other config keys; of one task, or of all.
+
+    ``trained_as``: the task whose train.py can do it, where that is another.
+    """
 
     group: str
     name: str
     arguments: dict = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
     task: str = ""
+    trained_as: str = ""
 
 
 BASE = Variant("", "as in the paper, 5 stages")
 SENSING, IMAGES = "compressive_sensing", "denoising"
+# The deblurring network is the same, and its degradation can be given: a blur of one pixel is none.
+IDENTITY = {
+    "MODEL.NAME": "deblurring_dgunet", "MODEL.DEGRADATION": "blur", "MODEL.NOISE": 25, "LOSS.CHARBONNIER": 1.0,
+    "LOSS.EDGE": 0.0, "LOSS.CLAMP": True, "AUGMENT.SATURATION": 0.0,
+}  # fmt: skip
 VARIANTS = [
     BASE,
     *(Variant("stages", f"{k} stage{'s' * (k > 1)}", {"stages": k}) for k in (1, 3, 7, 9)),
     Variant("stages", "own weights in the middle stages", {"shared": False}),
     Variant("gradient step", "no gradient steps", {"gradient": False}),
+    Variant("degradation", "A known, the identity", {}, IDENTITY, IMAGES, trained_as="deblurring"),
     Variant("degradation", "matrix fixed: DCT", {}, {"MODEL.MATRIX": "fixed"}, SENSING),
     Variant("degradation", "matrix fixed: Gaussian", {}, {"MODEL.MATRIX": "fixed", "MODEL.MATRIX_START": ""}, SENSING),
     Variant("degradation", "matrix learned from Xavier noise", {}, {"MODEL.MATRIX_START": "xavier"}, SENSING),
@@ -101,6 +112,9 @@ def main():
         if variant.task in ("", task)
         and (variant is BASE or not args.only or any(words in variant.name for words in args.only))
     ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    kernel = args.out / "one_pixel.npy"
+    np.save(kernel, np.ones((1, 1), np.float32))
     rows: list[dict] = []
     free: queue.Queue[str] = queue.Queue()
     for device in args.devices:
@@ -111,12 +125,13 @@ def main():
         try:
             place = {"DEVICE": "cpu"} if device == "cpu" else {"DEVICE": "cuda", "GPU": f"[{device}]"}
             arguments = "{" + ", ".join(f"{key}: {value}" for key, value in (SMALL | variant.arguments).items()) + "}"
-            settings = COMMON | TASKS[task] | variant.settings | place | {
+            own = variant.settings | {"MODEL.KERNEL": kernel} if variant.trained_as else TASKS[task] | variant.settings
+            settings = COMMON | own | place | {
                 "MODEL.OVERRIDES": arguments, "MODEL.SESSION": f"{variant.name}, seed {seed}", "SEED": seed,
                 "OPTIM.NUM_EPOCHS": args.epochs, "TRAINING.TRAIN_DIR": args.train_dir,
                 "TRAINING.SAVE_DIR": args.out / "runs" / f"{task}_{args.epochs}",
             }  # fmt: skip
-            psnr = train(task, settings, args.options)
+            psnr = train(variant.trained_as or task, settings, args.options)
         finally:
             free.put(device)
         return {"task": task, "group": variant.group, "variant": variant.name, "seed": seed, "psnr": psnr}
@@ -166,7 +181,6 @@ def scores(rows: list[dict], task: str) -> dict[Variant, list[float]]:
 
 def report(rows: list[dict], args):
     """Write the table and the plot of what there is."""
-    args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "ablation.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

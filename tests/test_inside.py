@@ -149,7 +149,7 @@ def test_ablation(picture_pairs, run_command, tmp_path):
     picture_pairs(tmp_path / "pairs", count=6, size=(32, 32))
     words = ["--train_dir", tmp_path / "pairs/target", "--out", tmp_path / "out", "--tasks", "denoising"]
     words += ["--epochs", "1"]
-    words += ["--seeds", "1", "--only", "gradient", "--", "TRAINING.VAL_HOLD_BACK", "2", "TRAINING.TRAIN_PS", "32"]
+    words += ["--seeds", "1", "--only", "gradient", "identity", "--", "TRAINING.VAL_HOLD_BACK", "2", "TRAINING.TRAIN_PS", "32"]
     words += ["TRAINING.VAL_PS", "32", "OPTIM.BATCH_SIZE", "2"]
     done = run_command([ROOT / "scripts/ablation.py", *words])
     assert done.returncode == 0, done.stderr
@@ -157,7 +157,11 @@ def test_ablation(picture_pairs, run_command, tmp_path):
     assert "| as in the paper, 5 stages |" in table and "| no gradient steps |" in table
     assert cv2.imread(str(tmp_path / "out/ablation.png")).shape[1] > 500
     states = sorted((tmp_path / "out/runs").rglob("model_latest.pth"))
-    assert [load_model(path).arguments["gradient"] for path in states] == [True, False]
+    known, as_in_paper, without = (load_model(path) for path in states)
+    assert known.arguments == as_in_paper.arguments and as_in_paper.degradation is None
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(known.degradation.A(x), x) and known.degradation.noise == pytest.approx(25 / 255)
+    assert not without.arguments["gradient"]
     before = [path.stat().st_mtime_ns for path in states]
     assert run_command([ROOT / "scripts/ablation.py", *words]).stdout == done.stdout
     assert [path.stat().st_mtime_ns for path in states] == before
