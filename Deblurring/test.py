@@ -3,6 +3,7 @@
     python Deblurring/test.py --weights model.pth --dataset GoPro HIDE       # the paper's table
     python Deblurring/test.py --weights model.pth --dataset RealBlur_J RealBlur_R
     python Deblurring/test.py --weights model.pth --dataset path/to/folder   # pairs in input/ and target/, or pictures
+    python Deblurring/test.py --dataset path/to/folder                       # our own weights
     python Deblurring/test.py --score_only restored                          # score what lies in restored/GoPro/...
 
 GoPro and HIDE: PSNR and SSIM of MATLAB on 8-bit RGB, SSIM over three dimensions. RealBlur: after alignment to the
@@ -35,7 +36,7 @@ BENCHMARKS = {
 
 
 def main():
-    command("deblurring", __doc__, BENCHMARKS, own_folder("rgb_matlab"))
+    command("deblurring", __doc__, BENCHMARKS, own_folder("rgb_matlab"), shipped="deblurring_motion")
 
 
 if __name__ == "__main__":

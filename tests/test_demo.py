@@ -278,7 +278,7 @@ def visit(page, url: str, folder: Path):
     sizes = images.evaluate_all("images => images.map(image => [image.naturalWidth, image.naturalHeight])")
     assert sizes == [[96, 64], [96, 64]]
     page.get_by_role("tab", name="Deblurring").click()
-    says(page, "No network for deblurring comes with this version")
+    says(page.locator("#deblurring_caption"), "right with camera shake")
     page.get_by_role("tab", name="Compressive sensing").click()
     says(seen["sensing"], "Left the luminance")
     assert elsewhere == []
