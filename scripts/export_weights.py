@@ -26,6 +26,7 @@ from dgunet.pictures import tell_sigmas
 from dgunet.pretrained import IN_REPOSITORY, Record
 from dgunet.weights import save_weights
 
+natsorted = optional("natsort").natsorted
 yaml = optional("yaml")
 
 TABLE = ROOT / "docs/models.md"
@@ -126,7 +127,7 @@ def models_table() -> str:
         "itself, in its metadata, which `python scripts/export_weights.py --renew` writes from the `record.yaml`\n"
         "beside it, as it does this page. Scores are PSNR in dB / SSIM, as the papers of the task compute them.\n"
     ]
-    for path in sorted(ROOT.glob(IN_REPOSITORY)):
+    for path in natsorted(ROOT.glob(IN_REPOSITORY), key=str):
         record = read_record(path.with_name("record.yaml"))
         model = load_model(path)
         noise = record["noise_sigma"]
