@@ -16,9 +16,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 python=.venv/bin/python
 results=results/reproduce
 
-for weights in CompressiveSensing/pretrained_models/*/weights.safetensors; do
-    $python CompressiveSensing/test.py --weights "$weights" --data_root "$data" --results $results
-    $python CompressiveSensing/test.py --weights "$weights" --data_root "$data" --results $results --dataset Set11 --whole
+for percent in 1 4 10 25 50; do
+    weights=compressive_sensing_$percent
+    $python CompressiveSensing/test.py --weights $weights --data_root "$data" --results $results
+    $python CompressiveSensing/test.py --weights $weights --data_root "$data" --results $results --dataset Set11 --whole
 done
 $python Denoising/test.py --data_root "$data" --results $results  # the Gaussian noise that its weights are for
 $python Denoising/test.py --weights denoising_real --dataset CC15 --data_root "$data" --results $results
