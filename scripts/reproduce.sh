@@ -19,7 +19,7 @@ results=results/reproduce
 for percent in 1 4 10 25 50; do
     weights=compressive_sensing_$percent
     $python CompressiveSensing/test.py --weights $weights --data_root "$data" --results $results
-    $python CompressiveSensing/test.py --weights $weights --data_root "$data" --results $results --dataset Set11 --whole
+    $python CompressiveSensing/test.py --weights $weights --data_root "$data" --results $results/whole --dataset Set11 --whole
 done
 $python Denoising/test.py --data_root "$data" --results $results  # the Gaussian noise that its weights are for
 $python Denoising/test.py --weights denoising_real --dataset CC15 --data_root "$data" --results $results
@@ -33,10 +33,10 @@ if [ -d "$data/reds_small/test" ]; then
     $python Deblurring/test.py --dataset "$data/reds_small/test" --results $results
 fi
 
-printf '\n%-24s %-18s %8s %8s %8s %8s %8s\n' weights "data set" pictures PSNR SSIM "input's" SSIM
-for task in compressive_sensing denoising deraining deblurring; do
+printf '\n%-24s %-20s %8s %8s %8s %8s %8s\n' weights "data set" pictures PSNR SSIM "input's" SSIM
+for table in compressive_sensing whole/compressive_sensing denoising deraining deblurring; do
     awk -F, 'NR > 1 { set = $4 ($12 ~ /whole=True/ ? ", whole" : "")
                       if (!(($2, set) in row)) order[++count] = $2 SUBSEP set
-                      row[$2, set] = sprintf("%-24s %-18s %8d %8.2f %8.4f %8.2f %8.4f", $2, set, $6, $7, $8, $9, $10) }
-        END { for (k = 1; k <= count; k++) print row[order[k]] }' $results/$task.csv
+                      row[$2, set] = sprintf("%-24s %-20s %8d %8.2f %8.4f %8.2f %8.4f", $2, set, $6, $7, $8, $9, $10) }
+        END { for (k = 1; k <= count; k++) print row[order[k]] }' $results/$table.csv
 done
