@@ -148,9 +148,8 @@ def test_ablation(picture_pairs, run_command, tmp_path):
     """Through the real command line: every run trains; a second call finds them all done."""
     picture_pairs(tmp_path / "pairs", count=6, size=(32, 32))
     words = ["--train_dir", tmp_path / "pairs/target", "--out", tmp_path / "out", "--tasks", "denoising"]
-    words += ["--epochs", "1"]
-    words += ["--seeds", "1", "--only", "gradient", "identity", "--", "TRAINING.VAL_HOLD_BACK", "2", "TRAINING.TRAIN_PS", "32"]
-    words += ["TRAINING.VAL_PS", "32", "OPTIM.BATCH_SIZE", "2"]
+    words += ["--epochs", "1", "--seeds", "1", "--only", "gradient", "identity", "--", "OPTIM.BATCH_SIZE", "2"]
+    words += ["TRAINING.VAL_HOLD_BACK", "2", "TRAINING.TRAIN_PS", "32", "TRAINING.VAL_PS", "32"]
     done = run_command([ROOT / "scripts/ablation.py", *words])
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "out/ablation.md").read_text()
