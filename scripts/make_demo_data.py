@@ -3,7 +3,7 @@
     python scripts/make_demo_data.py --task denoising
     python scripts/make_demo_data.py --task denoising --noise gaussian --sigma 25 --out Datasets/demo/awgn25
     python scripts/make_demo_data.py --task deraining --copies 5 --out Datasets/demo/more_rain
-    python scripts/make_demo_data.py --task deblurring --source my_sharp_photos --out Datasets/my_blur
+    python scripts/make_demo_data.py --task deblurring --extent 0 15 --source my_sharp_photos --out Datasets/my_blur
 
 The clean pictures are photographs that ship inside the scikit-image package; ``--source`` and
 ``--test_source`` put your own in their place. The degradation is synthetic and seeded by picture name, so the
@@ -19,6 +19,7 @@ No photograph and no scene is in two splits. The degradations are those of dgune
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -43,6 +44,7 @@ cv2 = optional("cv2")
 
 TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
 MANIFEST = "demo.json"
+EXTENT = [5.0, 15.0]  # pixels
 VERSION = 1  # raise it when a change here changes the pictures, so that older folders are recognised as such
 
 
@@ -107,7 +109,9 @@ def make_degradation(args) -> Degrade | None:
     """The function (image, rng) -> image of the task; None where the loader does it (compressive sensing)."""
     if args.task == "denoising":
         return sensor_noise if args.noise == "sensor" else partial(gaussian_noise, sigma=args.sigma)
-    return {"deraining": rain_streaks, "deblurring": motion_blur, "compressive_sensing": None}[args.task]
+    if args.task == "deblurring":
+        return partial(motion_blur, extent=args.extent)
+    return {"deraining": rain_streaks, "compressive_sensing": None}[args.task]
 
 
 def split_files(photos: list[Photo], split: str, args) -> Iterator[tuple[str, bytes, float | None]]:
@@ -168,7 +172,8 @@ def check_existing(out: Path, manifest: dict) -> bool:
         return False
     try:
         old = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        old_files, old_options, old_pictures = dict(old["files"]), dict(old["options"]), old["pictures"]
+        old_files, old_pictures = dict(old["files"]), old["pictures"]
+        old_options = {"--extent": EXTENT} | old["options"]  # older folders do not tell it
     except (OSError, ValueError, KeyError, TypeError):
         foreign = f"--out: {out} holds files that this script did not write"
         raise UserError(f"{foreign}; choose another --out") from None
@@ -217,6 +222,7 @@ def parse_args(argv=None):
     add("--copies", type=int, help="degraded versions of each training picture; default 3")
     add("--noise", choices=("sensor", "gaussian"), help="kind of noise, denoising only; default sensor")
     add("--sigma", type=float, help="of --noise gaussian, on the scale 0 to 255; default 25")
+    add("--extent", type=float, nargs=2, metavar="PX", help="range of the blur, deblurring only; default 5 15")
     add("--seed", type=int, default=1234, help="default 1234")
     args = parser.parse_args(argv)
     check_args(args)
@@ -227,6 +233,8 @@ def check_args(args):
     """Refuse what would be ignored or cannot work, then fill in the defaults that depend on other options."""
     if args.task != "denoising" and (args.noise is not None or args.sigma is not None):
         raise UserError(f"--noise and --sigma are for --task denoising, not for {args.task}")
+    if args.task != "deblurring" and args.extent is not None:
+        raise UserError(f"--extent is for --task deblurring, not for {args.task}")
     if args.sigma is not None and args.noise != "gaussian":
         raise UserError("--sigma needs --noise gaussian")
     if args.task == "compressive_sensing" and args.copies is not None:
@@ -237,6 +245,11 @@ def check_args(args):
         args.noise = args.noise or "sensor"
     if args.noise == "gaussian" and args.sigma is None:
         args.sigma = 25.0
+    if args.task == "deblurring":
+        args.extent = args.extent or EXTENT
+        low, high = args.extent
+        if not 0 <= low <= high < math.inf:
+            raise UserError(f"--extent is a range of at least 0 pixels, not {low:g} {high:g}")
     args.copies = 3 if args.copies is None else args.copies
     args.val_count = 5 if args.val_count is None else args.val_count
     args.out = args.out or ROOT / "Datasets" / "demo" / args.task
@@ -256,6 +269,8 @@ def make_manifest(photos: dict[str, list[Photo]], args) -> dict:
         options |= {"--seed": args.seed, "--copies": args.copies}
     if args.task == "denoising":
         options |= {"--noise": args.noise, "--sigma": args.sigma}
+    if args.task == "deblurring":
+        options["--extent"] = args.extent
     return {"options": options, "pictures": fingerprints(photos)}
 
 

@@ -242,6 +242,21 @@ def test_gaussian_noise_on_request(own, tmp_path):
     assert np.std(pair[0] - pair[1]) == pytest.approx(10, abs=0.3)
 
 
+def test_extent_of_the_blur_on_request(own, tmp_path):
+    run("deblurring", tmp_path / "sharp", "--source", own, "--extent", 0, 0)
+    for path in (tmp_path / "sharp/train/input").iterdir():  # no way, no blur; there and back through linear light
+        pair = [read_image(tmp_path / f"sharp/train/{side}/{path.name}").astype(int) for side in ("input", "target")]
+        assert np.abs(pair[0] - pair[1]).max() <= 1
+    run("deblurring", tmp_path / "usual", "--source", own)
+    manifest = tmp_path / "usual" / demo.MANIFEST
+    old = json.loads(manifest.read_text())
+    assert old["options"].pop("--extent") == [5, 15]  # as in a folder made before there was a choice
+    manifest.write_text(json.dumps(old))
+    run("deblurring", tmp_path / "usual", "--source", own)
+    with pytest.raises(UserError, match=r"was made with --extent \[5\.0, 15\.0\] and now it is \[0\.0, 5\.0\]"):
+        run("deblurring", tmp_path / "usual", "--source", own, "--extent", 0, 5)
+
+
 # --- running again, and refusing ---
 
 
@@ -325,6 +340,8 @@ def test_pictures_that_cannot_be_used(own, tmp_path):
         ("", "--task"),
         ("--task dehazing", "invalid choice"),
         ("--task deraining --sigma 5", "are for --task denoising"),
+        ("--task deraining --extent 0 5", "is for --task deblurring"),
+        ("--task deblurring --extent 5 0", "--extent is a range of at least 0 pixels, not 5 0"),
         ("--task denoising --sigma 5", "--sigma needs --noise gaussian"),
         ("--task denoising --noise gaussian --sigma nan", "--sigma must be above 0"),
         ("--task denoising --copies 0", "--copies must be at least 1"),
