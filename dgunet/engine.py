@@ -31,7 +31,7 @@ from dgunet.transforms import centre, unit_range
 log = logging.getLogger("dgunet")
 
 # Keys that may differ between a run and its continuation without a word.
-_FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
+FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
 
 
 def _run_folder(cfg) -> Path:
@@ -320,7 +320,7 @@ class Trainer:
     def _compare_config(self, text: str, _):
         """Note what has changed; with another batch size, go on at the same share of the epoch."""
         then = type(self.cfg).load_cfg(text)
-        self.changed = [key for key in changed_keys(self.cfg, then) if key not in _FREE_TO_CHANGE]
+        self.changed = [key for key in changed_keys(self.cfg, then) if key not in FREE_TO_CHANGE]
         done = self.step * then.OPTIM.BATCH_SIZE // self.cfg.OPTIM.BATCH_SIZE
         self.step = operator.index(min(done, self.batches.steps))
         if self.step < 0:

@@ -4,18 +4,21 @@
     python scripts/ablation.py --train_dir ... --devices 0 1 2 3 --epochs 40        # four GPUs, a run on each at a time
 
 Trains small networks (five stages, width 16) for Gaussian noise and for compressive sensing, one run for each variant
-and seed; a variant differs from the first in what its name says and in nothing else. The score is the PSNR, averaged
-over pictures held back from training, of their 256x256 centres. Writes ablation.csv, ablation.md (a table) and
-ablation.png. A study that was interrupted goes on where it was. On one CPU core a run takes a minute or two.
+and seed; a variant differs from the first in what its name says and in nothing else. The rate falls as a cosine. The
+score is the PSNR, averaged over pictures held back from training, of their 256x256 centres. Writes ablation.csv,
+ablation.md (a table) and ablation.png. A study that was interrupted goes on where it was. On one CPU core a run of
+three epochs of 380 pictures takes a minute or two.
 """
 
 import argparse
 import csv
 import queue
+import signal
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,14 +28,18 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dgunet.config import changed_keys, load_config
+from dgunet.engine import FREE_TO_CHANGE
 from dgunet.errors import ROOT, UserError, run_cli
 
+KERNEL = "one_pixel.npy"
 SMALL = {"width": 16, "growth": 8, "final_growth": 8, "stages": 5}
 COMMON = {
     "OPTIM.BATCH_SIZE": 4, "OPTIM.LR_INITIAL": 1e-3, "OPTIM.LR_MIN": 1e-5, "OPTIM.WARMUP_EPOCHS": 0,
-    "OPTIM.COSINE_EXTRA_EPOCHS": 0, "OPTIM.CLIP_NORM": 1.0, "TRAINING.REPEAT": 1, "TRAINING.TRAIN_PS": 64,
-    "TRAINING.VAL_PS": 256, "TRAINING.VAL_DIR": "", "TRAINING.VAL_HOLD_BACK": 20, "TRAINING.VAL_AFTER_EVERY": 1000,
-    "TRAINING.VAL_TIMES": 1, "TRAINING.SAVE_EACH_VALIDATION": False, "TRAINING.WORKERS": 0, "TRAINING.RESUME": True,
+    "OPTIM.SCHEDULE": "cosine", "OPTIM.COSINE_EXTRA_EPOCHS": 0, "OPTIM.CLIP_NORM": 1.0, "TRAINING.REPEAT": 1,
+    "TRAINING.TRAIN_PS": 64, "TRAINING.VAL_PS": 256, "TRAINING.VAL_DIR": "", "TRAINING.VAL_HOLD_BACK": 20,
+    "TRAINING.VAL_AFTER_EVERY": 1000, "TRAINING.VAL_TIMES": 1, "TRAINING.SAVE_EACH_VALIDATION": False,
+    "TRAINING.WORKERS": 0, "TRAINING.RESUME": True,
 }  # fmt: skip
 TASKS = {
     "denoising": {
@@ -64,7 +71,8 @@ class Variant:
 
 BASE = Variant("", "as in the paper, 5 stages")
 SENSING, IMAGES = "compressive_sensing", "denoising"
-# The deblurring network is the same, and its degradation can be given: a blur of one pixel is none.
+# The deblurring network is the same, and its degradation can be given: a blur of one pixel is none. (With any known
+# degradation one thing more differs: the last estimate is v_K plus a residual, not y plus one.)
 IDENTITY = {
     "MODEL.NAME": "deblurring_dgunet", "MODEL.DEGRADATION": "blur", "MODEL.NOISE": 25, "LOSS.CHARBONNIER": 1.0,
     "LOSS.EDGE": 0.0, "LOSS.CLAMP": True, "AUGMENT.SATURATION": 0.0,
@@ -75,16 +83,16 @@ VARIANTS = [
     Variant("stages", "own weights in the middle stages", {"shared": False}),
     Variant("gradient step", "no gradient steps", {"gradient": False}),
     Variant("degradation", "A known, the identity", {}, IDENTITY, IMAGES, trained_as="deblurring"),
-    Variant("degradation", "matrix fixed: DCT", {}, {"MODEL.MATRIX": "fixed"}, SENSING),
-    Variant("degradation", "matrix fixed: Gaussian", {}, {"MODEL.MATRIX": "fixed", "MODEL.MATRIX_START": ""}, SENSING),
+    Variant("degradation", "DCT as matrix, fixed", {}, {"MODEL.MATRIX": "fixed"}, SENSING),
+    Variant("degradation", "Gaussian matrix, fixed", {}, {"MODEL.MATRIX": "fixed", "MODEL.MATRIX_START": ""}, SENSING),
     Variant("degradation", "matrix learned from Xavier noise", {}, {"MODEL.MATRIX_START": "xavier"}, SENSING),
     Variant("pathways", "neither ISFF nor feature fusion", {"pathways": False}),
     Variant("pathways", "no ISFF", {"isff": "none"}),
     Variant("pathways", "no feature fusion", {"fusion": "none"}),
-    Variant("pathways", "ISFF: a sum", {"isff": "additive"}, task=IMAGES),
-    Variant("pathways", "ISFF: adaptive", {"isff": "adaptive"}, task=SENSING),
-    Variant("pathways", "fusion: concatenation", {"fusion": "concat"}, task=IMAGES),
-    Variant("pathways", "fusion: subspace projection", {"fusion": "subspace"}, task=SENSING),
+    Variant("pathways", "ISFF as a sum", {"isff": "additive"}, task=IMAGES),
+    Variant("pathways", "ISFF adaptive", {"isff": "adaptive"}, task=SENSING),
+    Variant("pathways", "fusion by concatenation", {"fusion": "concat"}, task=IMAGES),
+    Variant("pathways", "fusion by subspace projection", {"fusion": "subspace"}, task=SENSING),
     Variant("pathways", "features attended by the estimate", {"attention": True}, task=IMAGES),
     Variant("pathways", "features not attended", {"attention": False}, task=SENSING),
 ]
@@ -112,9 +120,10 @@ def main():
         if variant.task in ("", task)
         and (variant is BASE or not args.only or any(words in variant.name for words in args.only))
     ]
+    if args.only and all(variant is BASE for _, variant, _ in runs):
+        raise UserError(f"--only matches none of {'; '.join(variant.name for variant in VARIANTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    kernel = args.out / "one_pixel.npy"
-    np.save(kernel, np.ones((1, 1), np.float32))
+    np.save(args.out / KERNEL, np.ones((1, 1), np.float32))
     rows: list[dict] = []
     free: queue.Queue[str] = queue.Queue()
     for device in args.devices:
@@ -124,19 +133,12 @@ def main():
         device = free.get()
         try:
             place = {"DEVICE": "cpu"} if device == "cpu" else {"DEVICE": "cuda", "GPU": f"[{device}]"}
-            arguments = "{" + ", ".join(f"{key}: {value}" for key, value in (SMALL | variant.arguments).items()) + "}"
-            own = variant.settings | {"MODEL.KERNEL": kernel} if variant.trained_as else TASKS[task] | variant.settings
-            settings = COMMON | own | place | {
-                "MODEL.OVERRIDES": arguments, "MODEL.SESSION": f"{variant.name}, seed {seed}", "SEED": seed,
-                "OPTIM.NUM_EPOCHS": args.epochs, "TRAINING.TRAIN_DIR": args.train_dir,
-                "TRAINING.SAVE_DIR": args.out / "runs" / f"{task}_{args.epochs}",
-            }  # fmt: skip
-            psnr = train(variant.trained_as or task, settings, args.options)
+            psnr = train(variant.trained_as or task, settings_of(task, variant, seed, args) | place, args.options)
         finally:
             free.put(device)
         return {"task": task, "group": variant.group, "variant": variant.name, "seed": seed, "psnr": psnr}
 
-    with ThreadPoolExecutor(len(args.devices)) as pool:
+    with ThreadPoolExecutor(len(args.devices)) as pool, ended_with_this():
         for row in pool.map(run, *zip(*runs, strict=True)):
             rows.append(row)
             print(f"{row['task']}, {row['variant']}, seed {row['seed']}: {row['psnr']:.2f} dB", flush=True)
@@ -144,22 +146,60 @@ def main():
     print(f"wrote {args.out / 'ablation.md'} and {args.out / 'ablation.png'}")
 
 
+def settings_of(task: str, variant: Variant, seed: int, args) -> dict:
+    """The config keys of a run, but for where it computes."""
+    arguments = ", ".join(f"{key}: {value}" for key, value in (SMALL | variant.arguments).items())
+    own = (
+        variant.settings | {"MODEL.KERNEL": args.out / KERNEL} if variant.trained_as else TASKS[task] | variant.settings
+    )
+    return COMMON | own | {
+        "MODEL.OVERRIDES": f"{{{arguments}}}", "MODEL.SESSION": f"{variant.name}, seed {seed}", "SEED": seed,
+        "OPTIM.NUM_EPOCHS": args.epochs, "TRAINING.TRAIN_DIR": args.train_dir,
+        "TRAINING.SAVE_DIR": args.out / "runs" / f"{task}_{args.epochs}",
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+under_way: set[subprocess.Popen] = set()
+
+
+@contextmanager
+def ended_with_this():
+    """Within it, no training outlives the study: not an interrupt, not SIGTERM."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in list(under_way):
+            process.terminate()
+
+
 def train(task: str, settings: dict, options: list[str] = ()) -> float:
     """A run of a task's train.py, or what is missing of it; the last validation's PSNR.
 
     Raises:
-        UserError: what the command has told.
+        UserError: what the command has told; a run of this name had other settings.
     """
+    config = ROOT / f"configs/{task}/dgunet.yaml"
+    words = [*(str(word) for pair in settings.items() for word in pair), *options]
     folder = Path(settings["TRAINING.SAVE_DIR"]) / settings["MODEL.SESSION"]
-    if (psnr := finished(folder / "history.csv", settings["OPTIM.NUM_EPOCHS"])) is not None:
+    cfg = load_config(config, words)
+    if (folder / "config.yaml").exists():
+        changed = set(changed_keys(cfg, load_config(folder / "config.yaml"))) - set(FREE_TO_CHANGE)
+        if changed:
+            raise UserError(f"{folder} was trained with another {', '.join(sorted(changed))}; choose another --out")
+    if (psnr := finished(folder / "history.csv", cfg.OPTIM.NUM_EPOCHS)) is not None:
         return psnr
-    words = [str(word) for pair in settings.items() for word in pair]
-    script = ROOT / task.title().replace("_", "") / "train.py"
-    command = [sys.executable, script, "--config", ROOT / f"configs/{task}/dgunet.yaml", *words, *options]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"{settings['MODEL.SESSION']}: {done.stderr.strip().removeprefix('error: ')}")
-    return finished(folder / "history.csv", settings["OPTIM.NUM_EPOCHS"])
+    command = [sys.executable, ROOT / task.title().replace("_", "") / "train.py", "--config", config, *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        under_way.add(process)
+        _, told = process.communicate()
+        under_way.discard(process)
+    if process.returncode:
+        raise UserError(f"{settings['MODEL.SESSION']}: {told.strip().removeprefix('error: ')}")
+    return finished(folder / "history.csv", cfg.OPTIM.NUM_EPOCHS)
 
 
 def finished(history: Path, epochs: int) -> float | None:

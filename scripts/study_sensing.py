@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ablation import train
+from ablation import ended_with_this, train
 
 from dgunet.errors import UserError, run_cli
 
@@ -60,10 +60,11 @@ def main():
     if not chosen:
         raise UserError(f"--only matches none of {'; '.join(VARIANTS)}")
     rows = []
-    for name in chosen:
-        score = train_variant(name, args)
-        rows.append((name, score))
-        print(f"{name}: {score:.2f} dB", flush=True)
+    with ended_with_this():
+        for name in chosen:
+            score = train_variant(name, args)
+            rows.append((name, score))
+            print(f"{name}: {score:.2f} dB", flush=True)
     reference = rows[0][1]
     print(f"\n| | PSNR, dB | beside {chosen[0].split(':')[0]} |\n| --- | --- | --- |")
     for name, score in rows:
@@ -74,7 +75,7 @@ def train_variant(name: str, args) -> float:
     """Train one variant, run after run; the last validation's PSNR."""
     weights = ""
     for step, (changes, epochs) in enumerate(VARIANTS[name], start=1):
-        session = f"{list(VARIANTS).index(name):02d}_step{step}"
+        session = f"{name.replace(':', '')}, step {step}"
         settings = COMMON | changes | {
             "OPTIM.NUM_EPOCHS": epochs, "MODEL.SESSION": session, "MODEL.WEIGHTS": weights, "TRAINING.RESUME": True,
             "TRAINING.TRAIN_DIR": args.train_dir, "TRAINING.SAVE_DIR": args.out,

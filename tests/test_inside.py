@@ -1,5 +1,6 @@
 """What `inside` says of a forward pass and of degradations."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import ablation
@@ -10,6 +11,7 @@ import torch
 
 from dgunet import DGUNet, create_model, load_model
 from dgunet.checkpoint import describe_model, save_checkpoint
+from dgunet.config import load_config
 from dgunet.degradations import BlockSampling, Blur, LearnedDegradation
 from dgunet.inside import adjoint_mismatch, data_term, impulse_response, trace
 
@@ -164,12 +166,19 @@ def test_ablation(picture_pairs, run_command, tmp_path):
     before = [path.stat().st_mtime_ns for path in states]
     assert run_command([ROOT / "scripts/ablation.py", *words]).stdout == done.stdout
     assert [path.stat().st_mtime_ns for path in states] == before
+    refused = run_command([ROOT / "scripts/ablation.py", *words, "OPTIM.LR_INITIAL", "0.1"])
+    assert refused.returncode == 2 and "was trained with another OPTIM.LR_INITIAL" in refused.stderr
+    refused = run_command([ROOT / "scripts/ablation.py", *words[:6], "--only", "nothing of it"])
+    assert refused.returncode == 2 and "--only matches none of" in refused.stderr
 
 
 def test_every_ablation_is_a_network(tmp_path):
     for task, settings in ablation.TASKS.items():
         for variant in ablation.VARIANTS:
             if variant.task in ("", task):
+                args = Namespace(epochs=1, train_dir="pictures", out=tmp_path)
+                words = [str(w) for pair in ablation.settings_of(task, variant, 1, args).items() for w in pair]
+                load_config(ROOT / f"configs/{variant.trained_as or task}/dgunet.yaml", words)  # or it raises
                 model = create_model(settings["MODEL.NAME"], **ablation.SMALL | variant.arguments)
                 for key, value in variant.arguments.items():
                     assert model.arguments[key] == value
