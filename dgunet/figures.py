@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dgunet.degradations import BlockSampling
 from dgunet.errors import optional
 from dgunet.files import replacing
 from dgunet.inference import blended
@@ -31,7 +32,7 @@ def stages_of(
 
     Args:
         model: a network for pictures, or for compressive sensing, which is given the picture's measurements.
-        picture: (H, W, C), degraded; of compressive sensing (H, W), clean; uint8, or floats in [0, 1].
+        picture: (H, W, C) or (H, W), degraded; of compressive sensing (H, W), clean; uint8, or floats in [0, 1].
         bf16: compute in bfloat16: faster where the hardware has it, some thousandths of a dB off.
         tile, overlap: largest side of the tiles that it is computed in, and what they share; multiples of compressive
             sensing's blocks. None: as a whole.
@@ -39,7 +40,8 @@ def stages_of(
     """
     height, width = picture.shape[:2]
     known, parameter = model.degradation, next(model.parameters())
-    multiple, pad = (MULTIPLE, pad_to_multiple) if known is None else (known.block, pad_to_blocks)
+    sensing = isinstance(known, BlockSampling)
+    multiple, pad = (known.block, pad_to_blocks) if sensing else (MULTIPLE, pad_to_multiple)
     x = torch.from_numpy(np.atleast_3d(unit_range(picture))).permute(2, 0, 1)[None]
     x = pad(x, multiple).to(parameter)
     areas = [
@@ -62,8 +64,9 @@ def stages_of(
 
     def stages(area: tuple) -> Tensor:
         start = y = x[area].contiguous(memory_format=torch.channels_last)
-        if known is not None:
+        if sensing:
             y = known.A(start)
+        if known is not None:
             start = known.A_adjoint(y)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             return torch.cat([start, *model(y)[::-1]]).float()

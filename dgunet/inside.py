@@ -3,6 +3,7 @@
 record = trace(model, y)
 for step in record.steps:
     print(step.k, step.rho, step.gradient_step.abs().mean(), step.proximal_step.abs().mean())
+    print(measure_step(step, y, truth))
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dgunet.degradations import Degradation
+from dgunet.metrics import psnr_batch
 from dgunet.model import DGUNet, Stage
 
 
@@ -52,7 +54,7 @@ class Trace:
         return [self.initial, *(step.x for step in self.steps)]
 
 
-def trace(model: DGUNet, y: Tensor) -> Trace:
+def trace(model: DGUNet, y: Tensor, degradation: Degradation | None = None) -> Trace:
     """Run a network and keep what each stage computes.
 
     It is `DGUNet.forward` that runs, watched by hooks: the last estimate is what ``model(y)[0]`` gives, to the last
@@ -60,7 +62,7 @@ def trace(model: DGUNet, y: Tensor) -> Trace:
 
     Args:
         model: any DGUNet.
-        y: what its ``forward`` takes.
+        y, degradation: what its ``forward`` takes.
 
     Raises:
         ValueError: as ``forward``.
@@ -80,7 +82,7 @@ def trace(model: DGUNet, y: Tensor) -> Trace:
     with after_each_stage(model, note_stage), contextlib.ExitStack() as hooks:
         for stage in dict.fromkeys(model.unrolled()):
             hooks.callback(stage.proximal.register_forward_pre_hook(note_v).remove)
-        model(y)
+        model(y, degradation)
     return Trace(y, steps[0].before, steps)
 
 
@@ -100,9 +102,94 @@ def after_each_stage(model: DGUNet, call: Callable[[Stage, tuple, tuple], None])
                 stage._compiled_call_impl = own
 
 
+@dataclass(frozen=True)
+class StepMeasures:
+    """A stage in numbers; differences are root mean squares, in the unit of the pictures. None where there is none."""
+
+    k: int
+    rho: float | None
+    psnr_v: float  # dB, of v_k
+    psnr_x: float  # dB, of x_k
+    gradient_step: float
+    proximal_step: float
+    data_term_before: float | None = None  # ||A x_{k-1} - y||
+    data_term_v: float | None = None  # ||A v_k - y||
+    data_term_x: float | None = None  # ||A x_k - y||
+    data_term_truth: float | None = None  # ||A truth - y||
+    adjoint_mismatch: float | None = None  # see there
+    descent: float | None = None  # see `descent`
+    # Of degradations from images to images:
+    data_term_truth_tinted: float | None = None  # ||A truth - y||, but for a constant in each channel
+    truth_to_y: float | None = None  # ||truth - y||
+    truth_to_y_tinted: float | None = None
+    towards_y: float | None = None  # correlation of v_k - x_{k-1} with y - x_{k-1}; none where x_{k-1} is y
+
+
+def measure_step(step: Step, y: Tensor, truth: Tensor) -> StepMeasures:
+    """What a stage does, and how well its degradation explains y.
+
+    Args:
+        step: of `trace`.
+        y: what the network was given.
+        truth: the true image (B, C, H, W), in [0, 1].
+    """
+    found = {
+        "k": step.k,
+        "rho": step.rho,
+        "psnr_v": psnr_batch(step.v, truth).mean().item(),
+        "psnr_x": psnr_batch(step.x, truth).mean().item(),
+        "gradient_step": rms(step.gradient_step),
+        "proximal_step": rms(step.proximal_step),
+    }
+    if (A := step.degradation) is None:
+        return StepMeasures(**found)
+    found |= {
+        "data_term_before": data_term(A, step.before, y),
+        "data_term_v": data_term(A, step.v, y),
+        "data_term_x": data_term(A, step.x, y),
+        "data_term_truth": data_term(A, truth, y),
+        "adjoint_mismatch": adjoint_mismatch(A, step.before, y),
+        "descent": descent(A, step.before, y),
+    }
+    if y.shape == truth.shape:
+        change, way = (_without_means(end - step.before) for end in (step.v, y))
+        found |= {
+            "data_term_truth_tinted": rms(_without_means(A.A(truth) - y)),
+            "truth_to_y": rms(truth - y),
+            "truth_to_y_tinted": rms(_without_means(truth - y)),
+            "towards_y": _cosine(change, way) if way.any() else None,
+        }
+    return StepMeasures(**found)
+
+
+def rms(x: Tensor) -> float:
+    """Root mean square."""
+    return x.square().mean().sqrt().item()
+
+
+def _without_means(x: Tensor) -> Tensor:
+    return x - x.mean(dim=(-2, -1), keepdim=True)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """Of the angle between two tensors; nan where one of them is zero."""
+    return ((a * b).sum() / (a.norm() * b.norm())).item()
+
+
 def data_term(degradation: Degradation, x: Tensor, y: Tensor) -> float:
     """``||A x - y||``, as the root mean square over the measurements."""
-    return (degradation.A(x) - y).square().mean().sqrt().item()
+    return rms(degradation.A(x) - y)
+
+
+def descent(degradation: Degradation, x: Tensor, y: Tensor) -> float:
+    """How nearly a stage's step is gradient descent on its own data term: 1 exactly, 0 across it, below 0 uphill.
+
+    The cosine of the angle between ``A_adjoint(A(x) - y)`` and the gradient of ``||A(x) - y||^2 / 2``, in which A's
+    derivative at x has its true adjoint.
+    """
+    residual, pull_back = torch.func.vjp(lambda x: degradation.A(x) - y, x)
+    (gradient,) = pull_back(residual)
+    return _cosine(degradation.A_adjoint(residual), gradient)
 
 
 def adjoint_mismatch(degradation: Degradation, x: Tensor, y: Tensor, probes: int = 4) -> float:
@@ -110,7 +197,7 @@ def adjoint_mismatch(degradation: Degradation, x: Tensor, y: Tensor, probes: int
 
     The root mean square of ``<A d, e> - <d, A_adjoint e>`` over random d and e, relative to that of ``<A d, e>``.
     Learned operators are not linear: A and A_adjoint stand for their derivatives, A's at ``x`` and A_adjoint's at what
-    the gradient step gives it, ``A(x) - y``.
+    the gradient step gives it, ``A(x) - y``. The constants that they add are left out; `descent` has them.
 
     Args:
         degradation: any with ``A`` and ``A_adjoint`` that PyTorch can differentiate.

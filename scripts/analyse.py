@@ -10,7 +10,10 @@ Prints a table with a line for each stage, and draws into --out:
     curves.png       PSNR, data term ||A x - y||, and step size rho_k from stage to stage
     degradation.png  how A and A_adjoint spread a pixel, beside the true degradation where it is known
 
-Numbers are in 8-bit levels, root mean squares; of learned operators what is drawn is their derivative.
+Differences are in 8-bit levels, root mean squares over the whole picture; those in brackets are what remains when each
+colour may be brighter or darker by a constant. What the columns are: dgunet/inside.py, StepMeasures. Changes are drawn
+as means over the colours, and of learned operators it is their derivative. A network for any known blur is given
+--kernel.
 """
 
 import argparse
@@ -29,9 +32,9 @@ from torch import Tensor
 
 from dgunet import DGUNet, load_model
 from dgunet.data import to_tensor
-from dgunet.degradations import BlockSampling, LearnedDegradation, read_array
+from dgunet.degradations import BlockSampling, Blur, LearnedDegradation, read_array
 from dgunet.errors import run_cli
-from dgunet.inside import Step, Trace, adjoint_mismatch, data_term, impulse_response, trace
+from dgunet.inside import StepMeasures, Trace, impulse_response, measure_step, rms, trace
 from dgunet.metrics import psnr_batch
 from dgunet.proximal import MULTIPLE
 from dgunet.transforms import pad_to_blocks, pad_to_multiple, to_uint8, unit_range
@@ -51,17 +54,19 @@ def main():
     args = parser.parse_args()
 
     model = load_model(args.weights)
+    kernel = None if args.kernel is None else torch.from_numpy(read_array(args.kernel)).float()
+    given = Blur(kernel) if kernel is not None and isinstance(model.degradation, Blur) else None
     y, truth = read_case(model, *args.pair)
     top, left, side = find_window(truth.shape[2:], args.crop, usual=128, least=2 * LEARNED_REACH + 1)
     window = slice(top, top + side), slice(left, left + side)
-    kernel = None if args.kernel is None else torch.from_numpy(read_array(args.kernel))
     with torch.no_grad():
-        record = trace(model, y)
-        rows = [measure(step, y, truth) for step in record.steps]
-    print_table(rows, psnr(record.initial, truth))
+        record = trace(model, y, given)
+        rows = [measure_step(step, y, truth) for step in record.steps]
+    initial = psnr(record.initial, truth)
+    print_table(rows, initial)
     args.out.mkdir(parents=True, exist_ok=True)
     save(draw_stages(record, truth, window), args.out / "stages.png")
-    save(draw_curves(rows, psnr(record.initial, truth)), args.out / "curves.png")
+    save(draw_curves(rows, initial), args.out / "curves.png")
     if record.steps[0].degradation is not None:
         save(draw_degradation(record, y, window, kernel), args.out / "degradation.png")
     print(f"drawn in {args.out.absolute()}")
@@ -77,50 +82,40 @@ def read_case(model: DGUNet, folder: str, name: str) -> tuple[Tensor, Tensor]:
     return y, truth
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
-
-
 def psnr(x: Tensor, truth: Tensor) -> float:
     return psnr_batch(x, truth).item()
 
 
-def rms(x: Tensor) -> float:
-    return 255 * x.square().mean().sqrt().item()
+def print_table(rows: list[StepMeasures], initial: float):
+    """As Markdown; without the columns of which the network has nothing."""
 
+    def levels(value: float | None, tinted: float | None = None) -> str:
+        told = "" if value is None else f"{255 * value:.2f}"
+        return told if tinted is None else f"{told} ({255 * tinted:.2f})"
 
-def measure(step: Step, y: Tensor, truth: Tensor) -> dict[str, float]:
-    """A line of the table; nan where a network has no degradation."""
-    row = {
-        "stage": step.k,
-        "rho": np.nan if step.rho is None else step.rho,
-        "PSNR of v": psnr(step.v, truth),
-        "PSNR of x": psnr(step.x, truth),
-        "gradient step": rms(step.gradient_step),
-        "proximal step": rms(step.proximal_step),
-    }
-    if step.degradation is not None:
-        row |= {
-            "|A x_{k-1} - y|": 255 * data_term(step.degradation, step.before, y),
-            "|A v - y|": 255 * data_term(step.degradation, step.v, y),
-            "|A x - y|": 255 * data_term(step.degradation, step.x, y),
-            "|A truth - y|": 255 * data_term(step.degradation, truth, y),
-            "not adjoint": adjoint_mismatch(step.degradation, step.before, y),
-        }
-        if y.shape == truth.shape:
-            row["|truth - y|"] = rms(truth - y)
-    return row
-
-
-def print_table(rows: list[dict[str, float]], initial: float):
+    columns = {
+        "stage": lambda row: str(row.k),
+        "rho": lambda row: "" if row.rho is None else f"{row.rho:.3f}",
+        "PSNR of v": lambda row: f"{row.psnr_v:.2f}",
+        "PSNR of x": lambda row: f"{row.psnr_x:.2f}",
+        "gradient step": lambda row: levels(row.gradient_step),
+        "proximal step": lambda row: levels(row.proximal_step),
+        "A x - y before": lambda row: levels(row.data_term_before),
+        "A v - y": lambda row: levels(row.data_term_v),
+        "A x - y after": lambda row: levels(row.data_term_x),
+        "A truth - y": lambda row: levels(row.data_term_truth, row.data_term_truth_tinted),
+        "truth - y": lambda row: levels(row.truth_to_y, row.truth_to_y_tinted),
+        "not adjoint": lambda row: "" if row.adjoint_mismatch is None else f"{row.adjoint_mismatch:.2f}",
+        "descent": lambda row: "" if row.descent is None else f"{row.descent:.2f}",
+        "towards y": lambda row: "" if row.towards_y is None else f"{row.towards_y:.2f}",
+    }  # fmt: skip
+    cells = {name: [told(row) for row in rows] for name, told in columns.items()}
+    cells = {name: values for name, values in cells.items() if any(values)}
     print(f"x_0: {initial:.2f} dB")
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + " --- |" * len(rows[0]))
-    for row in rows:
-        print(
-            "| "
-            + " | ".join(f"{value:d}" if isinstance(value, int) else f"{value:.3f}" for value in row.values())
-            + " |"
-        )
+    print("| " + " | ".join(cells) + " |")
+    print("|" + " --- |" * len(cells))
+    for line in zip(*cells.values(), strict=True):
+        print("| " + " | ".join(line) + " |")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -142,9 +137,10 @@ def draw_stages(record: Trace, truth: Tensor, window: tuple[slice, slice]) -> Fi
         for s in steps
     ]
     # The middle stages decide on the scale. The first may have to change the brightness; the last adds a residual to y
-    # where the degradation is learned, and its v_K need not be a picture at all.
+    # where the degradation is learned, and its v_K need not be a picture at all: "off the scale", it says there.
     limit = float(np.percentile(np.abs(changes[1:-1] or changes), 99.5)) or 1.0
-    figure = Figure(figsize=(1.9 * (len(steps) + 2), 6.6), layout="constrained")
+    figure = Figure(figsize=(1.9 * (len(steps) + 2), 6.8), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)
     axes = figure.subplots(3, len(steps) + 2, squeeze=False)
     grey = dict(cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     start = "$x_0=y$" if record.y.shape == record.initial.shape else "$x_0=A^T y$"
@@ -158,7 +154,8 @@ def draw_stages(record: Trace, truth: Tensor, window: tuple[slice, slice]) -> Fi
             (below, pair[1], f"$x_{step.k}-v_{step.k}$", step.proximal_step),
         ):
             image = axis.imshow(change, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-            axis.set_title(f"{symbol}\nrms {rms(whole):.2f}", fontsize=10)
+            beyond = ", off the scale" if np.mean(np.abs(change) > limit) > 0.5 else ""
+            axis.set_title(f"{symbol}\nrms {255 * rms(whole):.2f}{beyond}", fontsize=10)
     for axis, words in (
         (axes[1, 0], "what the\ngradient step\nchanges"),
         (axes[2, 0], "what the\nproximal mapping\nchanges"),
@@ -171,30 +168,30 @@ def draw_stages(record: Trace, truth: Tensor, window: tuple[slice, slice]) -> Fi
     return figure
 
 
-def draw_curves(rows: list[dict[str, float]], initial: float) -> Figure:
+def draw_curves(rows: list[StepMeasures], initial: float) -> Figure:
     figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)
     axes = figure.subplots(1, 3)
-    k = [row["stage"] for row in rows]
-    axes[0].plot([0, *k], [initial, *(row["PSNR of x"] for row in rows)], marker="o", label="$x_k$")
-    axes[0].plot(
-        k, [row["PSNR of v"] for row in rows], marker=".", linestyle=":", label="$v_k$, after the gradient step"
-    )
+    k = [row.k for row in rows]
+    axes[0].plot([0, *k], [initial, *(row.psnr_x for row in rows)], marker="o", label="$x_k$")
+    axes[0].plot(k, [row.psnr_v for row in rows], marker=".", linestyle=":", label="$v_k$, after the gradient step")
     axes[0].set(title="PSNR [dB]")
-    if "|A x - y|" in rows[0]:
-        for key, label, style in (
-            ("|A x_{k-1} - y|", "$|A_k x_{k-1} - y|$, before the stage", "o:"),
-            ("|A v - y|", "$|A_k v_k - y|$, after its gradient step", "v-"),
-            ("|A x - y|", "$|A_k x_k - y|$, after its proximal mapping", "s-"),
-            ("|A truth - y|", "$|A_k\\,truth - y|$", "x--"),
-            ("|truth - y|", "$|truth - y|$", "k--"),
+    if rows[0].data_term_x is not None:
+        for name, label, style in (
+            ("data_term_before", "$|A_k x_{k-1} - y|$, before the stage", "o:"),
+            ("data_term_v", "$|A_k v_k - y|$, after its gradient step", "v-"),
+            ("data_term_x", "$|A_k x_k - y|$, after its proximal mapping", "s-"),
+            ("data_term_truth", "$|A_k\\,truth - y|$", "x--"),
+            ("truth_to_y", "$|truth - y|$", "k--"),
         ):
-            if key in rows[0] and rows[0][key] > 1e-3:  # of a known degradation the truth's is zero
-                axes[1].plot(k, [row[key] for row in rows], style, markersize=5, linewidth=1, label=label)
+            values = [getattr(row, name) for row in rows]
+            if values[0] is not None and 255 * values[0] > 1e-3:  # of measurements without noise the truth's is zero
+                axes[1].plot(k, [255 * v for v in values], style, markersize=5, linewidth=1, label=label)
         axes[1].set_yscale("log")
         axes[1].yaxis.set_major_formatter(LogFormatter())
         axes[1].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     axes[1].set(title="data term, rms in 8-bit levels")
-    axes[2].plot(k, [row["rho"] for row in rows], marker="o")
+    axes[2].plot(k, [np.nan if row.rho is None else row.rho for row in rows], marker="o")
     axes[2].set(title="step size $\\rho_k$")
     for axis in axes:
         axis.set_xlabel("stage k")
@@ -213,7 +210,7 @@ def draw_degradation(record: Trace, y: Tensor, window: tuple[slice, slice], kern
     learned = isinstance(record.steps[0].degradation, LearnedDegradation)
     reach = LEARNED_REACH if learned else min(REACH, *((part.stop - part.start) // 2 for part in window))
     near = (slice(row - reach, row + reach + 1), slice(column - reach, column + reach + 1))
-    responses: list[tuple[str, Tensor]] = []
+    responses: list[tuple[str, str, Tensor]] = []  # of one operator the same colours
     seen = set()
     for step in record.steps:
         A, x = step.degradation, step.before
@@ -223,28 +220,33 @@ def draw_degradation(record: Trace, y: Tensor, window: tuple[slice, slice], kern
         stages = [s.k for s in record.steps if s.degradation is A]
         name = f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]} to {stages[-1]}"
         if y.shape == x.shape:
-            responses.append((f"$A$, {name}", impulse_response(A.A, x, row, column)[near]))
-            residual = A.A(x) - y
-            responses.append((f"$A^T$, {name}", impulse_response(A.A_adjoint, residual, row, column)[near]))
+            responses.append(("$A$", name, impulse_response(A.A, x, row, column)[near]))
+            responses.append(("$A^T$", name, impulse_response(A.A_adjoint, A.A(x) - y, row, column)[near]))
         else:
-            responses.append(
-                (f"$A^T A$, {name}", impulse_response(lambda x, A=A: A.A_adjoint(A.A(x)), x, row, column)[near])
-            )
+            both = impulse_response(lambda x, A=A: A.A_adjoint(A.A(x)), x, row, column)
+            responses.append(("$A^T A$", name, both[near]))
+    responses.sort(key=lambda response: response[0])
     if kernel is not None:
-        responses.append(("the true kernel", kernel))
-    figure = Figure(figsize=(2.2 * len(responses), 3.2), layout="constrained")
-    figure.suptitle("What one pixel becomes", fontsize=11)
+        responses.append(("the true kernel", "", kernel))
+    figure = Figure(figsize=(max(2.2 * len(responses), 4.4), 3.4), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)
+    colours = "" if record.initial.shape[1] == 1 else " (a grey one, mean of the colours)"
+    figure.suptitle(f"What one pixel becomes{colours}", fontsize=11)
     axes = figure.subplots(1, len(responses), squeeze=False)[0]
-    for axis, (name, response) in zip(axes, responses, strict=True):
-        values = response.detach().cpu().numpy()
-        around = values.copy()
-        around[values.shape[0] // 2, values.shape[1] // 2] = 0
-        limit = float(np.abs(around).max()) or 1.0
+    limits: dict[str, float] = {}
+    for symbol, _, response in responses:
+        around = response.detach().clone()
+        around[around.shape[0] // 2, around.shape[1] // 2] = 0
+        limits[symbol] = max(limits.get(symbol, 0.0), around.abs().max().item())
+    for axis, (symbol, name, response) in zip(axes, responses, strict=True):
+        values = response.detach().cpu().numpy().copy()
+        middle, whole = (values.shape[0] // 2, values.shape[1] // 2), values.sum()
+        own, values[middle] = values[middle], np.nan  # it would drown what is around it
+        limit = limits[symbol] or 1.0
         axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        middle = values[values.shape[0] // 2, values.shape[1] // 2]
-        axis.set_title(
-            f"{name}\ncentre {middle:.2f}, sum {values.sum():.2f}\ncolours to $\\pm${limit:.2f}", fontsize=10
-        )
+        axis.plot(middle[1], middle[0], marker="x", color="black", markersize=5)
+        title = f"{symbol}, {name}" if name else symbol
+        axis.set_title(f"{title}\nx: {own:.2f}, sum {whole:.2f}\ncolours to $\\pm${limit:.2f}", fontsize=10)
         axis.set_axis_off()
     return figure
 

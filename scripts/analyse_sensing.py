@@ -7,10 +7,12 @@ Prints, for each of the weights, how its matrix compares with the discrete cosin
 errors are at the borders of blocks and of the 128x128 tiles, and draws into --out:
 
     matrix.png   rows of each matrix as 32x32 pictures, and which frequencies all of them see, beside the DCT's
-    seams.png    the error over the distance to the nearest border of a block, and one picture's errors
+    seams.png    the error over the distance to the nearest border of a block, and the first picture's errors where
+                 four tiles meet
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from torch import Tensor
 from dgunet import DGUNet, load_model
 from dgunet.data import list_images, read_luma
 from dgunet.degradations import start_matrix
-from dgunet.errors import run_cli
+from dgunet.errors import UserError, run_cli
 
 TILE = 128
 ROWS = 8  # of a matrix that are drawn
@@ -42,6 +44,8 @@ def main():
     add("--out", type=Path, default=Path("results/analysis"), help="folder (default: results/analysis)")
     args = parser.parse_args()
     models = {label(words): load_model(words, task="compressive_sensing") for words in args.weights}
+    if len(models) < len(args.weights):
+        raise UserError("--weights: two have the same name; what they are called here is their file with its folder")
     args.out.mkdir(parents=True, exist_ok=True)
     print("| weights | rows | of as many cosines it sees | rows' lengths | largest cosine of two rows |")
     print("| --- | --- | --- | --- | --- |")
@@ -60,12 +64,13 @@ def main():
         )
         errors[name] = tiled
         block = model.degradation.block
-        at_tiles = [borders(error.shape, TILE, 0) for error in tiled]
-        at_blocks = [borders(e.shape, block, 0) & ~tiles for e, tiles in zip(tiled, at_tiles, strict=True)]
+        at_tiles = [to_border(error.shape, TILE) == 0 for error in tiled]
+        at_blocks = [(to_border(e.shape, block) == 0) & ~tiles for e, tiles in zip(tiled, at_tiles, strict=True)]
         everywhere = [np.ones(error.shape, bool) for error in tiled]
         cells = [(tiled, everywhere), (tiled, at_blocks), (tiled, at_tiles), (whole, at_tiles)]
         print(f"| {name} | " + " | ".join(f"{rms(*cell):.2f}" for cell in cells) + " |")
-    save(draw_seams(models, errors), args.out / "seams.png")
+    name = list_images(args.pictures)[0].stem
+    save(draw_seams(models, errors, name), args.out / "seams.png")
     print(f"\ndrawn in {args.out.absolute()}")
 
 
@@ -88,8 +93,13 @@ def seen_frequencies(matrix: Tensor) -> np.ndarray:
     return np.square(dctn(rows.numpy(), axes=(1, 2), norm="ortho")).sum(axis=0)
 
 
+def lowest_cosines(matrix: Tensor) -> Tensor:
+    """As many rows of the DCT as a matrix (M, block^2) has, those of lowest frequency."""
+    return start_matrix("dct", 1, round(matrix.shape[1] ** 0.5))[: len(matrix)]
+
+
 def compare_with_cosines(matrix: Tensor) -> list[str]:
-    cosines = start_matrix("dct", 1)[: len(matrix)]
+    cosines = lowest_cosines(matrix)
     shared = seen_frequencies(matrix)[seen_frequencies(cosines) > 0.5].mean()
     lengths = matrix.norm(dim=1)
     unit = matrix / lengths[:, None]
@@ -107,20 +117,23 @@ def draw_matrices(models: dict[str, DGUNet]) -> Figure:
             limit = row.abs().max().item()
             axis.imshow(row, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             axis.set_title(f"row {k + 1}", fontsize=8)
-        cosines = start_matrix("dct", 1)[: len(matrix)]
-        for axis, (title, m) in zip(line[-2:], ((name, matrix), ("DCT", cosines)), strict=True):
-            axis.imshow(seen_frequencies(m), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_title(f"frequencies seen,\n{title}", fontsize=8)
+        for axis, title, m in zip(
+            line[-2:], ("all its rows see", "the DCT sees"), (matrix, lowest_cosines(matrix)), strict=True
+        ):
+            seen = axis.imshow(seen_frequencies(m), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(title, fontsize=8)
         for axis in line:
             axis.set_axis_off()
+        line[0].text(-0.15, 0.5, f"{name}\n{len(matrix)} rows", transform=line[0].transAxes, ha="right", va="center")
+    figure.colorbar(seen, ax=axes[:, -1], shrink=0.5, label="part of a frequency that is seen")
     return figure
 
 
 # --------------------------------------------------------------------------------------------------------------- seams
 
 
-def borders(shape: tuple[int, int], side: int, distance: int) -> np.ndarray:
-    """The pixels at a distance from the nearest inner border of cells of a side, (H, W) bool."""
+def to_border(shape: tuple[int, int], side: int) -> np.ndarray:
+    """How far each pixel is from the nearest inner border of cells of a side: 0 for those that touch one, (H, W)."""
 
     def near(length: int) -> np.ndarray:
         inner = np.arange(side, length, side)  # a picture's edge is no seam
@@ -128,31 +141,53 @@ def borders(shape: tuple[int, int], side: int, distance: int) -> np.ndarray:
         return gaps.min(axis=1, initial=np.inf)
 
     rows, columns = (near(length) for length in shape)
-    return np.minimum(rows[:, None], columns[None]) == distance
+    return np.minimum(rows[:, None], columns[None])
+
+
+def inside_a_tile(shape: tuple[int, int], block: int) -> np.ndarray:
+    """The pixels of which the nearest border is one between blocks of a tile, (H, W) bool.
+
+    Without the outermost blocks of the picture, whose pixels are far from any border because there is no other block.
+    """
+    rows, columns = ((np.arange(size) >= block) & (np.arange(size) < (size - 1) // block * block) for size in shape)
+    return rows[:, None] & columns[None] & (to_border(shape, TILE) >= block // 2)
 
 
 def rms(errors: list[np.ndarray], masks: list[np.ndarray]) -> float:
+    """Over the pixels that the masks choose of some pictures' errors; nan where they choose none."""
     squares = np.concatenate([error[mask] ** 2 for error, mask in zip(errors, masks, strict=True)])
-    return float(np.sqrt(squares.mean()))
+    return float(np.sqrt(squares.mean())) if squares.size else math.nan
 
 
-def draw_seams(models: dict[str, DGUNet], errors: dict[str, list[np.ndarray]]) -> Figure:
-    figure = Figure(figsize=(4.6 + 2.6 * min(len(models), 5), 3.4), layout="constrained")
-    axes = figure.subplots(1, 1 + min(len(models), 5), squeeze=False, width_ratios=[1.8] + [1] * min(len(models), 5))[0]
+def draw_seams(models: dict[str, DGUNet], errors: dict[str, list[np.ndarray]], picture: str) -> Figure:
+    shown = min(len(models), 5)
+    figure = Figure(figsize=(4.6 + 2.6 * shown, 3.6), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)
+    axes = figure.subplots(1, 1 + shown, squeeze=False, width_ratios=[1.8] + [1] * shown)[0]
     for name, model in models.items():
         block = model.degradation.block
-        distances = range(block // 2)
-        curve = [rms(errors[name], [borders(e.shape, block, d) for e in errors[name]]) for d in distances]
-        axes[0].plot(distances, curve, marker=".", label=name)
-    axes[0].set(xlabel="pixels to the nearest border of a block", title="rms error, 8-bit levels")
-    axes[0].set_ylim(bottom=0)
+        distances = [to_border(error.shape, block) for error in errors[name]]
+        within = [inside_a_tile(error.shape, block) for error in errors[name]]
+        curve = [
+            rms(errors[name], [(d == k) & w for d, w in zip(distances, within, strict=True)]) for k in range(block // 2)
+        ]
+        axes[0].plot(np.array(curve) / curve[-1], marker=".", label=name)
+    axes[0].set(xlabel="pixels to the nearest border of a block", title="rms error, beside that in the middle")
     axes[0].legend(fontsize=8)
     axes[0].grid(alpha=0.3)
     for axis, (name, found) in zip(axes[1:], errors.items(), strict=False):
-        side = min(2 * TILE, *found[0].shape)
-        axis.imshow(128 + 8 * found[0][:side, :side], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_title(f"error x 8, {name}", fontsize=8)
-        axis.set_axis_off()
+        block, error = models[name].degradation.block, found[0]
+        top, left = (max(min(TILE, size - TILE // 2) - TILE // 2, 0) for size in error.shape)
+        part = np.abs(error[top : top + TILE, left : left + TILE])
+        limit = float(np.percentile(part, 99.5)) or 1.0
+        axis.imshow(part, cmap="gray_r", vmin=0, vmax=limit, interpolation="nearest")
+        for at in range(0, TILE, block):  # ticks: where blocks meet; lines: where tiles meet
+            for mark, start, size in ((axis.axvline, left, part.shape[1]), (axis.axhline, top, part.shape[0])):
+                if (start + at) % TILE == 0 and 0 < at < size:
+                    mark(at - 0.5, color="C3", linewidth=0.8)
+        axis.set_xticks(np.arange(block - left % block, part.shape[1], block) - 0.5, [])
+        axis.set_yticks(np.arange(block - top % block, part.shape[0], block) - 0.5, [])
+        axis.set_title(f"{picture}, {name}\nerror, black: {limit:.0f} levels", fontsize=8)
     return figure
 
 

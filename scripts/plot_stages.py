@@ -40,7 +40,8 @@ def main():
     degraded, *estimates = stages_of(model, picture)
     top, left, side = find_window(target.shape[:2], args.crop, usual=160, least=8)
     window = (slice(top, top + side), slice(left, left + side))
-    first, whole = ("degraded", degraded) if model.degradation is None else ("$A^T y$", target)
+    first = "degraded" if model.degradation is None else "$A^T y$"
+    whole = target if isinstance(model.degradation, BlockSampling) else picture
     tiles = [(first, degraded), *label_stages(estimates), ("ground truth", target)]
     tiles = [(label, image[window], psnr(image, target)) for label, image in tiles]
     draw_stages(whole, (top, left, side, side), tiles, args.out, args.title)

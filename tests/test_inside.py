@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import ablation
+import analyse_sensing
 import cv2
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import torch
 from dgunet import DGUNet, create_model, load_model
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.config import load_config
-from dgunet.degradations import BlockSampling, Blur, LearnedDegradation
-from dgunet.inside import adjoint_mismatch, data_term, impulse_response, trace
+from dgunet.degradations import BlockSampling, Blur, LearnedDegradation, MotionBlur, start_matrix
+from dgunet.inside import Step, adjoint_mismatch, data_term, impulse_response, measure_step, trace
+from dgunet.metrics import psnr_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(width=8, growth=4, final_growth=4)
@@ -111,6 +113,39 @@ def test_data_term():
     assert data_term(blur, x, torch.zeros_like(x)) == pytest.approx(0.5)
 
 
+def test_measures_of_a_step():
+    torch.manual_seed(0)
+    truth = torch.rand(1, 3, 16, 16)
+    blur = Blur(torch.full((1, 3), 1 / 3))
+    y = blur.A(truth)
+    model = DGUNet(**SMALL, stages=2, degradation=MotionBlur())
+    with torch.no_grad():
+        record = trace(model, y, blur)
+        first = measure_step(record.steps[0], y, truth)
+    step = record.steps[0]
+    assert step.degradation is blur and torch.equal(step.before, blur.A_adjoint(y))
+    assert first.psnr_x == pytest.approx(psnr_batch(step.x, truth).item())
+    assert first.gradient_step == pytest.approx((step.v - step.before).square().mean().sqrt().item())
+    assert first.data_term_v < first.data_term_before and first.data_term_truth < 1e-6
+    assert first.descent == pytest.approx(1, abs=1e-5)
+    assert first.truth_to_y == pytest.approx((truth - y).square().mean().sqrt().item())
+
+    class Tint:  # A is the identity but for a constant, and A_adjoint goes the wrong way
+        def A(self, x):
+            return x + 0.25
+
+        def A_adjoint(self, y):
+            return -y
+
+    x = torch.rand(1, 3, 16, 16)
+    wrong = measure_step(Step(1, x, x + 0.5 * (y - x), x, 0.5, Tint()), y, truth)
+    assert wrong.descent == pytest.approx(-1, abs=1e-5) and wrong.adjoint_mismatch == pytest.approx(2, abs=1e-5)
+    assert wrong.towards_y == pytest.approx(1, abs=1e-5)
+    assert wrong.data_term_truth_tinted == pytest.approx(wrong.truth_to_y_tinted, abs=1e-6)
+    assert wrong.data_term_truth > wrong.truth_to_y
+    assert measure_step(Step(1, y, y, x, 0.5, Tint()), y, truth).towards_y is None
+
+
 # ------------------------------------------------------------------------------------------------------------- scripts
 
 
@@ -119,31 +154,80 @@ def save(model, path):
     return path
 
 
-@pytest.mark.parametrize("network", ["learned", "no gradient", "sensing"])
+@pytest.mark.parametrize("network", ["learned", "no gradient", "sensing", "any blur"])
 def test_analyse(tiny_model, picture_pairs, run_command, tmp_path, network):
     torch.manual_seed(0)
     picture_pairs(tmp_path / "set", size=(37, 45))
     if network == "sensing":
         model, folder = tiny_model("compressive_sensing_dgunet", stages=3, ratio=0.1), "set/target"
     else:
-        model, folder = tiny_model(stages=3, gradient=network != "no gradient"), "set"
+        known = MotionBlur(3, 5) if network == "any blur" else None
+        model, folder = tiny_model(stages=3, gradient=network != "no gradient", degradation=known), "set"
     np.save(tmp_path / "kernel.npy", np.full((3, 5), 1 / 15))
     words = ["--weights", save(model, tmp_path / "w.pth"), "--pair", tmp_path / folder, "img2"]
     words += ["--out", tmp_path / "out", "--kernel", tmp_path / "kernel.npy"]
     done = run_command([ROOT / "scripts/analyse.py", *words])
     assert done.returncode == 0, done.stderr
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    rows = [line[2:-2].split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
     header, lines = rows[0], [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
     assert [line["stage"] for line in lines] == ["1", "2", "3"]
     drawn = {path.name for path in (tmp_path / "out").iterdir()}
     if network == "no gradient":
         assert drawn == {"stages.png", "curves.png"} and "not adjoint" not in header
-        assert {line["gradient step"] for line in lines} == {"0.000"}
+        assert {line["gradient step"] for line in lines} == {"0.00"}
     else:
         assert drawn == {"stages.png", "curves.png", "degradation.png"}
-        assert all((float(line["not adjoint"]) < 1e-3) == (network == "sensing") for line in lines)
+        known = network in ("sensing", "any blur")
+        assert all((line["not adjoint"], line["descent"]) == ("0.00", "1.00") for line in lines) == known
+        assert ("truth - y" in header) == (network != "sensing")
     if network == "sensing":  # measured, not read
-        assert {line["|A truth - y|"] for line in lines} == {"0.000"}
+        assert {line["A truth - y"] for line in lines} == {"0.00"}
+    if network == "any blur":
+        done = run_command([ROOT / "scripts/analyse.py", *words[:5]])
+        assert done.returncode == 2 and "this network is for any known blur; give it yours" in done.stderr
+
+
+def test_analyse_sensing(tiny_model, run_command, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k, size in enumerate(((192, 288), (96, 100))):
+        cv2.imwrite(str(pictures / f"p{k}.png"), np.random.default_rng(k).integers(0, 256, size).astype(np.uint8))
+    weights = []
+    for name, start in (("dct", start_matrix("dct", 0.1)), ("other", start_matrix("orthonormal", 0.1))):
+        torch.manual_seed(0)
+        model = tiny_model("compressive_sensing_dgunet", stages=1, degradation=BlockSampling(0.1, matrix=start))
+        (tmp_path / name).mkdir()
+        weights.append(save(model, tmp_path / name / "model_best.pth"))
+    words = [ROOT / "scripts/analyse_sensing.py", "--pictures", pictures, "--out", tmp_path / "out", "--weights"]
+    done = run_command([*words, *weights])
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows[2][:3] == ["dct/model_best.pth", "103", "100.0 %"] and float(rows[3][2].removesuffix(" %")) < 30
+    assert all(float(cell) > 0 for row in rows[6:] for cell in row[1:]) and len(rows) == 8
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"matrix.png", "seams.png"}
+    done = run_command([*words, weights[0], weights[0]])
+    assert done.returncode == 2 and "two have the same name" in done.stderr
+
+
+def test_distances_to_seams():
+    distance = analyse_sensing.to_border((70, 96), 32)
+    assert distance[31, 0] == distance[32, 5] == distance[0, 63] == 0 and distance[30, 0] == distance[33, 0] == 1
+    assert distance[0, 0] == 31 and distance[69, 95] == 5  # a picture's edge is no seam
+    within = analyse_sensing.inside_a_tile((256, 288), 32)
+    assert not within[:32].any() and not within[:, 256:].any() and not within[128, :].any()
+    assert within[64, 64] and analyse_sensing.to_border((256, 288), 32)[within].max() == 15
+
+
+def test_study_of_sensing(picture_pairs, run_command, tmp_path):
+    picture_pairs(tmp_path / "pairs", count=4, size=(32, 32))
+    words = [ROOT / "scripts/study_sensing.py", "--train_dir", tmp_path / "pairs/target", "--out", tmp_path / "out"]
+    words += ["--only", "recipe", "then seven", "--", "OPTIM.NUM_EPOCHS", "1", "TRAINING.VAL_HOLD_BACK", "2"]
+    done = run_command([*words, "TRAINING.TRAIN_PS", "32", "TRAINING.VAL_PS", "32", "OPTIM.BATCH_SIZE", "2"])
+    assert done.returncode == 0, done.stderr
+    runs = {path.parent.name for path in (tmp_path / "out").rglob("model_latest.pth")}
+    steps = {f"three stages, then seven, step {k}" for k in (1, 2)}
+    assert runs == steps | {"the recipe DCT, rho 1, three stages, step 1"}
+    assert "| three stages, then seven | " in done.stdout
 
 
 def test_ablation(picture_pairs, run_command, tmp_path):

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
 
 from dgunet.checkpoint import describe_model, save_checkpoint
+from dgunet.degradations import Blur
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,8 +106,9 @@ def test_setting_up_is_done_once_and_again_where_it_failed(tmp_path):
     assert len(source()[1]) == 3
 
 
-def test_stages_of_a_picture(tiny_model, picture_pairs, run_command, tmp_path):
-    model = tiny_model(stages=3)
+@pytest.mark.parametrize("degradation", [None, Blur(torch.full((3, 5), 1 / 15))], ids=["learned", "known blur"])
+def test_stages_of_a_picture(tiny_model, picture_pairs, run_command, tmp_path, degradation):
+    model = tiny_model(stages=3, degradation=degradation)
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "weights.pth")
     picture_pairs(tmp_path / "pairs")
     options = ["--weights", tmp_path / "weights.pth", "--pair", tmp_path / "pairs", "img2", "--title", "Noise"]
