@@ -37,7 +37,7 @@ from dgunet.errors import run_cli
 from dgunet.inside import StepMeasures, Trace, impulse_response, measure_step, rms, trace
 from dgunet.metrics import psnr_batch
 from dgunet.proximal import MULTIPLE
-from dgunet.transforms import pad_to_blocks, pad_to_multiple, to_uint8, unit_range
+from dgunet.transforms import to_uint8, unit_range
 
 REACH = 16  # pixels around an impulse that are drawn; a learned operator has two 3x3 convolutions, and reaches 2
 LEARNED_REACH = 4
@@ -73,13 +73,14 @@ def main():
 
 
 def read_case(model: DGUNet, folder: str, name: str) -> tuple[Tensor, Tensor]:
-    """What the network is given, and the true picture (1, C, H, W), padded to what the network takes."""
-    pictures = (unit_range(to_tensor(picture)[None]) for picture in read_pair(model, folder, name))
-    if isinstance(model.degradation, BlockSampling):
-        _, truth = (pad_to_blocks(picture, model.degradation.block) for picture in pictures)
-        return model.degradation.A(truth), truth
-    y, truth = (pad_to_multiple(picture, MULTIPLE) for picture in pictures)
-    return y, truth
+    """What the network is given, and the true picture (1, C, H, W), both without the last rows and columns that are
+    too many for it."""
+    sensing = isinstance(model.degradation, BlockSampling)
+    multiple = model.degradation.block if sensing else MULTIPLE
+    pair = [unit_range(to_tensor(picture)[None]) for picture in read_pair(model, folder, name)]
+    height, width = (size // multiple * multiple for size in pair[0].shape[2:])
+    y, truth = (picture[..., :height, :width] for picture in pair)
+    return (model.degradation.A(truth) if sensing else y), truth
 
 
 def psnr(x: Tensor, truth: Tensor) -> float:
