@@ -171,8 +171,9 @@ def draw_seams(models: dict[str, DGUNet], errors: dict[str, list[np.ndarray]], p
         curve = [
             rms(errors[name], [(d == k) & w for d, w in zip(distances, within, strict=True)]) for k in range(block // 2)
         ]
-        axes[0].plot(np.array(curve) / curve[-1], marker=".", label=name)
-    axes[0].set(xlabel="pixels to the nearest border of a block", title="rms error, beside that in the middle")
+        middle = rms(errors[name], [(d >= block // 4) & w for d, w in zip(distances, within, strict=True)])
+        axes[0].plot(np.array(curve) / middle, marker=".", label=name)
+    axes[0].set(xlabel="pixels to the nearest border of a block", title="rms error, in blocks' middle 1")
     axes[0].legend(fontsize=8)
     axes[0].grid(alpha=0.3)
     for axis, (name, found) in zip(axes[1:], errors.items(), strict=False):
