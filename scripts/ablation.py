@@ -244,6 +244,7 @@ def report(rows: list[dict], args):
 def draw(rows: list[dict], tasks: list[str], path: Path):
     """A panel for each task: each seed's PSNR as a dot, the mean as a bar, variants from top to bottom."""
     figure = Figure(figsize=(6.2 * len(tasks), 5.2), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         found = scores(rows, task)
         if BASE in found:
