@@ -173,7 +173,7 @@ def draw_seams(models: dict[str, DGUNet], errors: dict[str, list[np.ndarray]], p
         ]
         middle = rms(errors[name], [(d >= block // 4) & w for d, w in zip(distances, within, strict=True)])
         axes[0].plot(np.array(curve) / middle, marker=".", label=name)
-    axes[0].set(xlabel="pixels to the nearest border of a block", title="rms error, in blocks' middle 1")
+    axes[0].set(xlabel="pixels to the nearest border of a block", title="rms error, beside that in blocks' middle")
     axes[0].legend(fontsize=8)
     axes[0].grid(alpha=0.3)
     for axis, (name, found) in zip(axes[1:], errors.items(), strict=False):
