@@ -234,20 +234,22 @@ def test_ablation(picture_pairs, run_command, tmp_path):
     """Through the real command line: every run trains and is tested; a second call finds them all done."""
     picture_pairs(tmp_path / "pairs", count=6, size=(32, 32))
     words = ["--train_dir", tmp_path / "pairs/target", "--out", tmp_path / "out", "--epochs", "1", "--seeds", "1"]
-    words += ["--only", "identity", "DCT", "--", "OPTIM.BATCH_SIZE", "2"]
+    words += ["--only", "identity", "DCT", "gradient", "--", "OPTIM.BATCH_SIZE", "2"]
     words += ["TRAINING.VAL_HOLD_BACK", "2", "TRAINING.TRAIN_PS", "32", "TRAINING.VAL_PS", "32"]
     done = run_command([ROOT / "scripts/ablation.py", *words])
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "out/ablation.md").read_text()
-    assert table.count("| as in the paper, 5 stages |") == 2 and "| A known, the identity |" in table
+    assert table.count("| as in the paper, 5 stages |") == table.count("| no gradient steps |") == 2
+    assert "| A known, the identity |" in table
     assert cv2.imread(str(tmp_path / "out/ablation.png")).shape[1] > 500
     states = sorted((tmp_path / "out/runs").rglob("model_latest.pth"))
-    fixed, learned, known, as_in_paper = (load_model(path) for path in states)
+    fixed, learned, _, known, as_in_paper, without = (load_model(path) for path in states)
     assert known.arguments == as_in_paper.arguments and as_in_paper.degradation is None
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(known.degradation.A(x), x) and known.degradation.noise == pytest.approx(25 / 255)
+    assert not without.arguments["gradient"]
     assert torch.equal(fixed.degradation.matrix, start_matrix("dct", 0.25)) and learned.degradation.learned
-    for folder, path, pictures in (("CompressiveSensing", states[0], "target"), ("Deblurring", states[2], "")):
+    for folder, path, pictures in (("CompressiveSensing", states[0], "target"), ("Deblurring", states[3], "")):
         test = [ROOT / folder / "test.py", "--weights", path, "--dataset", tmp_path / "pairs" / pictures]
         tested = run_command([*test, "--results", tmp_path / "results"])
         assert tested.returncode == 0 and " 6 " in tested.stdout, tested.stderr
