@@ -31,7 +31,12 @@ from dgunet.transforms import centre, unit_range
 log = logging.getLogger("dgunet")
 
 # Keys that may differ between a run and its continuation without a word.
-FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
+_FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
+
+
+def changed_settings(cfg, then) -> list[str]:
+    """The keys in which a run's config differs from what it was begun with, but for those that are free to change."""
+    return [key for key in changed_keys(cfg, then) if key not in _FREE_TO_CHANGE]
 
 
 def _run_folder(cfg) -> Path:
@@ -320,7 +325,7 @@ class Trainer:
     def _compare_config(self, text: str, _):
         """Note what has changed; with another batch size, go on at the same share of the epoch."""
         then = type(self.cfg).load_cfg(text)
-        self.changed = [key for key in changed_keys(self.cfg, then) if key not in FREE_TO_CHANGE]
+        self.changed = changed_settings(self.cfg, then)
         done = self.step * then.OPTIM.BATCH_SIZE // self.cfg.OPTIM.BATCH_SIZE
         self.step = operator.index(min(done, self.batches.steps))
         if self.step < 0:

@@ -28,8 +28,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dgunet.config import changed_keys, load_config
-from dgunet.engine import FREE_TO_CHANGE
+from dgunet.config import load_config
+from dgunet.engine import changed_settings
 from dgunet.errors import ROOT, UserError, run_cli
 
 KERNEL = "one_pixel.npy"
@@ -186,10 +186,9 @@ def train(task: str, settings: dict, options: list[str] = ()) -> float:
     words = [*(str(word) for pair in settings.items() for word in pair), *options]
     folder = Path(settings["TRAINING.SAVE_DIR"]) / settings["MODEL.SESSION"]
     cfg = load_config(config, words)
-    if (folder / "config.yaml").exists():
-        changed = set(changed_keys(cfg, load_config(folder / "config.yaml"))) - set(FREE_TO_CHANGE)
-        if changed:
-            raise UserError(f"{folder} was trained with another {', '.join(sorted(changed))}; choose another --out")
+    began = folder / "config.yaml"
+    if began.exists() and (changed := changed_settings(cfg, load_config(began))):
+        raise UserError(f"{folder} was trained with another {', '.join(changed)}; choose another --out")
     if (psnr := finished(folder / "history.csv", cfg.OPTIM.NUM_EPOCHS)) is not None:
         return psnr
     command = [sys.executable, ROOT / task.title().replace("_", "") / "train.py", "--config", config, *words]
