@@ -354,7 +354,7 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
     """Leave out the pictures, or pairs, that a text file names: one to a line, with or without ending.
 
     Raises:
-        UserError: no such file, or nothing is left.
+        UserError: no such file, it names none of the pictures, or all of them.
     """
     try:
         lines = [line.strip() for line in Path(listing).read_text("utf-8").splitlines()]
@@ -362,14 +362,21 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
         raise UserError(
             f"TRAINING.EXCLUDE: cannot read {listing}; it is a text file with one name to a line"
         ) from error
-    names = {Path(line).stem if Path(line).suffix.lower() in IMAGE_SUFFIXES else line for line in lines}
 
-    def name(item):
-        return item.key if isinstance(item, Packed) else item.stem if isinstance(item, Path) else item.name
+    def bare(name: str) -> str:
+        return Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
 
-    left = [item for item in items if name(item) not in names]
-    if not left:
-        raise UserError(f"TRAINING.EXCLUDE: {listing} names all of the {len(items)} pictures")
+    def name(item) -> str:
+        return item.key if isinstance(item, Packed) else item.name
+
+    names = set(map(bare, lines))
+    left = [item for item in items if bare(name(item)) not in names]
+    if len(left) in (0, len(items)):
+        which = "none" if left else "all"
+        raise UserError(
+            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} pictures, as {name(items[0])}; change it, or "
+            'leave nothing out by TRAINING.EXCLUDE ""'
+        )
     return left
 
 

@@ -86,9 +86,12 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         missing = error.name or (re.findall(r"No module named '([\w.]+)'", text) or [""])[0]
-        extra = EXTRAS.get(missing.split(".")[0])
+        bare = missing in ("numpy", "torch")  # nothing is installed, so a command of this repository was started
+        extra = "train" if bare else EXTRAS.get(missing.split(".")[0])
         if extra is None:
             return None
+        if bare and (activate := ROOT / ".venv/bin/activate").exists():
+            return f"{missing} is not installed here, but in .venv; source {shlex.quote(str(activate))} first"
         package = str(ROOT) if (ROOT / "pyproject.toml").exists() else "dgunet"
         return f"{missing} is not installed; pip install {shlex.quote(f'{package}[{extra}]' if extra else package)}"
     if isinstance(error, OSError):

@@ -23,10 +23,10 @@ CARD = """---
 {{ about }}
 
 A deep generalized unfolding network for image restoration ([paper]({{ paper_url }})), of the
-implementation [dgunet]({{ repo_url }}).
+implementation dgunet.
 
 ```python
-# pip install "dgunet[hub]"
+# from a clone of dgunet: pip install ".[hub]"
 from dgunet import DGUNet, restore
 
 model = DGUNet.from_pretrained("{{ repo_id }}")
@@ -38,7 +38,6 @@ restored = restore(model, picture)  # (H, W, C), or a tensor (C, H, W): any size
 class _Shared(
     huggingface.ModelHubMixin,
     model_card_template=CARD,
-    repo_url="https://pypi.org/project/dgunet/",
     paper_url="https://arxiv.org/abs/2204.13348",
     library_name="dgunet",
     license="mit",

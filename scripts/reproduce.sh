@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Every row of the README's table of results, from the weights in this repository.
 #   bash scripts/reproduce.sh DATA
-# DATA holds the folders Set11, BSD68 (grey pictures), CBSD68, Kodak24 (in colour), CC15 and Rain100L (input/ and target/), and
-# if it is there reds_small/test (input/ and target/). A run that was interrupted goes on where it was.
+# DATA holds the folders Set11, BSD68 (grey pictures), CBSD68, Kodak24 (in colour), CC15 and Rain100L (input/ and target/; or
+# test/Rain100L, where scripts/download_data.py puts it), and if it is there reds_small/test (input/ and target/). A run that
+# was interrupted goes on where it was.
 set -euo pipefail
-folder() { find -L "$1" -maxdepth 1 -type d -iname "$2" -print -quit; }  # in upper or lower case
+folder() { find -L "$1" "$1/test" -maxdepth 1 -type d -iname "$2" -print -quit 2>/dev/null || true; }  # upper or lower case
 for name in Set11 BSD68 CBSD68 Kodak24 CC15 Rain100L; do
     if [ $# != 1 ] || [ ! -d "$1" ] || [ -z "$(folder "$1" $name)" ]; then
         echo "usage: bash scripts/reproduce.sh DATA    (a folder with Set11/, BSD68/, CBSD68/, Kodak24/, CC15/ and Rain100L/)" >&2

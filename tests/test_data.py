@@ -441,20 +441,21 @@ def test_excluded_pictures_are_left_out(tmp_path, picture_pairs, packed):
     listing = tmp_path / "names.txt"
     listing.write_text("img2.jpg\n img4 \nabsent.png\n\nimg\n")
     if packed:
-        items = [Packed(tmp_path / "p.h5", f"img{k}") for k in range(1, 5)]
-        assert [item.key for item in exclude(items, listing)] == ["img1", "img3"]
+        items = [Packed(tmp_path / "p.h5", f"img{k}.png") for k in range(1, 5)]  # as pack_dataset.py --luma names them
+        assert [item.key for item in exclude(items, listing)] == ["img1.png", "img3.png"]
     else:
         assert [pair.name for pair in exclude(find_pairs(folder), listing)] == ["img1", "img3"]
         assert [path.name for path in exclude(find_images(folder / "input"), listing)] == ["img1.png", "img3.png"]
 
 
-def test_excluding_everything_or_by_no_list(tmp_path):
+def test_excluding_everything_or_nothing_or_by_no_list(tmp_path):
     listing = tmp_path / "names.txt"
     assert f"cannot read {listing}" in refusal(exclude, [Path("a.png")], listing)
     listing.write_bytes(b"\xff\xfe")
     assert f"cannot read {listing}" in refusal(exclude, [Path("a.png")], listing)
     listing.write_text("a")
     assert "names all of the 1 pictures" in refusal(exclude, [Path("a.png")], listing)
+    assert "names none of the 1 pictures, as bsd_a.png" in refusal(exclude, [Path("bsd_a.png")], listing)
 
 
 def test_fingerprint_knows_training_data(tmp_path, picture_pairs):

@@ -178,6 +178,13 @@ def test_the_package_imports_extras_so_that_a_missing_one_is_told():
         assert imported(path) <= core, f"{path.name} should take them from errors.optional"
 
 
+def test_nothing_installed_is_told_by_a_command():
+    command = [sys.executable, "-I", "-S", ROOT / "Deraining/train.py", "--dry_run"]  # without any site-packages
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: numpy is not installed") and str(ROOT) in done.stderr
+
+
 def test_missing_package_is_told_by_the_library():
     with pytest.raises(ModuleNotFoundError, match=r"^scipy.none is not installed; pip install .*\[train\]") as error:
         optional("scipy.none")

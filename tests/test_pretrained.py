@@ -395,7 +395,7 @@ def test_hugging_face_folder(tmp_path, offline, name, degradation, overrides):
     about = card.data.to_dict()
     assert (about["license"], about["library_name"], about["pipeline_tag"]) == ("mit", "dgunet", "image-to-image")
     assert {"image-restoration", name.removesuffix("_dgunet").replace("_", "-")} <= set(about["tags"])
-    for part in (name, "For a test.", "arxiv.org/abs/2204.13348", "pypi.org/project/dgunet"):
+    for part in (name, "For a test.", "arxiv.org/abs/2204.13348", 'pip install ".[hub]"'):
         assert part in card.text
 
 

@@ -1,6 +1,6 @@
 """DGUNet for deepinv: as a reconstructor, as a denoiser for plug-and-play, its degradations as physics.
 
-    pip install dgunet[deepinv]
+    pip install ".[deepinv]"
 
 The other way round nothing is needed: deepinv's linear operators have ``A`` and ``A_adjoint``, so that they are known
 degradations as they are, ``DGUNet(degradation=physics)``.

@@ -1,7 +1,7 @@
 """DGUNet for spandrel, with which ComfyUI and chaiNNer load networks of every architecture.
 
 After `install()` its ``ModelLoader().load_from_file("weights.safetensors")`` gives a function of pictures (1, 3, H, W)
-in [0, 1]. Needs ``pip install dgunet[spandrel]``.
+in [0, 1]. Needs ``pip install ".[spandrel]"``.
 """
 
 from dgunet.checkpoint import load_model
