@@ -374,8 +374,8 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
     if len(left) in (0, len(items)):
         which = "none" if left else "all"
         raise UserError(
-            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} pictures, as {name(items[0])}; change it, or "
-            'leave nothing out by TRAINING.EXCLUDE ""'
+            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} pictures, as {name(items[0])}; mend it, "
+            'or leave nothing out by TRAINING.EXCLUDE ""'
         )
     return left
 
