@@ -34,6 +34,10 @@ log = logging.getLogger("dgunet")
 _FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
 
 
+# What a validation's score depends on besides the pictures and the weights, or how that begins.
+_VALIDATION = ("SEED", "TRAINING.VAL_PS", "SYNTHESIS", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY")
+
+
 def changed_settings(cfg, then) -> list[str]:
     """The keys in which a run's config differs from what it was begun with, but for those that are free to change."""
     return [key for key in changed_keys(cfg, then) if key not in _FREE_TO_CHANGE]
@@ -79,6 +83,7 @@ class Trainer:
         self.batches = EpochBatches(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
         self.learner = Learner(cfg, model)
         self.device = self.learner.device
+        self.measured = hasattr(model.degradation, "measure")  # with random numbers
         self.schedule = EpochSchedule(self.learner.optimizer, cfg.OPTIM)
 
         self.epoch, self.step = 1, 0  # the epoch under way and the steps done in it
@@ -87,6 +92,7 @@ class Trainer:
         self.log = RunLog(self.folder, cfg.MODEL.SESSION, cfg.OPTIM.NUM_EPOCHS, self.batches.steps, self.main)
         self.resumed: Path | None = None  # the file that the run was continued from
         self.changed: list[str] = []  # keys of the config that were others then
+        self.validation_changed = False  # its pictures, or what it does with them
         self.signal_received = self.stopped = 0  # signals' numbers: this process's, and the one all agree to stop for
         self.look_every = 1  # steps between two looks at the counters, which make the CPU wait for the device
         self.last_save = time.monotonic()
@@ -114,7 +120,7 @@ class Trainer:
                     self._next_epoch()
                 while self.epoch <= self.cfg.OPTIM.NUM_EPOCHS and self._run_epoch(loader):
                     self._next_epoch()
-                if not self.stopped:
+                if not self.stopped and self.best["epoch"]:
                     log.info("done: best PSNR %.2f dB in epoch %d", self.best["psnr"], self.best["epoch"])
             if self.stopped:
                 distributed.barrier()
@@ -129,6 +135,8 @@ class Trainer:
         started, first, rate = time.monotonic(), self.step, float("nan")
         with self.log.bar(self.epoch, self.step) as bar:
             for input, target in loader:
+                if self.measured:  # drawn anew for each step, by nothing that came before it
+                    torch.manual_seed(hash((cfg.SEED, self.epoch, self.step)))
                 self.learner.train_step(self.learner.move(input), self.learner.move(target))
                 self.step += 1
                 bar.update()
@@ -194,8 +202,9 @@ class Trainer:
         subset, done = Subset(self.val_set, mine), 0
         loaded = loading(subset, self.cfg.TRAINING.WORKERS, batch_size=self._validation_batch())
         with torch.random.fork_rng(range(torch.cuda.device_count())), loaded as loader:
-            torch.manual_seed(self.cfg.SEED)  # what is measured has the same noise each time
             for input, target in loader:
+                if self.measured:  # each picture the same way each time, whatever the processes
+                    torch.manual_seed(hash((self.cfg.SEED, mine[done])))
                 with self.learner.autocast():
                     restored = model(self.learner.move(input.flatten(0, -4)))[0]  # blocks as pictures of their own
                 indices = list(mine)[done : done + len(input)]
@@ -210,7 +219,7 @@ class Trainer:
     def _validation_batch(self) -> int:
         """Pictures at once: no more pixels than in a training pass, as far as they are of one size."""
         sizes = self.val_set.sizes
-        if len(sizes) > 1:
+        if len(sizes) > 1 or self.measured:
             return 1
         pixels = max(map(math.prod, sizes))
         return max(1, self.learner.share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
@@ -293,6 +302,7 @@ class Trainer:
             "history": self.log.rows,
             "random": random,
             "data": self.data,
+            "val_data": fingerprint(self.val_set.items),
         }
 
     def load_state_dict(self, state: dict, path: Path):
@@ -306,7 +316,10 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.last_psnr = state["best"], state["last_psnr"]
         self.log.rows = state["history"]
-        loaders = {"random": self._load_random, "config": self._compare_config, "data": self._compare_data}
+        loaders = {
+            "random": self._load_random, "config": self._compare_config, "data": self._compare_data,
+            "val_data": self._compare_val_data,
+        }  # fmt: skip
         for key, load in loaders.items():
             try:
                 if key in state:  # the oldest states have no data
@@ -315,6 +328,8 @@ class Trainer:
                 raise
             except Exception as error:  # what is none of ours fails in any way there is
                 raise cannot_be_resumed(path, key) from error
+        if self.validation_changed:  # what was best by another measure would stay for ever
+            self.best = {"psnr": float("-inf"), "epoch": 0}
         self.resumed = path
 
     def _load_random(self, random: dict, _):
@@ -326,6 +341,7 @@ class Trainer:
         """Note what has changed; with another batch size, go on at the same share of the epoch."""
         then = type(self.cfg).load_cfg(text)
         self.changed = changed_settings(self.cfg, then)
+        self.validation_changed = any(key.startswith(_VALIDATION) for key in self.changed)
         done = self.step * then.OPTIM.BATCH_SIZE // self.cfg.OPTIM.BATCH_SIZE
         self.step = operator.index(min(done, self.batches.steps))
         if self.step < 0:
@@ -338,6 +354,9 @@ class Trainer:
                 f"{self.cfg.TRAINING.TRAIN_DIR} is not what {path} was trained on: {changes}. Put that back, "
                 f"or start a run of its own from its weights: MODEL.SESSION NAME MODEL.WEIGHTS {path}"
             )
+
+    def _compare_val_data(self, then: dict, _):
+        self.validation_changed |= bool(changed_items(self.val_set.items, then))
 
     def weights(self) -> dict:
         """What using the network needs: its weights (the averaged ones where EMA is on), name and config."""

@@ -141,6 +141,8 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
         print(line)
     if trainer.changed:
         print(f"note        these keys differ from the run being continued: {', '.join(trainer.changed)}")
+    if trainer.validation_changed:
+        print("note        validated otherwise than before: the best score begins anew")
     sys.stdout.flush()
 
 

@@ -553,6 +553,19 @@ def test_best_score_survives_resuming(folders):
     assert read_checkpoint(latest)["best"]["psnr"] == 99.0
 
 
+@pytest.mark.parametrize("change", ["pictures", "size"])
+def test_best_score_of_another_validation_is_forgotten(folders, picture_pairs, change):
+    """It would keep model_best.pth from ever being written again."""
+    train(folders, OPTIM__NUM_EPOCHS=1)
+    latest = folders / "runs/run/model_latest.pth"
+    save_checkpoint(read_checkpoint(latest) | {"best": {"psnr": 99.0, "epoch": 1}}, latest)
+    if change == "pictures":
+        picture_pairs(folders / "val", count=3, size=(32, 32))
+    done = train(folders, TRAINING__RESUME=True, TRAINING__VAL_PS=32 if change == "pictures" else 24)
+    assert "the best score begins anew" in done.stdout
+    assert read_checkpoint(latest)["best"]["epoch"] == read_checkpoint(latest.with_name("model_best.pth"))["epoch"] == 2
+
+
 def test_resume_with_another_model_is_refused(folders):
     train(folders, OPTIM__NUM_EPOCHS=1)
     done = train(folders, check=2, TRAINING__RESUME=True, MODEL__OVERRIDES__width=12)
@@ -676,7 +689,7 @@ def test_dry_run_before_there_is_data(folders, monkeypatch, capsys):
     assert "/nowhere/input" in missing[0] and "/neither/input" in missing[1] and "step1.pth" in missing[2]
     assert "BATCH_SIZE: 2  # *" in out and "parameters, 3 stages" in out and "schedule    2 epochs\n" in out
     assert not (folders / "runs").exists()
-    out = dry_run(SYNTHESIS__NAME="gaussian_noise")
+    out = dry_run(SYNTHESIS__NAME="gaussian_noise", AUGMENT__MIXUP=0)
     assert out.count("missing ") == 3
     changed["TRAINING__VAL_DIR"] = ""
     assert dry_run().count("missing ") == 2
@@ -715,6 +728,8 @@ def test_batch_must_fit_the_processes(folders):
         (["MODEL.NAME", "compressive_sensing_dgunet"], "not a network for this task"),
         (["MODEL.NAME", "deraining_dgunet"], "MODEL.NAME is denoising_dgunet or denoising_dgunet_plus"),
         (["--dry_run", "MODEL.NAME", "deraining_dgunet"], "deraining_dgunet is not a network for this task"),
+        (["SYNTHESIS.NAME", "gaussian_noise"], "set them to 0 with SYNTHESIS.NAME"),
+        (["SYNTHESIS.OPTIONS", "{sigma: 5}"], "SYNTHESIS.OPTIONS are of SYNTHESIS.NAME"),
         (["MODEL.RATIO", "0.1"], "MODEL.RATIO does nothing in denoising, which uses SYNTHESIS and AUGMENT.MIXUP"),
     ],
 )
@@ -858,7 +873,7 @@ def test_mistake_in_a_started_process_is_one_line(folders):
 
 
 def test_trains_on_clean_pictures_with_synthetic_noise(folders):
-    changed = dict(TRAINING__TRAIN_DIR=folders / "train/target", SYNTHESIS__NAME="gaussian_noise")
+    changed = dict(TRAINING__TRAIN_DIR=folders / "train/target", SYNTHESIS__NAME="gaussian_noise", AUGMENT__MIXUP=0)
     done = train(
         folders, TRAINING__VAL_DIR="", TRAINING__VAL_HOLD_BACK=2, SYNTHESIS__OPTIONS__sigma="[0, 50]", **changed
     )
