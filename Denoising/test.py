@@ -91,6 +91,8 @@ class DndCrops(PictureSet):
         return (folder / "matfiles" / sample.name).exists()
 
     def finish(self, folder: Path, complete: bool) -> str:
+        if not complete:
+            return f"{folder / 'matfiles'} is incomplete: not to be submitted"
         server = "https://noise.visinf.tu-darmstadt.de"
         return f"wrote {folder / 'matfiles'}; its scores come from the benchmark's server, {server}"
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from dgunet.data import IMAGE_SUFFIXES, Pair, find_pairs, images_by_name, read_image, write_image
+from dgunet.degradations import KINDS, describe_degradation
 from dgunet.distributed import sole_writer
 from dgunet.errors import UserError, optional
 from dgunet.files import replacing
@@ -153,8 +154,8 @@ def evaluate(
             or any `PictureSet`.
         protocol: one of `metrics.PROTOCOLS`; None where nothing has a target.
         folder: where the scores and pictures are written. Called again with the same model, settings and files, it
-            goes on with what is missing. (What a function computes is not known: its scores are always begun anew.)
-            None to write nothing.
+            goes on with what is missing. (What a function, or a degradation of the user's own, computes is not known:
+            its scores are always begun anew.) None to write nothing.
         name: of the data set, in the result and in what is told; by default the folder's.
         method: how the network restores: a function of it, a sample's degraded picture(s) and the options, that gives
             what a function given as ``model`` does.
@@ -178,8 +179,12 @@ def evaluate(
         name, data = name or Path(data).name, pairs_or_pictures(Path(data))
     folder = Path(folder) if folder is not None else None
     settings = options | (settings or {})
-    if isinstance(model, torch.nn.Module):
+    degradation = describe_degradation(getattr(model, "degradation", None))
+    if isinstance(model, torch.nn.Module) and (degradation is None or degradation["kind"] in KINDS):
         note = settings | {"weights": _digest(model)}
+        if method is not restore_pictures:
+            function = getattr(method, "func", method)  # of a partial
+            note["method"] = f"{function.__module__}.{function.__qualname__}"
     else:
         note = {"scored": time.time()}
     if metrics and not data.targets:
@@ -196,8 +201,11 @@ def evaluate(
     with contextlib.closing(ScoreSheet(folder, protocol or "none", note, stamps, metrics)) as sheet, _full_precision():
         if sheet.continued:
             say(f"{name}: {sheet.continued} of {len(stamps)} pictures are done already")
+        done = {sample.name for sample in data.samples if all(map(sheet.done, sample.names)) and written(sample)}
+        if sheet.found and isinstance(model, torch.nn.Module):
+            _remove_former(folder, [sample for sample in data.samples if sample.name not in done])
         for sample in tqdm(data.samples, desc=name, unit="picture", disable=None):
-            if all(map(sheet.done, sample.names)) and written(sample):
+            if sample.name in done:
                 continue
             with _attempt(sample.title or str(sample.files[0]), sheet.failures):
                 degraded, target = sample.read()
@@ -225,6 +233,14 @@ def evaluate(
     result.settings = settings
     result.seconds_per_image = (time.monotonic() - started) / len(sheet.jobs) if sheet.jobs else math.nan
     return result
+
+
+def _remove_former(folder: Path, samples: list[Sample]):
+    """Remove the pictures that another network, or other settings, made of samples: they would pass for these'."""
+    read = {file.absolute() for sample in samples for file in sample.files}
+    for path in (folder.absolute() / f"{name}.png" for sample in samples for name in sample.names):
+        if path not in read:
+            path.unlink(missing_ok=True)
 
 
 def paired(source: Path) -> PictureSet:
@@ -294,12 +310,16 @@ class ScoreSheet:
         self.path, self.protocol, self.files = folder and folder / "scores.csv", protocol, files
         self.rows: dict[str, Row] = {}
         self.folder_lock = contextlib.ExitStack()
+        self.found = False  # whether there was a sheet, of whatever settings
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             advice = "wait for its end, or give --results another folder"
             self.folder_lock.enter_context(sole_writer(folder.absolute(), "test", advice))
-            note, settings = folder / "settings.json", json.dumps(settings | {"protocol": protocol}, sort_keys=True)
-            if note.exists() and note.read_bytes() == settings.encode():
+            settings = settings | {"protocol": protocol}
+            settings = json.dumps(settings, sort_keys=True, default=lambda number: number.item())  # NumPy's
+            note = folder / "settings.json"
+            self.found = note.exists()
+            if self.found and note.read_bytes() == settings.encode():
                 self._read()
             self._write()  # before the note: killed in between, the former scores must not pass for these settings'
             note.write_text(settings)
@@ -443,7 +463,7 @@ def _digest(model: torch.nn.Module) -> str:
     """What a network computes, as a number: of its arguments and weights."""
     digest = hashlib.sha256(json.dumps(getattr(model, "arguments", None), sort_keys=True).encode())
     for name, value in model.state_dict().items():
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -201,6 +201,18 @@ def test_only_pictures_that_changed_are_restored_again(test, picture_pairs):
     assert float(rows()[-1]["psnr"]) == pytest.approx(np.mean([float(row["psnr"]) for row in kept]), abs=1e-4)
 
 
+def test_pictures_of_other_settings_do_not_stay(test, picture_pairs):
+    """Neither beside the scores of these settings, nor as theirs."""
+    picture_pairs(Path("set"), count=2, size=(16, 16))
+    test("--dataset", "set", "--save_images")
+    first = {path.name: path.read_bytes() for path in Path("results").rglob("*.png")}
+    assert test("--dataset", "set", "--self_ensemble").status == 0 and len(first) == 2
+    assert not list(Path("results").rglob("*.png"))
+    test("--dataset", "set", "--self_ensemble", "--save_images")
+    second = {path.name: path.read_bytes() for path in Path("results").rglob("*.png")}
+    assert first.keys() == second.keys() and all(first[name] != second[name] for name in first)
+
+
 @pytest.mark.parametrize("name", ["scores.csv", "settings.json"])
 @pytest.mark.parametrize("content", [b"", b"\0\xff\n,,\n", b"name,psnr\nimg1,x\n", b'{"a": [', b'"' * 200_000])
 def test_damaged_records_are_begun_anew(test, picture_pairs, name, content):
@@ -671,6 +683,38 @@ def test_evaluate_from_python(tmp_path, tiny_model, picture_pairs, monkeypatch):
     assert told == ["set: 3 of 3 pictures are done already"]
     blur = evaluate(lambda sample, y: (cv2.blur(y, (3, 3)), y), "set", "rgb_matlab", "blurred")
     assert blur.psnr > blur.input_psnr == result.input_psnr and len(list(Path("blurred").glob("*.png"))) == 3
+
+
+def test_evaluate_begins_anew_where_it_cannot_know_what_is_computed(tmp_path, tiny_model, picture_pairs):
+    class Darken:
+        image_to_image = True
+
+        def __init__(self, factor):
+            self.factor = factor
+
+        def A(self, x):
+            return self.factor * x
+
+        A_adjoint = A
+
+    def black(model, y):
+        return np.zeros_like(y), y
+
+    picture_pairs(tmp_path / "set", count=1, size=(16, 16))
+    model = tiny_model(stages=2, degradation=Darken(0.5))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.fill_(0.5 if name.endswith("rho") else 0)
+    scores = []
+    for factor in (0.5, 0.9):
+        model.degradation = Darken(factor)
+        for folder in (tmp_path / "out", None):
+            scores.append(evaluate(model, tmp_path / "set", "train_rgb", folder).psnr)
+    assert scores[0] == scores[1] != scores[2] == scores[3]
+    model = tiny_model(stages=2)
+    first = evaluate(model, tmp_path / "set", "train_rgb", tmp_path / "other", tile=np.int64(64))
+    assert evaluate(model, tmp_path / "set", "train_rgb", tmp_path / "other", method=black).psnr != first.psnr
+    assert evaluate(model.bfloat16(), tmp_path / "set", "train_rgb", tmp_path / "other").images == 1
 
 
 def test_evaluate_tells_what_it_could_not_test(tmp_path, tiny_model, picture_pairs):
