@@ -35,7 +35,7 @@ _C.MODEL.RATIO = 0.25  # compressive sensing: measurements per pixel
 _C.MODEL.MATRIX = "learned"  # compressive sensing: learned (with the network) or fixed
 # What the matrix starts from, or stays: xavier, orthonormal (Gaussian), dct (lowest frequencies), pca (principal
 # components of training blocks), or a .npy file, which sets the ratio. Empty: xavier if learned, orthonormal if fixed.
-# The matrix of MODEL.WEIGHTS comes before it, unless it is of another ratio.
+# The matrix of MODEL.WEIGHTS comes before it, unless it is of another ratio, or a file's is to stay fixed.
 _C.MODEL.MATRIX_START = ""
 # Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean pictures: blur. Empty: it is learned.
 _C.MODEL.DEGRADATION = ""

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import shlex
 import struct
 import zlib
@@ -334,7 +335,7 @@ def pair_size(pair: Pair) -> tuple[int, int]:
 def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
     """Split pictures or pairs for training and validation: the last in natural order are held back.
 
-    Neighbours in that order are often frames of one scene, which should not be on both sides.
+    Neighbours in that order are often frames of one scene: so but one scene at most is on both sides.
 
     Args:
         items: pictures or pairs.
@@ -353,11 +354,13 @@ def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
 def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
     """Leave out the pictures, or pairs, that a text file names: one to a line, with or without ending.
 
+    Also their parts and copies, as scripts/prepare_patches.py and make_demo_data.py name them: NAME_1, NAME_2, ...
+
     Raises:
         UserError: no such file, it names none of the pictures, or all of them.
     """
     try:
-        lines = [line.strip() for line in Path(listing).read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in Path(listing).read_text("utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(
             f"TRAINING.EXCLUDE: cannot read {listing}; it is a text file with one name to a line"
@@ -370,7 +373,7 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
         return item.key if isinstance(item, Packed) else item.name
 
     names = set(map(bare, lines))
-    left = [item for item in items if bare(name(item)) not in names]
+    left = [item for item in items if names.isdisjoint((bare(name(item)), re.sub(r"_\d+$", "", bare(name(item)))))]
     if len(left) in (0, len(items)):
         which = "none" if left else "all"
         raise UserError(

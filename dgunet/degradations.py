@@ -75,7 +75,7 @@ class BlockSampling(nn.Module):
             Gaussian with orthonormal rows.
     """
 
-    start_given = False  # by the user: see `keeps`
+    start_given = fixed_by_file = False  # by the user: see `keeps`
 
     def __init__(self, ratio: float = 0.25, block: int = 32, learned: bool = True, matrix: Tensor | None = None):
         super().__init__()
@@ -125,9 +125,9 @@ class BlockSampling(nn.Module):
         return {"block": self.block, "learned": self.learned}
 
     def keeps(self, weights: dict[str, Tensor]) -> bool:
-        """Whether its tensors stay when training starts from a network's weights: those are of another ratio."""
+        """Whether its tensors stay when training starts from a network's weights: of another ratio, or a user's own."""
         given = weights.get("degradation.matrix", self.matrix)
-        return self.start_given and given.shape != self.matrix.shape
+        return self.start_given and (given.shape != self.matrix.shape or self.fixed_by_file)
 
 
 class Blur(nn.Module):
@@ -358,6 +358,7 @@ def sampling_operator(
     except (OSError, ValueError) as error:
         raise UserError(f"MODEL.RATIO {ratio}, MODEL.MATRIX_START {start}: {error}") from error
     operator.start_given = start_given
+    operator.fixed_by_file = not learned and start not in STARTS
     return operator
 
 

@@ -61,6 +61,10 @@ def train_command(
         find = find_clean
     elif cfg.MODEL.GREY or cfg.MODEL.NOISE:
         raise UserError("MODEL.GREY and MODEL.NOISE are of a known blur; set MODEL.DEGRADATION blur, or leave them out")
+    if cfg.SYNTHESIS.NAME and (cfg.AUGMENT.MIXUP or cfg.AUGMENT.SATURATION):
+        raise UserError("AUGMENT.MIXUP and AUGMENT.SATURATION are of pairs; set them to 0 with SYNTHESIS.NAME")
+    if cfg.SYNTHESIS.OPTIONS and not cfg.SYNTHESIS.NAME:
+        raise UserError("SYNTHESIS.OPTIONS are of SYNTHESIS.NAME; set it, or leave them out")
     degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS) if cfg.SYNTHESIS.NAME else None
     items = look(find_images if degrade else find, training.TRAIN_DIR)
     if training.EXCLUDE and items:

@@ -25,10 +25,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dgunet.config import load_config
+from dgunet.data import changed_items, find_images, fingerprint
 from dgunet.engine import changed_settings
 from dgunet.errors import ROOT, UserError, run_cli
 
@@ -122,7 +124,7 @@ def main():
     ]
     if args.only and all(variant is BASE for _, variant, _ in runs):
         raise UserError(f"--only matches none of {'; '.join(variant.name for variant in VARIANTS)}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    of_these_pictures(args.train_dir, args.out)
     np.save(args.out / KERNEL, np.ones((1, 1), np.float32))
     rows: list[dict] = []
     free: queue.Queue[str] = queue.Queue()
@@ -162,6 +164,19 @@ def settings_of(task: str, variant: Variant, seed: int, args) -> dict:
 # ------------------------------------------------------------------------------------------------------------- running
 
 under_way: set[subprocess.Popen] = set()
+
+
+def of_these_pictures(train_dir: str, out: Path):
+    """Note in ``out`` what its runs are trained on; scores of other pictures are not for one table.
+
+    Raises:
+        UserError: they were trained on others.
+    """
+    items, note = find_images(train_dir), out / "pictures.pth"
+    if note.exists() and (changes := changed_items(items, torch.load(note))):
+        raise UserError(f"{train_dir} is not what {out} was trained on: {changes}; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    torch.save(fingerprint(items), note)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
+from dgunet.distributed import sole_writer
 from dgunet.errors import UserError, optional, run_cli
 from dgunet.files import replacing
 
@@ -40,7 +41,9 @@ def main():
     if out.exists():
         raise UserError(f"{out} exists; remove it, or give another --out")
     pictures = dict(luma_pictures(args.source) if args.luma else paired_pictures(args.source))
-    with replacing(out) as unfinished, h5py.File(unfinished, "w") as file:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    alone = sole_writer(out.parent, "packing", "wait for its end")
+    with alone, replacing(out) as unfinished, h5py.File(unfinished, "w") as file:
         pack(file, pictures, read_luma if args.luma else read_image)
     print(f"wrote {out}: {len(pictures)} pictures, {out.stat().st_size / 2**30:.2f} GiB")
 

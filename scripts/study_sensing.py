@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ablation import ended_with_this, train
+from ablation import ended_with_this, of_these_pictures, train
 
 from dgunet.errors import UserError, run_cli
 
@@ -59,6 +59,7 @@ def main():
     chosen = [name for name in VARIANTS if not args.only or any(words in name for words in args.only)]
     if not chosen:
         raise UserError(f"--only matches none of {'; '.join(VARIANTS)}")
+    of_these_pictures(args.train_dir, args.out)
     rows = []
     with ended_with_this():
         for name in chosen:

@@ -37,6 +37,7 @@ from dgunet.data import (
     write_image,
 )
 from dgunet.degradations import sampling_operator
+from dgunet.distributed import sole_writer
 from dgunet.errors import explain
 from dgunet.evaluation import ScoreSheet
 from dgunet.patches import (
@@ -455,6 +456,9 @@ def test_excluding_everything_or_nothing_or_by_no_list(tmp_path):
     assert f"cannot read {listing}" in refusal(exclude, [Path("a.png")], listing)
     listing.write_text("a")
     assert "names all of the 1 pictures" in refusal(exclude, [Path("a.png")], listing)
+    listing.write_text("a\n", "utf-8-sig")  # as Windows' Notepad may write it
+    parts = [Path(name) for name in ("a.png", "a_3.png", "aa_3.png", "a_b.png")]
+    assert [path.name for path in exclude(parts, listing)] == ["aa_3.png", "a_b.png"]
     assert "names none of the 1 pictures, as bsd_a.png" in refusal(exclude, [Path("bsd_a.png")], listing)
 
 
@@ -660,6 +664,9 @@ def test_unsuitable_pairs_in_a_packed_file(packed, tmp_path):
 def test_packing_refuses(packed, tmp_path):
     again = pack(packed.parent, "--out", packed)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "exists; remove it" in again.stderr
+    with sole_writer(packed.parent, "packing"):
+        second = pack(packed.parent, "--out", packed.with_name("second.h5"))
+    assert second.returncode == 2 and "another packing is writing to" in second.stderr
     (tmp_path / "target" / "small.png").write_bytes(b"no picture")
     failed = pack(tmp_path, "--out", tmp_path / "other.h5")
     assert failed.returncode == 2 and str(tmp_path / "target" / "small.png") in failed.stderr

@@ -258,6 +258,9 @@ def test_ablation(picture_pairs, run_command, tmp_path):
     assert [path.stat().st_mtime_ns for path in states] == before
     refused = run_command([ROOT / "scripts/ablation.py", *words, "OPTIM.LR_INITIAL", "0.1"])
     assert refused.returncode == 2 and "was trained with another OPTIM.LR_INITIAL" in refused.stderr
+    (tmp_path / "pairs/target/img6.png").unlink()
+    refused = run_command([ROOT / "scripts/ablation.py", *words])
+    assert refused.returncode == 2 and "was trained on: 1 gone; choose another --out" in refused.stderr
     refused = run_command([ROOT / "scripts/ablation.py", *words[:6], "--only", "nothing of it"])
     assert refused.returncode == 2 and "--only matches none of" in refused.stderr
 

@@ -394,6 +394,36 @@ def test_one_network_for_any_known_blur_of_grey_pictures(tmp_path):
     assert restore(model, read_luma(tmp_path / "clean/0.png")[:33]).shape == (33, 48)
 
 
+def test_known_blurs_are_those_of_their_step_and_picture(tmp_path, monkeypatch):
+    """Whatever the processes, and wherever the run was stopped."""
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        write_image(tmp_path / f"clean/{k}.png", rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
+    words = [
+        "MODEL.DEGRADATION", "blur", "MODEL.KERNEL", "motion", "MODEL.KERNEL_EXTENT", "[3, 9]", "MODEL.NOISE", 9,
+        "TRAINING.TRAIN_DIR", "clean", "TRAINING.VAL_DIR", "clean", "TRAINING.SAVE_DIR", "runs", "OPTIM.NUM_EPOCHS", 1,
+        "OPTIM.BATCH_SIZE", 2, "TRAINING.TRAIN_PS", 40, "TRAINING.VAL_PS", 40, "TRAINING.WORKERS", 0, "DEVICE", "cpu",
+        "TRAINING.VAL_EPOCHS", "[1]", "TRAINING.VAL_FROM_EPOCH", 0, "TRAINING.VAL_TIMES", 1, "SPEED.AMP", "fp32",
+        "MODEL.OVERRIDES", "{width: 8, growth: 4, final_growth: 4, stages: 2}",
+    ]  # fmt: skip
+    run("deblurring", "train.py", *words, "MODEL.SESSION", "whole", cwd=tmp_path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_agree_on_stopping", lambda self, _: setattr(self, "stopped", 15))
+        run("deblurring", "train.py", *words, "MODEL.SESSION", "parts", cwd=tmp_path, check=143)
+    run("deblurring", "train.py", *words, "MODEL.SESSION", "parts", "TRAINING.RESUME", True, cwd=tmp_path)
+    whole, parts = (read_checkpoint(tmp_path / f"runs/{name}/model_latest.pth") for name in ("whole", "parts"))
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][key]), key
+
+    words += ["OPTIM.LR_INITIAL", 1e-12, "OPTIM.LR_MIN", 0]
+    run("deblurring", "train.py", *words, "MODEL.SESSION", "one", cwd=tmp_path)
+    command = [sys.executable, ROOT / "Deblurring/train.py", *map(str, words), "MODEL.SESSION", "two", "PROCESSES", "2"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=240)
+    one, two = (read_checkpoint(tmp_path / f"runs/{name}/model_latest.pth")["last_psnr"] for name in ("one", "two"))
+    assert one == pytest.approx(two, abs=1e-4)
+
+
 # --------------------------------------------------------------------- compressive sensing
 
 
@@ -602,9 +632,10 @@ def test_sensing_begins_with_a_network_of_another_ratio(tmp_path, weights):
     given = load_model(weights["compressive_sensing"])
     size = {f"MODEL.OVERRIDES.{key}": given.arguments[key] for key in ("width", "growth", "final_growth", "stages")}
 
-    def trained_from(start: str) -> dict[str, torch.Tensor]:
+    def trained_from(start: str | Path, ratio: float = 0.5, matrix: str = "learned") -> dict[str, torch.Tensor]:
         options = {
-            "MODEL.RATIO": 0.5, "MODEL.MATRIX_START": start, "MODEL.WEIGHTS": weights["compressive_sensing"],
+            "MODEL.RATIO": ratio, "MODEL.MATRIX_START": start, "MODEL.MATRIX": matrix,
+            "MODEL.WEIGHTS": weights["compressive_sensing"],
             "TRAINING.SAVE_DIR": tmp_path, "DEVICE": "cpu", **size,
         }  # fmt: skip
         words = [str(word) for pair in options.items() for word in pair]
@@ -616,6 +647,12 @@ def test_sensing_begins_with_a_network_of_another_ratio(tmp_path, weights):
     after = trained_from("dct")
     assert torch.equal(after.pop("degradation.matrix"), start_matrix("dct", 0.5))
     assert all(torch.equal(value, given.state_dict()[name]) for name, value in after.items())
+    # of the same ratio, a user's own matrix that is to stay as it is
+    own = start_matrix("dct", 0.25).flip(0)
+    np.save(tmp_path / "own.npy", own)
+    assert torch.equal(trained_from(tmp_path / "own.npy", 0.25, "fixed")["degradation.matrix"], own)
+    kept = trained_from(tmp_path / "own.npy", 0.25)["degradation.matrix"]
+    assert torch.equal(kept, given.degradation.matrix)
 
 
 def test_tasks_read_their_weights_through_restore(weights):
