@@ -22,10 +22,16 @@ _MODULES = {
 
 
 def __getattr__(name: str):
-    if name not in _MODULES:
-        raise AttributeError(f"module 'dgunet' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"dgunet.{_MODULES[name]}"), name)
-    return value
+    if name in _MODULES:
+        value = globals()[name] = getattr(import_module(f"dgunet.{_MODULES[name]}"), name)
+        return value
+    if name.isidentifier() and not name.startswith("_"):
+        try:
+            return import_module(f"dgunet.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"dgunet.{name}":  # something that the module needs
+                raise
+    raise AttributeError(f"module 'dgunet' has no attribute {name!r}")
 
 
 def __dir__():

@@ -28,7 +28,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from dgunet.degradations import Degradation, describe_degradation, rebuild_degradation
+from dgunet.degradations import KINDS, Degradation, describe_degradation, rebuild_degradation
 from dgunet.errors import UserError, optional, shorten
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.original_checkpoints import STAGES, convert_original, is_original
@@ -154,7 +154,9 @@ def load_model(
         task: if given (``"denoising"``, ...), refuse a checkpoint that was made for another task. Deblurring's and
             denoising's DGUNet are the same network, so weights in the original layout pass for both.
         device: where to put the model.
-        degradation: the known degradation of a network that was built with one of your own.
+        degradation: the known degradation of a network that was built with one of your own, or one in the place of the
+            file's. One of `dgunet.degradations` in which nothing is learned, such as a `Blur`, stays as it is given;
+            any other is given the file's values.
         content: what `read_checkpoint` gave for ``path``, where it has been read already.
 
     Returns:
@@ -168,6 +170,7 @@ def load_model(
     description = _description(content, path)
     state_dict = weights_of(content, path)
     arguments = _infer_arguments(state_dict, path) | description.get("arguments", {})
+    fixed = isinstance(degradation, tuple(KINDS.values())) and not any(True for _ in degradation.parameters())
     with torch.device("meta"):  # so that a network which does not fit the weights costs nothing, whatever its size
         if degradation is None:
             degradation = _infer_degradation(state_dict, description, path)
@@ -183,7 +186,7 @@ def load_model(
             f"give weights trained for {task.replace('_', ' ')}"
         )
     model.name = fitting[0] if fitting else None
-    load_weights(model, state_dict, path)
+    load_weights(model, state_dict, path, fixed)
     return model.eval().to(device, memory_format=torch.channels_last)  # faster wherever it runs
 
 
@@ -233,13 +236,25 @@ def _is_dense(value: Tensor) -> bool:
     return value.layout == torch.strided and value.device.type == "cpu" and not (value.is_nested or value.is_quantized)
 
 
-def load_weights(model: DGUNet, state_dict: dict[str, Tensor], path="the checkpoint"):
+def load_weights(
+    model: DGUNet, state_dict: dict[str, Tensor], path="the checkpoint", keeping_degradation: bool = False
+):
     """Load weights under our names into a model; what is on the ``meta`` device is put on the CPU.
+
+    Args:
+        model, state_dict: where to, and what.
+        path: the file, for messages.
+        keeping_degradation: leave the known degradation as it is, whatever the file has of one.
 
     Raises:
         UserError: see `check_tensors`.
     """
     expected = model.state_dict()
+    if keeping_degradation:
+        expected, state_dict = (
+            {name: value for name, value in weights.items() if not name.startswith("degradation.")}
+            for weights in (expected, state_dict)
+        )
     check_tensors(expected, state_dict, path, model.name or "this network")
     # Copied either way: the file's tensors may share memory.
     new = {name: state_dict[name].to(value.dtype, copy=True) for name, value in expected.items() if value.is_meta}

@@ -285,7 +285,7 @@ class _Tab:
 
     def __init__(self, name: str, networks: list[Network], device: torch.device, pixels: int):
         self.name, self.task, self.device, self.pixels = name, TASKS[name], device, pixels
-        self.networks = {_label(network): network for network in networks}
+        self.networks = _by_label(networks)
         self.sensing = name == "compressive_sensing"
 
     def build(self):
@@ -446,6 +446,16 @@ def start_of(operator: BlockSampling, luma: np.ndarray) -> np.ndarray:
 def _label(network: Network) -> str:
     ratio = network.name.rpartition("_")[2]
     return f"{ratio} %" if network.task == "compressive_sensing" and ratio.isdigit() else network.name
+
+
+def _by_label(networks: list[Network]) -> dict[str, Network]:
+    """Each network by a label of its own: where another has it, with the folder's name, and a number if need be."""
+    found = {}
+    for network in networks:
+        label, folder = _label(network), network.path.resolve().parent.name
+        candidates = (label, f"{label} ({folder})", *(f"{label} ({folder}, {k})" for k in range(2, len(networks) + 1)))
+        found[next(candidate for candidate in candidates if candidate not in found)] = network
+    return found
 
 
 def _unlike(network: Network, given: np.ndarray, sigma: float | None = None) -> str:

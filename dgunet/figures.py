@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dgunet.degradations import BlockSampling
-from dgunet.errors import optional
+from dgunet.errors import UserError, optional
 from dgunet.files import replacing
 from dgunet.inference import blended
 from dgunet.inside import after_each_stage
@@ -99,6 +99,7 @@ def draw_stages(
     tiles: list[tuple[str, np.ndarray, float]],
     out: Path,
     title: str | None = None,
+    comment: str = "",
 ):
     """Write a PNG: the whole picture with the frame of a crop, then that crop after each stage, in two rows.
 
@@ -107,14 +108,15 @@ def draw_stages(
         crop: top, left, height, width.
         tiles: label, picture and PSNR of each crop; inf where there is none.
         out: its folder is made if needed; the file appears when it is complete.
-        title: above all.
+        title: above all, as it is: no formulas.
+        comment: stored in the file, see `pictures.comment_of`.
     """
     Figure = optional("matplotlib.figure").Figure
     Rectangle = optional("matplotlib.patches").Rectangle
     columns = -(-(len(tiles) + 1) // 2)
     figure = Figure(figsize=(2.3 * columns, 5.6), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
-    figure.suptitle(title)
+    figure.suptitle(str(UserError(title or "")), parse_math=False)  # the name of a file may hold anything
     axes = figure.subplots(2, columns).ravel()
     top, left, height, width = crop
     grey = dict(cmap="gray", vmin=0, vmax=255)  # of pictures without colour
@@ -127,6 +129,7 @@ def draw_stages(
     for axis in axes:
         axis.set_axis_off()
     encoded = io.BytesIO()
-    optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(encoded)
+    canvas = optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    canvas.print_png(encoded, metadata={"Comment": comment} if comment else None)
     with replacing(out) as temporary:
         temporary.write_bytes(encoded.getbuffer())

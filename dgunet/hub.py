@@ -14,6 +14,7 @@ from dgunet.weights import save_weights
 huggingface = optional("huggingface_hub")
 
 WEIGHTS = "model.safetensors"
+WHERE = {"revision", "token", "cache_dir", "local_files_only", "force_download"}  # options that are for the Hub alone
 CARD = """---
 {{ card_data }}
 ---
@@ -74,7 +75,7 @@ class _Shared(
 def from_pretrained(name: str | Path, **options) -> DGUNet:
     """See `DGUNet.from_pretrained`."""
     if not Path(name).is_dir() and "/" not in str(name):  # the Hub's have the name of a user in front
-        return load_model(name, **options)
+        return load_model(name, **{key: value for key, value in options.items() if key not in WHERE})
     try:
         return _Shared.from_pretrained(name, **options)
     except UserError:

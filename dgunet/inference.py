@@ -63,7 +63,7 @@ def restore(
     if self_ensemble and model.degradation is not None:
         raise UserError("self_ensemble turns the picture, but not the network's known degradation; leave it out")
     x, back = _as_batch(image, model.channels)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}  # they may differ
     model.eval()
     try:
         with torch.no_grad():
@@ -76,7 +76,8 @@ def restore(
             out = sum(undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap, bf16), k) for k in turns)
             restored = (out / len(turns)).clamp(0, 1)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return back(restored)
 
 

@@ -5,6 +5,7 @@
 
 import contextlib
 import io
+import re
 import struct
 import zlib
 from dataclasses import dataclass, field
@@ -110,14 +111,18 @@ def read_picture(path: str | Path) -> Picture:
             if pixels.min() < 0 or pixels.max() > 65535:
                 raise UserError(f"{path} has values of 32 bits; save it with 16")
             pixels = pixels.astype(np.uint16)
+            if isinstance(clear := image.info.get("transparency"), int):
+                alpha = np.where(pixels == clear, 0, 65535).astype(np.uint16)
         elif mode == "F":
             raise UserError(f"{path} has floating-point values, whose range is not known; save it with 16 bits")
         else:
-            image = _in_eight_bits(image, profile, notes)
-            pixels, alpha = np.asarray(image), None
-            if image.mode in ("LA", "RGBA"):
+            if (bits := _bits(path, image, raw)) > 8:
+                notes.append(f"{bits} bits, now 8")
+            reduced = _in_eight_bits(image, profile, notes)
+            pixels, alpha = np.asarray(reduced), None
+            if reduced.mode in ("LA", "RGBA"):
                 colours, alpha = pixels[..., :-1], pixels[..., -1]
-                pixels = colours[..., 0] if image.mode == "LA" else colours
+                pixels = colours[..., 0] if reduced.mode == "LA" else colours
         turn, exif = _exif(image, keeping=kind in ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF"))
     if turn != 1:
         pixels, alpha = upright(pixels, turn), None if alpha is None else upright(alpha, turn)
@@ -133,19 +138,31 @@ def read_picture(path: str | Path) -> Picture:
     dpi = image.info.get("dpi")
     if exif:
         keep["exif"] = exif
-    if dpi and all(np.isfinite(float(value)) and value > 1 for value in dpi):
+    if dpi and all(1 < float(value) <= 65535 for value in dpi):  # which every format holds
         keep["dpi"] = tuple(float(value) for value in dpi)
     return Picture(np.ascontiguousarray(pixels), alpha, keep, notes)
 
 
+def _bits(path: Path, image, raw: str) -> int:
+    """Bits per channel in the file, of which Pillow gives 8; ``raw`` is how it decodes them."""
+    if image.format == "PPM" and (largest := re.search(r"', (\d+)\)", raw)):
+        return int(largest[1]).bit_length()
+    if image.format == "JPEG2000":
+        with open_file(path) as file:
+            header = file.read().partition(b"\xff\x4f\xff\x51")[2]  # what follows the markers SOC and SIZ
+        return (header[38] & 0x7F) + 1 if len(header) > 38 else 8
+    return 16 if ";16" in raw else 8
+
+
 def _in_eight_bits(image, profile: bytes | None, notes: list[str]):
     """In one of the modes L, LA, RGB, RGBA."""
-    mode = image.mode
-    if mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info:
+    mode, clear = image.mode, "transparency" in image.info
+    if mode in ("L", "LA", "RGB", "RGBA") and not clear:
         return image
     if mode == "1":
         notes.append("black and white, now grey")
-        return image.convert("L")
+    if mode in ("1", "L"):
+        return image.convert("LA" if clear else "L")
     if mode in ("CMYK", "LAB"):
         notes.append(f"{mode}, now RGB")
         cms = optional("PIL.ImageCms")
@@ -155,8 +172,7 @@ def _in_eight_bits(image, profile: bytes | None, notes: list[str]):
                 return cms.profileToProfile(image, source, cms.createProfile("sRGB"), outputMode="RGB")
     elif mode in ("P", "PA"):
         notes.append("a palette, now RGB")
-    clear = mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info
-    return image.convert("RGBA" if clear else "RGB")
+    return image.convert("RGBA" if clear or mode in ("LA", "La", "PA", "RGBa") else "RGB")
 
 
 def _decode_deep(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -1,6 +1,7 @@
 """What `dgunet denoise | derain | deblur` do: folders of photographs, restored one after the other."""
 
 import contextlib
+import errno
 import hashlib
 import math
 import os
@@ -16,7 +17,7 @@ import torch
 
 from dgunet import __version__
 from dgunet.checkpoint import load_model, read_checkpoint
-from dgunet.errors import UserError, optional, shorten
+from dgunet.errors import UserError, explain, optional, shorten
 from dgunet.figures import draw_stages, label_stages, stages_of
 from dgunet.files import open_file
 from dgunet.hardware import pick_device
@@ -40,6 +41,8 @@ from dgunet.transforms import to_uint8
 LONG = 15  # seconds; what takes longer is told before
 SQUARE = 192  # pixels, the side of what the time is measured with
 OURS = "restored by dgunet"  # how the comment in a restored picture begins
+FIGURE = ".stages.png"  # how the name of a figure of stages ends
+ENDING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE}  # what the next picture would meet, too
 FIGURE_FROM, FIGURE_SIDE = 512, 160  # pixels around the middle that the figure of stages is computed of, and shows
 
 
@@ -177,20 +180,31 @@ def _gather(photos: list[Path], out: Path, tally: Tally) -> Iterator[tuple[Path,
         if out.exists() and os.path.samefile(given, out):
             raise UserError(f"--out is the folder of the photographs themselves, {given}; choose another")
         below = Path(given.resolve().name) if len(photos) > 1 else Path()
-        found = False
-        for folder, folders, names in os.walk(given):
+        found, refused = False, len(tally.refused)
+        for folder, folders, names in os.walk(given, onerror=lambda error: _refuse_folder(error, tally)):
             here = Path(folder)
             folders[:] = sorted(
                 name
                 for name in folders
                 if not name.startswith(".") and not (out.exists() and os.path.samefile(here / name, out))
             )
+            for name in folders:
+                if (here / name).is_symlink():
+                    tally.note(here / name, "a link to a folder, not followed; restore it by its own name")
             for name in sorted(names):
-                if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                    found = True
-                    yield here / name, below / (here / name).relative_to(given)
-        if not found:
+                if Path(name).suffix.lower() not in SUFFIXES or name.startswith("."):
+                    continue
+                if name.lower().endswith(FIGURE):
+                    tally.note(here / name, "a figure of stages, left out")
+                    continue
+                found = True
+                yield here / name, below / (here / name).relative_to(given)
+        if not found and len(tally.refused) == refused:
             tally.refuse(given, "there are no pictures in this folder")
+
+
+def _refuse_folder(error: OSError, tally: Tally):
+    tally.refuse(Path(error.filename), explain(error))
 
 
 def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, tally: Tally) -> list[Job]:
@@ -201,8 +215,8 @@ def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, tally: Ta
         try:
             photographs.add(_identity(source))
             height, width, kind = look_at(source)
-        except UserError as error:
-            tally.refuse(source, str(error))
+        except (UserError, OSError) as error:
+            tally.refuse(source, explain(error) or str(error))
             continue
         target = out / relative
         if not (target.suffix.lower() == ".png" or (is_jpeg(target) and kind == "JPEG")):
@@ -213,13 +227,20 @@ def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, tally: Ta
                 other = jobs[target].source
                 tally.refuse(source, f"would be written to {target}, as {other} is; restore it to another --out")
             continue
-        figure = target.with_name(f"{target.name}.stages.png") if stages else None
+        figure = target.with_name(f"{target.name}{FIGURE}") if stages else None
         jobs[target] = Job(source, target, height, width, figure)
-    for target, job in list(jobs.items()):
-        if target.exists() and _identity(target) in photographs:
-            tally.refuse(job.source, f"{target} is a photograph to be restored itself; choose another --out")
-            del jobs[target]
-    return list(jobs.values())
+    left = []
+    for target, job in jobs.items():
+        written = [target] if job.figure is None else [target, job.figure]
+        photograph = next((path for path in written if os.path.exists(path) and _identity(path) in photographs), None)
+        if photograph is not None:
+            tally.refuse(job.source, f"{photograph} is a photograph to be restored itself; choose another --out")
+        elif job.figure in jobs:
+            other = jobs[job.figure].source
+            tally.refuse(job.source, f"its stages would be drawn to {job.figure}, as {other} is; choose another --out")
+        else:
+            left.append(job)
+    return left
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -243,21 +264,19 @@ class Mark:
 def _skip_done(jobs: list[Job], mark: Mark, overwrite: bool, tally: Tally) -> list[Job]:
     left = []
     for job in jobs:
-        if not job.target.exists():
-            left.append(job)
-            continue
-        comment = comment_of(job.target) or ""
-        if not comment.startswith(OURS):
+        there = os.path.exists(job.target)  # unlike Path's, of any name
+        drawn = job.figure is not None and os.path.exists(job.figure)
+        if there and not (comment := comment_of(job.target) or "").startswith(OURS):
             tally.refuse(job.source, f"{job.target} is there already, and not from dgunet; choose another --out")
-        elif overwrite:
-            left.append(job)
-        elif comment.split()[-1] != mark.of(job.source).split()[-1]:  # of another version it may be
+        elif there and not overwrite and comment.split()[-1] != mark.of(job.source).split()[-1]:  # versions may differ
             told = "is there already, of another picture or with other weights or settings"
             tally.refuse(job.source, f"{job.target} {told}; --overwrite replaces it, or choose another --out")
-        elif job.figure is not None and not job.figure.exists():
-            left.append(job)
-        else:
+        elif there and not overwrite and (drawn or job.figure is None):
             tally.skipped += 1
+        elif drawn and not (comment_of(job.figure) or "").startswith(OURS):
+            tally.refuse(job.source, f"{job.figure} is there already, and not from dgunet; choose another --out")
+        else:
+            left.append(job)
     return left
 
 
@@ -304,6 +323,10 @@ def _attempt(job: Job, tally: Tally):
         tally.done += 1
     except UserError as error:
         tally.refuse(job.source, str(error))
+    except OSError as error:
+        if error.errno in ENDING or (told := explain(error)) is None:
+            raise
+        tally.refuse(job.source, told)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -374,7 +397,8 @@ def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
     tiles = [(label, image[window].squeeze(), math.inf) for label, image in tiles]
     step = max(1, max(y.shape) // 1000)
     frame = tuple(value // step for value in (top + inner_top, left + inner_left, height, width))
-    draw_stages(to_uint8(x[::step, ::step]).squeeze(), frame, tiles, job.figure, job.source.name)
+    whole, comment = to_uint8(x[::step, ::step]).squeeze(), f"{OURS} {__version__}"
+    draw_stages(whole, frame, tiles, job.figure, job.source.name, comment)
 
 
 def _middle(shape: tuple, side: int) -> tuple[int, int, int, int]:

@@ -298,6 +298,29 @@ def test_own_degradation_with_weights_has_to_be_given(tmp_path):
     assert_same_weights(load_model(tmp_path / "a.pth", degradation=Operator()), model)
 
 
+@pytest.mark.parametrize("saved", [Blur(torch.ones(3, 3)), MotionBlur(3, 9), BlockSampling(0.5, 8, learned=False)])
+@pytest.mark.parametrize("given", [Blur(torch.ones(3, 3) / 9), Blur(torch.ones(5, 5) / 25), MotionBlur(3, 5)])
+def test_fixed_degradation_that_is_given_stays_as_it_is(tmp_path, saved, given):
+    model = DGUNet(1, 8, 4, 2, final_growth=4, degradation=saved)
+    torch.save({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "a.pth")
+    before = {name: value.clone() for name, value in given.state_dict().items()}
+    loaded = load_model(tmp_path / "a.pth", degradation=given)
+    assert loaded.degradation is given and all(torch.equal(given.state_dict()[name], before[name]) for name in before)
+    assert_same_weights(loaded.last, model.last)
+    assert type(load_model(tmp_path / "a.pth").degradation) is type(saved)
+
+
+def test_fixed_matrix_that_is_given_stays_and_a_learned_one_does_not(tmp_path, tiny_model):
+    whole = tiny_model("compressive_sensing_dgunet", ratio=0.1)
+    torch.save(whole.state_dict(), tmp_path / "a.pth")
+    matrix = torch.rand(51, 32**2)
+    fixed = load_model(tmp_path / "a.pth", degradation=BlockSampling(learned=False, matrix=matrix))
+    assert torch.equal(fixed.degradation.matrix, matrix)
+    assert "degradation.matrix (103, 1024) instead of (51, 1024)" in refusal(
+        tmp_path / "a.pth", degradation=BlockSampling(matrix=matrix)
+    )
+
+
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_another_precision_are_used_in_float32(tmp_path, tiny_model, precision):
     weights = {name: value.to(precision) for name, value in tiny_model().state_dict().items()}

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import IFDRational
 
 from dgunet import command, load_model, pictures, pretrained, restore, restoring
 from dgunet.checkpoint import describe_model, save_checkpoint
@@ -105,6 +106,14 @@ def kinds() -> dict[str, Kind]:
         ),
         "cmyk": Kind(".jpg", lambda p: rgb.convert("CMYK").save(p, quality=100), ["CMYK, now RGB"], 3),
         "cmyk_tif": Kind(".tif", rgb.convert("CMYK").save, ["CMYK, now RGB"], 1),
+        "grey_clear": Kind(".png", lambda p: grey.save(p, transparency=90), ["grey", "transparency"]),
+        "deep_ppm": Kind(".ppm", lambda p: cv2.imwrite(str(p), deep), ["16 bits, now 8"], 1),
+        "fax_clear": Kind(
+            ".png",
+            lambda p: grey.convert("1").save(p, transparency=1),
+            ["black and white, now grey", "transparency"],
+            255,
+        ),
         "fax": Kind(".tif", grey.convert("1").save, ["black and white, now grey"], 255),
         "film": Kind(
             ".gif", lambda p: rgb.save(p, save_all=True, append_images=[grey]), ["first of its 2", "a palette"], 4
@@ -119,7 +128,7 @@ def test_every_kind_of_picture_is_read_and_said(tmp_path, kind):
     write(path)
     picture = read_picture(path)
     expected = colours(dtype=np.uint16 if "16 bits" in told else np.uint8)
-    expected = expected[..., 0] if "grey" in told or kind == "fax" else expected
+    expected = expected[..., 0] if "grey" in told or kind.startswith("fax") else expected
     assert picture.pixels.shape == expected.shape and picture.pixels.dtype == expected.dtype
     assert np.abs(picture.pixels.astype(float) - expected).mean() <= loss
     assert len(picture.notes) == len(told) and all(map(str.__contains__, picture.notes, told))
@@ -171,6 +180,56 @@ def test_colour_profile_and_resolution_are_kept(tmp_path, deep):
     assert picture.keep["icc_profile"] == SRGB and picture.keep["dpi"] == pytest.approx((300, 300), abs=0.1)
     np.testing.assert_array_equal(picture.pixels, pixels)
     assert np.array_equal(cv2.imread(str(tmp_path / "a.png"), cv2.IMREAD_UNCHANGED)[..., ::-1], pixels)
+
+
+@pytest.mark.parametrize("value", [4e9, 65536, 0.5, float("nan")])
+def test_resolutions_that_no_format_holds_are_left_out(tmp_path, value):
+    path = save(tmp_path / "a.tif", dpi=(300, 300))
+    with Image.open(path) as image:
+        image.tag_v2[282] = value if value == value else IFDRational(0, 0)
+        image.save(tmp_path / "b.tif", tiffinfo=image.tag_v2)
+    assert Image.open(tmp_path / "b.tif").info["dpi"] != (300, 300)
+    for name, kept in ("a.tif", True), ("b.tif", False):
+        picture = read_picture(tmp_path / name)
+        assert ("dpi" in picture.keep) == kept
+        write_picture(tmp_path / "again.png", picture, "")
+        write_picture(tmp_path / "again.jpg", picture, "")
+
+
+def test_converted_colours_keep_the_rest(tmp_path, monkeypatch):
+    """Orientation, EXIF and resolution of a CMYK JPEG, whose colours its profile converts."""
+
+    def converted(image, *args, **options):
+        return Image.fromarray(np.asarray(image.convert("RGB")))  # which has no info, as that of ImageCms
+
+    monkeypatch.setattr(ImageCms, "profileToProfile", converted)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Camera"
+    path = tmp_path / "a.jpg"
+    Image.fromarray(colours()).convert("CMYK").save(path, exif=exif, dpi=(300, 300), icc_profile=bytes(128))
+    picture = read_picture(path)
+    assert picture.pixels.shape == (24, 16, 3) and picture.keep["dpi"] == (300, 300)
+    assert picture.notes == ["CMYK, now RGB", "turned upright, as its EXIF data says"]
+    write_picture(path, picture, "")
+    assert dict(Image.open(path).getexif()) == {0x010F: "Camera"}
+
+
+def test_transparent_value_of_16_bits(tmp_path):
+    pixels = colours(dtype=np.uint16)[..., 0]
+    Image.fromarray(pixels).save(tmp_path / "a.png", transparency=int(pixels[3, 4]))
+    picture = read_picture(tmp_path / "a.png")
+    np.testing.assert_array_equal(picture.alpha, np.where(pixels == pixels[3, 4], 0, 65535))
+    np.testing.assert_array_equal(picture.pixels, pixels)
+    assert picture.alpha.dtype == np.uint16 and "its transparency is kept as it is" in picture.notes
+    write_picture(tmp_path / "b.png", picture, "")
+    np.testing.assert_array_equal(read_picture(tmp_path / "b.png").alpha, picture.alpha)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_jpeg_2000_of_16_bits_is_reduced_and_said(tmp_path, dtype):
+    assert cv2.imwrite(str(tmp_path / "a.jp2"), colours(64, 96, dtype=dtype))
+    picture = read_picture(tmp_path / "a.jp2")
+    assert picture.pixels.dtype == np.uint8 and picture.notes == (["16 bits, now 8"] if dtype == np.uint16 else [])
 
 
 def test_profile_of_other_colours_is_not_kept(tmp_path):
@@ -321,6 +380,39 @@ def test_one_bad_picture_costs_no_other(dgunet):
     assert dgunet("denoise", "none", "--out", "new").status == 2 and not Path("new").exists()
 
 
+def test_places_that_cannot_be_used_cost_no_other(dgunet, monkeypatch):
+    """Links to nothing, folders that may not be read or written to, names too long to be written."""
+    long = "x" * 251 + ".png"
+    for name in ("a/1.png", f"a/{long}", "a/secret/2.png", "a/sub/3.png", "else/4.png"):
+        save(name)
+    Path("a/0.jpg").symlink_to("/nowhere/x.jpg")
+    Path("a/linked").symlink_to(Path("else").resolve())
+    Path("out").mkdir()
+    Path("out/sub").write_text("a file in the way")
+    scan = os.scandir
+
+    def guarded(path):
+        if "secret" in os.fspath(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    reasons = {
+        "a/secret": "Permission denied",
+        "a/0.jpg": "a/0.jpg: No such file or directory",
+        f"a/{long}": "File name too long",
+        "a/sub/3.png": "out/sub: File exists",
+    }
+    for told in "1 restored, in out", "0 restored, 1 done before, in out":
+        done = dgunet("denoise", "a", "--out", "out")
+        refused = [line for line in done.err.splitlines() if line.startswith("not restored: ")]
+        assert done.status == 2 and files("out") == ["1.png", "sub"] and len(refused) == len(reasons)
+        for name, reason in reasons.items():
+            assert any(name in line and reason in line for line in refused), name
+        assert "note: a link to a folder, not followed; restore it by its own name: a/linked" in done.out.splitlines()
+        assert done.err.splitlines()[-1] == f"error: {told}; 4 not restored, for the reasons above"
+
+
 def test_figure_of_stages(dgunet):
     save("grey.png", colours(24, 24)[..., 0])
     assert dgunet("denoise", "grey.png", "--out", "out").status == 0
@@ -328,6 +420,32 @@ def test_figure_of_stages(dgunet):
     assert files("out") == ["grey.png", "grey.png.stages.png"]
     assert min(Image.open("out/grey.png.stages.png").size) > 400
     assert "1 done before" in dgunet("denoise", "grey.png", "--out", "out", "--stages").out
+    assert "1 restored" in dgunet("denoise", "grey.png", "--out", "out", "--stages", "--overwrite").out
+    again = dgunet("denoise", "out", "--out", "again")
+    assert "1 restored, in again" in again.out and files("again") == ["grey.png"]
+    assert "note: a figure of stages, left out: out/grey.png.stages.png" in again.out
+
+
+def test_figures_replace_nothing_else(dgunet):
+    for name in ("a/x.png", "a/x.png.stages.png", "b/x.png.stages.png"):
+        save(name, colours(seed=len(name)))
+    before = Path("b/x.png.stages.png").read_bytes()
+    done = dgunet("denoise", "a/x.png", "a/x.png.stages.png", "--out", "out", "--stages")
+    assert "x.png.stages.png, as a/x.png.stages.png is; choose another --out" in done.err and done.status == 2
+    assert files("out") == ["x.png.stages.png", "x.png.stages.png.stages.png"]
+    done = dgunet("denoise", "a/x.png", "b/x.png.stages.png", "--out", "b", "--stages", "--overwrite")
+    assert done.err.count("b/x.png.stages.png is a photograph to be restored itself") == 2
+    done = dgunet("denoise", "a/x.png", "--out", "b", "--stages", "--overwrite")
+    assert "b/x.png.stages.png is there already, and not from dgunet" in done.err and done.status == 2
+    assert files("b") == ["x.png.stages.png"] and Path("b/x.png.stages.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["$\\alpha^$.png", b"caf\xe9.png", "two\nlines.png"])
+def test_figure_of_a_picture_of_any_name(dgunet, name):
+    save(os.fsdecode(name))
+    done = dgunet("denoise", os.fsdecode(name), "--out", "out", "--stages")
+    assert done.status == 0, done.err
+    assert len(files("out")) == 2
 
 
 def test_interrupted_it_keeps_what_is_done_and_goes_on(dgunet, monkeypatch):

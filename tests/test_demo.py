@@ -154,6 +154,16 @@ def test_tells_of_other_noise_than_the_network_is_for(picture):
     assert "it blurs" in demo._unlike(network, picture)  # which has none
 
 
+def test_networks_of_one_name_are_all_to_choose_from():
+    networks = [
+        demo.Network(name, "denoising", Path(folder, f"{name}.pth"))
+        for folder, name in [("b", "best"), ("c", "best"), ("d/c", "best"), ("own", "gaussian"), ("it", "gaussian")]
+    ]
+    tab = demo._Tab("denoising", networks, torch.device("cpu"), 10**6)
+    assert list(tab.networks) == ["best", "best (c)", "best (c, 2)", "gaussian", "gaussian (it)"]
+    assert list(tab.networks.values()) == networks
+
+
 # The command
 
 

@@ -172,6 +172,14 @@ def test_result_is_within_the_range(model):
     assert (restored.min(), restored.max()) == (0, 255)
 
 
+def test_modes_of_its_parts_are_kept(tiny_model):
+    model = tiny_model(stages=3).train()
+    model.last.eval()
+    modes = [module.training for module in model.modules()]
+    restore(model, np.zeros((8, 8, 3)))
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_of_the_model_is_kept(model, training):
     model.train(training)

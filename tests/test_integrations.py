@@ -155,14 +155,22 @@ def loader():
     return spandrel.ModelLoader()
 
 
-@pytest.mark.parametrize("folder", ["Denoising", "Deraining"])
+@pytest.mark.parametrize("folder", ["Denoising", "Deraining", "Deblurring"])
 def test_spandrel_restores_with_the_shipped_weights_as_restore_does(loader, folder):
     (path,) = sorted((Path(__file__).parents[1] / folder / "pretrained_models").glob("*/weights.*"))[:1]
     descriptor = loader.load_from_file(path)
     assert (descriptor.architecture.id, descriptor.scale, descriptor.input_channels) == ("DGUNet", 1, 3)
+    assert descriptor.model.stages == load_model(path).stages
     assert descriptor.size_requirements.multiple_of == 8 and descriptor.tiling.name == "DISCOURAGED"
     y = torch.rand(1, 3, 13, 16)
     torch.testing.assert_close(descriptor(y), restore(load_model(path), y), rtol=0, atol=1e-5)
+
+
+def test_spandrel_takes_other_weights_for_those_of_the_papers_stages(loader):
+    weights = load_model("deblurring_motion").state_dict()
+    assert loader.load_from_state_dict(dict(weights)).model.stages == 3
+    weights["last.rho"] = weights["last.rho"] + 0.1
+    assert loader.load_from_state_dict(dict(weights)).model.stages == 7
 
 
 def test_spandrel_keeps_knowing_other_networks_and_refuses_those_for_measurements(loader):

@@ -309,6 +309,23 @@ for use in (lambda: dgunet.load_model("denoising_gaussian"), lambda: model.save_
     assert (done.stderr, done.stdout.splitlines()) == ("", told)
 
 
+def test_modules_are_attributes(run_command):
+    """Imported when first asked for; what one of them needs and is not there is told."""
+    code = """
+import sys, dgunet
+print(hasattr(dgunet, "nothing"), hasattr(dgunet, "__wrapped__"), "torch" in sys.modules)
+print(dgunet.export.export_model.__name__, dgunet.inside.trace.__name__, dgunet.integrations.__name__)
+sys.modules["huggingface_hub"] = None
+try:
+    dgunet.hub
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    done = run_command(["-c", code])
+    told = ["False False False", "export_model trace dgunet.integrations", "huggingface_hub"]
+    assert (done.stderr, done.stdout.splitlines()) == ("", told)
+
+
 def test_every_folder_of_modules_is_packed():
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -420,7 +437,9 @@ def test_pushed_to_hugging_face(offline, monkeypatch, tiny_model):
 
 
 def test_from_pretrained_of_what_is_not_there(offline, tmp_path, monkeypatch):
-    assert same(DGUNet.from_pretrained("denoising_gaussian"), load_model("denoising_gaussian"))
+    where = dict(revision="main", token=None, cache_dir=None, local_files_only=True, force_download=False)
+    for options in {}, where:
+        assert same(DGUNet.from_pretrained("denoising_gaussian", **options), load_model("denoising_gaussian"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for name in ("empty", "me/nothing", "no/such/folder", tmp_path / "none"):

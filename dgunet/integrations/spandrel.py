@@ -4,17 +4,25 @@ After `install()` its ``ModelLoader().load_from_file("weights.safetensors")`` gi
 in [0, 1]. Needs ``pip install ".[spandrel]"``.
 """
 
+import torch
+from torch import Tensor
+
 from dgunet.checkpoint import load_model
 from dgunet.errors import optional
 from dgunet.model import DGUNet
+from dgunet.pretrained import list_pretrained
 from dgunet.proximal import MULTIPLE
+from dgunet.weights import read_about
 
 spandrel = optional("spandrel")
 
 
 class DGUNetArch(spandrel.Architecture[DGUNet]):
-    """Knows DGUNets by the names of their weights. Those tell all but how often a shared middle stage is applied:
-    as in the paper, so that there are 7 stages in all.
+    """Knows DGUNets by the names of their weights.
+
+    Those tell all but how often a shared middle stage is applied, and what a file says of it spandrel does not hand on.
+    Weights that come with dgunet are recognised; others with one middle stage are taken to have 7 stages, as in the
+    paper, and are only right if they do.
     """
 
     def __init__(self):
@@ -26,7 +34,9 @@ class DGUNetArch(spandrel.Architecture[DGUNet]):
         Raises:
             UserError: it is of none, or of one for measurements instead of pictures.
         """
-        model = load_model("the state dict", content={**state_dict})
+        # Spandrel moves the model to its device itself.
+        weights = {name: value.cpu() for name, value in state_dict.items() if isinstance(value, Tensor)}
+        model = load_model("the state dict", content={"state_dict": weights, **_shipped(weights)})
         if model.degradation is not None:
             raise spandrel.UnsupportedModelError("this DGUNet restores from measurements; spandrel is for pictures")
         return spandrel.ImageModelDescriptor(
@@ -44,6 +54,16 @@ class DGUNetArch(spandrel.Architecture[DGUNet]):
             tiling=spandrel.ModelTiling.DISCOURAGED,  # instance norm sees a picture as a whole
             call_fn=lambda model, image: model(image)[0],
         )
+
+
+def _shipped(weights: dict) -> dict:
+    """The ``model`` entry of the weights that come with dgunet, if these are some of them."""
+    for record in list_pretrained():
+        with optional("safetensors").safe_open(record.path, framework="pt") as file:
+            names = set(file.keys())
+            if names == weights.keys() and all(torch.equal(file.get_tensor(name), weights[name]) for name in names):
+                return {"model": read_about(record.path)["model"]}
+    return {}
 
 
 def install():
