@@ -110,7 +110,7 @@ class Trainer:
             self.take_up()
             describe(self)
             if self.main:
-                _ = self.data  # as they are now, before the first step
+                _ = self.data, self.val_data  # as they are now, before the first step
                 (self.folder / "config.yaml").write_text(format_config(self.cfg) + "\n")
             self.learner.join_group()
             with self.log, self._signals_noted(), self._loading() as loader:
@@ -287,6 +287,11 @@ class Trainer:
         """What tells the training data from others, when a run is continued."""
         return fingerprint(self.train_set.items)
 
+    @functools.cached_property
+    def val_data(self) -> dict:
+        """The same of the validation's."""
+        return fingerprint(self.val_set.items)
+
     def state_dict(self) -> dict:
         """Everything needed to continue, in types that load with ``weights_only=True``."""
         random = {"cpu": torch.get_rng_state(), "cuda": None}
@@ -302,7 +307,7 @@ class Trainer:
             "history": self.log.rows,
             "random": random,
             "data": self.data,
-            "val_data": fingerprint(self.val_set.items),
+            "val_data": self.val_data,
         }
 
     def load_state_dict(self, state: dict, path: Path):

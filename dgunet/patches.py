@@ -45,6 +45,7 @@ class TrainingSet(Protocol):
 class ValidationSet(Protocol):
     """What the engine asks of the data that it validates with; `Centres` is one."""
 
+    items: list[Item]  # as of `TrainingSet`
     sizes: set[tuple[int, ...]]  # that occur, without channels: items of one size can be batched
 
     def __len__(self) -> int:

@@ -28,7 +28,7 @@ OVERRIDES = dict(width=4, growth=2, final_growth=2, stages=2)
 
 
 class Files(list):
-    """In the place of a training set: the files that it would read."""
+    """In the place of a training or validation set: the files that it would read."""
 
     items = property(list)
 
@@ -42,9 +42,8 @@ def make_trainer(folder: Path, *options) -> Trainer:
     words = [str(word) for pair in settings.items() for word in pair]
     cfg = load_config(ROOT / "configs/denoising/dgunet.yaml", words + list(options))
     torch.manual_seed(0)
-    return Trainer(
-        cfg, create_model("denoising_dgunet", **OVERRIDES), Files(sorted(ROOT.glob("dgunet/*.py"))[:8]), range(2)
-    )
+    files = sorted(ROOT.glob("dgunet/*.py"))
+    return Trainer(cfg, create_model("denoising_dgunet", **OVERRIDES), Files(files[:8]), Files(files[8:10]))
 
 
 def optimizer_step(trainer: Trainer):
