@@ -372,8 +372,12 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
     def name(item) -> str:
         return item.key if isinstance(item, Packed) else item.name
 
+    def meant(item) -> bool:
+        own = bare(name(item))
+        return own in names or re.sub(r"_\d+$", "", own) in names
+
     names = set(map(bare, lines))
-    left = [item for item in items if names.isdisjoint((bare(name(item)), re.sub(r"_\d+$", "", bare(name(item)))))]
+    left = [item for item in items if not meant(item)]
     if len(left) in (0, len(items)):
         which = "none" if left else "all"
         raise UserError(

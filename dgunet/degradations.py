@@ -75,7 +75,7 @@ class BlockSampling(nn.Module):
             Gaussian with orthonormal rows.
     """
 
-    start_given = fixed_by_file = False  # by the user: see `keeps`
+    start = ""  # what the user has given for the matrix to start from: see `keeps`
 
     def __init__(self, ratio: float = 0.25, block: int = 32, learned: bool = True, matrix: Tensor | None = None):
         super().__init__()
@@ -127,7 +127,8 @@ class BlockSampling(nn.Module):
     def keeps(self, weights: dict[str, Tensor]) -> bool:
         """Whether its tensors stay when training starts from a network's weights: of another ratio, or a user's own."""
         given = weights.get("degradation.matrix", self.matrix)
-        return self.start_given and (given.shape != self.matrix.shape or self.fixed_by_file)
+        own = not self.learned and self.start not in STARTS
+        return bool(self.start) and (own or given.shape != self.matrix.shape)
 
 
 class Blur(nn.Module):
@@ -347,18 +348,17 @@ def sampling_operator(
     """
     if matrix not in ("learned", "fixed"):
         raise UserError(f"MODEL.MATRIX is learned or fixed, got {matrix!r}; a .npy file goes to MODEL.MATRIX_START")
-    learned, start_given = matrix == "learned", bool(start)
-    start = start or ("xavier" if learned else "orthonormal")
+    learned = matrix == "learned"
+    begun = start or ("xavier" if learned else "orthonormal")
     try:
-        if start in STARTS:
-            values = start_matrix(start, ratio, blocks=blocks)
+        if begun in STARTS:
+            values = start_matrix(begun, ratio, blocks=blocks)
         else:
-            values = torch.from_numpy(read_array(Path(start)))
+            values = torch.from_numpy(read_array(Path(begun)))
         operator = BlockSampling(ratio, learned=learned, matrix=values)
     except (OSError, ValueError) as error:
-        raise UserError(f"MODEL.RATIO {ratio}, MODEL.MATRIX_START {start}: {error}") from error
-    operator.start_given = start_given
-    operator.fixed_by_file = not learned and start not in STARTS
+        raise UserError(f"MODEL.RATIO {ratio}, MODEL.MATRIX_START {begun}: {error}") from error
+    operator.start = start
     return operator
 
 

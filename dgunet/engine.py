@@ -33,7 +33,6 @@ log = logging.getLogger("dgunet")
 # Keys that may differ between a run and its continuation without a word.
 _FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
 
-
 # What a validation's score depends on besides the pictures and the weights, or how that begins.
 _VALIDATION = ("SEED", "TRAINING.VAL_PS", "SYNTHESIS", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY")
 
@@ -274,7 +273,8 @@ class Trainer:
             )
         if latest is not None:
             self.load_state_dict(read_checkpoint(latest), latest)
-            if not (self.folder / "model_best.pth").exists():  # killed before it was written for the first time
+            # By another measure, what was best would stay for ever; or killed before it was written for the first time.
+            if self.validation_changed or not (self.folder / "model_best.pth").exists():
                 self.best = {"psnr": float("-inf"), "epoch": 0}
         elif self.main and any(self.folder.glob("model_*.pth")):
             raise UserError(
@@ -333,8 +333,6 @@ class Trainer:
                 raise
             except Exception as error:  # what is none of ours fails in any way there is
                 raise cannot_be_resumed(path, key) from error
-        if self.validation_changed:  # what was best by another measure would stay for ever
-            self.best = {"psnr": float("-inf"), "epoch": 0}
         self.resumed = path
 
     def _load_random(self, random: dict, _):

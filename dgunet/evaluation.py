@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from dgunet.data import IMAGE_SUFFIXES, Pair, find_pairs, images_by_name, read_image, write_image
-from dgunet.degradations import KINDS, describe_degradation
+from dgunet.degradations import KINDS
 from dgunet.distributed import sole_writer
 from dgunet.errors import UserError, optional
 from dgunet.files import replacing
@@ -179,8 +179,8 @@ def evaluate(
         name, data = name or Path(data).name, pairs_or_pictures(Path(data))
     folder = Path(folder) if folder is not None else None
     settings = options | (settings or {})
-    degradation = describe_degradation(getattr(model, "degradation", None))
-    if isinstance(model, torch.nn.Module) and (degradation is None or degradation["kind"] in KINDS):
+    known = getattr(model, "degradation", None)
+    if isinstance(model, torch.nn.Module) and (known is None or type(known) in KINDS.values()):
         note = settings | {"weights": _digest(model)}
         if method is not restore_pictures:
             function = getattr(method, "func", method)  # of a partial

@@ -181,7 +181,9 @@ def _gather(photos: list[Path], out: Path, tally: Tally) -> Iterator[tuple[Path,
             raise UserError(f"--out is the folder of the photographs themselves, {given}; choose another")
         below = Path(given.resolve().name) if len(photos) > 1 else Path()
         found, refused = False, len(tally.refused)
-        for folder, folders, names in os.walk(given, onerror=lambda error: _refuse_folder(error, tally)):
+        for folder, folders, names in os.walk(
+            given, onerror=lambda error: tally.refuse(Path(error.filename), explain(error))
+        ):
             here = Path(folder)
             folders[:] = sorted(
                 name
@@ -201,10 +203,6 @@ def _gather(photos: list[Path], out: Path, tally: Tally) -> Iterator[tuple[Path,
                 yield here / name, below / (here / name).relative_to(given)
         if not found and len(tally.refused) == refused:
             tally.refuse(given, "there are no pictures in this folder")
-
-
-def _refuse_folder(error: OSError, tally: Tally):
-    tally.refuse(Path(error.filename), explain(error))
 
 
 def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, tally: Tally) -> list[Job]:
@@ -265,13 +263,14 @@ def _skip_done(jobs: list[Job], mark: Mark, overwrite: bool, tally: Tally) -> li
     left = []
     for job in jobs:
         there = os.path.exists(job.target)  # unlike Path's, of any name
+        stays = there and not overwrite
         drawn = job.figure is not None and os.path.exists(job.figure)
         if there and not (comment := comment_of(job.target) or "").startswith(OURS):
             tally.refuse(job.source, f"{job.target} is there already, and not from dgunet; choose another --out")
-        elif there and not overwrite and comment.split()[-1] != mark.of(job.source).split()[-1]:  # versions may differ
+        elif stays and comment.split()[-1] != mark.of(job.source).split()[-1]:  # versions may differ
             told = "is there already, of another picture or with other weights or settings"
             tally.refuse(job.source, f"{job.target} {told}; --overwrite replaces it, or choose another --out")
-        elif there and not overwrite and (drawn or job.figure is None):
+        elif stays and (drawn or job.figure is None):
             tally.skipped += 1
         elif drawn and not (comment_of(job.figure) or "").startswith(OURS):
             tally.refuse(job.source, f"{job.figure} is there already, and not from dgunet; choose another --out")

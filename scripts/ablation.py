@@ -173,10 +173,11 @@ def of_these_pictures(train_dir: str, out: Path):
         UserError: they were trained on others.
     """
     items, note = find_images(train_dir), out / "pictures.pth"
-    if note.exists() and (changes := changed_items(items, torch.load(note))):
+    if not note.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        torch.save(fingerprint(items), note)
+    elif changes := changed_items(items, torch.load(note)):
         raise UserError(f"{train_dir} is not what {out} was trained on: {changes}; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    torch.save(fingerprint(items), note)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from dgunet.errors import optional
 from dgunet.model import DGUNet
 from dgunet.pretrained import list_pretrained
 from dgunet.proximal import MULTIPLE
-from dgunet.weights import read_about
+from dgunet.weights import read_weights
 
 spandrel = optional("spandrel")
 
@@ -59,10 +59,10 @@ class DGUNetArch(spandrel.Architecture[DGUNet]):
 def _shipped(weights: dict) -> dict:
     """The ``model`` entry of the weights that come with dgunet, if these are some of them."""
     for record in list_pretrained():
-        with optional("safetensors").safe_open(record.path, framework="pt") as file:
-            names = set(file.keys())
-            if names == weights.keys() and all(torch.equal(file.get_tensor(name), weights[name]) for name in names):
-                return {"model": read_about(record.path)["model"]}
+        content = read_weights(record.path)
+        ours = content["state_dict"]
+        if ours.keys() == weights.keys() and all(torch.equal(ours[name], weights[name]) for name in ours):
+            return {"model": content["model"]}
     return {}
 
 
