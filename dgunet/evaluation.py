@@ -155,7 +155,7 @@ def evaluate(
         protocol: one of `metrics.PROTOCOLS`; None where nothing has a target.
         folder: where the scores and pictures are written. Called again with the same model, settings and files, it
             goes on with what is missing. (What a function, or a degradation of the user's own, computes is not known:
-            its scores are always begun anew.) None to write nothing.
+            its scores are always begun anew. A method is known by its name.) None to write nothing.
         name: of the data set, in the result and in what is told; by default the folder's.
         method: how the network restores: a function of it, a sample's degraded picture(s) and the options, that gives
             what a function given as ``model`` does.
@@ -179,12 +179,13 @@ def evaluate(
         name, data = name or Path(data).name, pairs_or_pictures(Path(data))
     folder = Path(folder) if folder is not None else None
     settings = options | (settings or {})
-    known = getattr(model, "degradation", None)
-    if isinstance(model, torch.nn.Module) and (known is None or type(known) in KINDS.values()):
+    degradation = getattr(model, "degradation", None)
+    known = degradation is None or type(degradation) in KINDS.values()
+    known &= getattr(method, "__name__", "<lambda>") != "<lambda>"  # partials and other objects have no name either
+    if isinstance(model, torch.nn.Module) and known:
         note = settings | {"weights": _digest(model)}
         if method is not restore_pictures:
-            function = getattr(method, "func", method)  # of a partial
-            note["method"] = f"{function.__module__}.{function.__qualname__}"
+            note["method"] = f"{method.__module__}.{method.__qualname__}"
     else:
         note = {"scored": time.time()}
     if metrics and not data.targets:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.error
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -714,6 +714,16 @@ def test_evaluate_begins_anew_where_it_cannot_know_what_is_computed(tmp_path, ti
     model = tiny_model(stages=2)
     first = evaluate(model, tmp_path / "set", "train_rgb", tmp_path / "other", tile=np.int64(64))
     assert evaluate(model, tmp_path / "set", "train_rgb", tmp_path / "other", method=black).psnr != first.psnr
+
+    def filled(value, model, y):
+        return np.full_like(y, value), y
+
+    for methods in (
+        [partial(filled, value) for value in (0, 1)],
+        [lambda model, y, value=value: (np.full_like(y, value), y) for value in (0, 1)],
+    ):
+        first, second = (evaluate(model, tmp_path / "set", "train_rgb", tmp_path / "other", method=m) for m in methods)
+        assert first.psnr != second.psnr
     assert evaluate(model.bfloat16(), tmp_path / "set", "train_rgb", tmp_path / "other").images == 1
 
 
