@@ -170,7 +170,7 @@ def load_model(
     description = _description(content, path)
     state_dict = weights_of(content, path)
     arguments = _infer_arguments(state_dict, path) | description.get("arguments", {})
-    fixed = isinstance(degradation, tuple(KINDS.values())) and not any(True for _ in degradation.parameters())
+    fixed = isinstance(degradation, tuple(KINDS.values())) and not list(degradation.parameters())
     with torch.device("meta"):  # so that a network which does not fit the weights costs nothing, whatever its size
         if degradation is None:
             degradation = _infer_degradation(state_dict, description, path)

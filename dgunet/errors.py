@@ -43,8 +43,12 @@ class UserError(ValueError):
     """A mistake of the user's: its message is one line saying what is wrong and what to do."""
 
     def __init__(self, message: str):
-        # Names from files may hold anything; a line that can be printed everywhere does not.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in _own_words(message)))
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """A text, in which names of files may hold anything, as one line that can be printed everywhere."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in _own_words(text))
 
 
 def _own_words(message: str) -> str:

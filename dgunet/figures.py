@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dgunet.degradations import BlockSampling
-from dgunet.errors import UserError, optional
+from dgunet.errors import one_line, optional
 from dgunet.files import replacing
 from dgunet.inference import blended
 from dgunet.inside import after_each_stage
@@ -116,7 +116,7 @@ def draw_stages(
     columns = -(-(len(tiles) + 1) // 2)
     figure = Figure(figsize=(2.3 * columns, 5.6), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
-    figure.suptitle(str(UserError(title or "")), parse_math=False)  # the name of a file may hold anything
+    figure.suptitle(one_line(title or ""), parse_math=False)  # the name of a file may hold anything
     axes = figure.subplots(2, columns).ravel()
     top, left, height, width = crop
     grey = dict(cmap="gray", vmin=0, vmax=255)  # of pictures without colour

@@ -17,7 +17,7 @@ import torch
 
 from dgunet import __version__
 from dgunet.checkpoint import load_model, read_checkpoint
-from dgunet.errors import UserError, explain, optional, shorten
+from dgunet.errors import UserError, explain, one_line, optional, shorten
 from dgunet.figures import draw_stages, label_stages, stages_of
 from dgunet.files import open_file
 from dgunet.hardware import pick_device
@@ -71,12 +71,12 @@ class Tally:
     def refuse(self, name: Path, reason: str):
         self.refused.append(str(name))
         reason = reason if str(name) in reason else f"{name}: {reason}"
-        self.say(f"not restored: {UserError(reason)}", file=sys.stderr)
+        self.say(f"not restored: {one_line(reason)}", file=sys.stderr)
 
     def note(self, name: Path, text: str, now: str = ""):
         """Something to tell of a picture, with others of which the same is to be told; ``now`` of the first at once."""
         if now and text not in self.notes:
-            self.say(f"note: {UserError(f'{name}: {now}')}")
+            self.say(f"note: {one_line(f'{name}: {now}')}")
             self.told.add(text)
         self.notes.setdefault(text, []).append(str(name))
 
@@ -162,7 +162,7 @@ def restore_photographs(
         bar = None
     for text, names in tally.notes.items():
         if len(names) > 1 or text not in tally.told:
-            say(f"note: {text}: {UserError(shorten(names))}")
+            say(f"note: {text}: {one_line(shorten(names))}")
     if tally.refused:
         raise UserError(f"{tally.summary(out)}, for the reasons above")
     say(tally.summary(out))

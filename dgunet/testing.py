@@ -17,7 +17,7 @@ import torch
 from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import images_by_name
 from dgunet.distributed import sole_writer
-from dgunet.errors import UserError
+from dgunet.errors import UserError, one_line
 from dgunet.evaluation import (
     TEXT,
     Pictures,
@@ -172,7 +172,7 @@ def command(
         print(f"pictures and scores of each picture are in {folder}")
     if failures:
         for failure in failures:
-            print(f"not tested: {UserError(failure)}", file=sys.stderr)
+            print(f"not tested: {one_line(failure)}", file=sys.stderr)
         raise UserError(f"{len(failures)} not tested, all others were")
 
 
