@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dgunet.inference import restore
     from dgunet.model import DGUNet, create_model, list_models
 
-__version__ = "0.2.0"
+__version__ = "0.2.1"
 __all__ = ["DGUNet", "UserError", "create_model", "list_models", "load_model", "restore"]
 
 # Imported when first asked for, so that `dgunet --help` need not wait for PyTorch.

@@ -88,13 +88,20 @@ def trace(model: DGUNet, y: Tensor, degradation: Degradation | None = None) -> T
 
 @contextlib.contextmanager
 def after_each_stage(model: DGUNet, call: Callable[[Stage, tuple, tuple], None]) -> Iterator[None]:
-    """Inside, ``call`` is given each stage that has run, its arguments and its results; of compiled ones as well."""
+    """Inside, ``call`` is given each stage that has run, its arguments and its results; of compiled ones as well.
+
+    It watches: what ``call`` returns changes nothing.
+    """
+
+    def watch(stage: Stage, arguments: tuple, result: tuple) -> None:
+        call(stage, arguments, result)  # PyTorch takes what a hook returns, unless it is None, for the stage's result
+
     stages = list(dict.fromkeys(model.unrolled()))
     compiled = [stage._compiled_call_impl for stage in stages]
     with contextlib.ExitStack() as hooks:
         for stage in stages:
             stage._compiled_call_impl = None  # it would not look at the hooks
-            hooks.callback(stage.register_forward_hook(call).remove)
+            hooks.callback(stage.register_forward_hook(watch).remove)
         try:
             yield
         finally:
