@@ -40,7 +40,7 @@ _C.MODEL.MATRIX_START = ""
 # Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean pictures: blur. Empty: it is learned.
 _C.MODEL.DEGRADATION = ""
 # blur: .npy file of the kernel, (h, w), both odd; or motion: a simulated camera shake for each step. It comes in from
-# beyond the crops, whose margin of half the largest extent is cut off.
+# beyond the crops, whose margin of half the largest extent, rounded up to a multiple of 8, is cut off.
 _C.MODEL.KERNEL = ""
 _C.MODEL.KERNEL_EXTENT = [5, 25]  # motion: smallest and largest extent, pixels
 _C.MODEL.NOISE = 0.0  # blur: sigma of Gaussian noise on what is blurred while training, on the scale 0 to 255

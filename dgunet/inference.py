@@ -41,8 +41,8 @@ def restore(
             It is not modified.
         tile: side in pixels of the tiles that the picture is restored in; None for the whole picture at once; "auto"
             for the whole picture where the memory allows it, and else for tiles, with a warning. Tiles do not give
-            exactly the whole picture's result: channel attention, instance norm and subspace projection see only the
-            tile. (The quickstart's network: 0.006 on average between tiles of 256 and a whole picture of 512.)
+            the whole picture's result: channel attention, instance norm and subspace projection see only the tile. With
+            the weights that come along the PSNR changes by some tenths of a dB, on one smooth image by 2.8 dB.
         tile_overlap: pixels that neighbouring tiles share, at most half of their side; the seams are blended linearly
             over them. None for a quarter of the tile, at most 64.
         self_ensemble: mean over the 8 flips and rotations: 8 times the work for some hundredths of a dB.

@@ -1,7 +1,7 @@
 """Synthetic degradations of clean pictures, to train and to demonstrate with.
 
 Each takes a picture (H, W, 3), RGB in [0, 1], and a generator, from which all its randomness comes, and returns the
-degraded picture, of the same shape, float32 in [0, 1].
+degraded picture, of the same shape, float32 in [0, 1]; Gaussian noise that is not clipped leaves that range.
 """
 
 import inspect

@@ -189,7 +189,7 @@ def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Call
     add("--save_images", action="store_true", help="write restored pictures also where the scores do not need it")
     add("--metrics", nargs="+", metavar="NAME", help="further scores, of the pyiqa library: lpips, dists, niqe, ...")
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
-    add("--bf16", action="store_true", help="bfloat16 autocast: faster, some thousandths of a dB off")
+    add("--bf16", action="store_true", help="bfloat16 autocast: faster, up to some hundredths of a dB off")
     add("--compile", action="store_true", help="torch.compile: faster after a minute or more of compiling")
     add_options(add)
     return parser.parse_args()
