@@ -32,9 +32,9 @@ MODULES = {
 KINDS = (
     "PHOTOS are files and folders (with their subfolders): JPEG, PNG, TIFF, WebP and more; grey, 16 bits, transparent, "
     "with a palette, CMYK, turned by EXIF. Names are kept. A JPEG is written as JPEG of quality 95 with its EXIF data, "
-    "everything else as PNG, of 16 bits where a PNG or TIFF had them. What is done already is skipped, so that the same "
-    "command goes on where it was stopped; the photographs themselves are never written to. The exit status is 2 where "
-    "some could not be restored."
+    "everything else as PNG, of 16 bits where a PNG or TIFF had them. What is done already is skipped, so that the "
+    "same command goes on where it was stopped; the photographs themselves are never written to. The exit status is 2 "
+    "where some could not be restored."
 )
 
 
@@ -85,7 +85,7 @@ def _add_restoring(parser: argparse.ArgumentParser, default: str):
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the restored ones are written")
     add("--weights", metavar="W", help=f"network: a name that `dgunet list` shows, or a file (default: {default})")
     add("--overwrite", action="store_true", help="restore again what is in --out already")
-    add("--stages", action="store_true", help="a figure of each picture's middle after each stage beside it (needs matplotlib)")
+    add("--stages", action="store_true", help="beside each a figure of its middle after each stage (needs matplotlib)")
     add("--tile", default="auto", help="restore in tiles of this side in pixels; whole; or auto (as memory allows)")
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
     add("--bf16", action="store_true", help="compute in bfloat16: faster where the hardware has it, nearly the same")

@@ -1,6 +1,7 @@
 """The README keeps its word."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from prepare_patches import GRIDS, grid_boxes
 
 from dgunet import create_model, list_models
 from dgunet.config import load_config
+from dgunet.degradations import KINDS
 from dgunet.patches import EpochBatches
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,64 @@ def test_parameter_counts():
         for count in re.findall(r"\| ([\d,]+) \|$", line)
     }
     assert counts == {name: sum(p.numel() for p in create_model(name).parameters()) for name in list_models()}
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(file, words) of each `python FILE.py ...` and `dgunet ...` in code blocks, code spans and configs' comments."""
+    found = []
+    for path in (*DOCUMENTS, *ROOT.glob("configs/*/*.yaml")):
+        text = path.read_text()
+        code = re.findall(r"^#( +python (?:.*\\\n#)*.*)", text, flags=re.MULTILINE)
+        if path.suffix == ".md":
+            blocks = re.split(r"```(\w*\n.*?)```", text, flags=re.DOTALL)
+            code = [block.removeprefix("bash") for block in blocks[1::2] if block.startswith("bash\n")]
+            code += re.findall(r"`((?:python|dgunet) [^`]+)`", "\n\n".join(blocks[::2]).replace("\n", " "))
+        lines = "\n".join(code).replace("\\\n#", " ").replace("\\\n", " ").splitlines()
+        calls = [call for line in lines for call in re.findall(r"(?:python \S+\.py|^ *dgunet [a-z]+)\b.*", line)]
+        found += [(path.relative_to(ROOT).as_posix(), shlex.split(call, comments=True)) for call in calls]
+    return found
+
+
+def test_commands_have_the_options_and_keys_that_the_documents_give_them():
+    sources = {
+        "train.py": "dgunet/config.py",
+        "test.py": "dgunet/testing.py",
+        "study_sensing.py": "scripts/ablation.py",
+    }
+    trained = 0
+    for file, words in commands():
+        script = ROOT / (f"{words[0]}/command.py" if words[0] == "dgunet" else words[1])
+        places = {script, ROOT / sources.get(script.name, script), ROOT / f"dgunet/{words[1]}.py"}
+        known = "".join(place.read_text() for place in places if place.exists())
+        for word in words:
+            if word.startswith("--"):
+                assert f'"{word}"' in known, f"{file}: {shlex.join(words)} has no {word}"
+        if script.name == "train.py":
+            options = {
+                key: value for key, value in zip(words, words[1:], strict=False) if re.match(r"GPU$|[A-Z]+\.", key)
+            }
+            config = words[words.index("--config") + 1] if "--config" in words else None
+            load_config(config and ROOT / config, [word for pair in options.items() for word in pair])
+            trained += 1
+    assert trained > 30, "the commands were not found"
+
+
+def test_extras_that_the_documents_name_exist():
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    named = {
+        name
+        for path in DOCUMENTS
+        for names in re.findall(r'"\.\[([\w,]+)\]"', path.read_text())
+        for name in names.split(",")
+    }
+    assert named >= {"train", "hub", "demo"}
+    assert named <= set(extras)
+
+
+def test_readme_names_every_known_degradation():
+    (line,) = [line for line in README.splitlines() if "# dgunet/degradations.py" in line]
+    named = line.partition("# dgunet/degradations.py")[2]
+    assert all(re.search(rf"\b{kind.__name__}\b", named) for kind in KINDS.values())
 
 
 def test_files_that_the_documents_name_exist():
