@@ -33,7 +33,7 @@ def stages_of(
     Args:
         model: a network for pictures, or for compressive sensing, which is given the picture's measurements.
         picture: (H, W, C) or (H, W), degraded; of compressive sensing (H, W), clean; uint8, or floats in [0, 1].
-        bf16: compute in bfloat16: faster where the hardware has it, some thousandths of a dB off.
+        bf16: compute in bfloat16: faster where the hardware has it, up to some hundredths of a dB off.
         tile, overlap: largest side of the tiles that it is computed in, and what they share; multiples of compressive
             sensing's blocks. None: as a whole.
         told: called with the part that is done, in [0, 1], and what comes next.

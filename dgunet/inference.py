@@ -42,7 +42,7 @@ def restore(
         tile: side in pixels of the tiles that the picture is restored in; None for the whole picture at once; "auto"
             for the whole picture where the memory allows it, and else for tiles, with a warning. Tiles do not give
             the whole picture's result: channel attention, instance norm and subspace projection see only the tile. With
-            the weights that come along the PSNR changes by some tenths of a dB, on one smooth image by 2.8 dB.
+            the weights that come along the PSNR was 0.3 dB lower to 0.9 dB higher, 2.8 dB higher on a smooth image.
         tile_overlap: pixels that neighbouring tiles share, at most half of their side; the seams are blended linearly
             over them. None for a quarter of the tile, at most 64.
         self_ensemble: mean over the 8 flips and rotations: 8 times the work for some hundredths of a dB.

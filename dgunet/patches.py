@@ -224,7 +224,7 @@ class SyntheticPatches(RandomPatches):
 
 
 def degraded(target: Tensor, degrade: Degrade, rng: np.random.Generator) -> Tensor:
-    """A clean picture (3, H, W) uint8, degraded: (3, H, W) float32 in [0, 1]."""
+    """A clean picture (3, H, W) uint8, degraded: (3, H, W) float32, in [0, 1] but for noise that is not clipped."""
     return to_tensor(degrade(unit_range(target).permute(1, 2, 0).numpy(), rng))
 
 

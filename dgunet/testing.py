@@ -304,7 +304,7 @@ def _listening(method: Callable, levels: list[float]) -> Callable:
 
 
 def _tell_of_noise(name: str, trained: tuple[float, float], levels: list[float]):
-    """One sentence where pictures have other noise than the weights are for."""
+    """One sentence where images seem to have stronger or weaker Gaussian noise than the weights are for."""
     unlike = [level for level in levels if unlike_noise(level, trained)]
     if unlike:
         weakest, strongest = f"{min(unlike):.0f}", f"{max(unlike):.0f}"
