@@ -19,18 +19,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CompressiveSensing"))
 
-import numpy as np
-import torch
-from analyse import save
-from matplotlib.figure import Figure
-from scipy.fft import dctn
-from sensing import reconstruct_tiles, reconstruct_whole
-from torch import Tensor
+from dgunet.errors import UserError, command_imports, run_cli
 
-from dgunet import DGUNet, load_model
-from dgunet.data import list_images, read_luma
-from dgunet.degradations import start_matrix
-from dgunet.errors import UserError, run_cli
+with command_imports(__name__):
+    import numpy as np
+    import torch
+    from analyse import save
+    from matplotlib.figure import Figure
+    from scipy.fft import dctn
+    from sensing import reconstruct_tiles, reconstruct_whole
+    from torch import Tensor
+
+    from dgunet import DGUNet, load_model
+    from dgunet.data import list_images, read_luma
+    from dgunet.degradations import start_matrix
 
 TILE = 128
 ROWS = 8  # of a matrix that are drawn

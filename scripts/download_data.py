@@ -22,12 +22,14 @@ from pathlib import Path, PureWindowsPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prepare_patches import Parser, describe, sidd_pairs
+from dgunet.errors import UserError, command_imports, optional, run_cli
 
-from dgunet.data import IMAGE_SUFFIXES, find_pairs
-from dgunet.errors import UserError, optional, run_cli
+with command_imports(__name__):
+    from prepare_patches import Parser, describe, sidd_pairs
 
-tqdm = optional("tqdm").tqdm
+    from dgunet.data import IMAGE_SUFFIXES, find_pairs
+
+    tqdm = optional("tqdm").tqdm
 
 SIDES = {"input": ("input", "input_crops"), "target": ("target", "target_crops", "groundtruth", "gt")}
 CS = "compressive_sensing"

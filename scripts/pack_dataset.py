@@ -16,16 +16,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
-from dgunet.distributed import sole_writer
-from dgunet.errors import UserError, optional, run_cli
-from dgunet.files import replacing
+from dgunet.errors import UserError, command_imports, optional, run_cli
 
-h5py, tqdm = optional("h5py"), optional("tqdm").tqdm
+with command_imports(__name__):
+    import numpy as np
+
+    from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
+    from dgunet.distributed import sole_writer
+    from dgunet.files import replacing
+
+    h5py, tqdm = optional("h5py"), optional("tqdm").tqdm
 
 # Random crops of 256 touch 9 to 16 chunks of this side, those of 128 touch 4 to 9: little is read in vain.
 CHUNK = 96

@@ -25,14 +25,16 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.data import Pair, find_pairs, pair_size, read_image, write_image
-from dgunet.errors import UserError, optional, run_cli
+from dgunet.errors import UserError, command_imports, optional, run_cli
 
-cv2, natsorted, tqdm = optional("cv2"), optional("natsort").natsorted, optional("tqdm").tqdm
+with command_imports(__name__):
+    import numpy as np
+
+    from dgunet.data import Pair, find_pairs, pair_size, read_image, write_image
+
+    cv2, natsorted, tqdm = optional("cv2"), optional("natsort").natsorted, optional("tqdm").tqdm
 
 SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)\.png", re.IGNORECASE)
 # Training crops are 256 wide: with an overlap of 256, every crop of the whole picture lies inside some patch.
