@@ -65,8 +65,8 @@ def _progress() -> Iterator[Callable[[int, str], None]]:
             if bar.disable:
                 print(f"{doing} (step {done + 1} of {STEPS})", flush=True)
             else:
-                bar.set_description(doing, refresh=False)
-                bar.update(done - bar.n)
+                bar.n = done
+                bar.set_description(doing)
 
         def tick():
             while not over.wait(1):
