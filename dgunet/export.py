@@ -26,6 +26,7 @@ from dgunet.errors import UserError, optional
 from dgunet.files import replacing
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.pretrained import list_pretrained
+from dgunet.progress import progress_bar
 from dgunet.proximal import MULTIPLE
 
 FORMATS = ("onnx", "pt2")
@@ -57,9 +58,9 @@ def run(args):
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, str], None]]:
     """For `export_model` to tell what it does: on a terminal a bar with a clock, for a step may take minutes."""
-    tqdm = optional("tqdm").tqdm
     over = threading.Event()
-    with tqdm(total=STEPS, disable=None, leave=False, bar_format="{l_bar}{bar}| step {n}/{total} [{elapsed}]") as bar:
+    shown = "{l_bar}{bar}| {n}/{total} [{elapsed}]"
+    with progress_bar(total=STEPS, leave=False, bar_format=shown) as bar:
 
         def tell(done: int, doing: str):
             if bar.disable:

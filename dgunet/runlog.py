@@ -12,6 +12,7 @@ import torch
 from dgunet.config import format_config
 from dgunet.errors import optional
 from dgunet.files import replacing
+from dgunet.progress import progress_bar
 
 tqdm = optional("tqdm").tqdm
 log = logging.getLogger("dgunet")
@@ -63,7 +64,7 @@ class RunLog:
 
     def bar(self, epoch: int, step: int):
         """A progress bar over an epoch, on a terminal."""
-        return tqdm(
+        return progress_bar(
             total=self.steps, initial=step, desc=f"epoch {epoch}/{self.epochs}", unit="step",
             disable=None if self.main else True, leave=False, dynamic_ncols=True,  # None: only on a terminal
         )  # fmt: skip

@@ -118,11 +118,11 @@ def screens(tmp_path_factory, tiny_model, picture_pairs) -> dict[str, Screen]:
     (here / "gdown.py").write_text(GDOWN)
     weights = {task: save_network(tiny_model, task, here / f"{task}.pth") for task in FOLDERS}
     commands = {}
-    for words, columns in (("denoise", 80), ("derain --stages", 20), ("deblur --tile 32", 80)):
+    for words, columns in (("denoise", 80), ("derain --stages", 20), ("deblur --tile 32", 0)):
         task = {"denoise": "denoising", "derain": "deraining", "deblur": "deblurring"}[words.split()[0]]
         words = ["dgunet", *words.split(), "photos", "--out", f"{task} out", "--weights", weights[task]]
         commands[words[1]] = words, columns
-    commands["export"] = ["dgunet", "export", weights["deblurring"], "--out", "network.pt2"], 80
+    commands["export"] = ["dgunet", "export", weights["deblurring"], "--out", "network.pt2"], 0
     for task, folder in FOLDERS.items():
         data = "pairs/target" if task == "compressive_sensing" else "pairs"
         settings = {
@@ -134,12 +134,12 @@ def screens(tmp_path_factory, tiny_model, picture_pairs) -> dict[str, Screen]:
         }  # fmt: skip
         train = [ROOT / folder / "train.py", *(word for pair in settings.items() for word in pair)]
         test = [ROOT / folder / "test.py", "--weights", weights[task], "--dataset", data, "--device", "cpu"]
-        commands |= {f"train {task}": (train, 80), f"test {task}": (test, 80)}
+        commands |= {f"train {task}": (train, 0), f"test {task}": (test, 60)}
     scripts = ROOT / "scripts"
     commands["pack"] = [scripts / "pack_dataset.py", "pairs"], 80
     patches = [scripts / "prepare_patches.py", "gopro", "--source", "pairs", "--out", "patches", "--size", 32]
     commands["patches"] = [*patches, "--overlap", 8, "--max_side", 32, "--workers", 1], 80
-    commands["download"] = [scripts / "download_data.py", "sidd-val"], 80
+    commands["download"] = [scripts / "download_data.py", "sidd-val"], 0
     shown = dict(zip(commands, on_terminal(list(commands.values()), cwd=here), strict=True))
     made = {
         "denoise": "denoising out/照片 b.png",
