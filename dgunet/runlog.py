@@ -11,6 +11,7 @@ import torch
 
 from dgunet.config import format_config
 from dgunet.errors import optional
+from dgunet.figures import set_title
 from dgunet.files import replacing
 from dgunet.progress import progress_bar
 
@@ -166,5 +167,5 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
             axes.set_ylim(0, 1.1 * max(values))
             axes.ticklabel_format(axis="y", scilimits=(0, 0))
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    set_title(figure, title)
     optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(str(path))
