@@ -15,15 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import torch
+from dgunet.errors import command_imports, run_cli
 
-from dgunet import load_model
-from dgunet.data import read_luma, to_tensor
-from dgunet.degradations import sampling_operator
-from dgunet.errors import run_cli
-from dgunet.files import replacing
-from dgunet.transforms import pad_to_blocks, unit_range
+with command_imports(__name__):
+    import numpy as np
+    import torch
+
+    from dgunet import load_model
+    from dgunet.data import read_luma, to_tensor
+    from dgunet.degradations import sampling_operator
+    from dgunet.files import replacing
+    from dgunet.transforms import pad_to_blocks, unit_range
 
 
 def main():

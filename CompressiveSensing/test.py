@@ -18,14 +18,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-from sensing import reconstruct_tiles, reconstruct_whole
+from dgunet.errors import command_imports, run_cli
 
-from dgunet import DGUNet
-from dgunet.data import read_luma
-from dgunet.errors import run_cli
-from dgunet.evaluation import PictureSet, picture_samples
-from dgunet.testing import Benchmark, command, noise_sigma
+with command_imports(__name__):
+    import numpy as np
+    from sensing import reconstruct_tiles, reconstruct_whole
+
+    from dgunet import DGUNet
+    from dgunet.data import read_luma
+    from dgunet.evaluation import PictureSet, picture_samples
+    from dgunet.testing import Benchmark, command, noise_sigma
 
 RATIOS = (1, 4, 10, 25, 50)  # percent
 

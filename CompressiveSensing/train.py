@@ -15,13 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from luma import LumaPatches
+from dgunet.errors import command_imports, run_cli
 
-from dgunet.data import find_images
-from dgunet.degradations import BlockSampling, sampling_operator
-from dgunet.errors import run_cli
-from dgunet.patches import Centres
-from dgunet.training import crop_options, train_command
+with command_imports(__name__):
+    from luma import LumaPatches
+
+    from dgunet.data import find_images
+    from dgunet.degradations import BlockSampling, sampling_operator
+    from dgunet.patches import Centres
+    from dgunet.training import crop_options, train_command
 
 
 def train_set(cfg, paths) -> LumaPatches:

@@ -21,15 +21,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-from benchmarks import read_dnd, read_dnd_picture, read_sidd
+from dgunet.errors import UserError, command_imports, optional, run_cli
 
-from dgunet.data import read_image
-from dgunet.errors import UserError, optional, run_cli
-from dgunet.evaluation import PictureSet, Sample, picture_samples
-from dgunet.files import replacing
-from dgunet.testing import Benchmark, add_tiling, command, noise_sigma, own_folder
-from dgunet.transforms import unit_range
+with command_imports(__name__):
+    import numpy as np
+    from benchmarks import read_dnd, read_dnd_picture, read_sidd
+
+    from dgunet.data import read_image
+    from dgunet.evaluation import PictureSet, Sample, picture_samples
+    from dgunet.files import replacing
+    from dgunet.testing import Benchmark, add_tiling, command, noise_sigma, own_folder
+    from dgunet.transforms import unit_range
 
 
 class SiddBlocks(PictureSet):

@@ -13,9 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import run_cli
-from dgunet.patches import MixupPatches
-from dgunet.training import crop_options, train_command
+from dgunet.errors import command_imports, run_cli
+
+with command_imports(__name__):
+    from dgunet.patches import MixupPatches
+    from dgunet.training import crop_options, train_command
 
 
 def train_set(cfg, pairs) -> MixupPatches:

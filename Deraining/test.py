@@ -15,8 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import run_cli
-from dgunet.testing import Benchmark, command, own_folder
+from dgunet.errors import command_imports, run_cli
+
+with command_imports(__name__):
+    from dgunet.testing import Benchmark, command, own_folder
 
 
 def benchmark(name: str, dgunet: tuple[float, float], plus: tuple[float, float]) -> Benchmark:

@@ -4,10 +4,11 @@ import errno
 import importlib
 import os
 import re
+import select
 import shlex
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -132,38 +133,82 @@ def told_in_one_line():
         raise UserError(told) from error
 
 
+@contextmanager
+def command_imports(module: str):
+    """Around the imports of a file that is a command: where a package is missing, the command says so and exits with 2.
+
+    Args:
+        module: the file's ``__name__``. Imported by another file, it is no command, and the exception goes on to that.
+    """
+    if module != "__main__":
+        yield
+        return
+    _open_closed_streams()  # before what is imported opens files
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        told = explain(error)
+        if told is None:
+            raise
+        _say(f"error: {told}")
+        sys.exit(2)
+
+
 def run_cli(main):
-    """Run ``main()`` as a command: a ``UserError`` becomes one line on stderr and exit status 2."""
+    """Run ``main()`` as a command and exit with what it returns.
+
+    A ``UserError`` becomes one line on stderr and exit status 2. Where the reader of stdout has left, as in
+    ``command | head -1``, the command ends quietly, with the status of a process that SIGPIPE ends.
+    """
+    _open_closed_streams()
     try:
         with told_in_one_line():
-            status = main()
+            try:
+                status = main()
+            except SystemExit as stop:  # argparse's --help prints, too
+                status = stop.code
             sys.stdout.flush()  # a reader that has left, or a full disk, shows here and not while the interpreter ends
-        sys.exit(status)
     except UserError as error:
-        _give_up(error)
-        sys.exit(2)
+        if isinstance(error.__cause__, BrokenPipeError) and _reader_left(sys.stdout):
+            status = 128 + 13  # SIGPIPE
+        else:
+            _say(f"error: {error}")
+            status = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _say("interrupted")
+        status = 130
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # the interpreter would try again, and change the exit status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
 
 
-def _give_up(error: BaseException):
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    try:
-        sys.stdout.flush()
-    except OSError:  # nor shall the interpreter try again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _open_closed_streams():
+    """Give the null device to a process that was started without stdin, stdout or stderr (``>&-``, pythonw).
+
+    Otherwise the next file that is opened would be what libraries print to.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))
 
 
-def _excepthook(kind, error, trace):
-    """For the imports of a command, which fail before `run_cli` is reached."""
-    told = explain(error) if isinstance(error, ModuleNotFoundError) else None
-    if told is None:
-        return sys.__excepthook__(kind, error, trace)
-    _give_up(UserError(told))
-    os._exit(2)  # a hook cannot choose the status otherwise
+def _say(message: str):
+    with suppress(OSError):  # stderr may be a full disk itself
+        print(message, file=sys.stderr, flush=True)
 
 
-_command = getattr(sys.modules["__main__"], "__file__", None)
-if _command is not None and Path(_command).resolve().parent.parent == ROOT:  # one of this repository's own
-    sys.excepthook = _excepthook
+def _reader_left(stream) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -31,10 +31,10 @@ from dgunet.errors import UserError, optional
 from dgunet.files import replacing
 from dgunet.inference import restore
 from dgunet.metrics import AlignmentError, Metric, evaluate_pair, find_protocol
+from dgunet.progress import progress_bar
 from dgunet.transforms import to_uint8, unit_range
 
 natsorted = optional("natsort").natsorted
-tqdm = optional("tqdm").tqdm
 
 TEXT = dict(newline="", encoding="utf-8", errors="surrogateescape")  # of a table: names need not be UTF-8
 
@@ -205,7 +205,7 @@ def evaluate(
         done = {sample.name for sample in data.samples if all(map(sheet.done, sample.names)) and written(sample)}
         if sheet.found and isinstance(model, torch.nn.Module):
             _remove_former(folder, [sample for sample in data.samples if sample.name not in done])
-        for sample in tqdm(data.samples, desc=name, unit="picture", disable=None):
+        for sample in progress_bar(data.samples, desc=name, unit="picture"):
             if sample.name in done:
                 continue
             with _attempt(sample.title or str(sample.files[0]), sheet.failures):

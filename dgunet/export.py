@@ -6,12 +6,14 @@
 Height, width and number of pictures stay free. docs/export.md shows how to run the files.
 """
 
+import contextlib
 import copy
 import json
 import math
+import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -24,9 +26,11 @@ from dgunet.errors import UserError, optional
 from dgunet.files import replacing
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.pretrained import list_pretrained
+from dgunet.progress import progress_bar
 from dgunet.proximal import MULTIPLE
 
 FORMATS = ("onnx", "pt2")
+STEPS = 3  # of an export: to trace the network, to write the file, to compare its output with the network's
 LARGEST_DIFFERENCE = 1e-3  # from the network's own estimates that a file may have
 
 
@@ -43,11 +47,39 @@ def run(args):
     _check_file(args.out, args.format)  # before anything that takes time
     model = load_model(args.weights)
     print(f"{args.weights}: {model.name or 'a DGUNet'}; exporting takes minutes", flush=True)
-    difference = export_model(model, args.out, args.format, args.stages, _about(args.weights))
+    with _progress() as told:
+        difference = export_model(model, args.out, args.format, args.stages, _about(args.weights), told)
     print(
         f"wrote {args.out}: {args.out.stat().st_size / 2**20:.1f} MiB in {time.monotonic() - began:.0f} s; "
         f"run on another size, it differs from the network by {difference:.1g} at most"
     )
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, str], None]]:
+    """For `export_model` to tell what it does: on a terminal a bar with a clock, for a step may take minutes."""
+    over = threading.Event()
+    shown = "{l_bar}{bar}| {n}/{total} [{elapsed}]"
+    with progress_bar(total=STEPS, leave=False, bar_format=shown) as bar:
+
+        def tell(done: int, doing: str):
+            if bar.disable:
+                print(f"{doing} (step {done + 1} of {STEPS})", flush=True)
+            else:
+                bar.n = done
+                bar.set_description(doing)
+
+        def tick():
+            while not over.wait(1):
+                bar.refresh()
+
+        clock = threading.Thread(target=tick, daemon=True)
+        clock.start()
+        try:
+            yield tell
+        finally:
+            over.set()
+            clock.join()
 
 
 def export_model(
@@ -56,6 +88,7 @@ def export_model(
     format: str | None = None,
     stages: bool = False,
     about: Mapping[str, str] | None = None,
+    told: Callable[[int, str], None] = lambda done, doing: None,
 ) -> float:
     """Write a network to a file that runs without this package, in float32, whatever device and type it has here.
 
@@ -69,6 +102,7 @@ def export_model(
         format: ``"onnx"`` or ``"pt2"``; None for what the file's name ends with.
         stages: give the estimates of all stages, ``x_K`` (the restored picture), ..., ``x_1``.
         about: further metadata, such as ``{"licence": "MIT"}``.
+        told: called before each step with how many of the `STEPS` are done, and with what comes next.
 
     Returns:
         The largest difference between the file's output and the network's, on random pictures of a size other than the
@@ -84,9 +118,12 @@ def export_model(
     metadata = {**describe(model), **(about or {})}
     with warnings.catch_warnings(), torch.no_grad(), replacing(path) as temporary:
         warnings.simplefilter("ignore")  # of the exporters, about themselves
+        told(0, "tracing the network")
         program = _trace(network)
+        told(1, "writing the file")
         write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_pt2, _read_pt2)
         write(program, temporary, network, metadata)
+        told(2, "running the file")
         y = example(model, rows=3, columns=5).float().cpu()
         expected = network(y) if stages else [network(y)]
         difference = max((a - b).abs().max().item() for a, b in zip(read(temporary)(y), expected, strict=True))

@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def draw_stages(
         crop: top, left, height, width.
         tiles: label, picture and PSNR of each crop; inf where there is none.
         out: its folder is made if needed; the file appears when it is complete.
-        title: above all, as it is: no formulas.
+        title: see `set_title`.
         comment: stored in the file, see `pictures.comment_of`.
     """
     Figure = optional("matplotlib.figure").Figure
@@ -116,7 +117,7 @@ def draw_stages(
     columns = -(-(len(tiles) + 1) // 2)
     figure = Figure(figsize=(2.3 * columns, 5.6), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
-    figure.suptitle(one_line(title or ""), parse_math=False)  # the name of a file may hold anything
+    set_title(figure, title or "")
     axes = figure.subplots(2, columns).ravel()
     top, left, height, width = crop
     grey = dict(cmap="gray", vmin=0, vmax=255)  # of pictures without colour
@@ -133,3 +134,38 @@ def draw_stages(
     canvas.print_png(encoded, metadata={"Comment": comment} if comment else None)
     with replacing(out) as temporary:
         temporary.write_bytes(encoded.getbuffer())
+
+
+def set_title(figure, text: str):
+    """Put a text above a figure that may hold any characters, such as a file's name. It is no formula.
+
+    What the usual font lacks is drawn with another installed font, or escaped (``\\u7167``) where none has it.
+    """
+    text, families = drawable(text)
+    em = int(figure.get_figwidth() * 72 / 12)  # so many characters fit into a line, even of those as wide as high
+    if len(text) > 2 * em:
+        text = f"{text[:em]}...{text[3 - em :]}"
+    figure.suptitle(textwrap.fill(text, em), parse_math=False, family=families)
+
+
+def drawable(text: str) -> tuple[str, list[str]]:
+    """A text that Matplotlib can draw, in a line, and the font families to draw it with."""
+    manager = optional("matplotlib.font_manager")
+
+    def lacking(characters: set[str], path: str) -> set[str]:
+        font = manager.get_font(path)
+        return {c for c in characters if not (font.scalable and font.get_char_index(ord(c)))}
+
+    text, usual = one_line(text), manager.FontProperties()
+    lack, families = lacking(set(text), manager.findfont(usual)), list(usual.get_family())
+    for font in manager.fontManager.ttflist if lack else ():
+        regular = font.style == "normal" and manager.weight_dict.get(font.weight, font.weight) == 400
+        if regular and not font.name.startswith("Last Resort"):  # has an empty box for every character
+            try:
+                still = lacking(lack, font.fname)
+            except (OSError, RuntimeError):  # was removed, or is damaged
+                continue
+            if still != lack:
+                families.append(font.name)
+                lack = still
+    return "".join(c.encode("unicode_escape").decode() if c in lack else c for c in text), families

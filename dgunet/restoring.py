@@ -36,6 +36,7 @@ from dgunet.pictures import (
     write_picture,
 )
 from dgunet.pretrained import locate
+from dgunet.progress import progress_bar
 from dgunet.transforms import to_uint8
 
 LONG = 15  # seconds; what takes longer is told before
@@ -70,8 +71,8 @@ class Tally:
 
     def refuse(self, name: Path, reason: str):
         self.refused.append(str(name))
-        reason = reason if str(name) in reason else f"{name}: {reason}"
-        self.say(f"not restored: {one_line(reason)}", file=sys.stderr)
+        name, reason = one_line(str(name)), one_line(reason)
+        self.say(f"not restored: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
 
     def note(self, name: Path, text: str, now: str = ""):
         """Something to tell of a picture, with others of which the same is to be told; ``now`` of the first at once."""
@@ -146,10 +147,9 @@ def restore_photographs(
             megapixels = sum(job.height * job.width for job in jobs) / 1e6
             say(f"this takes about {_duration(seconds)}: {_count(len(jobs))}, {megapixels:.1f} megapixels, on {target}")
         noise = trained_noise(content)
-        tqdm = optional("tqdm").tqdm
         try:
             total = sum(job.height * job.width for job in jobs)
-            with tqdm(total=total, unit="pixel", unit_scale=True, disable=None, smoothing=0.1, leave=False) as bar:
+            with progress_bar(total=total, unit="pixel", unit_scale=True, smoothing=0.1, leave=False) as bar:
                 for job in jobs:
                     before = bar.n
                     with _attempt(job, tally):

@@ -11,7 +11,9 @@ import torch
 
 from dgunet.config import format_config
 from dgunet.errors import optional
+from dgunet.figures import set_title
 from dgunet.files import replacing
+from dgunet.progress import progress_bar
 
 tqdm = optional("tqdm").tqdm
 log = logging.getLogger("dgunet")
@@ -63,7 +65,7 @@ class RunLog:
 
     def bar(self, epoch: int, step: int):
         """A progress bar over an epoch, on a terminal."""
-        return tqdm(
+        return progress_bar(
             total=self.steps, initial=step, desc=f"epoch {epoch}/{self.epochs}", unit="step",
             disable=None if self.main else True, leave=False, dynamic_ncols=True,  # None: only on a terminal
         )  # fmt: skip
@@ -165,5 +167,5 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
             axes.set_ylim(0, 1.1 * max(values))
             axes.ticklabel_format(axis="y", scilimits=(0, 0))
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    set_title(figure, title)
     optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(str(path))

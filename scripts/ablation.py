@@ -24,15 +24,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from dgunet.errors import ROOT, UserError, command_imports, run_cli
 
-from dgunet.config import load_config
-from dgunet.data import changed_items, find_images, fingerprint
-from dgunet.engine import changed_settings
-from dgunet.errors import ROOT, UserError, run_cli
+with command_imports(__name__):
+    import numpy as np
+    import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from dgunet.config import load_config
+    from dgunet.data import changed_items, find_images, fingerprint
+    from dgunet.engine import changed_settings
 
 KERNEL = "one_pixel.npy"
 SMALL = {"width": 16, "growth": 8, "final_growth": 8, "stages": 5}

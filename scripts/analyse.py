@@ -22,22 +22,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
-from plot_stages import find_window, read_pair
-from torch import Tensor
+from dgunet.errors import command_imports, run_cli
 
-from dgunet import DGUNet, load_model
-from dgunet.data import to_tensor
-from dgunet.degradations import BlockSampling, Blur, LearnedDegradation, read_array
-from dgunet.errors import run_cli
-from dgunet.inside import StepMeasures, Trace, impulse_response, measure_step, rms, trace
-from dgunet.metrics import psnr_batch
-from dgunet.proximal import MULTIPLE
-from dgunet.transforms import to_uint8, unit_range
+with command_imports(__name__):
+    import numpy as np
+    import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+    from plot_stages import find_window, read_pair
+    from torch import Tensor
+
+    from dgunet import DGUNet, load_model
+    from dgunet.data import to_tensor
+    from dgunet.degradations import BlockSampling, Blur, LearnedDegradation, read_array
+    from dgunet.inside import StepMeasures, Trace, impulse_response, measure_step, rms, trace
+    from dgunet.metrics import psnr_batch
+    from dgunet.proximal import MULTIPLE
+    from dgunet.transforms import to_uint8, unit_range
 
 REACH = 16  # pixels around an impulse that are drawn; a learned operator has two 3x3 convolutions, and reaches 2
 LEARNED_REACH = 4

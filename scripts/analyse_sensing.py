@@ -19,18 +19,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CompressiveSensing"))
 
-import numpy as np
-import torch
-from analyse import save
-from matplotlib.figure import Figure
-from scipy.fft import dctn
-from sensing import reconstruct_tiles, reconstruct_whole
-from torch import Tensor
+from dgunet.errors import UserError, command_imports, run_cli
 
-from dgunet import DGUNet, load_model
-from dgunet.data import list_images, read_luma
-from dgunet.degradations import start_matrix
-from dgunet.errors import UserError, run_cli
+with command_imports(__name__):
+    import matplotlib
+    import numpy as np
+    import torch
+    from analyse import save
+    from matplotlib.figure import Figure
+    from scipy.fft import dctn
+    from sensing import reconstruct_tiles, reconstruct_whole
+    from torch import Tensor
+
+    from dgunet import DGUNet, load_model
+    from dgunet.data import list_images, read_luma
+    from dgunet.degradations import start_matrix
+    from dgunet.figures import drawable
 
 TILE = 128
 ROWS = 8  # of a matrix that are drawn
@@ -43,7 +47,7 @@ def main():
     add("--pictures", required=True, help="folder")
     add("--out", type=Path, default=Path("results/analysis"), help="folder (default: results/analysis)")
     args = parser.parse_args()
-    models = {label(words): load_model(words, task="compressive_sensing") for words in args.weights}
+    models = {drawable(label(words))[0]: load_model(words, task="compressive_sensing") for words in args.weights}
     if len(models) < len(args.weights):
         raise UserError("--weights: two have the same name; what they are called here is their file with its folder")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -51,9 +55,8 @@ def main():
     print("| --- | --- | --- | --- | --- |")
     for name, model in models.items():
         print(f"| {name} | " + " | ".join(compare_with_cosines(model.degradation.matrix.detach())) + " |")
-    save(draw_matrices(models), args.out / "matrix.png")
-
-    pictures = [read_luma(path) for path in list_images(args.pictures)]
+    paths = list_images(args.pictures)
+    pictures, first = [read_luma(path) for path in paths], drawable(paths[0].stem)[0]
     print("\n| weights | rms error | at borders of blocks | at borders of tiles | there, whole pictures |")
     print("| --- | --- | --- | --- | --- |")
     errors = {}
@@ -69,8 +72,10 @@ def main():
         everywhere = [np.ones(error.shape, bool) for error in tiled]
         cells = [(tiled, everywhere), (tiled, at_blocks), (tiled, at_tiles), (whole, at_tiles)]
         print(f"| {name} | " + " | ".join(f"{rms(*cell):.2f}" for cell in cells) + " |")
-    name = list_images(args.pictures)[0].stem
-    save(draw_seams(models, errors, name), args.out / "seams.png")
+    names = [*map(label, args.weights), paths[0].stem]
+    with matplotlib.rc_context({"font.family": drawable("".join(names))[1], "text.parse_math": False}):
+        save(draw_matrices(models), args.out / "matrix.png")
+        save(draw_seams(models, errors, first), args.out / "seams.png")
     print(f"\ndrawn in {args.out.absolute()}")
 
 

@@ -33,25 +33,25 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from dgunet.errors import ROOT, UserError, command_imports, run_cli
 
-from prepare_patches import Parser, at_least  # noqa: E402
+with command_imports(__name__):
+    import numpy as np
+    import torch
+    from prepare_patches import Parser, at_least
+    from torch import nn
+    from torch.nn import functional as F
 
-from dgunet.config import load_config  # noqa: E402
-from dgunet.errors import UserError, run_cli  # noqa: E402
-from dgunet.hardware import autocast_dtype, keep_freed_memory, pick_device, use_huge_pages  # noqa: E402
-from dgunet.instance_norm import HalfInstanceNorm  # noqa: E402
-from dgunet.layers import ChannelAttentionBlock, ConvBlock  # noqa: E402
-from dgunet.learner import Learner  # noqa: E402
-from dgunet.model import VARIANTS, FromImages, create_model, list_models  # noqa: E402
-from dgunet.pathways import ISFF, SubspaceFusion, project  # noqa: E402
-from dgunet.proximal import MULTIPLE  # noqa: E402
+    from dgunet.config import load_config
+    from dgunet.hardware import autocast_dtype, keep_freed_memory, pick_device, use_huge_pages
+    from dgunet.instance_norm import HalfInstanceNorm
+    from dgunet.layers import ChannelAttentionBlock, ConvBlock
+    from dgunet.learner import Learner
+    from dgunet.model import VARIANTS, FromImages, create_model, list_models
+    from dgunet.pathways import ISFF, SubspaceFusion, project
+    from dgunet.proximal import MULTIPLE
 
 SECTIONS = ("forward", "train", "data", "evaluate", "startup")  # and "probe", which has to be asked for
 

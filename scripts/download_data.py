@@ -22,12 +22,13 @@ from pathlib import Path, PureWindowsPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prepare_patches import Parser, describe, sidd_pairs
+from dgunet.errors import UserError, command_imports, run_cli
 
-from dgunet.data import IMAGE_SUFFIXES, find_pairs
-from dgunet.errors import UserError, optional, run_cli
+with command_imports(__name__):
+    from prepare_patches import Parser, describe, sidd_pairs
 
-tqdm = optional("tqdm").tqdm
+    from dgunet.data import IMAGE_SUFFIXES, find_pairs
+    from dgunet.progress import progress_bar
 
 SIDES = {"input": ("input", "input_crops"), "target": ("target", "target_crops", "groundtruth", "gt")}
 CS = "compressive_sensing"
@@ -226,7 +227,7 @@ def unpack(item: Download, archive: Path, folder: Path):
                 for path in map(PureWindowsPath, names):  # both / and \ separate its parts
                     if path.drive or path.root or ".." in path.parts:
                         raise UserError(f"{archive} is unsafe: it would write to {path.as_posix()}; remove it")
-                for name in tqdm(names, desc=item.name, unit="file", disable=None):
+                for name in progress_bar(names, desc=item.name, unit="file"):
                     file.extract(name, folder)
         elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as file:

@@ -19,15 +19,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.checkpoint import load_model, read_checkpoint
-from dgunet.errors import ROOT, UserError, optional, run_cli
-from dgunet.model import find_variant
-from dgunet.pictures import tell_sigmas
-from dgunet.pretrained import IN_REPOSITORY, Record
-from dgunet.weights import save_weights
+from dgunet.errors import ROOT, UserError, command_imports, optional, run_cli
 
-natsorted = optional("natsort").natsorted
-yaml = optional("yaml")
+with command_imports(__name__):
+    from dgunet.checkpoint import load_model, read_checkpoint
+    from dgunet.model import find_variant
+    from dgunet.pictures import tell_sigmas
+    from dgunet.pretrained import IN_REPOSITORY, Record
+    from dgunet.weights import save_weights
+
+    natsorted = optional("natsort").natsorted
+    yaml = optional("yaml")
 
 TABLE = ROOT / "docs/models.md"
 

@@ -28,19 +28,20 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prepare_patches import Parser
+from dgunet.errors import ROOT, UserError, command_imports, optional, run_cli
 
-from dgunet.data import images_by_name
-from dgunet.errors import ROOT, UserError, optional, run_cli
-from dgunet.metrics import evaluate_pair
-from dgunet.photographs import SPLITS, Photo, embedded_photos
-from dgunet.synthesis import Degrade, degrade_picture, gaussian_noise, motion_blur, rain_streaks, sensor_noise
+with command_imports(__name__):
+    import numpy as np
+    from prepare_patches import Parser
 
-cv2 = optional("cv2")
+    from dgunet.data import images_by_name
+    from dgunet.metrics import evaluate_pair
+    from dgunet.photographs import SPLITS, Photo, embedded_photos
+    from dgunet.synthesis import Degrade, degrade_picture, gaussian_noise, motion_blur, rain_streaks, sensor_noise
+
+    cv2 = optional("cv2")
 
 TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
 MANIFEST = "demo.json"

@@ -16,16 +16,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
-from dgunet.distributed import sole_writer
-from dgunet.errors import UserError, optional, run_cli
-from dgunet.files import replacing
+from dgunet.errors import UserError, command_imports, optional, run_cli
 
-h5py, tqdm = optional("h5py"), optional("tqdm").tqdm
+with command_imports(__name__):
+    import numpy as np
+
+    from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
+    from dgunet.distributed import sole_writer
+    from dgunet.files import replacing
+    from dgunet.progress import progress_bar
+
+    h5py = optional("h5py")
 
 # Random crops of 256 touch 9 to 16 chunks of this side, those of 128 touch 4 to 9: little is read in vain.
 CHUNK = 96
@@ -63,7 +66,7 @@ def pack(file: h5py.File, pictures: dict[str, Path], read):
     """Write every picture as a dataset of its own, in chunks that random crops touch few of."""
     file.attrs["format"] = PACK_FORMAT
     workers = os.cpu_count()
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(pictures), unit="picture", disable=None) as bar:
+    with ThreadPoolExecutor(workers) as pool, progress_bar(total=len(pictures), unit="picture") as bar:
         names = list(pictures)
         for start in range(0, len(names), 4 * workers):  # decoded pictures that wait take memory
             batch = names[start : start + 4 * workers]

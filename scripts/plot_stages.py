@@ -12,14 +12,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
+from dgunet.errors import UserError, command_imports, run_cli
 
-from dgunet import DGUNet, load_model
-from dgunet.data import find_pairs, list_images, read_image, read_luma
-from dgunet.degradations import BlockSampling
-from dgunet.errors import UserError, run_cli
-from dgunet.figures import draw_stages, label_stages, stages_of
-from dgunet.metrics import evaluate_pair
+with command_imports(__name__):
+    import numpy as np
+
+    from dgunet import DGUNet, load_model
+    from dgunet.data import find_pairs, list_images, read_image, read_luma
+    from dgunet.degradations import BlockSampling
+    from dgunet.figures import draw_stages, label_stages, stages_of
+    from dgunet.metrics import evaluate_pair
 
 
 def main():

@@ -25,14 +25,17 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.data import Pair, find_pairs, pair_size, read_image, write_image
-from dgunet.errors import UserError, optional, run_cli
+from dgunet.errors import UserError, command_imports, optional, run_cli
 
-cv2, natsorted, tqdm = optional("cv2"), optional("natsort").natsorted, optional("tqdm").tqdm
+with command_imports(__name__):
+    import numpy as np
+
+    from dgunet.data import Pair, find_pairs, pair_size, read_image, write_image
+    from dgunet.progress import progress_bar
+
+    cv2, natsorted = optional("cv2"), optional("natsort").natsorted
 
 SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)\.png", re.IGNORECASE)
 # Training crops are 256 wide: with an overlap of 256, every crop of the whole picture lies inside some patch.
@@ -175,7 +178,7 @@ def write_all(cuts: list[Cut], out: Path, part: Path, workers: int) -> int:
         with ProcessPoolExecutor(min(workers, len(cuts)), initializer=start_worker) as pool:
             try:
                 jobs = [pool.submit(write_patches, cut, part) for cut in cuts]
-                done = tqdm(as_completed(jobs), total=len(jobs), desc=out.name, unit="pair", disable=None)
+                done = progress_bar(as_completed(jobs), total=len(jobs), desc=out.name, unit="pair")
                 written = sum(job.result() for job in done)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -17,18 +17,20 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.checkpoint import load_model
-from dgunet.data import read_image, to_tensor
-from dgunet.degradations import Blur
-from dgunet.errors import UserError, optional, run_cli
-from dgunet.metrics import evaluate_pair
-from dgunet.transforms import centre, to_uint8, unit_range
+from dgunet.errors import UserError, command_imports, optional, run_cli
+
+with command_imports(__name__):
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F
+
+    from dgunet.checkpoint import load_model
+    from dgunet.data import read_image, to_tensor
+    from dgunet.degradations import Blur
+    from dgunet.metrics import evaluate_pair
+    from dgunet.transforms import centre, to_uint8, unit_range
 
 MARGIN, SHIFT = 15, 6  # one of the photographs lies 5.25 pixels beside its picture
 

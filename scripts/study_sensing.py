@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ablation import ended_with_this, of_these_pictures, train
+from dgunet.errors import UserError, command_imports, run_cli
 
-from dgunet.errors import UserError, run_cli
+with command_imports(__name__):
+    from ablation import ended_with_this, of_these_pictures, train
 
 COMMON = {
     "MODEL.RATIO": 0.25, "MODEL.MATRIX_START": "dct", "MODEL.OVERRIDES": "{stages: 3, rho: 1.0}",

@@ -36,7 +36,7 @@ def fuzz(request) -> int:
     return request.config.getoption("--fuzz")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., DGUNet]:
     """``tiny_model(**overrides)``: a seeded denoising DGUNet of width 8, in evaluation mode."""
 
@@ -47,7 +47,7 @@ def tiny_model() -> Callable[..., DGUNet]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def picture_pairs() -> Callable[..., Path]:
     """``picture_pairs(root, count, size)``: noisy and clean PNGs of one name in ``root/input`` and ``root/target``."""
 

@@ -94,8 +94,8 @@ def command(tmp_path: Path, code: str, **options) -> subprocess.CompletedProcess
     """Run ``code`` as a command's main(); the module alone, without the package, starts in no time."""
     head = f"import sys; sys.path.insert(0, {str(ROOT / 'dgunet')!r})\nfrom errors import *\nimport os\ndef main():\n"
     body = head + "".join(f"    {line}\n" for line in code.splitlines()) + "run_cli(main)"
-    options = dict(stdout=subprocess.PIPE) | options
-    return subprocess.run([sys.executable, "-c", body], cwd=tmp_path, stderr=subprocess.PIPE, timeout=60, **options)
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
+    return subprocess.run([sys.executable, "-c", body], cwd=tmp_path, timeout=60, **options)
 
 
 @pytest.mark.parametrize(
@@ -129,20 +129,50 @@ def test_names_that_are_not_utf8_are_printed(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (2, b"a\\udcff.png\n", b"error: b\\udcff.png\n")
 
 
+PRINTING = ["print('a result')", "print('a result', flush=True)", "raise SystemExit(print('help'))"]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
-def test_log_on_a_full_disk(tmp_path):
+@pytest.mark.parametrize("code", PRINTING)
+def test_stdout_on_a_full_disk(tmp_path, code):
     with open("/dev/full", "wb") as full:
-        done = command(tmp_path, "print('a result')", stdout=full)
-    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1) and b"No space left on device" in done.stderr
+        done = command(tmp_path, code, stdout=full)
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert b"No space left on device" in done.stderr
 
 
-def test_reader_that_leaves(tmp_path):
-    """As in ``command | head -1``."""
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
+@pytest.mark.parametrize("code", ["raise UserError('no')", "print('a result')"])
+def test_nothing_can_be_written_at_all(tmp_path, code):
+    with open("/dev/full", "wb") as full:
+        assert command(tmp_path, code, stdout=full, stderr=full).returncode == 2
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("code", PRINTING)
+def test_reader_that_leaves(tmp_path, code, unbuffered):
+    """As in ``command | head -1``: quiet, as a process that SIGPIPE ends."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = command(tmp_path, "print('a result')", stdout=writer)
+    done = command(tmp_path, code, stdout=writer, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
     os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_broken_pipe_that_is_not_stdout(tmp_path):
+    """A fault that has nothing to do with who reads the output is not passed over."""
+    done = command(tmp_path, "reader, writer = os.pipe()\nos.close(reader)\nos.write(writer, b'x')")
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1) and b"Broken pipe" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [[1], [2], [1, 2], [0, 1, 2]], ids=str)
+def test_started_without_streams(tmp_path, closed):
+    """As by ``>&-`` or pythonw: what is printed, also by libraries and other processes, gets into no file."""
+    code = "file = open('file', 'w')\nprint('a'), print('b', file=sys.stderr), sys.stdout.flush()\n"
+    code += "[os.write(number, b'c') for number in (1, 2)], os.system('echo d; echo e >&2')\nreturn file.fileno() <= 2"
+    done = command(tmp_path, code, stdin=subprocess.DEVNULL, preexec_fn=lambda: [os.close(number) for number in closed])
+    assert done.returncode == 0 and (tmp_path / "file").read_bytes() == b""
+    assert done.stdout == (b"" if 1 in closed else b"a\ncd\n") and done.stderr == (b"" if 2 in closed else b"b\nce\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ packages
@@ -178,11 +208,34 @@ def test_the_package_imports_extras_so_that_a_missing_one_is_told():
         assert imported(path) <= core, f"{path.name} should take them from errors.optional"
 
 
-def test_nothing_installed_is_told_by_a_command():
-    command = [sys.executable, "-I", "-S", ROOT / "Deraining/train.py", "--dry_run"]  # without any site-packages
+COMMANDS = [path for path in ROOT.glob("[!.]*/*.py") if "run_cli(" in path.read_text() and path.parent.name != "tests"]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_nothing_installed_is_told_by_every_command(path):
+    if path.parent.name == "dgunet" or path.name == "mutants.py":
+        pytest.skip("imports no other package before its main()")
+    command = [sys.executable, "-E", "-s", "-S", path, "--help"]  # without any site-packages
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: numpy is not installed") and str(ROOT) in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert re.match("error: (numpy|torch) is not installed", done.stderr) and str(ROOT) in done.stderr
+
+
+@pytest.mark.parametrize("start", [["-m", "other"], ["other/__main__.py"]], ids=["module", "file"])
+def test_importing_the_package_changes_nothing_in_a_program_of_others(tmp_path, start):
+    """Nor where the program is installed beside it."""
+    for name in ("__init__.py", "errors.py"):
+        (tmp_path / "dgunet").mkdir(exist_ok=True)
+        (tmp_path / "dgunet" / name).write_text((ROOT / "dgunet" / name).read_text())
+    (tmp_path / "other").mkdir()
+    code = "import sys; sys.path.insert(0, '.'); before = sys.excepthook, sys.stdout, sys.stderr\n"
+    code += "from dgunet.errors import optional\n"
+    code += "assert (sys.excepthook, sys.stdout, sys.stderr) == before\n"
+    code += "try:\n    optional('gradio.none')\nfinally:\n    print('the program ends itself')"
+    (tmp_path / "other/__main__.py").write_text(code)
+    done = subprocess.run([sys.executable, "-S", *start], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "the program ends itself\n")
+    assert "Traceback" in done.stderr and "gradio is not installed; pip install" in done.stderr
 
 
 def test_missing_package_is_told_by_the_library():

@@ -9,9 +9,13 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.degradations import Blur
+from dgunet.figures import set_title
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,6 +122,34 @@ def test_stages_of_a_picture(tiny_model, picture_pairs, run_command, tmp_path, d
     before, after = (float(number) for number in told.removeprefix("img2: ").replace(" dB", "").split(" -> "))
     assert 15 < before < 30 and after < 30
     assert Path(path).is_absolute() and cv2.imread(path).shape[1] > 500
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("café, мир", "café, мир"),
+        ("a $x^2$ \\frac{ $", "a $x^2$ \\frac{ $"),
+        ("照片", "\\u7167\\u7247"),
+        ("\u1d81 of another font", "\u1d81 of another font"),
+        ("\udcff", "\\udcff"),
+        ("x" * 200, "xxx...xxx"),
+        ("照" * 60, "\\u7167...7167"),
+    ],
+    ids=ascii,
+)
+def test_title_of_a_figure(monkeypatch, recwarn, name, drawn):
+    """Where Matplotlib's own fonts are the only ones: DejaVu, and STIX with further characters."""
+    fonts = [font for font in font_manager.fontManager.ttflist if font.name in ("DejaVu Sans", "STIXGeneral")]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    figure = Figure(figsize=(6.9, 5.6), layout="constrained")
+    set_title(figure, f"{name}.png")
+    FigureCanvasAgg(figure).draw()
+    title = figure.texts[0]
+    start, _, end = drawn.partition("...")
+    assert title.get_text().startswith(start) and title.get_text().endswith(f"{end}.png")
+    box = title.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.height < 60
+    assert not recwarn.list  # of glyphs that are missing
 
 
 SRUN = """#!/usr/bin/env bash
