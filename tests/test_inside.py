@@ -67,7 +67,7 @@ def test_trace_of_a_compiled_network_and_after_a_mistake():
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("answer", [True, 0, (torch.zeros(1), None), torch.zeros(1, 3, 16, 16)], ids=repr)
+@pytest.mark.parametrize("answer", [True, 0, (torch.zeros(1), None), torch.zeros(1, 3, 16, 16)], ids=type)
 def test_what_watches_a_forward_pass_cannot_alter_it(tiny_model, answer):
     """PyTorch takes what a hook returns for the stage's result."""
     model, y = tiny_model(stages=3), torch.rand(1, 3, 16, 16)
