@@ -218,7 +218,7 @@ def test_nothing_installed_is_told_by_every_command(path):
     command = [sys.executable, "-E", "-s", "-S", path, "--help"]  # without any site-packages
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert re.match("error: (numpy|torch) is not installed", done.stderr) and str(ROOT) in done.stderr
+    assert re.match(r"error: \w+ is not installed", done.stderr) and str(ROOT) in done.stderr
 
 
 @pytest.mark.parametrize("start", [["-m", "other"], ["other/__main__.py"]], ids=["module", "file"])

@@ -14,7 +14,7 @@ from dgunet import DGUNet, create_model, load_model
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.config import load_config
 from dgunet.degradations import BlockSampling, Blur, LearnedDegradation, MotionBlur, start_matrix
-from dgunet.inside import Step, adjoint_mismatch, data_term, impulse_response, measure_step, trace
+from dgunet.inside import Step, adjoint_mismatch, after_each_stage, data_term, impulse_response, measure_step, trace
 from dgunet.metrics import psnr_batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +65,19 @@ def test_trace_of_a_compiled_network_and_after_a_mistake():
         assert torch.equal(trace(model, y).estimates[-1], expected)
     assert all(stage._compiled_call_impl is not None for stage in model.unrolled())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("answer", [True, 0, (torch.zeros(1), None), torch.zeros(1, 3, 16, 16)], ids=type)
+def test_what_watches_a_forward_pass_cannot_alter_it(tiny_model, answer):
+    """PyTorch takes what a hook returns for the stage's result."""
+    model, y = tiny_model(stages=3), torch.rand(1, 3, 16, 16)
+    seen = []
+    with torch.no_grad():
+        expected = model(y)
+        with after_each_stage(model, lambda stage, inputs, result: seen.append(result[0]) or answer):
+            watched = model(y)
+    assert all(torch.equal(a, b) for a, b in zip(watched, expected, strict=True))
+    assert torch.equal(seen[-1], expected[0]) and len(seen) == 3
 
 
 def test_adjoint_mismatch_of_known_and_of_learned_operators():

@@ -228,15 +228,14 @@ def test_names_on_a_terminal_of_ascii(data):
 def test_reader_that_leaves_ends_the_command_quietly(data):
     """As in ``dgunet denoise ... | head -1``: what is restored by then stays."""
     save_photographs(data / "more", *(f"{k}.png" for k in range(10, 30)))
-    command = subprocess.Popen(
-        [sys.executable, "-m", *DENOISE[:-1], "more"], cwd=data, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    words = [sys.executable, "-m", "dgunet", "denoise", "more", *DENOISE[3:-1]]
+    environment, pipe = os.environ | {"PYTHONPATH": str(ROOT)}, subprocess.PIPE
+    command = subprocess.Popen(words, cwd=data, env=environment, stdout=pipe, stderr=pipe)
     assert command.stdout.readline().startswith(b"network")
     end = time.monotonic() + 60
-    while not (data / "out/more/10.png").exists() and time.monotonic() < end:
+    while not (data / "out/10.png").exists() and time.monotonic() < end:
         time.sleep(0.01)
     command.stdout.close()
     with command.stderr as stderr:
         assert (stderr.read(), command.wait(60)) == (b"", 141)
-    assert np.asarray(Image.open(data / "out/more/10.png")).shape == (48, 64, 3)
+    assert np.asarray(Image.open(data / "out/10.png")).shape == (48, 64, 3)
