@@ -133,7 +133,7 @@ def _unknown(path: Path, start: bytes) -> str:
     if kind == "video":
         return "is a video; save its frames as PNG"
     if kind:
-        return f"is {'an' if kind == 'SVG' else 'a'} {kind} file; export it as PNG or JPEG"
+        return f"is {'an' if kind == 'SVG' else 'a'} {kind}{' file' * kind.isupper()}; export its image as PNG or JPEG"
     if is_tiff(start):
         return "is a TIFF of a kind that cannot be read; save it as RGB or grey, of 8 or 16 bits per channel"
     if not start:
@@ -199,14 +199,14 @@ def _read_tiff(path: Path, image: Tiff, notes: list[str], keep: dict):
 
 
 def _told_of_channels(number: int) -> str:
-    return f"{number} further channel{'s' * (number > 1)}, neither colour nor transparency, not kept"
+    return f"{number} further channel{'s' * (number > 1)}, which the file does not call transparency, not kept"
 
 
 def _read_by_pillow(path: Path, image, notes: list[str], keep: dict):
     """Pixels, alpha or None, and the orientation that decoding did not heed, 1 to 8."""
     mode, kind, profile = image.mode, image.format, image.info.get("icc_profile")
     raw = str(image.tile[0][3:]) if image.tile else ""
-    further = _further(path, kind)
+    further = _further(path, kind, profile)
     notes += [f"{told}, not kept" for told in further]
     frames = getattr(image, "n_frames", 1)
     if kind == "MPO":  # of which previews are no loss, and a gain map or depth map is told of
@@ -266,12 +266,17 @@ def _content(path: Path) -> bytes:
         return file.read()
 
 
-def _further(path: Path, kind: str) -> list[str]:
-    """What a photograph holds beside the image, and what is not kept of it."""
-    if kind not in ("JPEG", "MPO", "HEIF", "AVIF"):
+def _further(path: Path, kind: str, profile: bytes | None) -> list[str]:
+    """What a file holds beside the pixels, and what is not kept of it."""
+    if kind not in ("JPEG", "MPO", "HEIF", "AVIF", "PNG"):
         return []
     content = _content(path)
-    return [told for pattern, told in _FURTHER.items() if re.search(pattern, content)]
+    found = [told for pattern, told in _FURTHER.items() if kind != "PNG" and re.search(pattern, content)]
+    codes = re.findall(rb"(?:colrnclx\0(?=.\0)|cICP)(.)\0?(.)", content[: 2**16], re.DOTALL)
+    # Colours of BT.709, or as good as, are what an image without a profile is taken for.
+    if not profile and any(primaries[0] not in (1, 2) or transfer[0] in (16, 18) for primaries, transfer in codes):
+        found.append("its colour space, which is wider than sRGB or that of HDR")
+    return found
 
 
 def _in_eight_bits(image, profile: bytes | None, notes: list[str]):
@@ -308,7 +313,7 @@ def _metadata(image, notes: list[str], keep: dict) -> int:
     """The orientation that decoding did not heed, 1 to 8; EXIF data goes into ``keep``, and what does not is told."""
     turn, info = 0, image.info
     try:
-        exif = info.get("exif", b"")
+        exif = info.get("exif") or b""
         if not exif and (text := info.get("Raw profile type exif")):  # as ImageMagick wrote it into PNG
             exif = bytes.fromhex("".join(text.split("\n")[3:]))
         if exif:
@@ -323,7 +328,7 @@ def _metadata(image, notes: list[str], keep: dict) -> int:
         keep["exif"] = exif
     if image.format == "TIFF" and 34665 in image.tag_v2:
         notes.append("its EXIF data, not kept")
-    if any(key in info for key in ("xmp", "XML:com.adobe.xmp", "photoshop")):
+    if any(info.get(key) for key in ("xmp", "XML:com.adobe.xmp", "photoshop")):
         notes.append("its XMP or IPTC data, not kept")
     if not turn:
         with contextlib.suppress(Exception):  # damaged data fails in many ways

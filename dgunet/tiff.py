@@ -13,7 +13,8 @@ import numpy as np
 from dgunet.errors import UserError, optional
 
 _MOST_SAMPLES = 16  # per pixel
-_LOSSLESS = {1, 5, 8, 32773, 32946}  # of Compression: none, LZW, Deflate, PackBits, Deflate
+_PREDICTABLE = {5, 8, 32946, 34925, 50000}  # of Compression: LZW, Deflate, Deflate, LZMA, Zstandard
+_LOSSLESS = {1, 32773, *_PREDICTABLE}  # and none, PackBits
 _FAX_AND_JPEG = {2, 3, 4, 6, 7, 32771}
 _COLOURS = {
     0: 1,
@@ -73,7 +74,7 @@ class Tiff:
         header = self._file.read(8)
         header += self._file.read(8) if header[2:4] == b"+\0" else b""
         if header[2:4] == b"\0+":
-            self._refuse("the byte order of Motorola with offsets of 64 bits (BigTIFF)")
+            self._refuse("big-endian offsets of 64 bits (BigTIFF)")
         first = plugin.ImageFileDirectory_v2(header)
         self._file.seek(first.next)
         first.load(self._file)
@@ -117,8 +118,10 @@ class Tiff:
     def _check_samples(self, colours: int):
         if not colours <= self._samples <= _MOST_SAMPLES or (colours == 1 and self._samples > 2):
             self._refuse(f"{self._samples} channels (SamplesPerPixel) where {colours} and alpha are usual")
+        if self._photometric == 0 and self.premultiplied:
+            self._refuse("alpha that grey was multiplied with (ExtraSamples 1) where white is 0")
         predictor = self._one(317, 1)
-        if predictor != 1 and (predictor != 2 or self.bits not in (8, 16) or self._compression not in (5, 8, 32946)):
+        if predictor != 1 and (predictor != 2 or self.bits not in (8, 16) or self._compression not in _PREDICTABLE):
             self._refuse(f"the predictor {predictor} for {self.bits} bits (Predictor)")
 
     def _check_for_pillow(self):
@@ -126,7 +129,7 @@ class Tiff:
             self._refuse(f"{self.bits} bits of the kind of colour {self._photometric} (PhotometricInterpretation)")
         if self._photometric == 5 and self._one(332, 1) != 1:
             self._refuse("other inks than cyan, magenta, yellow and black (InkSet)")
-        if self._planar == 2 and self._samples > 1:
+        if self._planar == 2 and self._samples > 1 and (self._photometric, self.bits) != (5, 8):
             self._refuse("colours one after the other (PlanarConfiguration 2) that are not RGB")
         if self._photometric == 6 and self._compression == 1:
             self._refuse("uncompressed YCbCr colours (PhotometricInterpretation 6)")
