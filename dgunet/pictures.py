@@ -27,6 +27,16 @@ MAX_PIXELS = 2**30  # of a picture: OpenCV's limit
 _ORIENTATION = 0x0112  # the EXIF tag
 _EXIF_BYTES = 65533  # that a JPEG holds
 _RAW = tuple(".dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw".split())
+# What `_container` knows, and what to do with it.
+_NOT_READ = {
+    "raw": "is a camera's raw file; develop it to JPEG, or to TIFF or PNG of 16 bits",
+    "AVIF": "is an AVIF image that this Pillow cannot read; pip install -U pillow, or export it as JPEG",
+    "video": "is a video; save its frames as PNG",
+    "PDF": "is a PDF document; export its pages as PNG",
+    "SVG": "is an SVG drawing; export it as PNG",
+    "JPEG XL": "is a JPEG XL image; export it as JPEG or PNG",
+    "web page": "is a web page; save the image itself",
+}
 # What some photographs hold beside the image: the bytes that it is recognised by, and what it is.
 _FURTHER = {
     rb"hdrgm:|hdrgainmap|urn:iso:std:iso:ts:21496": "its gain map (what makes it HDR)",
@@ -60,6 +70,8 @@ def _container(start: bytes) -> str:
             return "HEIC"
         return "raw" if start[8:12] == b"crx " else "video"
     if start.startswith((b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0")):
+        return "raw"
+    if is_tiff(start) and start[8:10] == b"CR":  # Canon's
         return "raw"
     if start[4:8] in (b"moov", b"mdat", b"wide") or start[8:12] == b"AVI " or start.startswith(b"\x1a\x45\xdf\xa3"):
         return "video"
@@ -102,10 +114,11 @@ def _identified(path: Path, file, start: bytes):
     image = optional("PIL.Image")
     image.preinit()  # the usual formats first
     image.init()
-    if _container(start) == "HEIC":
+    kind = _container(start)
+    if kind == "HEIC":
         with contextlib.suppress(ImportError):
             optional("pillow_heif").register_heif_opener()
-    if path.suffix.lower() in _RAW or b"CR" == start[8:10] and is_tiff(start):
+    if kind == "raw" or (is_tiff(start) and path.suffix.lower() in _RAW):
         return None  # what Pillow reads of it is a preview
     if is_tiff(start) and (tiff := Tiff(path, file)).direct:
         return tiff
@@ -126,14 +139,8 @@ def _unknown(path: Path, start: bytes) -> str:
             optional("pillow_heif")
             return "is a HEIC image that pillow-heif cannot read; export it as JPEG"
         return "is a HEIC image; pip install pillow-heif, or export it as JPEG"
-    if kind == "raw" or path.suffix.lower() in _RAW or start[8:10] == b"CR":
-        return "is a camera's raw file; develop it to JPEG, or to TIFF or PNG of 16 bits"
-    if kind == "AVIF":
-        return "is an AVIF image that this Pillow cannot read; pip install -U pillow, or export it as JPEG"
-    if kind == "video":
-        return "is a video; save its frames as PNG"
-    if kind:
-        return f"is {'an' if kind == 'SVG' else 'a'} {kind}{' file' * kind.isupper()}; export its image as PNG or JPEG"
+    if kind := kind or "raw" * (path.suffix.lower() in _RAW):
+        return _NOT_READ[kind]
     if is_tiff(start):
         return "is a TIFF of a kind that cannot be read; save it as RGB or grey, of 8 or 16 bits per channel"
     if not start:
@@ -162,7 +169,8 @@ def read_picture(path: str | Path) -> Picture:
     with _opened(path) as image:
         notes, keep = [], {}
         read = _read_tiff if isinstance(image, Tiff) else _read_by_pillow
-        pixels, alpha, turn = read(path, image, notes, keep)
+        pixels, alpha = read(path, image, notes)
+        turn = _metadata(image, notes, keep)
         black_and_white = getattr(image, "mode", "") == "1"
         profile, dpi = image.info.get("icc_profile"), image.info.get("dpi")
     if turn in range(2, 9):
@@ -184,8 +192,7 @@ def read_picture(path: str | Path) -> Picture:
     return Picture(np.ascontiguousarray(pixels), alpha, keep, notes)
 
 
-def _read_tiff(path: Path, image: Tiff, notes: list[str], keep: dict):
-    """Pixels, alpha or None, and the orientation, 1 to 8."""
+def _read_tiff(path: Path, image: Tiff, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
     if image.n_frames > 1:
         notes.append(f"the first of its {image.n_frames} pictures")
     pixels, alpha = image.read()
@@ -195,15 +202,14 @@ def _read_tiff(path: Path, image: Tiff, notes: list[str], keep: dict):
         notes.append(_told_of_channels(image.further))
     if image.premultiplied:
         notes.append("its colours were multiplied by its transparency, and are no longer")
-    return pixels, alpha, image.orientation
+    return pixels, alpha
 
 
 def _told_of_channels(number: int) -> str:
     return f"{number} further channel{'s' * (number > 1)}, which the file does not call transparency, not kept"
 
 
-def _read_by_pillow(path: Path, image, notes: list[str], keep: dict):
-    """Pixels, alpha or None, and the orientation that decoding did not heed, 1 to 8."""
+def _read_by_pillow(path: Path, image, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
     mode, kind, profile = image.mode, image.format, image.info.get("icc_profile")
     raw = str(image.tile[0][3:]) if image.tile else ""
     further = _further(path, kind, profile)
@@ -211,7 +217,8 @@ def _read_by_pillow(path: Path, image, notes: list[str], keep: dict):
     frames = getattr(image, "n_frames", 1)
     if kind == "MPO":  # of which previews are no loss, and a gain map or depth map is told of
         entries = image.mpinfo.get(0xB002, [])
-        frames -= sum("Thumbnail" in str(entry["Attribute"]["MPType"]) for entry in entries) + len(further)
+        frames -= sum("Thumbnail" in str(entry["Attribute"]["MPType"]) for entry in entries)
+        frames -= sum("map" in told for told in further)
     if frames > 1:
         notes.append(f"the first of its {frames} pictures")
     if kind == "TIFF":
@@ -242,8 +249,7 @@ def _read_by_pillow(path: Path, image, notes: list[str], keep: dict):
             pixels = colours[..., 0] if reduced.mode == "LA" else colours
     if kind == "TIFF" and alpha is None and (extra := image.tag_v2.get(338)):
         notes.append(_told_of_channels(len(extra)))
-    turn = _metadata(image, notes, keep)
-    return pixels, alpha, turn
+    return pixels, alpha
 
 
 def _bits(path: Path, image, raw: str) -> int:
@@ -332,7 +338,7 @@ def _metadata(image, notes: list[str], keep: dict) -> int:
         notes.append("its XMP or IPTC data, not kept")
     if not turn:
         with contextlib.suppress(Exception):  # damaged data fails in many ways
-            turn = image.getexif().get(_ORIENTATION, 1)  # of XMP, too
+            turn = image.orientation if isinstance(image, Tiff) else image.getexif().get(_ORIENTATION)  # of XMP, too
     return turn if turn in range(1, 9) else 1
 
 

@@ -4,6 +4,7 @@ Pillow reduces colours of 16 bits to 8, and OpenCV ignores most of the tags. Her
 decompresses, and NumPy makes samples of the bytes.
 """
 
+import contextlib
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -16,15 +17,8 @@ _MOST_SAMPLES = 16  # per pixel
 _PREDICTABLE = {5, 8, 32946, 34925, 50000}  # of Compression: LZW, Deflate, Deflate, LZMA, Zstandard
 _LOSSLESS = {1, 32773, *_PREDICTABLE}  # and none, PackBits
 _FAX_AND_JPEG = {2, 3, 4, 6, 7, 32771}
-_COLOURS = {
-    0: 1,
-    1: 1,
-    2: 3,
-    3: 1,
-    5: 4,
-    6: 3,
-    8: 3,
-}  # PhotometricInterpretation: how many samples are a pixel's colour
+# PhotometricInterpretation: how many samples are the colour of a pixel
+_COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
 _STRAIGHT, _PREMULTIPLIED = (2, 999), (1,)  # of ExtraSamples: kinds of alpha; Corel Draw writes 999
 
 
@@ -37,7 +31,7 @@ class Tiff:
 
     height, width: as stored, not turned by ``orientation`` (1 to 8); bits: per sample; n_frames: images in the file but
     its thumbnails; direct: whether `read` reads it, or else Pillow, which reads the others rightly; further: samples of
-    a pixel that are neither colour nor alpha; info: ``dpi`` and ``icc_profile`` as in Pillow.
+    a pixel that are neither colour nor alpha; tag_v2, info: as in Pillow, of the latter what is used here.
 
     Raises:
         UserError: it has a property that neither understands, which is named. Damaged files raise other errors.
@@ -47,11 +41,11 @@ class Tiff:
 
     def __init__(self, path: Path, file: BinaryIO):
         self._path, self._file = path, file
-        self._tags, self.n_frames = self._directories()
+        self.tag_v2, self.n_frames = self._directories()
         one, every = self._one, self._every
-        self.width, self.height, self.orientation = one(256), one(257), one(274, 1)
+        self.width, self.height, self.orientation = one(256), one(257), every(274, (1,))[0]
         self._compression, self._photometric, self._planar = one(259, 1), one(262), one(284, 1)
-        if one(254, 0) & 1 or self._photometric in (32803, 34892) or 50706 in self._tags:
+        if one(254, 0) & 1 or self._photometric in (32803, 34892) or 50706 in self.tag_v2:
             raise UserError(f"{path} is a camera's raw file; develop it to JPEG, or to TIFF or PNG of 16 bits")
         self._samples = one(277, 3 if self._compression in (6, 7) and self._photometric in (2, 6) else 1)
         self._check_layout(every(258, (1,)), every(339, (1,)))
@@ -83,12 +77,12 @@ class Tiff:
             seen.add(at)
             self._file.seek(at)
             other.load(self._file)
-            count += not other.get(254, 0) & 1
+            count += other.get(254, 0) not in (1, 3, 5)
             at = other.next
         return first, count
 
     def _every(self, tag: int, default: tuple = ()) -> tuple:
-        found = self._tags.get(tag, default)
+        found = self.tag_v2.get(tag, default)
         return found if isinstance(found, tuple) else (found,)
 
     def _one(self, tag: int, default: int | None = None) -> int:
@@ -135,11 +129,12 @@ class Tiff:
             self._refuse("uncompressed YCbCr colours (PhotometricInterpretation 6)")
 
     def _info(self) -> dict:
-        info, unit = {}, {2: 1, 3: 2.54}.get(self._one(296, 2))
-        if 34675 in self._tags:
-            info["icc_profile"] = self._tags[34675]
-        if unit and 282 in self._tags and 283 in self._tags:
-            info["dpi"] = tuple(unit * float(self._every(tag)[0]) for tag in (282, 283))
+        names = {34675: "icc_profile", 700: "xmp", 33723: "photoshop", 34377: "photoshop"}
+        info = {names[tag]: self.tag_v2[tag] for tag in names if isinstance(self.tag_v2.get(tag), bytes)}
+        unit = {2: 1, 3: 2.54}.get(self._every(296, (2,))[0])
+        if unit and 282 in self.tag_v2 and 283 in self.tag_v2:
+            with contextlib.suppress(TypeError, ValueError):  # they are no numbers
+                info["dpi"] = tuple(float(unit * self._every(tag)[0]) for tag in (282, 283))
         return info
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -169,7 +164,7 @@ class Tiff:
 
     def _decode(self) -> np.ndarray:
         """(H, W, samples), uint8 or uint16; what has 9 to 15 bits is scaled to 16."""
-        tiled = 324 in self._tags
+        tiled = 324 in self.tag_v2
         offsets, sizes = self._every(324 if tiled else 273), self._every(325 if tiled else 279)
         side = self._one(322) if tiled else self.width
         height = self._one(323) if tiled else min(self._one(278, self.height), self.height)
