@@ -14,11 +14,8 @@ and, for resuming, the training state that `engine.Trainer` adds. Every file is 
 checkpoint never runs code. Weights to share are .safetensors files with the same entries, see `weights`.
 """
 
-import contextlib
-import glob
 import os
 import pickle
-import platform
 import re
 import warnings
 import zipfile
@@ -29,7 +26,8 @@ import torch
 from torch import Tensor
 
 from dgunet.degradations import KINDS, Degradation, describe_degradation, rebuild_degradation
-from dgunet.errors import UserError, optional, shorten
+from dgunet.errors import UserError, shorten
+from dgunet.files import replacing
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.original_checkpoints import STAGES, convert_original, is_original
 from dgunet.pretrained import locate
@@ -40,37 +38,12 @@ def save_checkpoint(content: dict, path: str | Path):
     """Write ``content`` to ``path`` atomically: under a temporary name first, on disk, then renamed.
 
     A run killed while saving leaves the previous file under ``path`` untouched, and a temporary file that the next save
-    removes.
+    removes, see `files.replacing`.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            _remove_leftovers(path, temporary)  # before writing: the disk may be full of them
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_leftovers(path: Path, mine: Path):
-    """Remove the temporary files that killed saves of ``path`` left.
-
-    Those of saves under way, perhaps on another machine that shares the disk, stay: of this machine's files the process
-    is gone, any other must be a day older than ``mine`` (by the disk's clock; those of the machines may differ).
-    """
-    pid_exists = optional("psutil").pid_exists
-    here = f".{path.name}.{platform.node()}."
-    for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = other.name.removeprefix(here).removesuffix(".tmp")
-        local = other.name.startswith(here) and process.isdecimal()
-        # Gone meanwhile, or someone else's, or of no process there can be: nothing to fail a save for.
-        with contextlib.suppress(OSError, OverflowError):
-            day_old = other.stat().st_mtime < mine.stat().st_mtime - 24 * 3600
-            if day_old or (local and not pid_exists(int(process))):
-                other.unlink()
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_checkpoint(path: str | Path) -> dict:
