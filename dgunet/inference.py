@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dgunet.degradations import MotionBlur
-from dgunet.errors import UserError, optional
+from dgunet.errors import UserError
+from dgunet.hardware import available_memory
 from dgunet.proximal import MULTIPLE
 from dgunet.transforms import dihedral, pad_to_multiple, undo_dihedral
 
@@ -229,7 +230,7 @@ def automatic_tile(model, shape: tuple[int, int, int, int], device: torch.device
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
-        free = optional("psutil").virtual_memory().available
+        free = available_memory()
     batch, _, height, width = shape
     if estimate_memory(model, batch * height * width) <= 0.9 * free:
         return None

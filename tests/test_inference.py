@@ -1,5 +1,7 @@
 """restore: any size and type in, the same out; tiles, self-ensemble, and what it refuses."""
 
+import sys
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +13,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dgunet import UserError, restore
+from dgunet import UserError, inference, restore
 from dgunet.degradations import ResidualBlock
+from dgunet.hardware import available_memory
+
+if sys.platform == "linux":
+    import resource
 
 
 @pytest.fixture
@@ -328,6 +334,111 @@ def test_automatic_tiles_where_memory_is_short(model, monkeypatch):
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
         np.testing.assert_array_equal(restore(model, image), whole)
     assert not np.array_equal(restored, whole)
+
+
+GIB = 2**30
+
+
+def control_groups(folder: Path, version: int, groups: dict[str, tuple], path: str = "/", root: str = "/") -> Path:
+    """What Linux tells of a process in the group ``path``, where ``root`` is mounted; of groups: limit, usage, cached.
+
+    Returns:
+        the process's folder, as `available_memory` takes it.
+    """
+    point = folder / "cgroup"
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    if version == 2:
+        names = ("memory.max", "memory.current", "inactive_file")
+    for group, (limit, usage, cached) in groups.items():
+        place = point / group.strip("/")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / names[0]).write_text(f"{limit}\n")
+        (place / names[1]).write_text(f"{usage}\n")
+        (place / "memory.stat").write_text(f"anon 7\n{names[2]} {cached}\nactive_file 5\n")
+    process = folder / "self"
+    process.mkdir()
+    lines = ["5:cpuset:/", f"4:memory,hugetlb:{path}", "0::/"] if version == 1 else ["1:name=systemd:/", f"0::{path}"]
+    kind, options = ("cgroup", "rw,memory,hugetlb") if version == 1 else ("cgroup2", "rw,nsdelegate")
+    (process / "cgroup").write_text("\n".join(lines) + "\n")
+    (process / "mountinfo").write_text(
+        "23 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        f"30 23 0:30 / {folder}/elsewhere rw - cgroup cgroup rw,cpuset\n"
+        f"31 23 0:31 {root} {point} rw,nosuid shared:9 master:3 - {kind} {kind} {options}\n"
+    )
+    return process
+
+
+NO_LIMIT = {1: 9223372036854771712, 2: "max"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    "groups, places, expected",
+    [
+        ({"/": (None, 0, 0)}, {}, 64),
+        ({"/": (8, 3, 0)}, {}, 5),
+        ({"/": (8, 7, 4)}, {}, 5),  # what only caches files is free
+        ({"/": (8, 9, 0)}, {}, 0),
+        ({"/": (100, 3, 0)}, {}, 64),  # the machine has less than the limit
+        ({"/": (None, 0, 0), "/job": (None, 9, 0), "/job/step": (4, 1, 0)}, {"path": "/job/step"}, 3),
+        ({"/": (None, 0, 0), "/job": (16, 15, 1), "/job/step": (8, 1, 0)}, {"path": "/job/step"}, 2),  # of the parent
+        ({"/": (8, 2, 0), "/job": (None, 1, 0)}, {"path": "/job"}, 6),
+        ({"/": (4, 1, 0)}, {"path": "/docker/abc", "root": "/docker/abc"}, 3),  # the container's own is seen as root
+        ({"/": (8, 1, 0), "/sub": (4, 1, 0)}, {"path": "/docker/abc/sub", "root": "/docker/abc"}, 3),
+        ({"/": (4, 1, 0)}, {"path": "/../other"}, 3),
+        ({"/": (4, 1, 0)}, {"path": "/gone/deeper"}, 3),
+    ],
+)
+def test_memory_that_control_groups_leave(tmp_path, monkeypatch, version, groups, places, expected):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    groups = {
+        name: (NO_LIMIT[version] if limit is None else limit * GIB, usage * GIB, cached * GIB)
+        for name, (limit, usage, cached) in groups.items()
+    }
+    assert available_memory(control_groups(tmp_path, version, groups, **places)) == expected * GIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_memory_limits_of_other_kinds(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    assert available_memory(tmp_path / "nothing") == 64 * GIB  # no control groups
+    (tmp_path / "high").mkdir()
+    process = control_groups(tmp_path / "high", 2, {"/": ("max", GIB, 0)})
+    (tmp_path / "high" / "cgroup" / "memory.high").write_text(f"{3 * GIB}\n")
+    assert available_memory(process) == 2 * GIB
+    (tmp_path / "hidden").mkdir()
+    process = control_groups(tmp_path / "hidden", 1, {"/": (NO_LIMIT[1], GIB, 0)})
+    with open(tmp_path / "hidden" / "cgroup" / "memory.stat", "a") as file:
+        file.write(f"hierarchical_memory_limit {6 * GIB}\n")  # of a group above, which is not seen
+    assert available_memory(process) == 5 * GIB
+    used = psutil.Process().memory_info().rss
+    for settings, megabytes in [
+        ({"SLURM_MEM_PER_NODE": "5000"}, 5000),
+        ({"SLURM_MEM_PER_CPU": "1000", "SLURM_CPUS_ON_NODE": "4"}, 4000),
+        ({"SLURM_MEM_PER_NODE": "0"}, 64 * 1024),  # all there is
+    ]:
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            left = available_memory(tmp_path / "nothing")
+            assert left == 64 * GIB or abs(left + used - megabytes * 2**20) < 2**28
+            assert (left == 64 * GIB) == (megabytes == 64 * 1024)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + GIB, before[1]))
+    try:
+        assert 0.5 * GIB < available_memory(tmp_path / "nothing") <= GIB
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_automatic_tiles_where_the_container_has_less_than_the_machine(model, monkeypatch, tmp_path):
+    process = control_groups(tmp_path, 2, {"/": (12 * 2**20, 2 * 2**20, 0)})
+    monkeypatch.setattr(inference, "available_memory", lambda: available_memory(process))
+    with pytest.warns(UserWarning, match="tile=128"):
+        assert inference.automatic_tile(model, (1, 3, 160, 256), torch.device("cpu")) == 128
 
 
 def test_bf16_is_close(model):
