@@ -3,6 +3,7 @@
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dgunet import UserError, inference, restore
+from dgunet import UserError, inference, inside, restore
 from dgunet.degradations import ResidualBlock
 from dgunet.hardware import available_memory
 
@@ -192,6 +193,99 @@ def test_mode_of_the_model_is_kept(model, training):
     restore(model, picture(8, 8))
     refusal(model, np.full((8, 8, 3), np.nan))
     assert model.training == training
+
+
+def overlapping(calls: list[Callable], at: nn.Module):
+    """Run calls in threads of their own: each is in the part ``at`` of a network before the one before it has ended."""
+    inside = [threading.Event() for _ in calls]
+    errors: list[BaseException] = []
+
+    def wait(*_):
+        number = int(threading.current_thread().name)
+        inside[number].set()
+        if number + 1 < len(calls):
+            assert inside[number + 1].wait(20)
+        else:
+            for thread in threads[:-1]:  # which end first
+                thread.join(20)
+
+    def run(call: Callable):
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,), name=str(k)) for k, call in enumerate(calls)]
+    hook = at.register_forward_pre_hook(wait)
+    for thread, event in zip(threads, inside, strict=True):
+        thread.start()
+        assert event.wait(20)
+    for thread in threads:
+        thread.join(20)
+    hook.remove()
+    assert not errors, errors
+
+
+class Mode(nn.Module):
+    """A degradation of the user's own that is another in training mode, as one with dropout is."""
+
+    image_to_image = True
+
+    def A(self, x):
+        assert not self.training
+        return x
+
+    A_adjoint = A
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_threads_leave_the_mode_as_it_was(tiny_model, count):
+    model = tiny_model(stages=2).train()
+    model.degradation = Mode().train()
+    expected, found = restore(model, picture(16, 16), tile=None), []
+    overlapping([lambda: found.append(restore(model, picture(16, 16), tile=None))] * count, model.last)
+    assert len(found) == count and all(np.array_equal(one, expected) for one in found)
+    assert all(part.training for part in model.modules())
+
+
+def test_a_network_in_training_is_not_disturbed(tiny_model):
+    """What another thread trains sees training mode all the time."""
+    model, seen = tiny_model(stages=2).train(), []
+    hook = model.last.register_forward_pre_hook(lambda *_: seen.append({part.training for part in model.modules()}))
+    restore(model, picture(16, 16))
+    hook.remove()
+    assert seen == [{True}]
+
+
+@pytest.mark.parametrize("put_in", [nn.Dropout(0.5), nn.BatchNorm2d(3), nn.Sequential(nn.Dropout(0.5))], ids=repr)
+def test_parts_that_mind_the_mode_are_in_evaluation_mode(tiny_model, put_in):
+    model = tiny_model(stages=1)
+    model.last.degradation.A = put_in
+    expected = restore(model.eval(), picture(16, 16))
+    assert np.array_equal(restore(model.train(), picture(16, 16)), expected)
+    assert all(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_traces_in_threads_do_not_mix(tiny_model, compiled):
+    model = tiny_model(stages=3)
+    inputs = [torch.rand(1, 3, 8, 8) for _ in range(2)]
+    with torch.no_grad():
+        expected = [model(y)[0] for y in inputs]
+        if compiled:
+            torch._dynamo.reset()
+            model.compile(backend="eager")
+        own, found = [stage._compiled_call_impl for stage in model.unrolled()], {}
+
+        def run(k: int):
+            with torch.no_grad():
+                found[k] = inside.trace(model, inputs[k])
+
+        overlapping([lambda: run(0), lambda: run(1)], model.last.proximal)
+    for k in range(2):
+        assert [step.k for step in found[k].steps] == [1, 2, 3]
+        assert torch.allclose(found[k].steps[-1].x, expected[k], atol=1e-6)
+    assert [stage._compiled_call_impl for stage in model.unrolled()] == own and (own[0] is not None) == compiled
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes
