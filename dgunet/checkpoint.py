@@ -11,25 +11,29 @@ may have
     noise_sigma  (lowest, highest) standard deviation of the Gaussian noise that they are for, in 8-bit levels
 
 and, for resuming, the training state that `engine.Trainer` adds. Every file is loaded with ``weights_only=True``: a
-checkpoint never runs code. Weights to share are .safetensors files with the same entries, see `weights`.
+checkpoint never runs code. Weights to share are .safetensors files with the same entries, see `weights`. Those of other
+training programs are found under other keys, see `weights_of`.
 """
 
 import contextlib
-import glob
 import os
 import pickle
-import platform
 import re
+import threading
 import warnings
 import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dgunet.degradations import KINDS, Degradation, describe_degradation, rebuild_degradation
-from dgunet.errors import UserError, optional, shorten
+from dgunet.errors import UserError, shorten
+from dgunet.files import replacing
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.original_checkpoints import STAGES, convert_original, is_original
 from dgunet.pretrained import locate
@@ -40,37 +44,12 @@ def save_checkpoint(content: dict, path: str | Path):
     """Write ``content`` to ``path`` atomically: under a temporary name first, on disk, then renamed.
 
     A run killed while saving leaves the previous file under ``path`` untouched, and a temporary file that the next save
-    removes.
+    removes, see `files.replacing`.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            _remove_leftovers(path, temporary)  # before writing: the disk may be full of them
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_leftovers(path: Path, mine: Path):
-    """Remove the temporary files that killed saves of ``path`` left.
-
-    Those of saves under way, perhaps on another machine that shares the disk, stay: of this machine's files the process
-    is gone, any other must be a day older than ``mine`` (by the disk's clock; those of the machines may differ).
-    """
-    pid_exists = optional("psutil").pid_exists
-    here = f".{path.name}.{platform.node()}."
-    for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = other.name.removeprefix(here).removesuffix(".tmp")
-        local = other.name.startswith(here) and process.isdecimal()
-        # Gone meanwhile, or someone else's, or of no process there can be: nothing to fail a save for.
-        with contextlib.suppress(OSError, OverflowError):
-            day_old = other.stat().st_mtime < mine.stat().st_mtime - 24 * 3600
-            if day_old or (local and not pid_exists(int(process))):
-                other.unlink()
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -95,21 +74,103 @@ def read_checkpoint(path: str | Path) -> dict:
         return read_weights(path)
     file.seek(0)
     try:
-        with file, warnings.catch_warnings():
+        with file, warnings.catch_warnings(), _stand_ins_allowed():
             warnings.simplefilter("ignore")  # about pickle protocols, kinds of tensors, ... of files refused anyway
             _check_records(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind makes the reader fail in any way there is
-        refused = "GLOBAL|not an allowed|Unsupported (?!operand)"  # an unknown operand is what a text file has
-        if isinstance(error, pickle.UnpicklingError) and re.search(refused, str(error)):
-            raise UserError(
-                f"{path} holds Python objects that would run code when loaded, which is refused; "
-                "save the plain state dict, torch.save(model.state_dict(), path), and use that"
-            ) from error
+        if (reason := _refusal(error)) is not None:
+            raise UserError(f"{path} {reason}") from error
         raise UserError(f"{path} is not a PyTorch checkpoint, or is damaged; download or copy it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint with named weights")
     return content
+
+
+def _refusal(error: Exception) -> str | None:
+    """Why a file is refused that is no damaged one, and what to do; None for other errors of its reader."""
+    text = str(error)
+    if "TorchScript" in text:
+        return "is a TorchScript program, not a checkpoint; save its state dict, torch.save(program.state_dict(), path)"
+    if re.search("Unsupported operand 1(4[0-9]|5[0-2])", text):  # of the pickle protocols 4 and 5
+        return "is a pickle of protocol 4 or 5, which cannot be read safely; save it with torch.save(content, path)"
+    if not (isinstance(error, pickle.UnpicklingError) and re.search("GLOBAL|must be imported|unrecognized", text)):
+        return None
+    name = re.search(r"GLOBAL (\S+)", text) or re.search(r"to load (.+)|unrecognized function (.+)", text)
+    what = f"{name[name.lastindex]:.100}" if name else "Python objects"
+    return (
+        f"holds {what}, and to rebuild that would run code when loaded, which is refused; save the plain state dict, "
+        "torch.save(model.state_dict(), path), and use that (a file that you trust is read by "
+        "torch.load(path, weights_only=False))"
+    )
+
+
+class _StandIn:
+    """In the place of an object that lies beside the weights; it holds nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class _StandInDict:
+    """In the place of a dict of some class: a plain one, with the same entries."""
+
+    def __new__(cls, *args):
+        return OrderedDict()
+
+
+class _NumPyType:
+    """In the place of a ``numpy.dtype``."""
+
+    def __init__(self, code="", *_):
+        self.code = code.decode() if isinstance(code, bytes) else str(code)
+
+    def __setstate__(self, state):
+        self.order = str(state[1]).replace("|", "")
+
+    order = ""
+
+
+def _numpy_scalar(kind: _NumPyType, data=b""):
+    """A NumPy number as Python's; what else a scalar may be is ignored."""
+    if isinstance(kind, _NumPyType) and isinstance(data, bytes) and re.fullmatch(r"[biufc]\d+", kind.code):
+        number = np.frombuffer(data, np.dtype(kind.order + kind.code), count=1)[0]
+        return float(number) if kind.code[0] == "f" else complex(number) if kind.code[0] == "c" else number.item()
+    return _StandIn()
+
+
+# What training loops keep beside the weights, none of which is made when a checkpoint is read: NumPy's numbers come as
+# Python's, the others as stand-ins. What is not here is refused.
+_NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")  # before NumPy 2, and since
+_PATHS = [f"{pure}{system}Path" for pure in ("", "Pure") for system in ("", "Posix", "Windows")]
+_STAND_INS = {
+    "numpy.dtype": _NumPyType,
+    **{f"{module}.scalar": _numpy_scalar for module in _NUMPY},
+    **dict.fromkeys(
+        ("collections.defaultdict", "yacs.config.CfgNode", "easydict.EasyDict", "addict.addict.Dict"), _StandInDict
+    ),
+    **dict.fromkeys(
+        ["numpy.ndarray", *(f"{module}._reconstruct" for module in _NUMPY)]
+        + ["argparse.Namespace", "types.SimpleNamespace", "typing.Any"]
+        + [f"builtins.{name}" for name in ("dict", "list", "tuple", "frozenset", "int", "float", "str", "bool")]
+        + [f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")]
+        + [f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS]
+        + [f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig", "base.Metadata")]
+        + [f"omegaconf.{name}" for name in ("base.ContainerMetadata", "nodes.AnyNode")],
+        _StandIn,
+    ),
+}
+_reading = threading.Lock()
+
+
+@contextlib.contextmanager
+def _stand_ins_allowed() -> Iterator[None]:
+    """Inside, PyTorch's reader takes the stand-ins for what they stand for; which it does for all threads at once."""
+    with _reading, torch.serialization.safe_globals([(what, name) for name, what in _STAND_INS.items()]):
+        yield
 
 
 def _check_records(file: BinaryIO):
@@ -145,9 +206,10 @@ def load_model(
 
     The weights may be some that come with dgunet (``load_model("denoising_gaussian")``, see
     ``list_models(pretrained=True)``), or in a file, .safetensors or .pth. That may be one of ours or in the original
-    authors' layout, a training checkpoint or a bare state dict, with or without ``module.`` before its names: the
-    variant is found from names and shapes. (A bare state dict with one middle stage does not say how often that is
-    applied: it is taken to be a shared one, of the paper's 7 stages.)
+    authors' layout, a training checkpoint or a bare state dict, of a wrapped network or not; which weights of a file
+    are meant, `weights_of` says. Where the file does not describe its network, this is found from names and shapes. (A
+    bare state dict with one middle stage does not say how often that is applied: it is taken to be a shared one, of the
+    paper's 7 stages, with a warning where it is none of the paper's networks.)
 
     Args:
         path: the checkpoint file, or the name of weights that come with dgunet.
@@ -169,7 +231,9 @@ def load_model(
     content = read_checkpoint(path) if content is None else content
     description = _description(content, path)
     state_dict = weights_of(content, path)
-    arguments = _infer_arguments(state_dict, path) | description.get("arguments", {})
+    arguments = description.get("arguments", {})
+    if arguments.keys() != DGUNet.default_arguments().keys():  # not described, or by a version that had fewer
+        arguments = _infer_arguments(state_dict, path) | arguments
     fixed = isinstance(degradation, tuple(KINDS.values())) and not list(degradation.parameters())
     with torch.device("meta"):  # so that a network which does not fit the weights costs nothing, whatever its size
         if degradation is None:
@@ -187,6 +251,12 @@ def load_model(
         )
     model.name = fitting[0] if fitting else None
     load_weights(model, state_dict, path, fixed)
+    if not (description or names) and model.stages == STAGES and len(model.middle) == 1:
+        warnings.warn(
+            f"{path} does not say how often its middle stage is applied; {STAGES} stages are assumed, as in the paper "
+            "(a file with the entry 'model', describe_model(model), says it)",
+            stacklevel=2,
+        )
     return model.eval().to(device, memory_format=torch.channels_last)  # faster wherever it runs
 
 
@@ -195,6 +265,8 @@ def _description(content: dict, path) -> dict:
     if "model" not in content:
         return {}
     description = content["model"]
+    if isinstance(description, dict) and "arguments" not in description and _networks(description):
+        return {}  # others keep the weights there
     sound = isinstance(description, dict) and isinstance(description.get("arguments"), dict)
     sound = sound and isinstance(description.get("name"), str | None)
     sound = sound and isinstance(description.get("learned_matrix", True), bool)  # of files without "degradation"
@@ -211,25 +283,107 @@ def _description(content: dict, path) -> dict:
 
 
 def weights_of(content: dict, path="the checkpoint") -> dict[str, Tensor]:
-    """The weights in a checkpoint's content, under our names, whichever layout they came in."""
-    state_dict = content
-    for key in ("state_dict", "params"):
-        if isinstance(content.get(key), dict):
-            state_dict = content[key]
-            break
-    state_dict = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
+    """The weights in a checkpoint's content, under our names, whichever layout they came in.
+
+    They are found by their names, under whatever keys and behind whatever prefix: ``{"net": ...}``, Lightning's
+    ``{"state_dict": {"model.last.rho": ...}}``; what DistributedDataParallel, `torch.compile` and the like add to names
+    is taken off. Where there are several networks, averaged weights are meant: those whose keys or prefix have one of
+    the words ``ema``, ``swa``, ``averaged``, as ``params_ema`` has, or with ``n_averaged`` beside them; and else those
+    under ``state_dict`` or ``params``.
+
+    Raises:
+        UserError: no DGUNet, or several of which none is meant; averaged weights that cannot be read.
+    """
+    found = _networks(content)
+    if not found:
+        tensors = [str(key) for key, value in content.items() if isinstance(value, Tensor)]
+        what = f"weights named {shorten(tensors, 3)}" if tensors else f"the keys {shorten(list(map(str, content)))}"
+        raise UserError(f"{path} holds no DGUNet: none of the names that its weights have is there, but {what}")
+    if averaged := [place for place in found if _is_averaged(place)]:
+        choice = averaged
+    else:
+        parts = [content, *(part for part in content.values() if isinstance(part, dict))]
+        entries = {str(key): value for part in parts for key, value in part.items() if _is_averaged(key)}
+        if hidden := [key for key, value in entries.items() if _has_tensors(value) and not _networks({key: value})]:
+            raise UserError(
+                f"{path} holds averaged weights that cannot be read as a DGUNet's ({shorten(hidden)}); save those that "
+                "are meant alone, torch.save(model.state_dict(), path)"
+            )
+        ranked = [[place for place in found if place.split(".")[0] == key] for key in ("state_dict", "params")]
+        choice = next(filter(None, ranked), list(found))
+    if len(choice) > 1:
+        raise UserError(
+            f"{path} holds several networks: {shorten([place or 'at the top' for place in choice])}; save the one that "
+            "is meant alone, torch.save(model.state_dict(), path)"
+        )
+    state_dict = found[choice[0]]
     if not all(isinstance(name, str) for name in state_dict):
         raise UserError(f"{path} holds weights whose names are not text; save model.state_dict() as it is")
     sparse = [name for name, value in state_dict.items() if not _is_dense(value)]
     if sparse:
         raise UserError(f"{path} holds sparse, quantised or otherwise special tensors, not weights: {shorten(sparse)}")
-    if state_dict and all(name.startswith("module.") for name in state_dict):
-        state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    if is_original(state_dict):
-        return convert_original(state_dict, path)
-    if not any(name.startswith("last.") for name in state_dict):
-        raise UserError(f"{path} holds no DGUNet: none of the names that its weights have is there")
-    return state_dict
+    return convert_original(state_dict, path) if is_original(state_dict) else state_dict
+
+
+# What wrappers of a network, or of a part of it, add to names: DistributedDataParallel and AveragedModel,
+# torch.compile, activation checkpointing, FullyShardedDataParallel.
+_WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# A name that every DGUNet has, ours or in the authors' layout, and what is before it.
+_OF_A_NETWORK = re.compile(r"(.*\.)?(?:last\.(?:rho$|proximal\.|degradation\.)|shallow_feat1\.)", re.DOTALL)
+
+
+def _networks(content: dict) -> dict[str, dict[str, Tensor]]:
+    """The weights of each DGUNet in a checkpoint's content, by where they are: its keys, and the prefix of the names.
+
+    Not those of ``raw_state_dict``, which our training states have besides the averaged ones, nor what optimizers keep.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def look(part: dict, keys: tuple[str, ...]):
+        tensors = {name: value for name, value in part.items() if isinstance(value, Tensor)}
+        bare = {_WRAPPERS.sub("", name) if isinstance(name, str) else name: name for name in tensors}
+        if len(bare) < len(tensors):  # with a wrapper's prefix and without: two networks
+            bare = {name: name for name in tensors}
+        matches = [_OF_A_NETWORK.match(name) for name in bare if isinstance(name, str)]
+        prefixes = dict.fromkeys(match[1] or "" for match in matches if match)
+        if not prefixes and is_original([name for name in bare if isinstance(name, str)]):
+            prefixes = {"": None}
+        for prefix in prefixes:
+            weights = {
+                name.removeprefix(prefix) if prefix else name: tensors[given]
+                for name, given in bare.items()
+                if not prefix or (isinstance(name, str) and name.startswith(prefix))
+            }
+            count = weights.pop("n_averaged", None)  # of an AveragedModel, which averages nothing while it is 0
+            begun = isinstance(count, Tensor) and count.dtype == torch.long and _is_dense(count) and bool(count.any())
+            averaged = ("averaged",) if begun and not _is_averaged(".".join((*keys, prefix))) else ()
+            place = ".".join((*keys, *averaged, prefix.rstrip("."))).rstrip(".")
+            if count is None or begun:
+                found[place] = weights
+            else:
+                idle[place] = weights
+        for key, value in part.items():
+            if isinstance(value, dict) and len(keys) < 4 and key != "raw_state_dict" and "optim" not in str(key):
+                look(value, (*keys, str(key)))
+
+    idle: dict[str, dict[str, Tensor]] = {}
+    look(content, ())
+    return found or idle
+
+
+def _is_averaged(place) -> bool:
+    """Whether keys or a prefix say that averaged weights are there."""
+    words = set(re.split("[^a-z]+", str(place).lower()))
+    return not words.isdisjoint({"ema", "swa", "averaged"}) and words.isdisjoint({"non", "no", "without"})
+
+
+def _has_tensors(value, depth: int = 3) -> bool:
+    """Whether there are tensors of more than one number in a value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return depth > 0 and any(_has_tensors(item, depth - 1) for item in value)
+    return isinstance(value, Tensor) and not value.is_nested and value.numel() > 1
 
 
 def _is_dense(value: Tensor) -> bool:
@@ -344,14 +498,14 @@ def _infer_arguments(state_dict: dict[str, Tensor], path) -> dict:
 
 
 def _infer_degradation(state_dict: dict[str, Tensor], description: dict, path) -> Degradation | None:
-    if any(name.startswith("last.degradation.") for name in state_dict):
+    known = description.get("degradation")
+    if known is None and any(name.startswith("last.degradation.") for name in state_dict):
         return None
     own = {name: value.to("meta") for name, value in state_dict.items() if name.startswith("degradation.")}
-    if not own and "last.rho" not in state_dict:  # no gradient step, so none is learned
+    if known is None and not own and "last.rho" not in state_dict:  # no gradient step, so none is learned
         return None
     tensors = {name.removeprefix("degradation."): value for name, value in own.items()}
     try:
-        known = description.get("degradation")
         if known is None:  # a bare state dict, or a file from before other kinds
             block = round(tensors["matrix"].shape[1] ** 0.5)
             known = {"kind": "block_sampling", "block": block, "learned": description.get("learned_matrix", True)}

@@ -29,7 +29,7 @@ from dgunet.degradations import KINDS
 from dgunet.distributed import sole_writer
 from dgunet.errors import UserError, optional
 from dgunet.files import replacing
-from dgunet.inference import restore
+from dgunet.inference import holding, restore
 from dgunet.metrics import AlignmentError, Metric, evaluate_pair, find_protocol
 from dgunet.progress import progress_bar
 from dgunet.transforms import to_uint8, unit_range
@@ -433,12 +433,8 @@ def _each(sample: Sample, given: Pictures | None) -> Pictures | list:
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
     """Inside, GPUs convolve float32 as such, not as TF32: digits before speed; for speed there is bfloat16."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+    with holding([torch.backends.cudnn], "allow_tf32", False):
         yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager

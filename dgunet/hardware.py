@@ -1,12 +1,16 @@
 """What depends on the hardware: devices, precision, memory format, and how the CPU's memory is had."""
 
+import contextlib
 import ctypes
 import os
+import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from dgunet.errors import UserError
+from dgunet.errors import UserError, optional
 
 
 def pick_device(name: str) -> torch.device:
@@ -80,3 +84,87 @@ def use_huge_pages():
     At 1280x720 every map is new memory. To be called before the first tensor is made, when PyTorch reads the variable.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def available_memory(process: Path = Path("/proc/self")) -> int:
+    """How many bytes of the CPU's memory this process may still take.
+
+    The least of what the machine has, and of what is left to the control groups that the process is in (containers,
+    systemd, SLURM), to a SLURM job that is not held in one, and to the process itself (``ulimit -v``, ``ulimit -d``).
+
+    Args:
+        process: where Linux tells of the process.
+    """
+    psutil = optional("psutil")
+    left = [psutil.virtual_memory().available]
+    if sys.platform == "linux":
+        import resource  # which other systems lack
+
+        taken = psutil.Process().memory_info()
+        for limit, used in ((resource.RLIMIT_AS, taken.vms), (resource.RLIMIT_DATA, taken.data)):
+            if (most := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
+                left.append(most - used)
+        if (most := _slurm_limit()) is not None:
+            left.append(most - taken.rss)
+        for folder, version in _memory_groups(process):
+            left += _left_in_group(folder, version)
+    return max(min(left), 0)
+
+
+def _slurm_limit() -> int | None:
+    """What a SLURM job has asked for on this machine, in bytes."""
+
+    def number(name: str) -> int:
+        text = os.environ.get(name, "")
+        return int(text) if text.isdecimal() else 0
+
+    mebibytes = number("SLURM_MEM_PER_NODE") or number("SLURM_MEM_PER_CPU") * number("SLURM_CPUS_ON_NODE")
+    return mebibytes * 2**20 or None  # 0 stands for all that there is
+
+
+def _memory_groups(process: Path) -> Iterator[tuple[Path, int]]:
+    """The folders of the control groups that limit a process's memory, and their version, 1 or 2.
+
+    First the process's own, then those around it, as far as they can be seen here.
+    """
+    try:
+        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
+    except OSError:  # no control groups
+        return
+    for mount in mounts:
+        # "36 35 0:32 ROOT POINT rw - KIND SOURCE OPTIONS": the group ROOT is seen as the folder POINT.
+        root, point, kind, options = mount[3], Path(_unescape(mount[4])), mount[mount.index("-") + 1], mount[-1]
+        version = {"cgroup": 1, "cgroup2": 2}.get(kind)
+        if version is None or (version == 1 and "memory" not in options.split(",")):
+            continue
+        for _, controllers, path in groups:
+            if "memory" in controllers.split(",") if version == 1 else not controllers:
+                # A container may see its own group as the root, and what is above not at all.
+                below = os.path.relpath(path, _unescape(root)).split(os.sep)
+                below = [] if ".." in below else [part for part in below if part != "."]
+                for depth in range(len(below), -1, -1):
+                    yield point.joinpath(*below[:depth]), version
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), text)
+
+
+def _left_in_group(folder: Path, version: int) -> Iterator[int]:
+    """What a control group leaves, in bytes; nothing where it sets no limit. Cached files count as free."""
+
+    def read(name: str) -> str:
+        with contextlib.suppress(OSError):
+            return (folder / name).read_text().strip()
+        return ""
+
+    stat = dict(line.split(" ", 1) for line in read("memory.stat").splitlines() if " " in line)
+    if version == 1:
+        names, usage, cached = ["memory.limit_in_bytes"], read("memory.usage_in_bytes"), stat.get("total_inactive_file")
+    else:  # above `high` processes are slowed down until they hardly move
+        names, usage, cached = ["memory.max", "memory.high"], read("memory.current"), stat.get("inactive_file")
+    # The last is version 1's, the least of all groups around this one, also of those that cannot be seen.
+    limits = [*map(read, names), stat.get("hierarchical_memory_limit", "")]
+    used = int(usage or 0) - int(cached or 0)
+    yield from (int(limit) - used for limit in limits if limit.isdecimal())

@@ -4,9 +4,11 @@ A folder has ``model.safetensors``, which says itself what network it is of, a k
 `weights`), so that `load_model` reads it, too; ``config.json``, the same for the Hub to show; and a model card.
 """
 
+import contextlib
+import json
 from pathlib import Path
 
-from dgunet.checkpoint import describe_model, load_model
+from dgunet.checkpoint import describe_model, load_model, read_checkpoint
 from dgunet.errors import UserError, optional
 from dgunet.model import DGUNet, find_variant
 from dgunet.weights import save_weights
@@ -63,7 +65,12 @@ class _Shared(
                 model_id, WEIGHTS, revision=revision, cache_dir=cache_dir, force_download=force_download,
                 local_files_only=local_files_only, token=token,
             )  # fmt: skip
-        return load_model(path, **options)
+        content, config = read_checkpoint(path), Path(path).with_name("config.json")
+        if "model" not in content and config.is_file():  # written anew by a program that drops what is not weights
+            with contextlib.suppress(ValueError):
+                described = json.loads(config.read_text(encoding="utf-8"))
+                content |= {"model": described} if isinstance(described, dict) and "arguments" in described else {}
+        return load_model(path, content=content, **options)
 
     def generate_model_card(self, **words):
         card = super().generate_model_card(**words)

@@ -1,16 +1,19 @@
 """Restoring pictures of any size: padding, tiles with blended seams, self-ensemble."""
 
+import contextlib
 import math
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgunet.degradations import MotionBlur
-from dgunet.errors import UserError, optional
+from dgunet.errors import UserError
+from dgunet.hardware import available_memory
 from dgunet.proximal import MULTIPLE
 from dgunet.transforms import dihedral, pad_to_multiple, undo_dihedral
 
@@ -63,22 +66,60 @@ def restore(
     if self_ensemble and model.degradation is not None:
         raise UserError("self_ensemble turns the picture, but not the network's known degradation; leave it out")
     x, back = _as_batch(image, model.channels)
-    modes = {module: module.training for module in model.modules()}  # they may differ
-    model.eval()
-    try:
-        with torch.no_grad():
-            x = x.to(device)
-            if isinstance(tile, str):
-                tile = automatic_tile(model, x.shape, device)
-            if tile is not None:
-                tile = int(tile)  # NumPy's integers overflow
-            turns = range(8) if self_ensemble else (0,)
-            out = sum(undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap, bf16), k) for k in turns)
-            restored = (out / len(turns)).clamp(0, 1)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with holding([part for part in model.modules() if _minds_mode(part)], "training", False), torch.no_grad():
+        x = x.to(device)
+        if isinstance(tile, str):
+            tile = automatic_tile(model, x.shape, device)
+        if tile is not None:
+            tile = int(tile)  # NumPy's integers overflow
+        turns = range(8) if self_ensemble else (0,)
+        out = sum(undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap, bf16), k) for k in turns)
+        restored = (out / len(turns)).clamp(0, 1)
     return back(restored)
+
+
+# Of PyTorch's modules, those in a DGUNet; the instance norm there keeps no running statistics.
+_MODELESS = {nn.Conv2d, nn.ConvTranspose2d, nn.PReLU, nn.Identity, nn.ModuleList, nn.Sequential}
+
+
+def _minds_mode(part: nn.Module) -> bool:
+    """Whether a part of a network may compute something else in training mode.
+
+    Nothing of a DGUNet does while no gradients are wanted, so that its mode stays as it is: other threads may be
+    training it. A degradation of the user's own, or a part that was put in, may.
+    """
+    if type(part) is nn.InstanceNorm2d:
+        return part.track_running_stats
+    compiled = "_orig_mod" in part._modules  # by torch.compile: its mode is that of what it wraps
+    return not (compiled or type(part) in _MODELESS or type(part).__module__.startswith("dgunet."))
+
+
+_held: dict[tuple[int, str], list] = {}  # by object and attribute: how many hold it, and what it was before
+_holding = threading.Lock()
+
+
+@contextlib.contextmanager
+def holding(objects: Iterable, name: str, value) -> Iterator[None]:
+    """Inside, the attribute ``name`` of all objects is ``value``; after it, what it was.
+
+    Threads may hold the same at once: only when the last has ended is it what it was before the first.
+    """
+    objects = list(objects)
+    with _holding:
+        for one in objects:
+            holders = _held.setdefault((id(one), name), [0, getattr(one, name)])
+            holders[0] += 1
+            setattr(one, name, value)
+    try:
+        yield
+    finally:
+        with _holding:
+            for one in objects:
+                holders = _held[id(one), name]
+                holders[0] -= 1
+                if not holders[0]:
+                    setattr(one, name, holders[1])
+                    del _held[id(one), name]
 
 
 def check_tiles(tile, tile_overlap):
@@ -229,7 +270,7 @@ def automatic_tile(model, shape: tuple[int, int, int, int], device: torch.device
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
-        free = optional("psutil").virtual_memory().available
+        free = available_memory()
     batch, _, height, width = shape
     if estimate_memory(model, batch * height * width) <= 0.9 * free:
         return None

@@ -7,6 +7,7 @@ for step in record.steps:
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dgunet.degradations import Degradation
+from dgunet.inference import holding
 from dgunet.metrics import psnr_batch
 from dgunet.model import DGUNet, Stage
 
@@ -69,9 +71,11 @@ def trace(model: DGUNet, y: Tensor, degradation: Degradation | None = None) -> T
     """
     steps: list[Step] = []
     v: list[Tensor] = []
+    thread = threading.get_ident()
 
     def note_v(mapping, arguments):
-        v.append(arguments[0])
+        if threading.get_ident() == thread:
+            v.append(arguments[0])
 
     def note_stage(stage, arguments, result):
         before, *_, known = arguments
@@ -90,23 +94,20 @@ def trace(model: DGUNet, y: Tensor, degradation: Degradation | None = None) -> T
 def after_each_stage(model: DGUNet, call: Callable[[Stage, tuple, tuple], None]) -> Iterator[None]:
     """Inside, ``call`` is given each stage that has run, its arguments and its results; of compiled ones as well.
 
-    It watches: what ``call`` returns changes nothing.
+    It watches: what ``call`` returns changes nothing. It watches the passes of this thread alone.
     """
+    thread = threading.get_ident()
 
     def watch(stage: Stage, arguments: tuple, result: tuple) -> None:
-        call(stage, arguments, result)  # PyTorch takes what a hook returns, unless it is None, for the stage's result
+        if threading.get_ident() == thread:
+            call(stage, arguments, result)  # PyTorch takes what a hook returns, unless it is None, for the result
 
     stages = list(dict.fromkeys(model.unrolled()))
-    compiled = [stage._compiled_call_impl for stage in stages]
-    with contextlib.ExitStack() as hooks:
+    # A compiled stage would not look at the hooks.
+    with holding(stages, "_compiled_call_impl", None), contextlib.ExitStack() as hooks:
         for stage in stages:
-            stage._compiled_call_impl = None  # it would not look at the hooks
             hooks.callback(stage.register_forward_hook(watch).remove)
-        try:
-            yield
-        finally:
-            for stage, own in zip(stages, compiled, strict=True):
-                stage._compiled_call_impl = own
+        yield
 
 
 @dataclass(frozen=True)

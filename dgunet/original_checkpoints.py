@@ -5,6 +5,7 @@ stages with a degradation and a proximal mapping each. One table of rules transl
 """
 
 import re
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -102,9 +103,9 @@ def our_name(name: str) -> str | None:
     return f"{prefix}.{part}"
 
 
-def is_original(state_dict: dict[str, Tensor]) -> bool:
-    """Whether the keys are in the original authors' layout."""
-    return any(re.match(r"(shallow_feat1|stage1_encoder|tail)\.", name) for name in state_dict)
+def is_original(names: Iterable[str]) -> bool:
+    """Whether names of weights are in the original authors' layout."""
+    return any(re.match(r"(shallow_feat1|stage1_encoder|tail)\.", name) for name in names)
 
 
 def convert_original(state_dict: dict[str, Tensor], path="the checkpoint") -> dict[str, Tensor]:

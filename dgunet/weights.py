@@ -28,11 +28,12 @@ def save_weights(path: str | Path, state_dict: dict[str, Tensor], model: dict, r
         model: see `checkpoint.describe_model`.
         record: the fields of a `pretrained.Record` but its ``task`` and ``path``, or None.
     """
-    save_file = optional("safetensors.torch").save_file
+    save = optional("safetensors.torch").save
     weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     about = json.dumps({"model": model} | ({} if record is None else {"record": record}))
-    with replacing(path) as temporary:
-        save_file(weights, temporary, {"format": "pt", "dgunet": about, "sha256": _digest(weights, about)})
+    encoded = save(weights, {"format": "pt", "dgunet": about, "sha256": _digest(weights, about)})
+    with replacing(path) as temporary:  # safetensors' own writer makes files that nobody else may read
+        temporary.write_bytes(encoded)
 
 
 def read_weights(path: str | Path) -> dict:

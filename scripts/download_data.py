@@ -10,6 +10,7 @@ fetch it with a browser, put it there under the name that the message gives, and
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import shutil
@@ -28,6 +29,7 @@ with command_imports(__name__):
     from prepare_patches import Parser, describe, sidd_pairs
 
     from dgunet.data import IMAGE_SUFFIXES, find_pairs
+    from dgunet.distributed import sole_writer
     from dgunet.progress import progress_bar
 
 SIDES = {"input": ("input", "input_crops"), "target": ("target", "target_crops", "groundtruth", "gt")}
@@ -348,7 +350,13 @@ def download_data(args):
             if other.name in item.parts:
                 raise UserError(f"{item.name} has the pictures of {other.name} too; keep to one of them")
     for item, missing, downloads in todo:
-        install(item, missing, downloads, args.keep_archives)
+        downloads.mkdir(parents=True, exist_ok=True)
+        with sole_writer(downloads, "download", "wait for its end"):  # two would write the same unfinished files
+            try:
+                install(item, missing, downloads, args.keep_archives)
+            finally:
+                with contextlib.suppress(OSError):  # Windows keeps what is open
+                    (downloads / ".lock").unlink()
         if item.then:
             print(f"{item.name}: {item.then.format(root=args.root)}")
 

@@ -1,5 +1,9 @@
 """Checkpoints: written atomically, recognised by themselves, and refused in one line where they do not fit."""
 
+import argparse
+import collections
+import datetime
+import fractions
 import io
 import os
 import pickle
@@ -8,20 +12,27 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
+import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from yacs.config import CfgNode
 
 from dgunet import DGUNet, UserError, create_model, list_models, load_model
 from dgunet import checkpoint as checkpoint_module
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.degradations import BlockSampling, Blur, MotionBlur
+from dgunet.files import replacing
+from dgunet.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:.*stages are assumed")
 
 
 def assert_same_weights(a: nn.Module, b: nn.Module):
@@ -133,6 +144,88 @@ def test_a_save_removes_what_killed_ones_left_and_nothing_else(tmp_path):
     assert set(os.listdir(tmp_path)) == (days.keys() - {*stale}) | {"a.pth"}
 
 
+def test_writers_at_once_publish_each_its_own_file(tmp_path):
+    """The second begins before the first has ended, and the file is always one of the two, whole."""
+    path = tmp_path / "a.png"
+    with replacing(path) as first:
+        first.write_bytes(b"first")
+        with replacing(path) as second:
+            assert second != first and second.name.startswith(".")
+            second.write_bytes(b"sec")
+            assert not path.exists() and first.read_bytes() == b"first"
+        assert path.read_bytes() == b"sec"
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_writers_in_threads_and_failures_leave_nothing_behind(tmp_path):
+    path, errors = tmp_path / "out" / "a.txt", []
+
+    def write(number: int):
+        for turn in range(20):
+            try:
+                with replacing(path) as temporary:
+                    temporary.write_text(str(number) * 1000)
+                    if turn % 2:
+                        raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                pass
+            except OSError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert path.read_text() in {str(number) * 1000 for number in range(4)}
+    assert os.listdir(path.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", ["a" * 250 + ".png", "図" * 80 + ".png", "a\udcff.png", "b [1]*?.png"])
+def test_any_name_that_the_disk_takes_can_be_written(tmp_path, name):
+    path = tmp_path / name
+    with replacing(path) as temporary:
+        label = temporary.name.partition(f".{platform.node()}.")[0]
+        temporary.write_text("x")
+    assert path.read_text() == "x" and len(os.listdir(tmp_path)) == 1
+    (tmp_path / "below").mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = tmp_path / "below" / f"{label}.{platform.node()}.{gone.pid}.0123abcd.tmp"
+    left.write_text("half")
+    with replacing(tmp_path / "below" / name) as temporary:
+        assert not left.exists()
+
+
+def test_errors_name_the_file_that_was_to_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for path in (tmp_path / "file" / "a.png", tmp_path / "folder.png"):
+        with pytest.raises(OSError) as error, replacing(path) as temporary:
+            temporary.write_text("x")
+        assert error.value.filename in (str(path), str(path.parent)) and not str(error.value).count(".tmp")
+    assert set(os.listdir(tmp_path)) == {"file", "folder.png"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such modes")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_files_have_the_mode_that_umask_says(tmp_path, tiny_model, umask):
+    model, before = tiny_model(stages=1), os.umask(umask)
+    try:
+        save_checkpoint({"state_dict": model.state_dict()}, tmp_path / "a.pth")
+        save_weights(tmp_path / "a.safetensors", model.state_dict(), describe_model(model))
+        with replacing(tmp_path / "a.txt") as temporary:
+            temporary.write_text("x")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("a.pth", "a.safetensors", "a.txt"), 0o666 & ~umask
+    )
+    assert_same_weights(load_model(tmp_path / "a.safetensors"), model)
+
+
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
@@ -154,6 +247,143 @@ def test_small_network_round_trip(tmp_path, tiny_model, layout):
     y = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(loaded(y)[0], model(y)[0], atol=1e-6, rtol=0)
+
+
+def prefixed(weights: dict, prefix: str) -> dict:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+OTHER = nn.Conv2d(3, 3, 3).state_dict()  # of some network beside it
+PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.", "model._orig_mod."]
+PREFIXES += ["model.module.", "generator.", "model.net_g.", "self.backbone.module._orig_mod."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrappers_and_of_modules_around(tmp_path, tiny_model, prefix):
+    model = tiny_model(stages=2)
+    weights = prefixed(model.state_dict(), prefix)
+    if set(prefix.split(".")) - {"module", "_orig_mod", ""}:  # the module around has another network
+        weights["loss.vgg.0.weight"] = torch.zeros(3)
+    for content in (weights, {"state_dict": weights, "epoch": 3}):
+        torch.save(content, tmp_path / "a.pth")
+        assert_same_weights(load_model(tmp_path / "a.pth"), model)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
+def test_parts_that_were_wrapped(tmp_path, tiny_model, wrapper):
+    model = tiny_model(stages=2)
+    weights = {name.replace("first.", f"first.{wrapper}."): value for name, value in model.state_dict().items()}
+    assert weights.keys() != model.state_dict().keys()
+    torch.save(weights, tmp_path / "a.pth")
+    assert_same_weights(load_model(tmp_path / "a.pth"), model)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "model_state_dict",
+        "net",
+        "generator",
+        "params",
+        "model",
+        "weights",
+        "network.state_dict",
+        "state.model",
+        "model.module",
+    ],
+)
+def test_keys_that_others_keep_weights_under(tmp_path, tiny_model, keys):
+    model = tiny_model(stages=2)
+    content = model.state_dict()
+    for key in reversed(keys.split(".")):
+        content = {
+            key: content,
+            "epoch": 3,
+            "discriminator": OTHER,
+            "optimizer": {"state": {0: {"exp_avg": torch.rand(3)}}},
+        }
+    torch.save(content, tmp_path / "a.pth")
+    assert_same_weights(load_model(tmp_path / "a.pth"), model)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "params_ema",
+        "ema",
+        "state_dict_ema",
+        "model_ema",
+        "ema_state_dict",
+        "ema_model_state_dict",
+        "averaged",
+        "swa_model",
+    ]
+    + ["g_ema", "EMA", "net_g-ema", "ema.module", "ema.state_dict", "state_dict:model_ema.", "state_dict:ema_model."]
+    + ["AveragedModel", "ema:module."],
+)
+@pytest.mark.parametrize("other", ["params", "state_dict", "model", "net"])
+def test_averaged_weights_are_meant_where_there_are_some(tmp_path, tiny_model, key, other):
+    last, averaged = tiny_model(stages=2, seed=1), tiny_model(stages=2, seed=2)
+    weights, (key, _, prefix) = averaged.state_dict(), key.partition(":")
+    if key == "AveragedModel":
+        swa = torch.optim.swa_utils.AveragedModel(last)
+        swa.update_parameters(averaged)
+        key, weights = "other", swa.state_dict()
+        assert weights["n_averaged"] == 1
+    if key == "state_dict":
+        content = {"state_dict": prefixed(last.state_dict(), "model.") | prefixed(weights, prefix)}
+    else:
+        content = prefixed(weights, prefix)
+        for part in reversed(key.split(".")):
+            content = {part: content}
+        content = {other: last.state_dict(), **content, "ema_decay": 0.999, "swa": None}
+    torch.save(content, tmp_path / "a.pth")
+    assert_same_weights(load_model(tmp_path / "a.pth"), averaged)
+    torch.save({name: value for name, value in content.items() if name != other or key == other}, tmp_path / "a.pth")
+    assert_same_weights(load_model(tmp_path / "a.pth"), averaged)
+
+
+def test_averaged_model_alone_and_one_that_has_not_begun(tmp_path, tiny_model):
+    last, first = tiny_model(stages=2, seed=1), tiny_model(stages=2, seed=2)
+    swa = torch.optim.swa_utils.AveragedModel(first)
+    torch.save(swa.state_dict(), tmp_path / "a.pth")
+    assert_same_weights(load_model(tmp_path / "a.pth"), first)
+    torch.save({"model": last.state_dict(), "swa_model": swa.state_dict()}, tmp_path / "a.pth")
+    assert_same_weights(load_model(tmp_path / "a.pth"), last)
+
+
+def test_training_states_of_ours_give_the_averaged_weights_or_none(tmp_path, tiny_model):
+    raw, averaged = tiny_model(stages=2, seed=1), tiny_model(stages=2, seed=2)
+    content = {"state_dict": averaged.state_dict(), "raw_state_dict": raw.state_dict(), "averaged": 3}
+    torch.save(content, tmp_path / "a.pth")
+    assert_same_weights(load_model(tmp_path / "a.pth"), averaged)
+    torch.save(content | {"state_dict": {}}, tmp_path / "a.pth")
+    refusal(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("kind", ["keys", "prefixes", "two averaged", "list of averaged", "names without dots"])
+def test_ambiguous_files_are_refused_with_what_is_there(tmp_path, tiny_model, kind):
+    one, two = tiny_model(stages=2, seed=1).state_dict(), tiny_model(stages=2, seed=2).state_dict()
+    content, told = {
+        "keys": ({"net_a": one, "net_b": two}, ["net_a", "net_b"]),
+        "prefixes": ({"state_dict": prefixed(one, "student.") | prefixed(two, "teacher.")}, ["student", "teacher"]),
+        "two averaged": ({"ema": one, "swa": two}, ["ema", "swa"]),
+        "list of averaged": ({"model": one, "ema": {"decay": 0.9, "shadow_params": list(two.values())}}, ["ema"]),
+        "names without dots": (
+            {"state_dict": prefixed(one, "model.") | {f"ema.{name.replace('.', '')}": v for name, v in two.items()}},
+            ["ema"],
+        ),
+    }[kind]  # fmt: skip
+    torch.save(content, tmp_path / "a.pth")
+    message = refusal(tmp_path / "a.pth")
+    assert all(word in message for word in told)
+
+
+def test_what_lies_in_a_file_without_a_network_is_told(tmp_path):
+    torch.save({"unet": OTHER, "step": 3}, tmp_path / "a.pth")
+    assert "unet" in refusal(tmp_path / "a.pth")
+    torch.save(OTHER, tmp_path / "a.pth")
+    assert "bias" in refusal(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +414,40 @@ def test_bare_weights_tell_which_parts_there_are(tmp_path, tiny_model, isff, fus
     y = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(loaded(y)[0], model(y)[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("gone", ["last.proximal.shallow.conv.weight", "first.proximal.encoder.blocks.0.conv1.weight"])
+def test_described_network_is_not_guessed(tmp_path, tiny_model, gone):
+    """Of what is described, every fault of the weights is listed, also where they would not do to tell the network."""
+    model = tiny_model(stages=3)
+    weights = {name: value for name, value in model.state_dict().items() if name not in (gone, "last.rho")}
+    torch.save({"state_dict": weights, "model": describe_model(model)}, tmp_path / "a.pth")
+    message = refusal(tmp_path / "a.pth")
+    assert gone in message and "last.rho" in message
+
+
+def test_known_degradation_that_is_described_is_not_guessed(tmp_path):
+    """Without gradient steps nothing in the weights tells of it, but x_0 is A_adjoint(y)."""
+    for known in (MotionBlur(3, 9), HalfBrightness()):
+        model = DGUNet(1, 8, 4, 2, final_growth=4, gradient=False, degradation=known)
+        torch.save({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "a.pth")
+        if isinstance(known, MotionBlur):
+            assert load_model(tmp_path / "a.pth").degradation.settings() == known.settings()
+        else:
+            assert "degradation=" in refusal(tmp_path / "a.pth")
+            assert load_model(tmp_path / "a.pth", degradation=known).degradation is known
+
+
+def test_number_of_stages_that_is_assumed_is_told(tmp_path, tiny_model):
+    model = tiny_model()
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    torch.save({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "told.pth")
+    with pytest.warns(UserWarning, match="bare.pth.* 7 stages") as caught:
+        assert load_model(tmp_path / "bare.pth").stages == 7
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(tmp_path / "told.pth")
 
 
 def test_files_from_before_the_parts_were_told_apart(tmp_path, tiny_model):
@@ -449,6 +713,77 @@ def test_malicious_file_is_refused_and_does_nothing(tmp_path, layout):
 def test_whole_pickled_model_says_what_to_save_instead(tmp_path, tiny_model):
     torch.save(tiny_model(), tmp_path / "a.pth")
     assert "torch.save(model.state_dict(), path)" in refusal(tmp_path / "a.pth")
+
+
+BESIDE = {  # the weights; and what becomes of it: numbers stay numbers
+    "float64": (np.float64(31.25), 31.25),
+    "float32": (np.float32(1.5), 1.5),
+    "other byte order": (np.array([3.5], ">f8")[0], 3.5),
+    "int64": (np.int64(-3), -3),
+    "uint8": (np.uint8(200), 200),
+    "bool": (np.bool_(True), True),
+    "complex": (np.complex128(1 + 2j), 1 + 2j),
+    "entries": (CfgNode({"a": {"b": 3}}), {"a": {"b": 3}}),
+    "defaultdict": (collections.defaultdict(list, {"a": [1]}), {"a": [1]}),
+    "array": (np.arange(3), None),
+    "generator": (np.random.RandomState(0).get_state(), None),
+    "text": (np.str_("abc"), None),
+    "dtype": (np.dtype("f4"), None),
+    "arguments": (argparse.Namespace(path=Path("x"), psnr=np.float64(3)), None),
+    "paths": ([Path("a"), PureWindowsPath("b")], None),
+    "date": (datetime.datetime(2026, 1, 1), None),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_lies_beside_the_weights_is_no_hindrance(tmp_path, tiny_model, kind, legacy):
+    model, (value, expected) = tiny_model(stages=1), BESIDE[kind]
+    before = set(torch.serialization.get_safe_globals())
+    content = {"state_dict": model.state_dict(), "model": describe_model(model), "beside": value}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    assert_same_weights(load_model(tmp_path / "a.pth"), model)
+    if expected is not None:
+        found = read_checkpoint(tmp_path / "a.pth")["beside"]
+        assert found == expected and type(found).__module__ in ("builtins", "collections")
+    assert set(torch.serialization.get_safe_globals()) == before  # nothing is allowed to other readers
+
+
+def test_numpy_numbers_as_older_versions_wrote_them(tmp_path, tiny_model):
+    model = tiny_model(stages=1)
+    torch.save({"state_dict": model.state_dict(), "psnr": np.float64(2.5)}, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "a.pth", "w") as old:
+        for record in new.infolist():
+            data = new.read(record)
+            if record.filename.endswith("/data.pkl"):
+                assert b"numpy._core.multiarray" in data or b"numpy.core.multiarray" in data
+                data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            old.writestr(record.filename, data)
+    assert read_checkpoint(tmp_path / "a.pth")["psnr"] == 2.5
+
+
+@pytest.mark.parametrize(
+    "value, name",
+    [(nn.Conv2d(1, 1, 1), "Conv2d"), (os.system, "system"), (print, "print"), (fractions.Fraction(1, 2), "Fraction")]
+    + [(np.random.default_rng(0), "numpy.random"), (argparse.Namespace(f=refusal), "refusal")],
+)  # fmt: skip
+def test_objects_that_are_refused_are_named(tmp_path, tiny_model, value, name):
+    torch.save({"state_dict": tiny_model(stages=1).state_dict(), "beside": value}, tmp_path / "a.pth")
+    message = refusal(tmp_path / "a.pth")
+    assert name in message and "damaged" not in message
+
+
+@pytest.mark.parametrize("kind", ["protocol 4", "pickle of protocol 4", "TorchScript"])
+def test_files_of_other_kinds_are_not_called_damaged(tmp_path, tiny_model, kind):
+    path, content = tmp_path / "a.pth", {"state_dict": tiny_model(stages=1).state_dict()}
+    if kind == "protocol 4":
+        torch.save(content, path, pickle_protocol=4)
+    elif kind == "TorchScript":
+        torch.jit.save(torch.jit.script(nn.Conv2d(1, 1, 1)), path)
+    else:
+        path.write_bytes(pickle.dumps(content, 4))
+    message = refusal(path)
+    assert kind.removeprefix("pickle of ") in message and "damaged" not in message
 
 
 # --------------------------------------------------------------------------------------------- contents that do not fit

@@ -244,6 +244,20 @@ def test_disk_full(drive):
     assert "No space left on device" in message and "browser" not in message
 
 
+def test_two_downloads_at_once_do_not_write_the_same_archive(drive):
+    """The second, which finds the first at work, ends in a line."""
+    told, whole = [], drive.download
+
+    def download(**options):
+        told.append(fails("gopro-test"))
+        return whole(**options)
+
+    sys.modules["gdown"].download = download
+    script.main(["gopro-test"])
+    assert len(told) == len(drive.calls) == 1 and str(Path("Datasets/downloads")) in told[0]
+    assert files(Path("Datasets")) == sorted(f"GoPro/test/{name[2:]}" for name in pairs("."))
+
+
 def test_interrupted_download_goes_on(drive):
     drive.serve("gopro-test", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):

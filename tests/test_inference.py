@@ -1,6 +1,9 @@
 """restore: any size and type in, the same out; tiles, self-ensemble, and what it refuses."""
 
+import sys
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dgunet import UserError, restore
+from dgunet import UserError, inference, inside, restore
 from dgunet.degradations import ResidualBlock
+from dgunet.hardware import available_memory
+
+if sys.platform == "linux":
+    import resource
 
 
 @pytest.fixture
@@ -188,6 +195,99 @@ def test_mode_of_the_model_is_kept(model, training):
     assert model.training == training
 
 
+def overlapping(calls: list[Callable], at: nn.Module):
+    """Run calls in threads of their own: each is in the part ``at`` of a network before the one before it has ended."""
+    inside = [threading.Event() for _ in calls]
+    errors: list[BaseException] = []
+
+    def wait(*_):
+        number = int(threading.current_thread().name)
+        inside[number].set()
+        if number + 1 < len(calls):
+            assert inside[number + 1].wait(20)
+        else:
+            for thread in threads[:-1]:  # which end first
+                thread.join(20)
+
+    def run(call: Callable):
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,), name=str(k)) for k, call in enumerate(calls)]
+    hook = at.register_forward_pre_hook(wait)
+    for thread, event in zip(threads, inside, strict=True):
+        thread.start()
+        assert event.wait(20)
+    for thread in threads:
+        thread.join(20)
+    hook.remove()
+    assert not errors, errors
+
+
+class Mode(nn.Module):
+    """A degradation of the user's own that is another in training mode, as one with dropout is."""
+
+    image_to_image = True
+
+    def A(self, x):
+        assert not self.training
+        return x
+
+    A_adjoint = A
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_threads_leave_the_mode_as_it_was(tiny_model, count):
+    model = tiny_model(stages=2).train()
+    model.degradation = Mode().train()
+    expected, found = restore(model, picture(16, 16), tile=None), []
+    overlapping([lambda: found.append(restore(model, picture(16, 16), tile=None))] * count, model.last)
+    assert len(found) == count and all(np.array_equal(one, expected) for one in found)
+    assert all(part.training for part in model.modules())
+
+
+def test_a_network_in_training_is_not_disturbed(tiny_model):
+    """What another thread trains sees training mode all the time."""
+    model, seen = tiny_model(stages=2).train(), []
+    hook = model.last.register_forward_pre_hook(lambda *_: seen.append({part.training for part in model.modules()}))
+    restore(model, picture(16, 16))
+    hook.remove()
+    assert seen == [{True}]
+
+
+@pytest.mark.parametrize("put_in", [nn.Dropout(0.5), nn.BatchNorm2d(3), nn.Sequential(nn.Dropout(0.5))], ids=repr)
+def test_parts_that_mind_the_mode_are_in_evaluation_mode(tiny_model, put_in):
+    model = tiny_model(stages=1)
+    model.last.degradation.A = put_in
+    expected = restore(model.eval(), picture(16, 16))
+    assert np.array_equal(restore(model.train(), picture(16, 16)), expected)
+    assert all(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_traces_in_threads_do_not_mix(tiny_model, compiled):
+    model = tiny_model(stages=3)
+    inputs = [torch.rand(1, 3, 8, 8) for _ in range(2)]
+    with torch.no_grad():
+        expected = [model(y)[0] for y in inputs]
+        if compiled:
+            torch._dynamo.reset()
+            model.compile(backend="eager")
+        own, found = [stage._compiled_call_impl for stage in model.unrolled()], {}
+
+        def run(k: int):
+            with torch.no_grad():
+                found[k] = inside.trace(model, inputs[k])
+
+        overlapping([lambda: run(0), lambda: run(1)], model.last.proximal)
+    for k in range(2):
+        assert [step.k for step in found[k].steps] == [1, 2, 3]
+        assert torch.allclose(found[k].steps[-1].x, expected[k], atol=1e-6)
+    assert [stage._compiled_call_impl for stage in model.unrolled()] == own and (own[0] is not None) == compiled
+
+
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
@@ -328,6 +428,111 @@ def test_automatic_tiles_where_memory_is_short(model, monkeypatch):
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
         np.testing.assert_array_equal(restore(model, image), whole)
     assert not np.array_equal(restored, whole)
+
+
+GIB = 2**30
+
+
+def control_groups(folder: Path, version: int, groups: dict[str, tuple], path: str = "/", root: str = "/") -> Path:
+    """What Linux tells of a process in the group ``path``, where ``root`` is mounted; of groups: limit, usage, cached.
+
+    Returns:
+        the process's folder, as `available_memory` takes it.
+    """
+    point = folder / "cgroup"
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    if version == 2:
+        names = ("memory.max", "memory.current", "inactive_file")
+    for group, (limit, usage, cached) in groups.items():
+        place = point / group.strip("/")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / names[0]).write_text(f"{limit}\n")
+        (place / names[1]).write_text(f"{usage}\n")
+        (place / "memory.stat").write_text(f"anon 7\n{names[2]} {cached}\nactive_file 5\n")
+    process = folder / "self"
+    process.mkdir()
+    lines = ["5:cpuset:/", f"4:memory,hugetlb:{path}", "0::/"] if version == 1 else ["1:name=systemd:/", f"0::{path}"]
+    kind, options = ("cgroup", "rw,memory,hugetlb") if version == 1 else ("cgroup2", "rw,nsdelegate")
+    (process / "cgroup").write_text("\n".join(lines) + "\n")
+    (process / "mountinfo").write_text(
+        "23 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        f"30 23 0:30 / {folder}/elsewhere rw - cgroup cgroup rw,cpuset\n"
+        f"31 23 0:31 {root} {point} rw,nosuid shared:9 master:3 - {kind} {kind} {options}\n"
+    )
+    return process
+
+
+NO_LIMIT = {1: 9223372036854771712, 2: "max"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    "groups, places, expected",
+    [
+        ({"/": (None, 0, 0)}, {}, 64),
+        ({"/": (8, 3, 0)}, {}, 5),
+        ({"/": (8, 7, 4)}, {}, 5),  # what only caches files is free
+        ({"/": (8, 9, 0)}, {}, 0),
+        ({"/": (100, 3, 0)}, {}, 64),  # the machine has less than the limit
+        ({"/": (None, 0, 0), "/job": (None, 9, 0), "/job/step": (4, 1, 0)}, {"path": "/job/step"}, 3),
+        ({"/": (None, 0, 0), "/job": (16, 15, 1), "/job/step": (8, 1, 0)}, {"path": "/job/step"}, 2),  # of the parent
+        ({"/": (8, 2, 0), "/job": (None, 1, 0)}, {"path": "/job"}, 6),
+        ({"/": (4, 1, 0)}, {"path": "/docker/abc", "root": "/docker/abc"}, 3),  # the container's own is seen as root
+        ({"/": (8, 1, 0), "/sub": (4, 1, 0)}, {"path": "/docker/abc/sub", "root": "/docker/abc"}, 3),
+        ({"/": (4, 1, 0)}, {"path": "/../other"}, 3),
+        ({"/": (4, 1, 0)}, {"path": "/gone/deeper"}, 3),
+    ],
+)
+def test_memory_that_control_groups_leave(tmp_path, monkeypatch, version, groups, places, expected):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    groups = {
+        name: (NO_LIMIT[version] if limit is None else limit * GIB, usage * GIB, cached * GIB)
+        for name, (limit, usage, cached) in groups.items()
+    }
+    assert available_memory(control_groups(tmp_path, version, groups, **places)) == expected * GIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_memory_limits_of_other_kinds(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    assert available_memory(tmp_path / "nothing") == 64 * GIB  # no control groups
+    (tmp_path / "high").mkdir()
+    process = control_groups(tmp_path / "high", 2, {"/": ("max", GIB, 0)})
+    (tmp_path / "high" / "cgroup" / "memory.high").write_text(f"{3 * GIB}\n")
+    assert available_memory(process) == 2 * GIB
+    (tmp_path / "hidden").mkdir()
+    process = control_groups(tmp_path / "hidden", 1, {"/": (NO_LIMIT[1], GIB, 0)})
+    with open(tmp_path / "hidden" / "cgroup" / "memory.stat", "a") as file:
+        file.write(f"hierarchical_memory_limit {6 * GIB}\n")  # of a group above, which is not seen
+    assert available_memory(process) == 5 * GIB
+    used = psutil.Process().memory_info().rss
+    for settings, megabytes in [
+        ({"SLURM_MEM_PER_NODE": "5000"}, 5000),
+        ({"SLURM_MEM_PER_CPU": "1000", "SLURM_CPUS_ON_NODE": "4"}, 4000),
+        ({"SLURM_MEM_PER_NODE": "0"}, 64 * 1024),  # all there is
+    ]:
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            left = available_memory(tmp_path / "nothing")
+            assert left == 64 * GIB or abs(left + used - megabytes * 2**20) < 2**28
+            assert (left == 64 * GIB) == (megabytes == 64 * 1024)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + GIB, before[1]))
+    try:
+        assert 0.5 * GIB < available_memory(tmp_path / "nothing") <= GIB
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_automatic_tiles_where_the_container_has_less_than_the_machine(model, monkeypatch, tmp_path):
+    process = control_groups(tmp_path, 2, {"/": (12 * 2**20, 2 * 2**20, 0)})
+    monkeypatch.setattr(inference, "available_memory", lambda: available_memory(process))
+    with pytest.warns(UserWarning, match="tile=128"):
+        assert inference.automatic_tile(model, (1, 3, 160, 256), torch.device("cpu")) == 128
 
 
 def test_bf16_is_close(model):

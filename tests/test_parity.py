@@ -18,6 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # also where this file is run by i
 from parity.weights import fill, image  # noqa: E402
 
 from dgunet import UserError, create_model, load_model  # noqa: E402
+from dgunet.checkpoint import weights_of  # noqa: E402
 from dgunet.losses import Charbonnier, Edge  # noqa: E402
 from dgunet.metrics import psnr_batch  # noqa: E402
 from dgunet.original_checkpoints import convert_original, is_unused, our_name  # noqa: E402
@@ -115,6 +116,13 @@ def test_unused_names_are_the_documented_ones(variant):
 
 def empty(variant: str) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(shape) for name, shape in SPECS[variant].items()}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.module.", "net_g."])
+def test_weights_of_a_wrapped_original_are_found(prefix):
+    weights = empty("deraining_dgunet")
+    content = {"model_state_dict": {prefix + name: value for name, value in weights.items()}, "epoch": 3}
+    assert weights_of(content).keys() == convert_original(weights).keys()
 
 
 def test_unknown_names_are_listed(tmp_path):

@@ -260,11 +260,12 @@ def test_faults_of_the_disk(tmp_path, tiny_model, fuzz):
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, tiny_model, monkeypatch):
     path = save(tiny_model(), tmp_path / "a.safetensors")
 
-    def half_a_save(weights, file, metadata):
-        Path(file).write_bytes(b"half")
+    def half_a_save(file, encoded):
+        with open(file, "wb") as half:
+            half.write(encoded[: len(encoded) // 2])
         raise OSError(28, "No space left on device", str(file))
 
-    monkeypatch.setattr("safetensors.torch.save_file", half_a_save)
+    monkeypatch.setattr(Path, "write_bytes", half_a_save)
     with pytest.raises(OSError, match="No space left"):
         save(tiny_model(seed=1), path)
     monkeypatch.undo()
@@ -414,6 +415,15 @@ def test_hugging_face_folder(tmp_path, offline, name, degradation, overrides):
     assert {"image-restoration", name.removesuffix("_dgunet").replace("_", "-")} <= set(about["tags"])
     for part in (name, "For a test.", "arxiv.org/abs/2204.13348", 'pip install ".[hub]"'):
         assert part in card.text
+
+
+def test_hugging_face_folder_whose_weights_lost_their_description(tmp_path, offline, tiny_model):
+    """Of three stages with one middle stage, as nothing but config.json says."""
+    model = tiny_model(stages=3)
+    model.save_pretrained(tmp_path / "a")
+    save_file(model.state_dict(), tmp_path / "a" / "model.safetensors")
+    loaded = DGUNet.from_pretrained(tmp_path / "a")
+    assert same(model, loaded) and loaded.arguments == model.arguments
 
 
 def test_pushed_to_hugging_face(offline, monkeypatch, tiny_model):
