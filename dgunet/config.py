@@ -62,6 +62,11 @@ _C.OPTIM.ACCUMULATE = 1  # split each batch into this many forward/backward pass
 _C.OPTIM.CLIP_NORM = 0.0  # largest norm of the gradient; 0: no clipping
 _C.OPTIM.EMA_DECAY = 0.0  # e.g. 0.999: validate and test an exponential moving average of the weights; 0: off
 _C.OPTIM.MAX_BAD_STEPS = 50  # steps in a row with a non-finite loss or gradient before the run gives up
+# So many of them before the run goes back to its averaged weights, or without EMA to those of the last validation or
+# epoch, with Adam's moments cleared and a lower rate; 0, or not below MAX_BAD_STEPS: never.
+_C.OPTIM.RETURN_AFTER_BAD_STEPS = 10
+_C.OPTIM.RETURN_LR_FACTOR = 0.5  # by which such a return multiplies all rates from then on
+_C.OPTIM.MAX_RETURNS = 5  # in a run; after them MAX_BAD_STEPS ends it
 
 _C.LOSS = CN()  # summed over all stages; the weights of its parts, by default those of the tasks but one
 _C.LOSS.CHARBONNIER = 1.0
@@ -75,7 +80,8 @@ _C.TRAINING.EXCLUDE = ""  # text file: names, one to a line, of pictures to leav
 _C.TRAINING.VAL_DIR = ""  # the same for validation; empty: VAL_HOLD_BACK of TRAIN_DIR
 _C.TRAINING.VAL_HOLD_BACK = 32  # without VAL_DIR: the last by name, so many or a tenth, are only validated with
 _C.TRAINING.SAVE_DIR = "checkpoints"
-_C.TRAINING.RESUME = False  # continue SAVE_DIR/SESSION where it stopped
+# True: continue SAVE_DIR/SESSION where it stopped; auto: where there is none yet, begin it
+_C.TRAINING.RESUME = False
 _C.TRAINING.TRAIN_PS = 256  # side of the random training crops, pixels
 _C.TRAINING.VAL_PS = 256  # side of the central validation crops; 0: whole pictures. Compressive sensing: of the blocks
 # that the central 256x256 pixels are cut into
@@ -141,8 +147,12 @@ _RANGES = {
     "OPTIM.CLIP_NORM": (0, 10**6),
     "OPTIM.EMA_DECAY": (0, 0.999999),
     "OPTIM.MAX_BAD_STEPS": (1, 10**6),
+    "OPTIM.RETURN_AFTER_BAD_STEPS": (0, 10**6),
+    "OPTIM.RETURN_LR_FACTOR": (1e-6, 1),
+    "OPTIM.MAX_RETURNS": (0, 1000),
     **{f"LOSS.{name}": (0, 10**6) for name, weight in _C.LOSS.items() if isinstance(weight, float)},
     "TRAINING.VAL_HOLD_BACK": (0, 10**6),
+    "TRAINING.RESUME": [False, True, "auto"],
     "TRAINING.TRAIN_PS": (MULTIPLE, 4096),
     "TRAINING.VAL_PS": (0, 2**16),
     "TRAINING.REPEAT": (1, 10**4),
@@ -352,6 +362,8 @@ def _coerce(default, value, key: str, source: str):
     """Bring a value to the type of the key's default, where nothing is lost by it."""
     if (_is(bool, default) or default == "auto") and _is(bool, value):  # a switch, or one that may be left to us
         return value
+    if _is(bool, default) and key in _RANGES and isinstance(value, str | None):  # one that has more than two positions
+        return value or ""
     if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML takes 1e-4, without a dot, for text

@@ -26,7 +26,10 @@ class Degradation(Protocol):
 
     Of the known ones, those whose measurements are images of x's size say so by ``image_to_image = True``: `restore`
     may pad these and cut them into tiles. Those that train on something else than ``A(x)`` of clean pictures x, such as
-    ``A(x)`` and noise, have ``measure(x)`` for it: images may come out smaller than x, which is its centre then.
+    ``A(x)`` and noise, have ``measure(x, shared, own)`` for it: images may come out smaller than x, which is its centre
+    then. What it draws for the whole batch comes from the generator ``shared`` (of the CPU), what it draws for each
+    image from that image's generator in the list ``own`` (of x's device). Training seeds them so that neither the
+    number of processes nor that of accumulation steps changes a measurement.
     """
 
     def A(self, x: Tensor) -> Tensor: ...
@@ -160,10 +163,23 @@ class Blur(nn.Module):
             extended = x.to(self.kernel.dtype).index_select(-2, rows).index_select(-1, columns)
             return F.conv2d(extended, self._taps(x), groups=x.shape[1])
 
-    def measure(self, x: Tensor) -> Tensor:
-        """``A(x)`` with noise, drawn from PyTorch's generator."""
+    def measure(
+        self, x: Tensor, shared: torch.Generator | None = None, own: list[torch.Generator] | None = None
+    ) -> Tensor:
+        """``A(x)`` of images (B, C, H, W) with noise.
+
+        Args:
+            x: the images.
+            shared: not used.
+            own: a generator for the noise of each image, on x's device; default: PyTorch's own for all of them.
+        """
         y = self.A(x)
-        return y + self.noise * torch.randn_like(y) if self.noise else y
+        if not self.noise:
+            return y
+        if own is None:
+            return y + self.noise * torch.randn_like(y)
+        noise = [torch.randn(y.shape[1:], generator=g, dtype=y.dtype, device=y.device) for g in own]
+        return y + self.noise * torch.stack(noise)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         """The adjoint, also at the borders: (B, C, H, W) to images of that size."""
@@ -209,18 +225,28 @@ class MotionBlur(Blur):
         self.register_buffer("kernel", None, persistent=False)  # it is of one step
         self.shortest, self.longest = shortest, longest
 
-    def measure(self, x: Tensor) -> Tensor:
+    def measure(
+        self, x: Tensor, shared: torch.Generator | None = None, own: list[torch.Generator] | None = None
+    ) -> Tensor:
         """Images (B, C, H, W), blurred alike; the centre, which the blur reaches from beyond the borders as it does in
         a photograph: (B, C, H - 2m, W - 2m), with m a multiple of 8.
+
+        Args:
+            x: the images.
+            shared: a generator for the kernel, on the CPU; default: PyTorch's own.
+            own: see `Blur.measure`.
+
+        Raises:
+            UserError: images that are too small for the blur.
         """
         from dgunet.synthesis import motion_kernel  # with NumPy's random numbers, which take long to import
 
-        rng = np.random.default_rng(torch.randint(2**62, ()).item())
+        rng = np.random.default_rng(torch.randint(2**62, (), generator=shared).item())
         self.kernel = torch.from_numpy(motion_kernel(rng, (self.shortest, self.longest))).to(x.device)
         m = self.margin
         if min(x.shape[-2:]) < 2 * m + MULTIPLE:
             raise UserError(f"crops for blurs of {self.longest:g} pixels are at least {2 * m + MULTIPLE} pixels large")
-        return super().measure(x)[..., m:-m, m:-m]
+        return super().measure(x, shared, own)[..., m:-m, m:-m]
 
     @property
     def margin(self) -> int:

@@ -73,13 +73,8 @@ def launch(function: Callable, cfg, *args):
 
 def _count(cfg) -> int:
     gpus = torch.cuda.device_count() if cfg.DEVICE != "cpu" else 0
-    if cfg.DEVICE == "cuda" and gpus == 0:
-        raise UserError("DEVICE is cuda but PyTorch sees no GPU; check nvidia-smi and the driver, or use DEVICE cpu")
     if gpus == 0:
-        if cfg.GPU and cfg.DEVICE != "cpu":
-            raise UserError(
-                f"GPU lists {list(cfg.GPU)} but PyTorch sees no GPU; check nvidia-smi and the driver, or use DEVICE cpu"
-            )
+        training_device(cfg)  # refuses a config that asks for GPUs
         return max(cfg.PROCESSES, 1)
     absent = [index for index in cfg.GPU if not 0 <= index < gpus]
     if absent:

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import operator
+import os
 import signal
 import sys
 import time
@@ -18,8 +20,8 @@ from dgunet import distributed
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.config import changed_keys, format_config
 from dgunet.data import changed_items, fingerprint
-from dgunet.errors import UserError
-from dgunet.learner import Learner
+from dgunet.errors import UserError, shorten
+from dgunet.learner import Counts, Learner
 from dgunet.metrics import psnr_batch
 from dgunet.model import DGUNet, FromImages
 from dgunet.patches import EpochBatches, TrainingSet, ValidationSet, loading
@@ -46,10 +48,17 @@ def _run_folder(cfg) -> Path:
     return Path(cfg.TRAINING.SAVE_DIR) / cfg.MODEL.SESSION
 
 
-def latest_to_resume(cfg) -> Path | None:
+# The files of a run's folder that it can be resumed from, the one to prefer first.
+_STATES = ("model_latest.pth", "model_best.pth")
+
+# A second signal that comes so many seconds after the first is no echo of it.
+_LATE = 5
+
+
+def state_to_resume(cfg) -> Path | None:
     """The state that a run is to continue from, if there is one."""
-    latest = _run_folder(cfg) / "model_latest.pth"
-    return latest if cfg.TRAINING.RESUME and latest.exists() else None
+    states = [_run_folder(cfg) / name for name in _STATES]
+    return next((path for path in states if cfg.TRAINING.RESUME and path.exists()), None)
 
 
 class Trainer:
@@ -82,17 +91,21 @@ class Trainer:
         self.batches = EpochBatches(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
         self.learner = Learner(cfg, model)
         self.device = self.learner.device
-        self.measured = hasattr(model.degradation, "measure")  # with random numbers
         self.schedule = EpochSchedule(self.learner.optimizer, cfg.OPTIM)
 
         self.epoch, self.step = 1, 0  # the epoch under way and the steps done in it
         self.best = {"psnr": float("-inf"), "epoch": 0}
         self.last_psnr = float("nan")
+        self.validation_due = False  # that of the last step was interrupted
+        self.returns = 0  # to good weights, after steps without a finite loss
         self.log = RunLog(self.folder, cfg.MODEL.SESSION, cfg.OPTIM.NUM_EPOCHS, self.batches.steps, self.main)
         self.resumed: Path | None = None  # the file that the run was continued from
         self.changed: list[str] = []  # keys of the config that were others then
         self.validation_changed = False  # its pictures, or what it does with them
+        self.notes: list[str] = []  # what the user should know about how the run begins
         self.signal_received = self.stopped = 0  # signals' numbers: this process's, and the one all agree to stop for
+        self.signal_time = 0.0
+        self.training_since = 0.0  # when the epoch's training began, later by what was spent on other things
         self.look_every = 1  # steps between two looks at the counters, which make the CPU wait for the device
         self.last_save = time.monotonic()
 
@@ -100,6 +113,9 @@ class Trainer:
 
     def fit(self):
         """Train until the last epoch; SIGTERM or Ctrl-C saves and exits with 128 + the signal's number.
+
+        A validation under way is interrupted for that, and done when the run is resumed. A second signal, some seconds
+        after the first, ends the run at once.
 
         Raises:
             UserError: another training is at work in the folder; as `take_up` does; a picture that cannot be used;
@@ -113,9 +129,13 @@ class Trainer:
                 (self.folder / "config.yaml").write_text(format_config(self.cfg) + "\n")
             self.learner.join_group()
             with self.log, self._signals_noted(), self._loading() as loader:
+                for note in self.notes:
+                    log.info(note)
                 if self.resumed is not None:
                     log.info("continuing %s: epoch %d, step %d", self.resumed, self.epoch, self.step)
-                if self.step == self.batches.steps:  # saved at the end of an epoch
+                else:
+                    self.learner.keep_good_weights()
+                if self.step == self.batches.steps and not self.validation_due:  # saved at the end of an epoch
                     self._next_epoch()
                 while self.epoch <= self.cfg.OPTIM.NUM_EPOCHS and self._run_epoch(loader):
                     self._next_epoch()
@@ -131,28 +151,32 @@ class Trainer:
         self.schedule.go_to(self.epoch)
         self.batches.epoch, self.batches.start = self.epoch, self.step
         validations = validation_steps(self.epoch, steps, cfg)
-        started, first, rate = time.monotonic(), self.step, float("nan")
+        first, rate = self.step, float("nan")
         with self.log.bar(self.epoch, self.step) as bar:
-            for input, target in loader:
-                if self.measured:  # drawn anew for each step, by nothing that came before it
-                    torch.manual_seed(hash((cfg.SEED, self.epoch, self.step)))
-                self.learner.train_step(self.learner.move(input), self.learner.move(target))
+            if self.validation_due:
+                self._validate_and_save(rate)
+            self.training_since = time.monotonic()
+            for input, target in () if self.stopped else loader:
+                self.learner.train_step(self.learner.move(input), self.learner.move(target), (self.epoch, self.step))
                 self.step += 1
                 bar.update()
-                if self.step % self.look_every == 0 or self.step == steps or self.step in validations:
-                    seconds = (time.monotonic() - started) / (self.step - first)
-                    rate = cfg.OPTIM.BATCH_SIZE / seconds
-                    self._tell_progress(bar, rate, seconds)
-                    self._agree_on_stopping(seconds)
-                if self.step in validations:
-                    self.last_psnr = self.validate()
-                    self._after_validation(rate)
-                elif self.step < steps and time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES:
-                    self._save_latest()  # after the last step only with the epoch's row in the history
-                if self.stopped and self.step < steps:
-                    self._save_latest()
+                if self.step % self.look_every and self.step != steps and self.step not in validations:
+                    continue
+                counts = self.learner.counters.read()  # waits for the device
+                seconds = (time.monotonic() - self.training_since) / (self.step - first)
+                rate = cfg.OPTIM.BATCH_SIZE / seconds
+                self._tell_progress(bar, counts, rate, seconds)
+                self._act_on_bad_steps(counts)
+                self._agree_on_stopping(seconds)
+                with self._not_training():
+                    due = time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES
+                    if self.step in validations:
+                        self._validate_and_save(rate)
+                    elif self.step < steps and (due or self.stopped):
+                        self._save_latest()  # after the last step only with the epoch's row in the history
+                if self.stopped:
                     break
-        if self.step == steps and steps not in validations:
+        if first < self.step == steps and steps not in validations:
             self._record(rate, validated=False)
             self._save_latest()
         if self.stopped:
@@ -166,19 +190,40 @@ class Trainer:
         self.epoch, self.step = self.epoch + 1, 0
         self.learner.counters.next_epoch()
 
-    def _tell_progress(self, bar, rate: float, seconds: float):
-        """Read the counters and show them; after too many bad steps give up."""
-        counts = self.learner.counters.read()
+    @contextlib.contextmanager
+    def _not_training(self):
+        """What is done within does not count for the images that are trained on in a second."""
+        before = time.monotonic()
+        yield
+        self.training_since += time.monotonic() - before
+
+    def _tell_progress(self, bar, counts: Counts, rate: float, seconds: float):
         psnr = f"{self.last_psnr:.2f}" if self.last_psnr == self.last_psnr else "-"
         status = f"loss {counts.mean_loss:.4f}, PSNR {psnr}, lr {self.learner.rate:.1e}, {rate:.1f} images/s"
         self.log.progress(bar, self.epoch, self.step, status, seconds)
-        if counts.skipped_in_a_row >= self.cfg.OPTIM.MAX_BAD_STEPS:
+
+    def _act_on_bad_steps(self, counts: Counts):
+        """After some steps in a row without a finite loss go back to good weights, after too many give up."""
+        optim, bad = self.cfg.OPTIM, counts.skipped_in_a_row
+        may_return = optim.RETURN_AFTER_BAD_STEPS < optim.MAX_BAD_STEPS and self.returns < optim.MAX_RETURNS
+        due = may_return and 0 < optim.RETURN_AFTER_BAD_STEPS <= bad
+        if due and self.learner.return_to_good_weights():
+            self.returns += 1
+            self.schedule.lower(optim.RETURN_LR_FACTOR)
+            log.info(
+                "epoch %d, step %d: loss or gradient was not finite in %d steps in a row; went back to the %s, cleared "
+                "Adam's moments and lowered the lr to %.2e (return %d of at most %d)",
+                self.epoch, self.step, bad, "averaged weights" if optim.EMA_DECAY else "last good weights",
+                self.learner.rate, self.returns, optim.MAX_RETURNS,
+            )  # fmt: skip
+        elif bad >= optim.MAX_BAD_STEPS:
             best = self.folder / "model_best.pth"
             again = f"; start again from {best} (MODEL.WEIGHTS)" if best.exists() else ""
+            returned = f", also after {self.returns} returns to good weights" if self.returns else ""
             raise UserError(
-                f"loss or gradient was not finite in {counts.skipped_in_a_row} steps in a row (epoch {self.epoch})"
-                f"{again}. Try a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or SPEED.AMP fp32, and check the data "
-                "for broken pictures"
+                f"loss or gradient was not finite in {bad} steps in a row (epoch {self.epoch}){returned}{again}. Try "
+                "a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or SPEED.AMP fp32, and check the data for broken "
+                "images"
             )
 
     def _agree_on_stopping(self, seconds: float):
@@ -188,40 +233,70 @@ class Trainer:
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
         self.stopped, seconds = int(agreed[0]), agreed[1].item()
         # Often enough to stop within some seconds; on the CPU a look costs nothing.
-        self.look_every = 1 if self.device.type == "cpu" else max(1, min(20, int(3 / seconds)))
+        if seconds:
+            self.look_every = 1 if self.device.type == "cpu" else max(1, min(20, int(3 / seconds)))
 
     @torch.inference_mode()
-    def validate(self) -> float:
-        """Mean PSNR (protocol ``train_rgb``) of the final estimate over the validation set, whatever the processes."""
+    def validate(self) -> float | None:
+        """Mean PSNR (protocol ``train_rgb``) of the final estimate over the validation set, whatever the processes.
+
+        Images that are restored exactly, whose PSNR is infinite, are left out of the mean, and counted in the log; only
+        where all are is it infinite. None where a signal has interrupted the validation.
+        """
         model = FromImages(self.learner.result)
         model.eval()
         torch.backends.cudnn.benchmark = len(self.val_set.sizes) == 1
         scores = torch.zeros(len(self.val_set), dtype=torch.float64, device=self.device)
         mine = range(self.rank, len(self.val_set), self.world)
-        subset, done = Subset(self.val_set, mine), 0
-        loaded = loading(subset, self.cfg.TRAINING.WORKERS, batch_size=self._validation_batch())
+        subset, done, batch_size = Subset(self.val_set, mine), 0, self._validation_batch()
+        rounds = -(-len(range(0, len(self.val_set), self.world)) // batch_size)  # of the process with the most images
+        loaded = loading(subset, self.cfg.TRAINING.WORKERS, batch_size=batch_size)
         with torch.random.fork_rng(range(torch.cuda.device_count())), loaded as loader:
-            for input, target in loader:
-                if self.measured:  # each picture the same way each time, whatever the processes
-                    torch.manual_seed(hash((self.cfg.SEED, mine[done])))
-                with self.learner.autocast():
-                    restored = model(self.learner.move(input.flatten(0, -4)))[0]  # blocks as pictures of their own
-                indices = list(mine)[done : done + len(input)]
-                target = centre(target, *restored.shape[-2:])
-                target = unit_range(target.to(self.device)).flatten(1, -3)  # and side by side again
-                scores[indices] = psnr_batch(restored.float().reshape(target.shape), target).double()
-                done += len(input)
+            batches = iter(loader)
+            for k in range(rounds):
+                for input, target in itertools.islice(batches, 1):
+                    indices = list(mine)[done : done + len(input)]
+                    # Random measurements are the same each time, whatever the processes.
+                    draws = self.learner.draws((indices[0],), [(index,) for index in indices])
+                    with self.learner.autocast():  # blocks as pictures of their own
+                        restored = model(self.learner.move(input.flatten(0, -4)), *draws)[0]
+                    target = centre(target, *restored.shape[-2:])
+                    target = unit_range(target.to(self.device)).flatten(1, -3)  # and side by side again
+                    scores[indices] = psnr_batch(restored.float().reshape(target.shape), target).double()
+                    done += len(input)
+                if k + 1 < rounds:
+                    self._agree_on_stopping(0.0)
+                if self.stopped:
+                    break
         model.train()
         torch.backends.cudnn.benchmark = True
-        return distributed.sum_over_processes(scores).mean().item()
+        if self.stopped:
+            return None
+        scores = distributed.sum_over_processes(scores)
+        others = scores[scores != math.inf]
+        exact = len(scores) - len(others)
+        if exact:
+            log.info("%d of %d validation images are restored exactly and left out of the mean", exact, len(scores))
+        return others.mean().item() if len(others) else math.inf
 
     def _validation_batch(self) -> int:
         """Pictures at once: no more pixels than in a training pass, as far as they are of one size."""
         sizes = self.val_set.sizes
-        if len(sizes) > 1 or self.measured:
+        if len(sizes) > 1 or self.learner.measured:
             return 1
         pixels = max(map(math.prod, sizes))
         return max(1, self.learner.share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
+
+    def _validate_and_save(self, rate: float):
+        """Validate, unless a signal stops the run before the end of that: it is then done when the run is resumed."""
+        psnr = None if self.stopped else self.validate()
+        self.validation_due = psnr is None
+        if psnr is None:
+            self._save_latest()
+        else:
+            self.last_psnr = psnr
+            self._after_validation(rate)
+            self._agree_on_stopping(0.0)
 
     def _after_validation(self, rate: float):
         better = self.last_psnr > self.best["psnr"]
@@ -251,8 +326,11 @@ class Trainer:
             "best_psnr": self.best["psnr"] if self.best["epoch"] else None,
             "images_per_second": round(rate, 2),
             "skipped_steps": counts.skipped,
+            "returns": self.returns,
         }
         self.log.record(row, self.best["epoch"])
+        if counts.skipped_in_a_row == 0 and not (validated and math.isnan(self.last_psnr)):
+            self.learner.keep_good_weights()
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 
@@ -260,27 +338,66 @@ class Trainer:
         """Continue the run in the folder, if it is to be continued; one that is not must not be there.
 
         Raises:
-            UserError: there is another run; a state that is damaged, or of another network or other data; a folder
-                that not all processes see.
+            UserError: there is another run, or none to continue; a state that is damaged, or of another network or
+                other data; a folder that not all processes see.
         """
-        latest = latest_to_resume(self.cfg)
-        found = torch.tensor(float(latest is not None), device=self.device)
+        path = state_to_resume(self.cfg)
+        found = torch.tensor(float(path is not None), device=self.device)
         everywhere = distributed.sum_over_processes(found).item()
         if everywhere not in (0, self.world):
             raise UserError(
                 f"only {everywhere:.0f} of {self.world} processes see {self.folder / 'model_latest.pth'}; "
                 "TRAINING.SAVE_DIR must be on a disk that all machines share"
             )
-        if latest is not None:
-            self.load_state_dict(read_checkpoint(latest), latest)
+        self.notes = []
+        if path is not None:
+            self._resume_from(path)
             # By another measure, what was best would stay for ever; or killed before it was written for the first time.
             if self.validation_changed or not (self.folder / "model_best.pth").exists():
                 self.best = {"psnr": float("-inf"), "epoch": 0}
-        elif self.main and any(self.folder.glob("model_*.pth")):
+        elif self.main:
+            self._check_that_nothing_is_there()
+
+    def _resume_from(self, path: Path):
+        latest, best = (self.folder / name for name in _STATES)
+        try:
+            self.load_state_dict(read_checkpoint(path), path)
+        except UserError as error:
+            if path == best:
+                raise UserError(f"{latest} is missing, and the other state of the run is of no use: {error}") from error
+            try:
+                self.load_state_dict(read_checkpoint(best), best)
+            except UserError:
+                raise error from None
             raise UserError(
-                f"{self.folder} holds another run; continue it with TRAINING.RESUME True, "
-                "or give this one its own name with MODEL.SESSION NAME"
+                f"{error}. {best} can be resumed (epoch {self.epoch}, step {self.step}): move {latest} away for that"
+            ) from error
+        if path == best:
+            self.notes.append(f"{latest} is missing: the run is resumed from {best}, which may be older")
+
+    def _check_that_nothing_is_there(self):
+        resume, weights = self.cfg.TRAINING.RESUME, [*self.folder.glob("model_*.pth")]
+        if weights and resume:
+            newest = max(weights, key=lambda path: path.stat().st_mtime)
+            raise UserError(
+                f"{self.folder} holds a run, but neither {' nor '.join(_STATES)} to resume it from; put one back, or "
+                f"start another run from its weights with MODEL.SESSION NAME MODEL.WEIGHTS {newest}"
             )
+        if weights:
+            resumable = any(path.name in _STATES for path in weights)
+            advice = "continue it with TRAINING.RESUME True, or " if resumable else ""
+            raise UserError(
+                f"{self.folder} holds another run; {advice}give this one its own name with MODEL.SESSION NAME"
+            )
+        if resume is True:
+            others = sorted(path.parent.name for path in self.folder.parent.glob(f"*/{_STATES[0]}"))
+            there = f" (runs there: {shorten(others)})" if others else ""
+            raise UserError(
+                f"there is no run to resume in {self.folder}; check MODEL.SESSION and TRAINING.SAVE_DIR{there}, or "
+                "begin one with TRAINING.RESUME auto, which resumes it later"
+            )
+        if resume:
+            self.notes.append(f"nothing to resume in {self.folder}: starting from scratch")
 
     @functools.cached_property
     def data(self) -> dict:
@@ -304,6 +421,9 @@ class Trainer:
             "step": self.step,
             "best": self.best,
             "last_psnr": self.last_psnr,
+            "validation_due": self.validation_due,
+            "returns": self.returns,
+            "lr_factor": self.schedule.factor,
             "history": self.log.rows,
             "random": random,
             "data": self.data,
@@ -320,6 +440,8 @@ class Trainer:
         self.learner.load_state_dict(state, path)
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.last_psnr = state["best"], state["last_psnr"]
+        self.validation_due = state.get("validation_due", False)
+        self.returns, self.schedule.factor = state.get("returns", 0), state.get("lr_factor", 1.0)
         self.log.rows = state["history"]
         loaders = {
             "random": self._load_random, "config": self._compare_config, "data": self._compare_data,
@@ -397,11 +519,17 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals_noted(self):
-        """Within, SIGTERM and Ctrl-C are noted, for the loop to stop at the end of a step."""
+        """Within, SIGTERM and Ctrl-C are noted, for the loop to stop at the end of a step; a late second one exits."""
 
         def note(number, _):
-            self.signal_received = number
+            if not self.signal_received:
+                self.signal_received, self.signal_time = number, time.monotonic()
+            elif time.monotonic() - self.signal_time > _LATE:
+                if dist.is_initialized():
+                    os._exit(128 + number)  # nothing that would wait for the others
+                sys.exit(128 + number)
 
+        self.signal_received = self.stopped = 0
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield

@@ -33,8 +33,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def training_device(cfg) -> torch.device:
-    """The device of this one of a training's processes: its own GPU of those that the config lists, or the CPU."""
-    if cfg.DEVICE == "cpu" or not torch.cuda.is_available():
+    """The device of this one of a training's processes: its own GPU of those that the config lists, or the CPU.
+
+    Raises:
+        UserError: the config asks for GPUs, and PyTorch sees none.
+    """
+    if cfg.DEVICE == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if cfg.DEVICE == "cuda" or cfg.GPU:
+            asked = "DEVICE is cuda" if cfg.DEVICE == "cuda" else f"GPU lists {list(cfg.GPU)}"
+            raise UserError(f"{asked} but PyTorch sees no GPU; check nvidia-smi and the driver, or use DEVICE cpu")
         return torch.device("cpu")
     listed = list(cfg.GPU) or list(range(torch.cuda.device_count()))
     return torch.device("cuda", listed[int(os.environ.get("LOCAL_RANK", 0))])

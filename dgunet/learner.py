@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dgunet import distributed
-from dgunet.checkpoint import load_weights, weights_of
-from dgunet.errors import UserError
+from dgunet.checkpoint import check_tensors, load_weights, weights_of
+from dgunet.errors import UserError, shorten
 from dgunet.hardware import autocast_dtype, memory_format, training_device
 from dgunet.losses import LOSSES, StageLoss
 from dgunet.model import DGUNet, FromImages
@@ -70,7 +70,7 @@ class Learner:
     """
 
     def __init__(self, cfg, model: DGUNet):
-        self.cfg, self.world = cfg, distributed.world_size()
+        self.cfg, self.rank, self.world = cfg, distributed.rank(), distributed.world_size()
         graphs = cfg.SPEED.COMPILE and cfg.SPEED.COMPILE_MODE in ("reduce-overhead", "max-autotune")
         if graphs and cfg.OPTIM.ACCUMULATE > 1:
             raise UserError(
@@ -83,15 +83,19 @@ class Learner:
         self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)
         self.model = model.to(self.device, memory_format=self.memory_format)
         self.network = FromImages(self.model)  # what runs the forward pass; after `join_group` distributed
+        self.measured = hasattr(model.degradation, "measure")  # with random numbers
         weights = {name: cfg.LOSS[name.upper()] for name in LOSSES}
         self.loss = StageLoss(weights, cfg.LOSS.CLAMP).to(self.device)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=cfg.OPTIM.LR_INITIAL, betas=(0.9, 0.999), eps=1e-8,
             weight_decay=cfg.OPTIM.WEIGHT_DECAY, fused=True,
         )  # fmt: skip
         self.ema = copy.deepcopy(model).requires_grad_(False) if cfg.OPTIM.EMA_DECAY > 0 else None
-        self.averaged = 0  # steps that went into it
+        self.averaged = 0  # steps since its first weights, which are those of the first good step
+        self.good: dict[str, Tensor] | None = None  # trained weights, see `keep_good_weights`
+        self.good_is_current = False  # they are the present ones
         self.counters = StepCounters(self.device)
         if cfg.SPEED.COMPILE:
             self.model.compile(mode=cfg.SPEED.COMPILE_MODE)
@@ -102,26 +106,52 @@ class Learner:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.network, device_ids, gradient_as_bucket_view=True)
 
-    def train_step(self, input: Tensor, target: Tensor):
+    def draws(self, shared: tuple[int, ...], own: list[tuple[int, ...]]) -> tuple:
+        """The generators for `Degradation.measure`, each seeded by SEED and the numbers given.
+
+        Args:
+            shared: of what a batch has in common.
+            own: of each image.
+        """
+        seeded = lambda device, key: torch.Generator(device).manual_seed(hash((self.cfg.SEED, *key)))  # noqa: E731
+        return (seeded("cpu", shared), [seeded(self.device, key) for key in own]) if self.measured else ()
+
+    def train_step(self, input: Tensor, target: Tensor, time: tuple[int, int] | None = None):
         """One optimisation step on this process's share of a batch; nothing here waits for the device.
 
-        Where the loss or the gradient is not finite the weights stay as they are and the step is counted as skipped.
+        Where the loss or the gradient is not finite the weights, also the averaged ones, stay as they are and the step
+        is counted as skipped. (Until the first step that is not, averaging does wait for the device.)
+
+        Args:
+            input, target: images (B, C, H, W) in [0, 1].
+            time: (epoch, step), of which a random measurement is a function; default: PyTorch's generator makes it.
+
+        Raises:
+            UserError: the loss does not depend on a parameter.
         """
         passes = self.cfg.OPTIM.ACCUMULATE
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
+        self.good_is_current = False
         for i, (part, part_target) in enumerate(zip(input.chunk(passes), target.chunk(passes), strict=True)):
             if isinstance(self.network, DistributedDataParallel):
                 self.network.require_backward_grad_sync = i == passes - 1  # gradients travel once, with the last pass
+            first = (self.rank * passes + i) * len(part)  # in the batch of all processes
+            draws = () if time is None else self.draws(time, [(*time, first + k) for k in range(len(part))])
             with self.autocast():
-                estimates = self.network(part)
+                estimates = self.network(part, *draws)
             part_loss = self.loss(estimates, centre(part_target, *estimates[0].shape[-2:])) / passes
             part_loss.backward()
             loss += part_loss.detach()
         loss = distributed.sum_over_processes(loss) / self.world
 
-        gradients = [p.grad for p in self.parameters]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        unused = [name for name, p in self.trained.items() if p.grad is None]
+        if unused:  # several processes could not train them, nor could Adam's moments be saved
+            raise UserError(
+                f"the loss has no gradient for {shorten(unused)}; leave out what the network does not use, or freeze "
+                "it with requires_grad_(False) before the Trainer is made"
+            )
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
         if self.cfg.OPTIM.CLIP_NORM > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.OPTIM.CLIP_NORM, norm)
         finite = torch.isfinite(loss + norm)
@@ -135,12 +165,39 @@ class Learner:
     @torch.no_grad()
     def _average(self):
         """As AveragedModel does, whose count of the steps is a tensor on the device: each step would wait for it."""
+        skipped = self.optimizer.found_inf
         if self.averaged == 0:
             self.ema.load_state_dict(self.model.state_dict())  # with what is not trained, such as a fixed matrix
-        else:
-            averaged, current = list(self.ema.parameters()), list(self.model.parameters())
-            torch._foreach_lerp_(averaged, current, 1 - self.cfg.OPTIM.EMA_DECAY)
+            self.averaged = 1 - int(skipped)
+            return
+        averaged, current = list(self.ema.parameters()), list(self.model.parameters())
+        # Towards the weights, or after a skipped step towards the average itself; both to the last bit.
+        aim = torch._foreach_mul(current, 1 - skipped)
+        torch._foreach_add_(aim, torch._foreach_mul(averaged, skipped))
+        torch._foreach_lerp_(averaged, aim, 1 - self.cfg.OPTIM.EMA_DECAY)
         self.averaged += 1
+
+    @torch.no_grad()
+    def keep_good_weights(self):
+        """Copy the present weights, to return to; where EMA is on, that is to the averaged ones, and nothing is copied.
+
+        Nor is it where the run shall never return (RETURN_AFTER_BAD_STEPS 0).
+        """
+        if self.ema is None and self.cfg.OPTIM.RETURN_AFTER_BAD_STEPS:
+            self.good = {name: p.clone() for name, p in self.trained.items()}
+            self.good_is_current = True
+
+    @torch.no_grad()
+    def return_to_good_weights(self) -> bool:
+        """Go back to the averaged weights, or those kept, and clear Adam's moments; False where they are not finite."""
+        good = self.good if self.ema is None else dict(self.ema.named_parameters())
+        if good is None or not all(good[name].isfinite().all() for name in self.trained):
+            return False
+        torch._foreach_copy_(self.parameters, [good[name] for name in self.trained])
+        torch._foreach_zero_([moment for moments in self.optimizer.state.values() for moment in moments.values()])
+        self.counters.skipped_in_a_row.zero_()
+        self.good_is_current = True
+        return True
 
     @property
     def result(self) -> DGUNet:
@@ -170,6 +227,8 @@ class Learner:
         }
         if self.ema is not None:
             state |= {"raw_state_dict": self.model.state_dict(), "averaged": self.averaged}
+        if self.good is not None and not self.good_is_current:
+            state["good_weights"] = self.good
         return state
 
     def load_state_dict(self, state: dict, path):
@@ -186,3 +245,9 @@ class Learner:
             self.averaged = state["averaged"]
         load_moments(self.optimizer, state["optimizer"]["state"], path)
         self.counters.values.copy_(torch.tensor(state["totals"], dtype=torch.float64))
+        self.keep_good_weights()
+        if self.good is not None and "good_weights" in state:
+            check_tensors(self.good, state["good_weights"], path, "the good weights of this run")
+            for name, weights in self.good.items():
+                weights.copy_(state["good_weights"][name])
+            self.good_is_current = False

@@ -273,16 +273,16 @@ def _check_arguments(arguments: dict):
 class FromImages(nn.Module):
     """A network as it is trained, from images: where its degradation is known, clean ones, which are measured first.
 
-    Estimates smaller than the images are of their centres, see `Degradation`.
+    Estimates smaller than the images are of their centres. `Degradation` says why, and which generators ``draws`` are.
     """
 
     def __init__(self, model: DGUNet):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, *draws) -> list[Tensor]:
         known = self.model.degradation
-        return self.model(x if known is None else getattr(known, "measure", known.A)(x))
+        return self.model(x if known is None else getattr(known, "measure", known.A)(x, *draws))
 
 
 @dataclass(frozen=True)

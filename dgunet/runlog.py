@@ -97,7 +97,8 @@ class RunLog:
             row["images_per_second"], skipped,
         )  # fmt: skip
         with replacing(self.folder / "history.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.rows[0].keys())
+            # Rows of another version may have other columns.
+            writer = csv.DictWriter(file, dict.fromkeys(column for each in (row, *self.rows) for column in each))
             writer.writeheader()
             writer.writerows(self.rows)
         plot_history(self.rows, self.steps, self.folder / "curves.png", self.title)
@@ -141,6 +142,8 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
     ]
     for line in lines:
         print(line)
+    for note in trainer.notes:
+        print(f"note        {note}")
     if trainer.changed:
         print(f"note        these keys differ from the run being continued: {', '.join(trainer.changed)}")
     if trainer.validation_changed:
@@ -154,7 +157,7 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
     for place, (key, label) in enumerate(
         (("loss", "training loss"), ("psnr", "validation PSNR [dB]"), ("lr", "learning rate")), start=1
     ):
-        rows = [row for row in history if row[key] is not None and math.isfinite(row[key])]
+        rows = [row for row in history if row.get(key) is not None and math.isfinite(row[key])]
         epochs, values = [row["epoch"] - 1 + row["step"] / steps for row in rows], [row[key] for row in rows]
         axes = figure.add_subplot(1, 3, place)
         axes.plot(epochs, values, marker="." if len(values) > 1 else "o")

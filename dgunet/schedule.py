@@ -37,13 +37,15 @@ class EpochSchedule:
     """
 
     def __init__(self, optimizer: Optimizer, optim):
-        self.epoch = 0
+        self.optimizer, self.epoch = optimizer, 0
+        self.factor = 1.0  # of all rates, see `lower`
         warmup = optim.WARMUP_EPOCHS
         if warmup:
             after = LambdaLR(optimizer, lambda step: decay(warmup + 1 + step, optim))
             self.scheduler = GradualWarmupScheduler(optimizer, 1, warmup, after)
         else:
             self.scheduler = LambdaLR(optimizer, lambda step: decay(max(step, 1), optim))
+        self.rates = self._read_rates()  # of the epoch, without the factor
 
     def go_to(self, epoch: int):
         """Set the optimizer's learning rate to that of an epoch, not before the present one."""
@@ -53,6 +55,20 @@ class EpochSchedule:
             while self.epoch < epoch:
                 self.scheduler.step()
                 self.epoch += 1
+                self.rates = self._read_rates()
+        self._set_rates()
+
+    def lower(self, factor: float):
+        """Multiply the rates of this epoch and of all that follow by a factor."""
+        self.factor *= factor
+        self._set_rates()
+
+    def _set_rates(self):
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.factor
+
+    def _read_rates(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
 
 
 def validation_steps(epoch: int, steps: int, cfg) -> set[int]:

@@ -21,10 +21,19 @@ def _is_a(kind, value) -> bool:
     return isinstance(value, kind)
 
 
-_ROW = {
+# Columns of the history; one of another version may have others, or lack some.
+_COLUMNS = {
     "epoch": int, "step": int, "lr": float, "loss": float, "psnr": float | None, "best_psnr": float | None,
-    "images_per_second": float, "skipped_steps": int,
+    "images_per_second": float, "skipped_steps": int, "returns": int,
 }  # fmt: skip
+
+
+def _is_row(row) -> bool:
+    """Whether it can be a row of the history: one that says when, with values of their types."""
+    if not isinstance(row, dict) or not row.keys() >= {"epoch", "step"}:
+        return False
+    return all(_is_a(_COLUMNS.get(key, str | int | float | None), value) for key, value in row.items())
+
 
 # What a state must hold to be continued, besides the random states and the config proving themselves in use.
 _STATE = {
@@ -37,9 +46,16 @@ _STATE = {
     "best": lambda x: _is_a({"psnr": float, "epoch": int}, x) and not math.isnan(x["psnr"]),
     "last_psnr": lambda x: _is_a(float, x),
     "totals": lambda x: _is_a([float], x) and len(x) == 4 and all(0 <= total < math.inf for total in x),
-    "history": lambda x: _is_a([_ROW], x),
+    "history": lambda x: _is_a(list, x) and all(map(_is_row, x)),
     "random": lambda x: _is_a({"cpu": torch.Tensor, "cuda": torch.Tensor | None}, x),
     "config": lambda x: _is_a(str, x),
+}
+# What states of earlier versions lack; `engine.Trainer` says what these are.
+_LATER = {
+    "validation_due": lambda x: _is_a(bool, x),
+    "returns": lambda x: _is_a(int, x),
+    "lr_factor": lambda x: _is_a(float, x) and 0 <= x <= 1,
+    "good_weights": lambda x: _is_a(dict, x),
 }
 _AVERAGED = {"raw_state_dict": lambda x: _is_a(dict, x), "averaged": lambda x: _is_a(int, x)}
 
@@ -52,6 +68,7 @@ def check_state(state: dict, path):
     """
     needed = _STATE | (_AVERAGED if is_averaged(state) else {})
     damaged = [key for key, holds in needed.items() if key not in state or not holds(state[key])]
+    damaged += [key for key, holds in _LATER.items() if key in state and not holds(state[key])]
     if damaged:
         raise cannot_be_resumed(path, *damaged)
 

@@ -9,7 +9,7 @@ from dgunet.config import parse_args
 from dgunet.data import Pair, exclude, find_images, find_pairs, hold_back, images_by_name
 from dgunet.degradations import named_degradation
 from dgunet.distributed import launch
-from dgunet.engine import Trainer, latest_to_resume
+from dgunet.engine import Trainer, state_to_resume
 from dgunet.errors import UserError
 from dgunet.hardware import keep_freed_memory
 from dgunet.model import VARIANTS, DGUNet, create_model, find_variant
@@ -136,7 +136,7 @@ def build_model(
     arguments = {**cfg.MODEL.OVERRIDES, **({"channels": 1} if cfg.MODEL.GREY else {})}
     model = create_model(cfg.MODEL.NAME, degradation, checkpointing=cfg.SPEED.CHECKPOINTING, **arguments)
     path = cfg.MODEL.WEIGHTS
-    if not path or latest_to_resume(cfg):
+    if not path or state_to_resume(cfg):
         return model
     if missing is not None and not locate(path).exists():
         missing.append(f"no checkpoint at {path}")

@@ -39,7 +39,7 @@ echo; echo "== 2/3  training a small one for sensor noise, as of a camera at a h
 data=Datasets/demo/denoising
 weights=checkpoints/denoising/quickstart/model_best.pth
 $python scripts/make_demo_data.py --task denoising
-$python Denoising/train.py --config configs/denoising/quickstart.yaml TRAINING.RESUME True
+$python Denoising/train.py --config configs/denoising/quickstart.yaml TRAINING.RESUME auto
 
 echo; echo "== 3/3  testing it on photographs it has not seen"
 $python Denoising/test.py --weights $weights --dataset $data/test --results $results --save_images

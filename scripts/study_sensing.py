@@ -79,7 +79,7 @@ def train_variant(name: str, args) -> float:
     for step, (changes, epochs) in enumerate(VARIANTS[name], start=1):
         session = f"{name.replace(':', '')}, step {step}"
         settings = COMMON | changes | {
-            "OPTIM.NUM_EPOCHS": epochs, "MODEL.SESSION": session, "MODEL.WEIGHTS": weights, "TRAINING.RESUME": True,
+            "OPTIM.NUM_EPOCHS": epochs, "MODEL.SESSION": session, "MODEL.WEIGHTS": weights, "TRAINING.RESUME": "auto",
             "TRAINING.TRAIN_DIR": args.train_dir, "TRAINING.SAVE_DIR": args.out,
         }  # fmt: skip
         psnr = train("compressive_sensing", settings, args.options)

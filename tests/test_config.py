@@ -104,6 +104,8 @@ def test_unknown_key_like_no_other():
         ("OPTIM.NUM_EPOCHS", "10.0", 10),
         ("LOSS.CLAMP", "true", True),
         ("LOSS.CLAMP", "False", False),
+        ("TRAINING.RESUME", "auto", "auto"),
+        ("TRAINING.RESUME", "True", True),
         ("GPU", "[0, 1]", [0, 1]),
         ("GPU", "1", [1]),
         ("MODEL.SESSION", "7", "7"),

@@ -4,7 +4,9 @@ import csv
 import errno
 import gc
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,7 +33,7 @@ from dgunet.errors import UserError
 from dgunet.hardware import autocast_dtype, memory_format
 from dgunet.patches import Centres, PairedPatches
 from dgunet.runlog import RunLog, describe, plot_history
-from dgunet.training import build_model, train_command
+from dgunet.training import build_model, find_clean, train_command
 from dgunet.transforms import unit_range
 
 TRAIN = Path(__file__).resolve().parents[1] / "Denoising" / "train.py"
@@ -228,6 +230,78 @@ def test_two_processes_give_the_losses_of_one(folders):
     assert len(one) == len(two) == 6
     np.testing.assert_allclose([float(r["loss"]) for r in one], [float(r["loss"]) for r in two], rtol=0, atol=1e-5)
     np.testing.assert_allclose([float(r["psnr"]) for r in one], [float(r["psnr"]) for r in two], rtol=0, atol=1e-3)
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Drawing them takes longer than the epochs here."""
+    monkeypatch.setattr(dgunet.runlog, "plot_history", lambda *_: None)
+
+
+class PartlyBroken(PairedPatches):
+    """Whose first image is not a number in some epochs."""
+
+    broken: tuple[int, ...] = ()
+
+    def __getitem__(self, key):
+        sample = map(unit_range, super().__getitem__(key))
+        return tuple(side * torch.nan if key[0] in self.broken and key[1] == 0 else side for side in sample)
+
+
+def diverging_trainer(folders, *broken: int, **changed) -> Trainer:
+    """One step in an epoch on known blurs with noise; without a finite loss in the epochs ``broken``."""
+    settings = dict(
+        OPTIM__BATCH_SIZE=8, OPTIM__NUM_EPOCHS=6, OPTIM__SCHEDULE="constant", OPTIM__EMA_DECAY=0.8,
+        OPTIM__RETURN_AFTER_BAD_STEPS=2, MODEL__DEGRADATION="blur", MODEL__KERNEL="motion",
+        MODEL__KERNEL_EXTENT="[3, 9]", MODEL__NOISE=20, TRAINING__TRAIN_PS=40,
+    )  # fmt: skip
+    cfg = load_config(None, options(folders, **settings | changed))
+    train_set = PartlyBroken(find_clean(folders / "train/target"), cfg.TRAINING.TRAIN_PS, seed=cfg.SEED)
+    train_set.broken = broken
+    val_set = Centres(find_clean(folders / "val/target"), cfg.TRAINING.VAL_PS)
+    return Trainer(cfg, build_model(cfg, train_set), train_set, val_set)
+
+
+TWO_HALVES = """
+import pathlib, sys
+from dgunet.config import load_config
+from dgunet.distributed import launch
+from test_engine import diverging_trainer
+
+def work(cfg, folders):
+    for epochs in (5, 6):
+        changed = dict(OPTIM__NUM_EPOCHS=epochs, TRAINING__RESUME="auto", OPTIM__ACCUMULATE=2)
+        diverging_trainer(folders, 3, 4, session="two", **changed).fit()
+
+launch(work, load_config(None, ["DEVICE", "cpu"]), pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_two_processes_that_are_resumed_give_the_losses_of_one(folders, no_curves):
+    """With random blurs and noise, accumulation, EMA, and a divergence that only one of the two sees."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    places = [*sys.path, str(Path(__file__).parent)]
+    common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=os.pathsep.join(places))
+    processes = []
+    for rank in ("0", "1"):
+        environment = os.environ | common | dict(RANK=rank, LOCAL_RANK=rank)
+        command = [sys.executable, "-c", TWO_HALVES, folders]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    diverging_trainer(folders, 3, 4, session="one").fit()
+    for process in processes:
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, out
+    one, two = history(folders, "one"), history(folders, "two")
+    assert len(one) == len(two) == 6 and one[3]["returns"] == "1"
+    for column in ("lr", "skipped_steps", "returns"):
+        assert [row[column] for row in one] == [row[column] for row in two]
+    for column, tolerance in (("loss", 1e-5), ("psnr", 1e-3)):
+        values = [[float(row[column]) for row in rows] for rows in (one, two)]
+        np.testing.assert_allclose(*values, rtol=0, atol=tolerance)
 
 
 def test_torchrun(folders, threads_at_exit):
@@ -464,6 +538,131 @@ def test_many_non_finite_steps_end_the_run(folders):
     assert saved["totals"][3] == 1 and saved["totals"][1] >= 1
 
 
+@pytest.mark.parametrize("skipped_first", [True, False])
+def test_average_stays_where_it_is_in_a_skipped_step(folders, skipped_first):
+    """To the last bit that of the steps that count, also where the first of all does not."""
+    trainer, other = (make_trainer(folders, OPTIM__EMA_DECAY=0.9) for _ in range(2))
+    input, target = batch(trainer)
+    bad, good = torch.full_like(input, torch.nan), (input, input.flip(0), input.flip(3))
+    for x in [bad, *good] if skipped_first else [good[0], bad, good[1], bad, bad, good[2]]:
+        trainer.learner.train_step(x, target)
+    for x in good:
+        other.learner.train_step(x, target)
+    assert_same_weights(trainer.learner.ema.state_dict(), other.learner.ema.state_dict())
+    assert_same_weights(trainer.learner.model.state_dict(), other.learner.model.state_dict())
+
+
+def test_parameter_without_gradient_is_named(folders):
+    """One that is frozen before is not trained, nor missed when the run is resumed."""
+    trainer = make_trainer(folders)
+    trainer.learner.model.middle.register_parameter("spare", torch.nn.Parameter(torch.zeros(1)))
+    cfg, sets = trainer.cfg, (trainer.train_set, trainer.val_set)
+    with pytest.raises(UserError, match="middle.spare.*requires_grad_"):
+        Trainer(cfg, trainer.learner.model, *sets).learner.train_step(*batch(trainer))
+
+    def frozen(**changed) -> Trainer:
+        cfg = load_config(None, options(folders, **changed))
+        model = build_model(cfg, sets[0])
+        model.first.requires_grad_(False)
+        return Trainer(cfg, model, *sets)
+
+    first = frozen(OPTIM__NUM_EPOCHS=1, OPTIM__EMA_DECAY=0.9)
+    before = {name: value.clone() for name, value in first.learner.model.first.state_dict().items()}
+    first.fit()
+    second = frozen(TRAINING__RESUME=True, OPTIM__EMA_DECAY=0.9)
+    second.fit()
+    for weights in (second.learner.model.first, second.learner.ema.first):
+        assert_same_weights(weights.state_dict(), before)
+    assert len(second.log.rows) == 2
+
+
+@pytest.mark.parametrize("words", [["DEVICE", "cuda"], ["GPU", "[0]"]])
+def test_trainer_for_a_gpu_that_is_not_there(folders, monkeypatch, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    trainer = make_trainer(folders)
+    cfg = load_config(None, [*options(folders, DEVICE="auto"), *words])
+    with pytest.raises(UserError, match=f"{words[0]} .*PyTorch sees no GPU"):
+        Trainer(cfg, trainer.learner.model, trainer.train_set, trainer.val_set)
+
+
+# ---------------------------------------------------------------------------------------------------------- divergence
+
+
+@pytest.mark.parametrize("ema", [0.8, 0])
+def test_diverged_run_goes_back_to_good_weights_with_a_lower_rate(folders, no_curves, ema):
+    """Those of the average, or of the last validation; with Adam as new. A run that is resumed does the same."""
+    settings = dict(OPTIM__EMA_DECAY=ema, OPTIM__RETURN_LR_FACTOR=0.25, TRAINING__VAL_AFTER_EVERY=6)
+    trainer, returned = diverging_trainer(folders, 3, 4, session="whole", **settings), []
+    go_back = trainer.learner.return_to_good_weights
+
+    def watched():
+        learner = trainer.learner
+        expected = {name: value.clone() for name, value in learner.result.state_dict().items()}
+        assert ema or not learner.good_is_current
+        assert go_back()
+        assert_same_weights(learner.model.state_dict(), expected)
+        assert not any(value.any() for moments in learner.optimizer.state.values() for value in moments.values())
+        return not returned.append(trainer.epoch)
+
+    trainer.learner.return_to_good_weights = watched
+    trainer.fit()
+    assert returned == [4]
+    rows = trainer.log.rows
+    assert [row["returns"] for row in rows] == [0, 0, 0, 1, 1, 1] and [row["skipped_steps"] for row in rows][2:4] == [
+        1,
+        1,
+    ]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3] * 3 + [2.5e-4] * 3)
+    assert np.isfinite([row["loss"] for row in rows][4:]).all()
+    assert "2 steps in a row" in (folders / "runs/whole/train.log").read_text()
+    for epochs in (3, 5, 6):  # stopped within the bad steps, and after the return
+        parts = diverging_trainer(
+            folders, 3, 4, session="parts", **settings, OPTIM__NUM_EPOCHS=epochs, TRAINING__RESUME="auto"
+        )
+        parts.fit()
+    assert (parts.returns, parts.schedule.factor) == (1, 0.25)
+    assert_same_weights(parts.learner.model.state_dict(), trainer.learner.model.state_dict())
+    assert_same_weights(parts.learner.result.state_dict(), trainer.learner.result.state_dict())
+    assert [row["loss"] for row in parts.log.rows][4:] == [row["loss"] for row in rows][4:]
+
+
+def test_weights_to_return_to_are_saved_where_they_are_not_the_present_ones(folders):
+    trainer = diverging_trainer(folders, OPTIM__EMA_DECAY=0, OPTIM__NUM_EPOCHS=1)
+    trainer.fit()
+    assert "good_weights" not in trainer.state_dict()
+    good = {name: value.clone() for name, value in trainer.learner.model.state_dict().items()}
+    trainer.learner.train_step(*torch.rand(2, 8, 3, 40, 40))
+    trainer.save("model_latest.pth")
+    resumed = diverging_trainer(folders, OPTIM__EMA_DECAY=0, TRAINING__RESUME=True)
+    resumed.take_up()
+    assert not torch.equal(resumed.learner.model.last.rho, good["last.rho"])
+    assert resumed.learner.return_to_good_weights()
+    assert_same_weights(resumed.learner.model.state_dict(), good)
+
+
+def test_run_with_far_too_high_a_rate_is_led_back(folders, no_curves):
+    """That diverges by itself: weights and loss are no longer finite numbers, until the rate is low enough."""
+    changed = dict(OPTIM__LR_INITIAL=1, OPTIM__LR_MIN=0, OPTIM__NUM_EPOCHS=6, OPTIM__WARMUP_EPOCHS=0)
+    trainer = make_trainer(folders, **changed, OPTIM__RETURN_AFTER_BAD_STEPS=2, OPTIM__RETURN_LR_FACTOR=1e-3)
+    trainer.fit()
+    assert trainer.returns >= 1 and trainer.learner.counters.read().skipped_in_a_row == 0
+    assert np.isfinite(trainer.log.rows[-1]["loss"]) and trainer.log.rows[-1]["lr"] <= 1e-3
+
+
+@pytest.mark.parametrize(("returns", "after"), [(2, 1), (0, 1), (5, 0), (5, 3)])
+def test_run_that_returning_does_not_help_gives_up(folders, no_curves, returns, after):
+    """After as many returns as it may make, MAX_BAD_STEPS in a row end it; at once where it may make none."""
+    changed = dict(OPTIM__MAX_RETURNS=returns, OPTIM__RETURN_AFTER_BAD_STEPS=after, OPTIM__MAX_BAD_STEPS=3)
+    trainer = diverging_trainer(folders, *range(20), OPTIM__NUM_EPOCHS=20, **changed)
+    with pytest.raises(UserError, match="not finite in 3 steps in a row"):
+        trainer.fit()
+    made = 2 if (returns, after) == (2, 1) else 0
+    assert (trainer.returns, trainer.epoch) == (made, made + 3)
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
 def test_another_run_is_never_overwritten(folders):
     train(folders, OPTIM__NUM_EPOCHS=1)
     before = weights(folders)
@@ -576,6 +775,88 @@ def test_resume_names_what_changed(folders):
     train(folders, OPTIM__NUM_EPOCHS=1)
     done = train(folders, TRAINING__RESUME=True, OPTIM__LR_INITIAL=5e-4)
     assert "OPTIM.LR_INITIAL" in done.stdout.split("differ from the run being continued")[1]
+
+
+@pytest.fixture
+def finished(folders) -> Path:
+    """The folder of a run of one epoch."""
+    make_trainer(folders, OPTIM__NUM_EPOCHS=1).fit()
+    return folders / "runs/run"
+
+
+def test_run_whose_latest_state_is_missing_is_resumed_from_its_best(folders, finished, capsys):
+    (finished / "model_latest.pth").unlink()
+    trainer = make_trainer(folders, TRAINING__RESUME=True)
+    trainer.fit()
+    assert trainer.resumed == finished / "model_best.pth" and len(trainer.log.rows) == 2
+    for told in (capsys.readouterr().out, (finished / "train.log").read_text()):
+        assert "model_latest.pth is missing" in told and "model_best.pth" in told
+
+
+def only_weights(folder: Path):
+    (folder / "model_latest.pth").unlink()
+    state = read_checkpoint(folder / "model_best.pth")
+    save_checkpoint({key: state[key] for key in ("state_dict", "model")}, folder / "model_best.pth")
+
+
+def only_epochs(folder: Path):
+    (folder / "model_latest.pth").unlink()
+    (folder / "model_best.pth").unlink()
+
+
+def cut(*names: str):
+    return lambda folder: [(folder / name).write_bytes((folder / name).read_bytes()[:-100]) for name in names]
+
+
+def without_epoch(folder: Path):
+    state = read_checkpoint(folder / "model_latest.pth")
+    save_checkpoint({key: state[key] for key in state if key != "epoch"}, folder / "model_latest.pth")
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (only_weights, ["model_latest.pth is missing", "model_best.pth cannot be resumed", "MODEL.WEIGHTS"]),
+        (only_epochs, ["model_latest.pth", "MODEL.WEIGHTS", "model_epoch_1.pth"]),
+        (cut("model_latest.pth"), ["model_latest.pth is not", "model_best.pth can be resumed", "move"]),
+        (without_epoch, ["model_latest.pth cannot be resumed", "model_best.pth can be resumed", "epoch 1, step 4"]),
+        (cut("model_latest.pth", "model_best.pth"), ["model_latest.pth is not"]),
+        (shutil.rmtree, ["no run to resume in", "runs/run", "TRAINING.RESUME auto"]),
+    ],
+)
+def test_run_that_cannot_be_resumed(folders, finished, change, named, resume):
+    """Says what is there, and does not advise what was given."""
+    shutil.copytree(finished, finished.with_name("other"))
+    change(finished)
+    if change is shutil.rmtree:
+        named = [*named, "other"]
+        if resume == "auto":
+            return
+    with pytest.raises(UserError) as error:
+        make_trainer(folders, TRAINING__RESUME=resume)
+    assert all(words in str(error.value) for words in named), error.value
+    assert "TRAINING.RESUME True" not in str(error.value)
+
+
+def test_run_that_resumes_itself_begins_with_a_word(folders, capsys):
+    """What a job that is queued again gives from its first start on."""
+    for epochs, told in ((1, f"nothing to resume in {folders / 'runs/run'}"), (2, "continuing")):
+        make_trainer(folders, TRAINING__RESUME="auto", OPTIM__NUM_EPOCHS=epochs).fit()
+        assert told in capsys.readouterr().out and told in (folders / "runs/run/train.log").read_text()
+    assert [row["epoch"] for row in history(folders)] == ["1", "2"]
+
+
+def test_history_of_another_version(folders, finished):
+    """It may have other columns, or lack some."""
+    state = read_checkpoint(finished / "model_latest.pth")
+    state["history"] = [{"epoch": 1, "step": 4, "loss": 0.5, "ssim": 0.9, "device": "gpu"}]
+    save_checkpoint(state, finished / "model_latest.pth")
+    make_trainer(folders, TRAINING__RESUME=True).fit()
+    first, second = history(folders)
+    assert (first["ssim"], first["device"], first["returns"], first["psnr"]) == ("0.9", "gpu", "", "")
+    assert (second["ssim"], second["returns"]) == ("", "0") and float(second["psnr"]) > 0
+    assert list(second)[:2] == ["epoch", "step"]
 
 
 def stopped_run(folders, **changed) -> Trainer:
@@ -844,6 +1125,113 @@ def test_a_signal_stops_the_epoch_under_way(folders):
     assert stopped.value.code == 128 + signal.SIGTERM
     state = read_checkpoint(folders / "runs/run/model_latest.pth")
     assert (state["epoch"], state["step"]) == (1, 1)
+
+
+def send_sigterm(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop(trainer: Trainer) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        trainer.fit()
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_signal_stops_a_validation_which_is_then_done_again(folders, picture_pairs, no_curves, epoch):
+    """After the batch under way; the last one of the run as well. What comes of it is what would have come."""
+    picture_pairs(folders / "val", count=3, size=(32, 32))
+    settings = dict(OPTIM__EMA_DECAY=0.9, TRAINING__VAL_TIMES=2)
+    make_trainer(folders, session="whole", **settings).fit()
+    trainer, looked_at = make_trainer(folders, **settings), []
+    assert trainer._validation_batch() == 2
+    centre = trainer.val_set.centre
+
+    def signalled(source):
+        if trainer.epoch == epoch and trainer.step == 4:
+            looked_at.append(source)
+            send_sigterm()
+        return centre(source)
+
+    trainer.val_set.centre = signalled
+    assert stop(trainer) == 128 + signal.SIGTERM
+    assert len(looked_at) == 4, "input and target of two pairs"
+    state = read_checkpoint(folders / "runs/run/model_latest.pth")
+    assert (state["epoch"], state["step"], len(state["history"])) == (epoch, 4, 2 * epoch - 1)
+    make_trainer(folders, TRAINING__RESUME=True, **settings).fit()
+    columns = ("epoch", "step", "lr", "loss", "psnr", "best_psnr")
+    one, other = ([[row[c] for c in columns] for row in history(folders, name)] for name in ("whole", "run"))
+    assert one == other
+    assert_same_weights(weights(folders), weights(folders, "whole"))
+
+
+def test_signal_before_a_validation_does_not_wait_for_it(folders):
+    trainer, validated = make_trainer(folders), []
+    step, trainer.validate = trainer.learner.train_step, lambda: validated.append(1) or 20.0
+    trainer.learner.train_step = lambda *given: (step(*given), send_sigterm() if trainer.step == 3 else None)
+    assert stop(trainer) == 128 + signal.SIGTERM and not validated
+    assert read_checkpoint(folders / "runs/run/model_latest.pth")["validation_due"]
+    resumed = make_trainer(folders, TRAINING__RESUME=True)
+    resumed.fit()
+    assert [(row["epoch"], row["step"]) for row in resumed.log.rows] == [(1, 4), (2, 4)]
+
+
+def test_signal_after_a_validation_is_heeded_before_another_step(folders):
+    trainer = make_trainer(folders, TRAINING__VAL_TIMES=2)
+    trainer.validate = lambda: send_sigterm() or 20.0
+    stop(trainer)
+    state = read_checkpoint(folders / "runs/run/model_latest.pth")
+    assert (state["step"], state["validation_due"], len(state["history"])) == (2, False, 1)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_second_signal_ends_a_run_at_once_if_it_is_late(folders, monkeypatch, late):
+    """Not one that comes with the first, as by way of the process that started this one."""
+    monkeypatch.setattr(dgunet.engine, "_LATE", -1 if late else 60)
+    trainer, after = make_trainer(folders), []
+
+    def twice(*_):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.001)  # the handler runs
+        after.append(1)
+
+    trainer.learner.train_step = twice
+    assert stop(trainer) == 128 + (signal.SIGTERM if late else signal.SIGINT)
+    assert bool(after) != late and (folders / "runs/run/model_latest.pth").exists() != late
+
+
+def test_images_per_second_are_those_of_training(folders, no_curves, monkeypatch):
+    """A step takes 2 seconds, each validation and what is saved after it 100."""
+    clock = [0.0]
+    for module in (dgunet.engine, dgunet.runlog):
+        monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: clock[0]}))
+    trainer = make_trainer(folders, TRAINING__VAL_TIMES=4, TRAINING__SAVE_MINUTES=0)
+
+    def spend(seconds, result=None):
+        clock[0] += seconds
+        return result
+
+    step, save = trainer.learner.train_step, trainer.save
+    trainer.learner.train_step = lambda *given: (step(*given), spend(2))
+    trainer.save = lambda *names, **given: (save(*names, **given), spend(50))
+    trainer.validate = lambda: spend(50, 20.0)
+    trainer.fit()
+    assert [row["images_per_second"] for row in trainer.log.rows] == [1.0] * 8  # 2 images in each step
+
+
+@pytest.mark.parametrize(("exact", "expected"), [(1, 20.0), (2, np.inf)])
+def test_images_that_are_restored_exactly_are_counted_and_left_out_of_the_mean(
+    folders, monkeypatch, caplog, exact, expected
+):
+    scores = iter([torch.inf] * exact + [20.0])
+    psnr = lambda restored, target: torch.tensor([next(scores) for _ in restored])  # noqa: E731
+    monkeypatch.setattr(dgunet.engine, "psnr_batch", psnr)
+    with caplog.at_level("INFO", "dgunet"):
+        assert make_trainer(folders).validate() == expected
+    assert [f"{exact} of 2 validation images" in message for message in caplog.messages] == [True]
+    monkeypatch.setattr(dgunet.engine, "psnr_batch", lambda *_: torch.tensor([torch.nan, torch.inf]))
+    assert np.isnan(make_trainer(folders).validate()), "a score that is no number is not left out"
 
 
 def test_validation_takes_as_many_pixels_at_once_as_training(folders):

@@ -409,6 +409,21 @@ def test_blur_measures_with_its_noise():
     assert torch.equal(Blur(blur.kernel).measure(x), blur.A(x))
 
 
+@pytest.mark.parametrize("blur", [Blur(torch.ones(3, 3) / 9, noise=0.1), MotionBlur(3, 9, noise=0.1)])
+def test_measurement_does_not_depend_on_how_a_batch_is_divided(blur):
+    """The kernel is of the batch's generator, noise of each image's own, whichever others are beside it."""
+
+    def measure(images: range) -> torch.Tensor:
+        shared, *own = (torch.Generator().manual_seed(seed) for seed in (7, *images))
+        return blur.measure(x[images], shared, own)
+
+    x = torch.rand(4, 1, 40, 48)
+    whole, parts = measure(range(4)), torch.cat([measure(range(3)), measure(range(3, 4))])
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+    x = x[:1].expand(4, -1, -1, -1)
+    assert (measure(range(4)).std(dim=0) > 0.01).float().mean() > 0.9, "two images do not have the same noise"
+
+
 def test_simulated_blur_is_another_at_each_step_and_comes_in_from_beyond_the_borders():
     blur, x, kernels = MotionBlur(5, 25), torch.rand(2, 1, 72, 80), []
     torch.manual_seed(0)

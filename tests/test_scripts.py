@@ -183,4 +183,4 @@ def test_slurm_file_saves_and_queues_again(tmp_path, told_to_stop):
         assert (tmp_path / "requeued").read_text() == "requeue 1234567\n"
         arguments = (tmp_path / "srun_arguments").read_text()
         assert "--nnodes 2 " in arguments and "--rdzv_endpoint node7:24567 " in arguments
-        assert arguments.endswith(" Deraining/train.py OPTIM.BATCH_SIZE 8 TRAINING.RESUME True\n")
+        assert arguments.endswith(" Deraining/train.py OPTIM.BATCH_SIZE 8 TRAINING.RESUME auto\n")
