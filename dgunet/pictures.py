@@ -14,14 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from dgunet.errors import UserError, optional
-from dgunet.files import open_file, replacing
+from dgunet.files import IMAGE_SUFFIXES, open_file, replacing
 from dgunet.transforms import upright
 
-# What is taken from a folder; of the second line Pillow reads some with a plugin, or nothing does, which is then told.
-SUFFIXES = {
-    *(".png .apng .jpg .jpeg .jpe .jfif .mpo .bmp .dib .gif .tif .tiff .webp .avif .jp2 .ppm .pgm .pnm .tga".split()),
-    *(".heic .heif .hif .dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .jxl".split()),
-}
+SUFFIXES = IMAGE_SUFFIXES  # what is taken from a folder
 MAX_PIXELS = 2**30  # of a picture: OpenCV's limit
 _ORIENTATION = 0x0112  # the EXIF tag
 

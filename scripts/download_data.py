@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prepare_patches import Parser, describe, sidd_pairs
 
-from dgunet.data import IMAGE_SUFFIXES, find_pairs
+from dgunet.data import find_pairs
 from dgunet.errors import UserError, optional, run_cli
+from dgunet.files import IMAGE_SUFFIXES
 
 tqdm = optional("tqdm").tqdm
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
 from dgunet.distributed import sole_writer
 from dgunet.errors import UserError, optional, run_cli
-from dgunet.files import replacing
+from dgunet.files import normal_form, replacing
 
 h5py, tqdm = optional("h5py"), optional("tqdm").tqdm
 
@@ -56,7 +56,7 @@ def paired_pictures(source: Path) -> Iterator[tuple[str, Path]]:
 
 def luma_pictures(source: Path) -> Iterator[tuple[str, Path]]:
     for path in list_images(source):
-        yield path.name, path
+        yield normal_form(path.name), path
 
 
 def pack(file: h5py.File, pictures: dict[str, Path], read):

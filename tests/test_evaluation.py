@@ -731,7 +731,7 @@ def test_evaluate_tells_what_it_could_not_test(tmp_path, tiny_model, picture_pai
     picture_pairs(tmp_path, count=2, size=(16, 16))
     (tmp_path / "input/img2.png").write_bytes(b"no picture")
     result = evaluate(tiny_model(stages=2), tmp_path, "sidd_unit_range")
-    assert (result.images, result.missing) == (1, 1) and "img2.png is not a picture" in result.failures[0]
+    assert (result.images, result.missing) == (1, 1) and "img2.png is no picture" in result.failures[0]
     small = evaluate(tiny_model(stages=2), tmp_path, "deraining_y")
     assert small.images == 1
     photos = evaluate(tiny_model(stages=2), tmp_path / "target", None)
