@@ -14,12 +14,30 @@ from pathlib import Path
 import numpy as np
 
 from dgunet.errors import UserError, optional
-from dgunet.files import IMAGE_SUFFIXES, open_file, replacing
+from dgunet.files import IMAGE_SUFFIXES, RAW_SUFFIXES, open_file, replacing
+from dgunet.tiff import Tiff, is_tiff
 from dgunet.transforms import upright
 
-SUFFIXES = IMAGE_SUFFIXES  # what is taken from a folder
+SUFFIXES = IMAGE_SUFFIXES  # what is taken from a folder; what of it cannot be read is told
 MAX_PIXELS = 2**30  # of a picture: OpenCV's limit
 _ORIENTATION = 0x0112  # the EXIF tag
+_EXIF_BYTES = 65533  # that a JPEG holds
+# What `_container` knows, and what to do with it.
+_NOT_READ = {
+    "raw": "is a camera's raw file; develop it to JPEG, or to TIFF or PNG of 16 bits",
+    "AVIF": "is an AVIF image that this Pillow cannot read; pip install -U pillow, or export it as JPEG",
+    "video": "is a video; save its frames as PNG",
+    "PDF": "is a PDF document; export its pages as PNG",
+    "SVG": "is an SVG drawing; export it as PNG",
+    "JPEG XL": "is a JPEG XL image; export it as JPEG or PNG",
+    "web page": "is a web page; save the image itself",
+}
+# What some photographs hold beside the image: the bytes that it is recognised by, and what it is.
+_FURTHER = {
+    rb"hdrgm:|hdrgainmap|urn:iso:std:iso:ts:21496": "its gain map (what makes it HDR)",
+    rb"(MotionPhoto|MicroVideo)[ =>\"']+1": "its video (motion photo)",
+    rb"GDepth:|aux:depth|auxid:2\b|aux:disparity": "its depth map",
+}
 
 
 @dataclass
@@ -36,41 +54,91 @@ class Picture:
     notes: list[str] = field(default_factory=list)
 
 
+def _container(start: bytes) -> str:
+    """What a file that begins so is, of what Pillow may not read; "" for anything else."""
+    brands = {start[8:12], *(start[k : k + 4] for k in range(16, min(int.from_bytes(start[:4], "big"), 512), 4))}
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start[4:8] == b"ftyp":
+        if brands & {b"avif", b"avis"}:
+            return "AVIF"
+        if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}:
+            return "HEIC"
+        return "raw" if start[8:12] == b"crx " else "video"
+    if start.startswith((b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0")):
+        return "raw"
+    if is_tiff(start) and start[8:10] == b"CR":  # Canon's
+        return "raw"
+    if start[4:8] in (b"moov", b"mdat", b"wide") or start[8:12] == b"AVI " or start.startswith(b"\x1a\x45\xdf\xa3"):
+        return "video"
+    if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL"
+    if b"%pdf-" in text:
+        return "PDF"
+    if text.startswith(b"<") and b"<svg" in text:
+        return "SVG"
+    return "web page" if text.startswith((b"<!doctype html", b"<html")) else ""
+
+
 @contextlib.contextmanager
 def _opened(path: Path):
-    """The picture as Pillow opens it, which reads its header.
+    """The image as Pillow opens it, which reads its header, or a `Tiff`.
 
     Raises:
         UserError: nothing that Pillow knows, here or while it is decoded.
     """
-    image = optional("PIL.Image")
-    if path.suffix.lower() in (".heic", ".heif", ".hif"):
-        with contextlib.suppress(ImportError):
-            optional("pillow_heif").register_heif_opener()
     with open_file(path) as file:
-        limit, image.MAX_IMAGE_PIXELS = image.MAX_IMAGE_PIXELS, None  # 179 megapixels, less than some scans have
+        start = file.read(512)
         try:
-            with image.open(file) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise UserError(f"{path} has {opened.width}x{opened.height} pixels, more than can be read")
-                yield opened
+            opened = _identified(path, file, start)
+            if opened is None:
+                raise UserError(f"{path} {_unknown(path, start)}")
+            if opened.width * opened.height > MAX_PIXELS:
+                raise UserError(f"{path} has {opened.width}x{opened.height} pixels, more than can be read")
+            yield opened
         except (UserError, ImportError, MemoryError):
             raise
-        except image.UnidentifiedImageError as error:
-            raise UserError(f"{path} {_unknown(path)}") from error
         except Exception as error:  # damaged files fail in many ways
             raise UserError(f"{path} cannot be read ({error or type(error).__name__}); it may be damaged") from error
-        finally:
-            image.MAX_IMAGE_PIXELS = limit
 
 
-def _unknown(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix in (".heic", ".heif", ".hif"):
-        return "is a HEIC picture; pip install pillow-heif, or export it as JPEG"
-    if suffix in (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"):
-        return "is a camera's raw file; develop it to JPEG, or to TIFF or PNG of 16 bits"
-    if path.stat().st_size == 0:
+def _identified(path: Path, file, start: bytes):
+    """The image in a file that begins so, or None.
+
+    As `PIL.Image.open`, but of more pixels than its limit, which some scans have; that is one for the whole process.
+    """
+    image = optional("PIL.Image")
+    image.preinit()  # the usual formats first
+    image.init()
+    kind = _container(start)
+    if kind == "HEIC":
+        with contextlib.suppress(ImportError):
+            optional("pillow_heif").register_heif_opener()
+    if kind == "raw" or (is_tiff(start) and path.suffix.lower() in RAW_SUFFIXES):
+        return None  # what Pillow reads of it is a preview
+    if is_tiff(start) and (tiff := Tiff(path, file)).direct:
+        return tiff
+    for factory, accept in [image.OPEN[name] for name in image.ID]:
+        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # it is of another format
+            accepted = not accept or accept(start[:16])
+            if accepted and not isinstance(accepted, str):  # why that format cannot be read here
+                file.seek(0)
+                return factory(file, "")
+    return None
+
+
+def _unknown(path: Path, start: bytes) -> str:
+    """Why a file that begins so is none of those that are read, and what to do."""
+    kind = _container(start)
+    if kind == "HEIC" or (not kind and path.suffix.lower() in (".heic", ".heif", ".hif")):
+        with contextlib.suppress(ImportError):
+            optional("pillow_heif")
+            return "is a HEIC image that pillow-heif cannot read; export it as JPEG"
+        return "is a HEIC image; pip install pillow-heif, or export it as JPEG"
+    if kind := kind or "raw" * (path.suffix.lower() in RAW_SUFFIXES):
+        return _NOT_READ[kind]
+    if is_tiff(start):
+        return "is a TIFF of a kind that cannot be read; save it as RGB or grey, of 8 or 16 bits per channel"
+    if not start:
         return "is empty"
     return "is no picture that can be read; convert it to PNG or JPEG"
 
@@ -89,54 +157,94 @@ def read_picture(path: str | Path) -> Picture:
     """Read a picture of any kind: grey, 8 or 16 bits, with transparency, a palette or CMYK; turned upright by its EXIF.
 
     Raises:
-        UserError: unreadable, damaged, of floating-point values, or larger than `MAX_PIXELS`.
+        UserError: unreadable, damaged, of floating-point values, of a TIFF's properties one that is not understood, or
+            larger than `MAX_PIXELS`.
     """
     path = Path(path)
     with _opened(path) as image:
         notes, keep = [], {}
-        mode, kind, profile = image.mode, image.format, image.info.get("icc_profile")
-        raw = str(image.tile[0][3:]) if image.tile else ""
-        if kind != "MPO" and getattr(image, "n_frames", 1) > 1:  # an MPO's others are previews
-            notes.append(f"the first of its {image.n_frames} pictures")
-        image.load()
-        if mode in ("RGB", "RGBA") and ";16" in raw:  # which Pillow has reduced to 8
-            pixels, alpha = _decode_deep(path)
-            pixels = pixels[..., 0] if "LA;16" in raw else pixels
-        elif mode.startswith("I"):
-            pixels, alpha = np.asarray(image), None
-            if pixels.min() < 0 or pixels.max() > 65535:
-                raise UserError(f"{path} has values of 32 bits; save it with 16")
-            pixels = pixels.astype(np.uint16)
-            if isinstance(clear := image.info.get("transparency"), int):
-                alpha = np.where(pixels == clear, 0, 65535).astype(np.uint16)
-        elif mode == "F":
-            raise UserError(f"{path} has floating-point values, whose range is not known; save it with 16 bits")
-        else:
-            if (bits := _bits(path, image, raw)) > 8:
-                notes.append(f"{bits} bits, now 8")
-            reduced = _in_eight_bits(image, profile, notes)
-            pixels, alpha = np.asarray(reduced), None
-            if reduced.mode in ("LA", "RGBA"):
-                colours, alpha = pixels[..., :-1], pixels[..., -1]
-                pixels = colours[..., 0] if reduced.mode == "LA" else colours
-        turn, exif = _exif(image, keeping=kind in ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF"))
-    if turn != 1:
+        read = _read_tiff if isinstance(image, Tiff) else _read_by_pillow
+        pixels, alpha = read(path, image, notes)
+        turn = _metadata(image, notes, keep)
+        black_and_white = getattr(image, "mode", "") == "1"
+        profile, dpi = image.info.get("icc_profile"), image.info.get("dpi")
+    if turn in range(2, 9):
         pixels, alpha = upright(pixels, turn), None if alpha is None else upright(alpha, turn)
         notes.append("turned upright, as its EXIF data says")
-    if pixels.ndim == 2 and mode != "1":
+    if pixels.ndim == 2 and not black_and_white:
         notes.append("grey, and stays so")
     if pixels.dtype == np.uint16:
         notes.append("16 bits per channel, which are kept")
+        if 0 < (bits := int(pixels.max()).bit_length()) <= 14:
+            told = f"no value above {2**bits - 1} of 65535, and so far too dark if the file is one of {bits} bits"
+            notes.append(f"{told}; multiply its values by {2 ** (16 - bits)} before")
     if alpha is not None:
         notes.append("its transparency is kept as it is")
     if profile and profile[16:20] == (b"GRAY" if pixels.ndim == 2 else b"RGB "):  # not that of CMYK, say
         keep["icc_profile"] = profile
-    dpi = image.info.get("dpi")
-    if exif:
-        keep["exif"] = exif
     if dpi and all(1 < float(value) <= 65535 for value in dpi):  # which every format holds
         keep["dpi"] = tuple(float(value) for value in dpi)
     return Picture(np.ascontiguousarray(pixels), alpha, keep, notes)
+
+
+def _read_tiff(path: Path, image: Tiff, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    if image.n_frames > 1:
+        notes.append(f"the first of its {image.n_frames} pictures")
+    pixels, alpha = image.read()
+    if image.bits not in (8, 16):
+        notes.append(f"{image.bits} bits, now 16")
+    if image.further:
+        notes.append(_told_of_channels(image.further))
+    if image.premultiplied:
+        notes.append("its colours were multiplied by its transparency, and are no longer")
+    return pixels, alpha
+
+
+def _told_of_channels(number: int) -> str:
+    return f"{number} further channel{'s' * (number > 1)}, which the file does not call transparency, not kept"
+
+
+def _read_by_pillow(path: Path, image, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    mode, kind, profile = image.mode, image.format, image.info.get("icc_profile")
+    raw = str(image.tile[0][3:]) if image.tile else ""
+    further = _further(path, kind, profile)
+    notes += [f"{told}, not kept" for told in further]
+    frames = getattr(image, "n_frames", 1)
+    if kind == "MPO":  # of which previews are no loss, and a gain map or depth map is told of
+        entries = image.mpinfo.get(0xB002, [])
+        frames -= sum("Thumbnail" in str(entry["Attribute"]["MPType"]) for entry in entries)
+        frames -= sum("map" in told for told in further)
+    if frames > 1:
+        notes.append(f"the first of its {frames} pictures")
+    if kind == "TIFF":
+        stored = image.tag_v2[256], image.tag_v2[257]
+        # What it decodes into; Pillow would check its size against the limit once more.
+        image.im = optional("PIL.Image").new(mode, stored).im
+    image.load()
+    clear, alpha = image.info.get("transparency"), None
+    if mode in ("RGB", "RGBA") and ";16" in raw:  # which Pillow has reduced to 8
+        pixels, alpha = _decode_deep(path)
+        pixels = pixels[..., 0] if "LA;16" in raw else pixels
+    elif mode.startswith("I"):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise UserError(f"{path} has values of 32 bits; save it with 16")
+        pixels = pixels.astype(np.uint16)
+        if isinstance(clear, int):
+            alpha = np.where(pixels == clear, 0, 65535).astype(np.uint16)
+    elif mode == "F":
+        raise UserError(f"{path} has floating-point values, whose range is not known; save it with 16 bits")
+    else:
+        if (bits := _bits(path, image, raw)) > 8:
+            notes.append(f"{bits} bits, now 8")
+        reduced = _in_eight_bits(image, profile, notes)
+        pixels = np.asarray(reduced)
+        if reduced.mode in ("LA", "RGBA"):
+            colours, alpha = pixels[..., :-1], pixels[..., -1]
+            pixels = colours[..., 0] if reduced.mode == "LA" else colours
+    if kind == "TIFF" and alpha is None and (extra := image.tag_v2.get(338)):
+        notes.append(_told_of_channels(len(extra)))
+    return pixels, alpha
 
 
 def _bits(path: Path, image, raw: str) -> int:
@@ -144,10 +252,32 @@ def _bits(path: Path, image, raw: str) -> int:
     if image.format == "PPM" and (largest := re.search(r"', (\d+)\)", raw)):
         return int(largest[1]).bit_length()
     if image.format == "JPEG2000":
-        with open_file(path) as file:
-            header = file.read().partition(b"\xff\x4f\xff\x51")[2]  # what follows the markers SOC and SIZ
+        header = _content(path).partition(b"\xff\x4f\xff\x51")[2]  # what follows the markers SOC and SIZ
         return (header[38] & 0x7F) + 1 if len(header) > 38 else 8
+    if image.format == "AVIF":
+        flags = [found[1][0] for found in re.finditer(rb"av1C\x81.(.)", _content(path), re.DOTALL)]
+        return max((8 if not flag & 0x40 else 12 if flag & 0x20 else 10 for flag in flags), default=8)
+    if image.format == "HEIF":
+        return image.info.get("bit_depth", 8)
     return 16 if ";16" in raw else 8
+
+
+def _content(path: Path) -> bytes:
+    with open_file(path) as file:
+        return file.read()
+
+
+def _further(path: Path, kind: str, profile: bytes | None) -> list[str]:
+    """What a file holds beside the pixels, and what is not kept of it."""
+    if kind not in ("JPEG", "MPO", "HEIF", "AVIF", "PNG"):
+        return []
+    content = _content(path)
+    found = [told for pattern, told in _FURTHER.items() if kind != "PNG" and re.search(pattern, content)]
+    codes = re.findall(rb"(?:colrnclx\0(?=.\0)|cICP)(.)\0?(.)", content[: 2**16], re.DOTALL)
+    # Colours of BT.709, or as good as, are what an image without a profile is taken for.
+    if not profile and any(primaries[0] not in (1, 2) or transfer[0] in (16, 18) for primaries, transfer in codes):
+        found.append("its colour space, which is wider than sRGB or that of HDR")
+    return found
 
 
 def _in_eight_bits(image, profile: bytes | None, notes: list[str]):
@@ -180,14 +310,62 @@ def _decode_deep(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return pixels[..., 2::-1], pixels[..., 3] if pixels.shape[2] == 4 else None
 
 
-def _exif(image, keeping: bool) -> tuple[int, bytes | None]:
-    """The orientation that decoding did not heed, 1 to 8, and the other data without it; damaged data says nothing."""
+def _metadata(image, notes: list[str], keep: dict) -> int:
+    """The orientation that decoding did not heed, 1 to 8; EXIF data goes into ``keep``, and what does not is told."""
+    turn, info = 0, image.info
     try:
-        exif = image.getexif()
-        turn = exif.pop(_ORIENTATION, 1)
-        return turn if turn in range(1, 9) else 1, exif.tobytes() if keeping and len(exif) else None
-    except Exception:  # fails in many ways
-        return 1, None
+        exif = info.get("exif") or b""
+        if not exif and (text := info.get("Raw profile type exif")):  # as ImageMagick wrote it into PNG
+            exif = bytes.fromhex("".join(text.split("\n")[3:]))
+        if exif:
+            turn, exif = _without_orientation(exif)
+    except (ValueError, struct.error):
+        notes.append("its EXIF data is damaged, and not kept")
+        exif = b""
+    if len(exif) > _EXIF_BYTES and image.format in ("JPEG", "MPO"):
+        notes.append("its EXIF data, which is more than a JPEG holds, not kept")
+        exif = b""
+    if exif:
+        keep["exif"] = exif
+    if image.format == "TIFF" and 34665 in image.tag_v2:
+        notes.append("its EXIF data, not kept")
+    if any(info.get(key) for key in ("xmp", "XML:com.adobe.xmp", "photoshop")):
+        notes.append("its XMP or IPTC data, not kept")
+    if not turn:
+        with contextlib.suppress(Exception):  # damaged data fails in many ways
+            turn = image.orientation if isinstance(image, Tiff) else image.getexif().get(_ORIENTATION)  # of XMP, too
+    return turn if turn in range(1, 9) else 1
+
+
+def _without_orientation(exif: bytes) -> tuple[int, bytes]:
+    """The orientation, 0 for none, and EXIF data without it and without a thumbnail; none if that is all it holds.
+
+    All other bytes stay as and where they are: Pillow cannot write all that it reads, nor reads all, and offsets within
+    makers' notes stay right.
+
+    Raises:
+        ValueError, struct.error: it is no EXIF data.
+    """
+    while exif.startswith(b"Exif\0\0"):
+        exif = exif[6:]
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        raise ValueError("no TIFF header")
+    (at,) = struct.unpack_from(f"{order}I", exif, 4)
+    (count,) = struct.unpack_from(f"{order}H", exif, at)
+    end = at + 2 + 12 * count
+    entries = [exif[k : k + 12] for k in range(at + 2, min(end, len(exif) - 11), 12)]
+    turn, kept = 0, []
+    for entry in entries:
+        tag, kind = struct.unpack_from(f"{order}HH", entry)
+        if tag != _ORIENTATION:
+            kept.append(entry)
+        elif kind in (1, 3, 4):
+            (turn,) = struct.unpack_from(order + {1: "B", 3: "H", 4: "I"}[kind], entry, 8)
+    if not kept:
+        return turn, b""
+    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)  # no other directory follows
+    return turn, b"Exif\0\0" + exif[:at] + directory.ljust(end - at, b"\0") + exif[max(end, at + len(directory)) :]
 
 
 def write_picture(path: str | Path, picture: Picture, comment: str):
@@ -217,8 +395,6 @@ def is_jpeg(path: Path) -> bool:
 
 def _jpeg(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
     options = keep | dict(quality=95, subsampling=0, comment=comment)
-    if len(options.get("exif", b"")) > 65000:  # more than the format holds
-        del options["exif"]
     encoded = io.BytesIO()
     optional("PIL.Image").fromarray(pixels).save(encoded, "JPEG", **options)
     return encoded.getvalue()

@@ -1,9 +1,11 @@
 """The command `dgunet` on tiny pictures of every kind, and any picture read and written."""
 
+import base64
 import errno
 import json
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +16,14 @@ import cv2
 import numpy as np
 import psutil
 import pytest
+import tifffile
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import IFDRational
 
 from dgunet import command, load_model, pictures, pretrained, restore, restoring
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.errors import UserError
-from dgunet.pictures import Picture, comment_of, read_picture, unlike_noise, write_picture
+from dgunet.pictures import Picture, comment_of, look_at, read_picture, unlike_noise, write_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -156,7 +159,7 @@ def test_turned_upright_once(tmp_path, suffix, orientation):
     path = tmp_path / f"a{suffix}"
     if deep and suffix == ".tif":
         tag = [(274, "H", 1, orientation, True)]
-        pytest.importorskip("tifffile").imwrite(path, np.ascontiguousarray(stored), extratags=tag, photometric="rgb")
+        tifffile.imwrite(path, np.ascontiguousarray(stored), extratags=tag, photometric="rgb")
     elif deep:
         write_picture(path, Picture(np.ascontiguousarray(stored), keep={"exif": exif.tobytes()}), "")
     else:
@@ -259,19 +262,301 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path, name, content, told):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+TIFFS = {  # how tifffile writes it; extra samples are 0 to 1 from the left to the right
+    "planar": dict(photometric="rgb", planarconfig="separate"),
+    "planar_deflate": dict(
+        photometric="rgb", planarconfig="separate", compression="zlib", predictor=True, rowsperstrip=5
+    ),
+    "tiles": dict(photometric="rgb", tile=(16, 16), compression="zlib", predictor=True),
+    "planar_tiles": dict(photometric="rgb", tile=(16, 16), planarconfig="separate"),
+    "big_endian": dict(photometric="rgb", byteorder=">", compression="zlib", predictor=True),
+    "big_tiff": dict(photometric="rgb", bigtiff=True, rowsperstrip=3),
+    "white_is_zero": dict(photometric="miniswhite"),
+    "white_is_zero_big_endian": dict(photometric="miniswhite", byteorder=">"),
+    "infrared": dict(photometric="rgb", extrasamples=["unspecified"]),
+    "infrared_planar": dict(photometric="rgb", extrasamples=["unspecified"], planarconfig="separate"),
+    "more": dict(photometric="rgb", extrasamples=["unassalpha", "unspecified", "unspecified"]),
+    "premultiplied": dict(photometric="rgb", extrasamples=["assocalpha"]),
+    "premultiplied_planar": dict(photometric="rgb", extrasamples=["assocalpha"], planarconfig="separate"),
+    "alpha": dict(photometric="rgb", extrasamples=["unassalpha"]),
+    "grey_alpha": dict(photometric="minisblack", extrasamples=["unassalpha"]),
+    "grey_premultiplied": dict(photometric="minisblack", extrasamples=["assocalpha"], planarconfig="separate"),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("name", TIFFS)
+def test_tiff_is_what_its_tags_say(tmp_path, name, dtype):
+    options, most = dict(TIFFS[name]), np.iinfo(dtype).max
+    truth = colours(37, 50, dtype=dtype)
+    truth = truth if options["photometric"] == "rgb" else truth[..., 0]
+    extra = options.get("extrasamples", [])
+    ramp = np.linspace(0.1, 1, 50)[None].repeat(37, 0)
+    stored = most - truth if options["photometric"] == "miniswhite" else truth
+    planes = np.dstack([stored, *[(ramp * most).astype(dtype)] * len(extra)])
+    if "assocalpha" in extra:
+        planes[..., :-1] = np.round(planes[..., :-1] * (planes[..., -1:] / most))
+    if options.get("planarconfig") == "separate":
+        planes = np.ascontiguousarray(planes.transpose(2, 0, 1))
+    order = options.get("byteorder", "<")
+    tifffile.imwrite(tmp_path / "a.tif", planes.squeeze().astype(planes.dtype.newbyteorder(order)), **options)
+    assert look_at(tmp_path / "a.tif") == (37, 50, "TIFF")
+    picture = read_picture(tmp_path / "a.tif")
+    assert picture.pixels.dtype == dtype and picture.pixels.shape == truth.shape
+    assert np.abs(picture.pixels.astype(int) - truth).max() <= (
+        6 if "assocalpha" in extra else 0
+    )  # what is left of them
+    transparent = set(extra) & {"assocalpha", "unassalpha"}
+    assert (picture.alpha is not None) == bool(transparent)
+    if transparent:
+        np.testing.assert_array_equal(picture.alpha, (ramp * most).astype(dtype))
+    assert any("further channel" in note for note in picture.notes) == ("unspecified" in extra)
+    write_picture(tmp_path / "again.png", picture, "")
+    again = cv2.imread(str(tmp_path / "again.png"), cv2.IMREAD_UNCHANGED)
+    again = again[..., 2::-1] if again.ndim == 3 else again
+    np.testing.assert_array_equal(again if truth.ndim == again.ndim else again[..., 0], picture.pixels)
+
+
+@pytest.mark.parametrize("photometric", ["rgb", "minisblack", "miniswhite"])
+def test_tiff_of_12_bits_is_scaled_to_16(tmp_path, photometric):
+    truth = colours(20, 31, dtype=np.uint16) if photometric == "rgb" else colours(20, 31, dtype=np.uint16)[..., 0]
+    twelve = truth >> 4
+    bits = (np.dstack([twelve, 4095 - twelve])[..., 1:] if photometric == "miniswhite" else twelve).reshape(20, -1, 1)
+    packed = np.packbits((bits >> np.arange(11, -1, -1) & 1).astype(np.uint8).reshape(20, -1), axis=1)
+    tifffile.imwrite(tmp_path / "a.tif", packed, photometric="minisblack", rowsperstrip=20)
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+") as file:
+        tags = file.pages[0].tags
+        for name, value in dict(
+            ImageWidth=31,
+            BitsPerSample=12,
+            SamplesPerPixel=3 if photometric == "rgb" else 1,
+            PhotometricInterpretation=dict(rgb=2, minisblack=1, miniswhite=0)[photometric],
+        ).items():
+            tags[name].overwrite(value)
+    picture = read_picture(tmp_path / "a.tif")
+    assert picture.pixels.dtype == np.uint16 and np.abs(picture.pixels.astype(int) - truth).max() <= 16
+    assert picture.notes[0] == "12 bits, now 16"
+
+
+def test_tags_beside_the_image_do_not_matter(tmp_path):
+    """Resolution as text, an orientation that is none, a unit that is a fraction."""
+    odd = [(282, 2, 6, "72dpi", True), (283, 2, 6, "72dpi", True), (274, 2, 2, "x", True), (296, 5, 1, (1, 2), True)]
+    for k in range(len(odd)):
+        tifffile.imwrite(tmp_path / "a.tif", colours(), photometric="rgb", extratags=[odd[k]])
+        np.testing.assert_array_equal(read_picture(tmp_path / "a.tif").pixels, colours())
+
+
+def test_12_bits_in_16_are_told(tmp_path):
+    for name in "a.tif", "a.png":
+        cv2.imwrite(str(tmp_path / name), colours(dtype=np.uint16) >> 4)
+        (told,) = [note for note in read_picture(tmp_path / name).notes if "far too dark" in note]
+        assert "4095" in told and "12 bits" in told
+
+
+@pytest.mark.parametrize(
+    "dtype, channels, options, told",
+    [
+        (np.int16, 1, {}, "signed"),
+        (np.int8, 3, {}, "signed"),
+        (np.float32, 3, {}, "floating-point"),
+        (np.float16, 1, {}, "floating-point"),
+        (np.uint32, 1, {}, "32 bits"),
+        (np.uint32, 3, {}, "32 bits"),
+        (np.uint16, 5, dict(photometric="minisblack", planarconfig="contig"), "5 channels"),
+        (np.uint16, 3, dict(photometric="cielab"), "PhotometricInterpretation"),
+        (np.uint8, 3, dict(photometric="icclab"), "PhotometricInterpretation"),
+        (np.uint8, 3, dict(photometric="ycbcr"), "YCbCr"),
+        (np.uint16, 4, dict(photometric="separated", planarconfig="separate"), "PlanarConfiguration"),
+        (np.uint8, 3, dict(subfiletype=1), "raw file"),  # a preview, as in DNG and NEF
+        (np.uint8, 3, dict(bigtiff=True, byteorder=">"), "BigTIFF"),
+    ],
+)
+def test_tiff_that_is_not_understood_is_refused(tmp_path, dtype, channels, options, told):
+    pixels = np.zeros((16, 24) if channels == 1 else (16, 24, channels), dtype)
+    if options.get("planarconfig") == "separate":
+        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    photometric = "minisblack" if channels == 1 else "rgb"
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **(dict(photometric=photometric) | options))
+    with pytest.raises(UserError, match=told) as error:
+        read_picture(tmp_path / "a.tif")
+    assert str(tmp_path / "a.tif") in str(error.value)
+
+
+def exif_of(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data of (tag, type, count, value), little-endian, as no library lets one write it."""
+    body, extra, end = struct.pack("<H", len(entries)), b"", 8 + 2 + 12 * len(entries) + 4
+    for tag, kind, count, value in sorted(entries):
+        body += struct.pack("<HHI", tag, kind, count)
+        body += value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", end + len(extra))
+        extra += value if len(value) > 4 else b""
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + body + bytes(4) + extra
+
+
+TURNED = (0x0112, 3, 1, struct.pack("<H", 6))
+ODD_TAGS = {
+    "resolution of -1/0": (282, 10, 1, struct.pack("<ii", -1, 0)),
+    "unit of resolution 70000": (296, 4, 1, struct.pack("<I", 70000)),
+    "model as a number": (272, 11, 1, struct.pack("<f", 1.5)),
+    "maker outside of the file": (271, 2, 4, struct.pack("<I", 90000)),
+    "artist in UTF-8": (315, 2, 13, "Jürgen Groß".encode()),
+    "unknown type": (271, 99, 1, b"abcd"),
+    "directory that is none": (0x8769, 4, 1, struct.pack("<I", 99999)),
+    "makers' note": (37500, 7, 12, b"Nikon\0\2\1abcd"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("name", ODD_TAGS)
+def test_exif_that_pillow_cannot_write_is_kept(tmp_path, name, suffix):
+    data = exif_of(TURNED, ODD_TAGS[name])
+    if "outside" in name:
+        data = data.replace(struct.pack("<HHI", 271, 2, 4), struct.pack("<HHI", 271, 2, 4000))
+    path = save(tmp_path / f"a{suffix}", exif=data)
+    picture = read_picture(path)
+    assert picture.pixels.shape == (24, 16, 3) and picture.notes == ["turned upright, as its EXIF data says"]
+    again = tmp_path / ("again.jpg" if suffix == ".jpg" else "again.png")
+    write_picture(again, picture, "")
+    with Image.open(again) as image:
+        assert image.size == (16, 24) and image.getexif().get(0x0112, 1) == 1
+        written = image.info["exif"]
+    assert struct.pack("<H", ODD_TAGS[name][0]) in written and ODD_TAGS[name][3] in written
+    assert read_picture(again).pixels.shape == (24, 16, 3)
+
+
+def test_exif_that_is_none_is_told(tmp_path):
+    picture = read_picture(save(tmp_path / "a.jpg", exif=b"Exif\0\0garbage"))
+    assert "exif" not in picture.keep and ["EXIF" in note for note in picture.notes] == [True]
+
+
+# 8x8 pixels of 10 bits, which Pillow does not write
+AVIF = (
+    b"AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUEAAADrbWV0YQAAAAAAAAAhaGRscgAAAAAAAAAAcGljdAAAAAAAAAAAAAAAAAAAAAAOcGl0bQ"
+    b"AAAAAAAQAAAB5pbG9jAAAAAEQAAAEAAQAAAAEAAAETAAAAMgAAAChpaW5mAAAAAAABAAAAGmluZmUCAAAAAAEAAGF2MDFDb2xvcgAAAABqaXBycAAA"
+    b"AEtpcGNvAAAAFGlzcGUAAAAAAAAACAAAAAgAAAAQcGl4aQAAAAADCgoKAAAADGF2MUOBIEAAAAAAE2NvbHJuY2x4AAIAAgAAgAAAABdpcG1hAAAAAA"
+    b"AAAAEAAQQBAoMEAAAAOm1kYXQSAAoIOAi/5wICAJAyJBAAADBmQnIhnl8cLVwamk+ma9ENH7Zd0JvW5zUmq6iWHJ5SnA=="
+)
+HDR_XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description hdrgm:Version="1.0"/></x:xmpmeta>'
+
+
+def dropped() -> dict[str, tuple[str, Callable[[Path], None], list[str]]]:
+    """Suffix, how it is written, and of each note a part."""
+    rgb, grey = Image.fromarray(colours()), Image.fromarray(colours()[..., 0])
+    two, avif = dict(format="MPO", save_all=True, append_images=[grey]), base64.b64decode(AVIF)
+    wide = avif.replace(b"nclx\0\2\0\2", b"nclx\0\x09\0\x10")
+
+    def pages(path):
+        with tifffile.TiffWriter(path) as writer:
+            for subfile in 0, 1, 0:
+                writer.write(colours(dtype=np.uint16), photometric="rgb", subfiletype=subfile)
+
+    return {
+        "second image": (".jpg", lambda path: rgb.save(path, **two), ["first of its 2"]),
+        "gain map": (".jpg", lambda path: rgb.save(path, xmp=HDR_XMP, **two), ["gain map", "XMP"]),
+        "video": (".jpg", lambda path: rgb.save(path, xmp=b'<a GCamera:MotionPhoto="1"/>'), ["video", "XMP"]),
+        "bits": (".avif", lambda path: path.write_bytes(avif), ["10 bits, now 8"]),
+        "colours": (".avif", lambda path: path.write_bytes(wide), ["colour space", "10 bits, now 8"]),
+        "metadata of TIFF": (
+            ".tif",
+            lambda path: tifffile.imwrite(path, colours(), extratags=[(700, 1, 5, b"<xmp>", True)], photometric="rgb"),
+            ["XMP"],
+        ),
+        "pages": (".tif", pages, ["first of its 2 ", "16 bits"]),
+        "fifth channel": (
+            ".tif",
+            lambda path: tifffile.imwrite(
+                path, np.zeros((8, 8, 5), np.uint8), photometric="separated", extrasamples=["unspecified"]
+            ),
+            ["CMYK", "1 further channel"],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", dropped())
+def test_what_is_not_kept_is_told(tmp_path, name):
+    suffix, write, told = dropped()[name]
+    write(tmp_path / f"a{suffix}")
+    notes = read_picture(tmp_path / f"a{suffix}").notes
+    assert len(notes) == len(told) and all(map(str.__contains__, notes, told)), notes
+
+
+BOX = b"\0\0\0\x18ftyp"
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (BOX + b"heic\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+        (BOX + b"mif1\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+        (BOX + b"isom\0\0\0\0isomavc1" + bytes(99), "video"),
+        (BOX + b"qt  \0\0\0\0qt  qt  " + bytes(99), "video"),
+        (BOX + b"avif\0\0\0\0mif1avif" + bytes(99), "AVIF|damaged"),
+        (BOX + b"crx \0\0\0\1crx isom" + bytes(99), "raw file"),
+        (b"FUJIFILMCCD-RAW 0201" + bytes(99), "raw file"),
+        (b"II*\0\x10\0\0\0CR\2\0" + bytes(99), "raw file"),
+        (b"%PDF-1.7\n" + bytes(99), "PDF"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b"\n<!DOCTYPE html>\n<html>", "web page"),
+        (b"\xff\x0a" + bytes(99), "JPEG XL"),
+    ],
+)
+def test_a_file_is_what_its_bytes_say(tmp_path, content, told):
+    (tmp_path / "a.JPG").write_bytes(content)
+    for read in read_picture, look_at:
+        with pytest.raises(UserError, match=told) as error:
+            read(tmp_path / "a.JPG")
+        assert str(error.value).startswith(str(tmp_path / "a.JPG"))
+
+
+def test_heic_of_another_name_is_given_to_pillow_heif(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=lambda: asked.append(1)))
+    (tmp_path / "a.JPG").write_bytes(BOX + b"heic\0\0\0\0mif1heic" + bytes(99))
+    with pytest.raises(UserError, match="HEIC"):
+        read_picture(tmp_path / "a.JPG")
+    assert asked
+
+
+def test_a_jpeg_named_as_a_raw_file_is_read(tmp_path):
+    shutil.copy(save(tmp_path / "a.jpg"), tmp_path / "a.dng")
+    assert read_picture(tmp_path / "a.dng").pixels.shape == (16, 24, 3)
+
+
+def test_the_preview_in_a_raw_file_is_not_taken_for_it(tmp_path):
+    shutil.copy(save(tmp_path / "a.tif"), tmp_path / "a.nef")
+    with pytest.raises(UserError, match="raw file"):
+        read_picture(tmp_path / "a.nef")
+
+
 def test_what_jpeg_cannot_hold_is_told(tmp_path):
     with pytest.raises(UserError, match="a.jpg cannot be written in its format"):
         write_picture(tmp_path / "a.jpg", Picture(np.zeros((1, 66000, 3), np.uint8)), "")
     assert not list(tmp_path.iterdir())
 
 
-def test_scans_larger_than_pillow_opens_by_itself(tmp_path, monkeypatch):
-    path = save(tmp_path / "a.png")
+@pytest.mark.parametrize(
+    "suffix, mode", [(".png", "RGB"), (".tif", "RGB"), (".tif", "1"), (".tif", "P"), (".gif", "P")]
+)
+def test_scans_larger_than_pillow_opens_by_itself(tmp_path, monkeypatch, suffix, mode):
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(colours()).convert(mode).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert read_picture(path).pixels.shape == (16, 24, 3) and Image.MAX_IMAGE_PIXELS == 10
+    assert read_picture(path).pixels.shape[:2] == (16, 24) and Image.MAX_IMAGE_PIXELS == 10
     monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
     with pytest.raises(UserError, match="24x16 pixels, more than can be read"):
         read_picture(path)
+
+
+def test_reads_that_overlap_leave_the_limit_of_pillow(tmp_path, monkeypatch):
+    """It is one for the process, and another thread may rely on it at any time."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    one, two = pictures._opened(save(tmp_path / "a.png")), pictures._opened(save(tmp_path / "b.tif"))
+    one.__enter__()
+    assert Image.MAX_IMAGE_PIXELS == 10
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS == 10
+    two.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS == 10
 
 
 def test_noise_unlike_the_training():
