@@ -117,7 +117,7 @@ class _Header(NamedTuple):
 _KINDS = {b"\xff\xd8": "Jpeg", b"BM": "Bmp", b"II": "Tiff", b"MM": "Tiff", b"RI": "WebP"}
 
 
-def _header(file: BinaryIO) -> _Header | None:
+def _header(file: BinaryIO, path: str | Path) -> _Header | None:
     """The header of a picture; None where it cannot be told, which does not mean that nothing can read the picture."""
     magic = file.read(10)
     file.seek(0)
@@ -125,10 +125,11 @@ def _header(file: BinaryIO) -> _Header | None:
         if magic[:4] == b"\x89PNG":
             return _png_header(file)
         kind = _KINDS[magic[:2]]
+        if kind == "Tiff" and (Path(path).suffix.lower() in RAW_SUFFIXES or magic[8:] == b"CR"):  # Canon's
+            return _Header((1, 1), "raw")
         # Not Image.open: that refuses photographs of 180 megapixels.
         image = getattr(optional(f"PIL.{kind}ImagePlugin"), f"{kind}ImageFile")(file)
-        if kind == "Tiff" and (magic[8:] == b"CR" or 50706 in image.tag_v2 or image.tag_v2.get(254, 0) & 1):
-            # Canon's, a DNG, or a preview of what another part of the file holds.
+        if kind == "Tiff" and (50706 in image.tag_v2 or image.tag_v2.get(254, 0) & 1):  # a DNG; a preview
             return _Header((1, 1), "raw")
         if kind == "Tiff":  # whose orientation OpenCV heeds, and Pillow in this size or not, as its version may be
             width, height, turn = (int(image.tag_v2.get(tag, 1)) for tag in (256, 257, 274))
@@ -191,8 +192,8 @@ def _orientation(exif: bytes) -> int:
 
 
 def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
-    header = _header(io.BytesIO(encoded))
-    if Path(path).suffix.lower() in RAW_SUFFIXES or (header is not None and header.mode == "raw"):
+    header = _header(io.BytesIO(encoded), path)
+    if header is not None and header.mode == "raw":
         raise UserError(f"{path} is a camera's raw file, of which only a preview could be read; develop it to PNG")
     if header is None:
         if encoded.startswith(b"\x89PNG"):  # checksums do not lie
@@ -243,7 +244,7 @@ def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
         kind = f"has {8 * image.itemsize} bits per channel"
     elif mode == "CMYK":
         kind = "is CMYK"
-    elif mode == "RGBA" or image.shape[2:] == (4,):
+    elif mode in ("RGBA", "LA") or image.shape[2:] == (4,):
         kind = "has transparency (RGBA)"
     elif image.ndim == 2 and not grey:
         kind = "is grey"
@@ -614,7 +615,7 @@ def image_size(source: str | Path | Packed, grey: bool = False) -> tuple[int, in
     if isinstance(source, Packed):
         return open_image(source).shape[:2]
     with open_file(source) as file:
-        header = _header(file)
+        header = _header(file, source)
     suits = ("RGB", "P", "L") if grey else ("RGB", "P")
     if header is None or header.mode not in suits or header.size[0] * header.size[1] > MAX_PIXELS:
         return read_image(source, grey).shape[:2]  # knows more, or says what is wrong with it
