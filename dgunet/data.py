@@ -256,7 +256,12 @@ def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
 
 def _decode_others(path, grey: bool) -> np.ndarray:
     """A picture of none of the usual formats, as Pillow reads it: upright, and nothing left out of its pixels."""
-    picture = read_picture(path)
+    try:
+        picture = read_picture(path)
+    except UserError as error:
+        if "is no picture" in str(error):  # nor anything else that it knows by name
+            raise UserError(_damaged(path)) from error
+        raise
     kind = None
     lost = [note for note in picture.notes if re.match(r"\d+ bits|the first of|(CMYK|LAB)\b", note)]
     if picture.pixels.dtype != np.uint8:
