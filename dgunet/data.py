@@ -6,8 +6,10 @@ import os
 import re
 import shlex
 import struct
+import sys
+import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,14 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgunet.errors import UserError, optional
-from dgunet.files import open_file, replacing
+from dgunet.errors import UserError, one_line, optional, shorten
+from dgunet.files import IMAGE_SUFFIXES, RAW_SUFFIXES, escaped, normal_form, open_file, replacing
+from dgunet.pictures import read_picture
 from dgunet.transforms import upright
 
 natsorted = optional("natsort").natsorted
 
 PACK_FORMAT = "dgunet pictures 1"
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+WRITABLE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # what `write_image` writes, with all colours
+JUNK = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # what systems put into folders of images
 MAX_PIXELS = 2**30  # of a picture: OpenCV's limit
 
 
@@ -48,13 +52,17 @@ class Pair(NamedTuple):
 def read_image(source: str | Path | Packed, grey: bool = False) -> np.ndarray:
     """Read an 8-bit RGB picture as (H, W, 3) uint8, turned upright where its EXIF data says so.
 
+    A picture is what its bytes say, whatever the ending of its name. JPEG, PNG, BMP, TIFF and WebP are always read;
+    what else Pillow knows (GIF, AVIF, JPEG 2000, PPM, TGA, HEIC with pillow-heif, ...) is read where it does.
+
     Args:
         source: a file, or a picture in a packed one.
         grey: whether a grey picture is read as well, as (H, W).
 
     Raises:
-        UserError: unreadable, grey, with transparency, or not 8 bits per channel: the network would be given
-            something else than the user sees, so the message says how to convert the picture.
+        UserError: unreadable, a camera's raw file, grey, with transparency, of other than 8 bits per channel, or (in
+            other formats than the five) of several frames: the network would be given something else than the user
+            sees, so the message says how to convert the picture.
     """
     return open_image(source, grey)[:, :]
 
@@ -100,22 +108,29 @@ class _Header(NamedTuple):
     """What the first bytes of a file say of the picture in it."""
 
     size: tuple[int, int]  # height and width of the upright picture
-    mode: str  # RGB, P (a palette of RGB), L (grey), or another one in Pillow's words, which does not suit
+    mode: str  # RGB, P (a palette of RGB), L (grey), raw, or another one in Pillow's words, which does not suit
     turn: int = 1  # EXIF orientation that decoding does not heed
     plain_png: tuple[int, int] | None = None  # height and width as stored, of a PNG that kornia reads
 
 
-def _header(file: BinaryIO) -> _Header | None:
+# Pillow's plugins for what is read whatever Pillow has been built with, by how the files begin; PNG is the fifth.
+_KINDS = {b"\xff\xd8": "Jpeg", b"BM": "Bmp", b"II": "Tiff", b"MM": "Tiff", b"RI": "WebP"}
+
+
+def _header(file: BinaryIO, path: str | Path) -> _Header | None:
     """The header of a picture; None where it cannot be told, which does not mean that nothing can read the picture."""
-    magic = file.read(4)
+    magic = file.read(10)
     file.seek(0)
-    kinds = {b"\xff\xd8": "Jpeg", b"BM": "Bmp", b"II": "Tiff", b"MM": "Tiff", b"RI": "WebP"}
     try:
-        if magic == b"\x89PNG":
+        if magic[:4] == b"\x89PNG":
             return _png_header(file)
-        kind = kinds[magic[:2]]
+        kind = _KINDS[magic[:2]]
+        if kind == "Tiff" and (Path(path).suffix.lower() in RAW_SUFFIXES or magic[8:] == b"CR"):  # Canon's
+            return _Header((1, 1), "raw")
         # Not Image.open: that refuses photographs of 180 megapixels.
         image = getattr(optional(f"PIL.{kind}ImagePlugin"), f"{kind}ImageFile")(file)
+        if kind == "Tiff" and (50706 in image.tag_v2 or image.tag_v2.get(254, 0) & 1):  # a DNG; a preview
+            return _Header((1, 1), "raw")
         if kind == "Tiff":  # whose orientation OpenCV heeds, and Pillow in this size or not, as its version may be
             width, height, turn = (int(image.tag_v2.get(tag, 1)) for tag in (256, 257, 274))
             return _Header((width, height) if 5 <= turn <= 8 else (height, width), image.mode)
@@ -177,11 +192,15 @@ def _orientation(exif: bytes) -> int:
 
 
 def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
-    header = _header(io.BytesIO(encoded))
+    header = _header(io.BytesIO(encoded), path)
+    if header is not None and header.mode == "raw":
+        raise UserError(f"{path} is a camera's raw file, of which only a preview could be read; develop it to PNG")
     if header is None:
         if encoded.startswith(b"\x89PNG"):  # checksums do not lie
             raise UserError(_damaged(path))
-        return _decode_any(path, encoded, "another", grey)
+        if not encoded or encoded[:2] in _KINDS:
+            return _decode_any(path, encoded, "another", grey)
+        return _decode_others(path, grey)
     height, width = header.size
     if height * width > MAX_PIXELS:
         raise UserError(f"{path} says that it has {width}x{height} pixels, more than can be read; remove it")
@@ -225,15 +244,41 @@ def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
         kind = f"has {8 * image.itemsize} bits per channel"
     elif mode == "CMYK":
         kind = "is CMYK"
-    elif mode == "RGBA" or image.shape[2:] == (4,):
+    elif mode in ("RGBA", "LA") or image.shape[2:] == (4,):
         kind = "has transparency (RGBA)"
     elif image.ndim == 2 and not grey:
         kind = "is grey"
     if kind is not None:
-        needed = "8-bit grey or RGB" if grey else "8-bit RGB"
         how = f", e.g. {_conversion(path)}" if image.itemsize < 4 else ""  # whoever made it knows the range of floats
-        raise UserError(f"{path} {kind}, but {needed} is needed; convert it{how}")
+        raise UserError(_unsuitable(path, kind, grey) + how)
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _decode_others(path, grey: bool) -> np.ndarray:
+    """A picture of none of the usual formats, as Pillow reads it: upright, and nothing left out of its pixels."""
+    try:
+        picture = read_picture(path)
+    except UserError as error:
+        if "is no picture" in str(error):  # nor anything else that it knows by name
+            raise UserError(_damaged(path)) from error
+        raise
+    kind = None
+    lost = [note for note in picture.notes if re.match(r"\d+ bits|the first of|(CMYK|LAB)\b", note)]
+    if picture.pixels.dtype != np.uint8:
+        kind = "has 16 bits per channel"
+    elif picture.alpha is not None:
+        kind = "has transparency (RGBA)"
+    elif lost:
+        kind = f"would be read otherwise than it is ({lost[0]})"
+    elif picture.pixels.ndim == 2 and not grey:
+        kind = "is grey"
+    if kind is not None:
+        raise UserError(_unsuitable(path, kind, grey))
+    return picture.pixels
+
+
+def _unsuitable(path, kind: str, grey: bool) -> str:
+    return f"{path} {kind}, but {'8-bit grey or RGB' if grey else '8-bit RGB'} is needed; convert it"
 
 
 def _conversion(path: str | Path) -> str:
@@ -250,7 +295,7 @@ def write_image(path: str | Path, image: np.ndarray):
     """
     cv2 = optional("cv2")
     path = Path(path)
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
+    if path.suffix.lower() not in WRITABLE:
         raise UserError(f"{path}: give it an ending that says the format, such as {path.name}.png")
     try:
         ok, encoded = cv2.imencode(path.suffix, image[..., ::-1] if image.ndim == 3 else image)
@@ -263,37 +308,79 @@ def write_image(path: str | Path, image: np.ndarray):
         temporary.write_bytes(encoded)
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """Pictures directly inside a folder, naturally sorted (img2 before img10).
+def list_images(folder: str | Path, tell: bool = True) -> list[Path]:
+    """Pictures directly inside a folder, naturally sorted (img2 before img10): files whose suffix is an image's.
+
+    Args:
+        folder: where to look.
+        tell: whether a line on stderr names what else lies there (once for each folder; hidden files aside), so that a
+            picture of an unknown suffix does not vanish.
 
     Raises:
-        UserError: no such folder, or no picture in it.
+        UserError: no such folder, no picture in it, or two whose names differ in Unicode form alone.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder.absolute()}; check the path, or see the task's README for the data layout")
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    there = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    paths = natsorted((path for path in there if path.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: path.name)
     if not paths:
-        raise UserError(f"no pictures in {folder.absolute()} ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return natsorted(paths, key=lambda p: p.name)
+        raise UserError(f"no pictures in {folder.absolute()} (known are {', '.join(sorted(IMAGE_SUFFIXES))})")
+    by_name((path.name, path) for path in paths)
+    if tell:
+        tell_of_others(folder, [path for path in there if path.suffix.lower() not in IMAGE_SUFFIXES])
+    return paths
 
 
-def images_by_name(folder: str | Path) -> dict[str, Path]:
-    """The pictures directly inside a folder by their names without ending, naturally sorted.
+_told: set[Path] = set()  # folders
+
+
+def tell_of_others(folder: Path, others: list[Path]):
+    """One line on stderr, the first time, that names what is left out of a folder of images; not what systems add."""
+    others = [path for path in others if path.name.lower() not in JUNK and not path.name.startswith(("@", "__MACOSX"))]
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if others and first and folder.absolute() not in _told:
+        _told.add(folder.absolute())
+        names = natsorted(one_line(f"{path.name}/" if path.is_dir() else path.name) for path in others)
+        told = f"{one_line(str(folder))} also holds what is not read as an image: {shorten(names)}"
+        print(f"note: {told}", file=sys.stderr)
+
+
+def by_name(named: Iterable[tuple[str, Path | Packed]]) -> dict[str, Path | Packed]:
+    """What is given as (name, source) by its name in Unicode's form NFC: names that differ in form alone are one.
+
+    Raises:
+        UserError: two sources of one name.
+    """
+    found: dict[str, tuple[str, Path | Packed]] = {}
+    for name, source in named:
+        key = normal_form(name)
+        if key in found:
+            other_name, other = found[key]
+            if name == other_name:
+                own = source.key if isinstance(source, Packed) else source.name
+                raise UserError(f"{other} and {own} have the same name; keep one of the two")
+            raise UserError(
+                f"{escaped(other)} and {escaped(source)} have names that differ in their Unicode form alone (NFC, "
+                "NFD) and look the same; keep one of the two"
+            )
+        found[key] = name, source
+    return {key: source for key, (_, source) in found.items()}
+
+
+def images_by_name(folder: str | Path, tell: bool = True) -> dict[str, Path]:
+    """The pictures directly inside a folder by their names without ending (in Unicode's form NFC), naturally sorted.
 
     Raises:
         UserError: as `list_images`; two pictures of one name.
     """
-    by_name: dict[str, Path] = {}
-    for path in list_images(folder):
-        if path.stem in by_name:
-            raise UserError(f"{by_name[path.stem]} and {path.name} have the same name; keep one of the two")
-        by_name[path.stem] = path
-    return by_name
+    return by_name((path.stem, path) for path in list_images(folder, tell))
 
 
 def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
     """Pairs of ``root/input`` and ``root/target``, matched by file name (without its ending).
+
+    Names that differ in Unicode form alone (macOS writes another than Linux) are one; a `Pair` has it in form NFC.
 
     Args:
         root: the folder, or a file that scripts/pack_dataset.py made of it.
@@ -306,7 +393,7 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
     root = Path(root)
     packed = root.is_file()
     inputs, targets = (
-        {name: Packed(root, f"{side}/{name}") for name in list_packed(root, side)}
+        by_name((name, Packed(root, f"{side}/{name}")) for name in list_packed(root, side))
         if packed
         else images_by_name(root / side)
         for side in ("input", "target")
@@ -354,7 +441,8 @@ def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
 def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
     """Leave out the pictures, or pairs, that a text file names: one to a line, with or without ending.
 
-    Also their parts and copies, as scripts/prepare_patches.py and make_demo_data.py name them: NAME_1, NAME_2, ...
+    Names are compared in Unicode's form NFC. Also left out are their parts and copies, as scripts/prepare_patches.py
+    and make_demo_data.py name them: NAME_1, NAME_2, ...
 
     Raises:
         UserError: no such file, it names none of the pictures, or all of them.
@@ -367,7 +455,7 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
         ) from error
 
     def bare(name: str) -> str:
-        return Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
+        return normal_form(Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name)
 
     def name(item) -> str:
         return item.key if isinstance(item, Packed) else item.name
@@ -395,18 +483,24 @@ def fingerprint(items: list[Path | Packed | Pair]) -> dict[str, Tensor | bool]:
     names, sizes, packed = [], [], False
     for name, source in _sources(items):
         packed = isinstance(source, Packed)
-        digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
-        names.append(int.from_bytes(digest, "little", signed=True))
+        names.append(_digest(name))
         sizes.append(_PackedPicture(source).size if packed else os.stat(source).st_size)
     return {"names": torch.tensor(names), "sizes": torch.tensor(sizes), "packed": packed}
+
+
+def _digest(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little", signed=True)
 
 
 def changed_items(items: list[Path | Packed | Pair], then: dict[str, Tensor | bool]) -> str:
     """How training data differ from those that ``then`` is the `fingerprint` of, in words; empty if they do not."""
     now = fingerprint(items)
     before = dict(zip(then["names"].tolist(), then["sizes"].tolist(), strict=True))
-    after = dict(zip(now["names"].tolist(), now["sizes"].tolist(), strict=True))
-    names = dict(zip(after, (name for name, _ in _sources(items)), strict=True))
+    names, after = {}, {}
+    for (name, _), key, size in zip(_sources(items), now["names"].tolist(), now["sizes"].tolist(), strict=True):
+        if key not in before and (old := _digest(unicodedata.normalize("NFD", name))) in before:
+            key = old  # of a run before 0.3, which took names in the form that they had
+        names[key], after[key] = name, size
     new = [names[key] for key in after if key not in before]
     comparable = now["packed"] == then["packed"]
     other = [names[key] for key in after if comparable and before.get(key, after[key]) != after[key]]
@@ -423,13 +517,15 @@ def _sources(items: list[Path | Packed | Pair]) -> Iterator[tuple[str, Path | Pa
             yield f"input/{item.name}", item.input
             yield f"target/{item.name}", item.target
         else:
-            yield (item.key if isinstance(item, Packed) else item.name), item
+            yield normal_form(item.key if isinstance(item, Packed) else item.name), item
 
 
 def find_images(root: str | Path) -> list[Path | Packed]:
     """The pictures of a folder, or of a file that scripts/pack_dataset.py made of it; raises as `list_images` does."""
     root = Path(root)
-    return [Packed(root, name) for name in list_packed(root, "/")] if root.is_file() else list_images(root)
+    if not root.is_file():
+        return list_images(root)
+    return list(by_name((name, Packed(root, name)) for name in list_packed(root, "/")).values())
 
 
 def list_packed(file: Path, group: str) -> list[str]:
@@ -524,7 +620,7 @@ def image_size(source: str | Path | Packed, grey: bool = False) -> tuple[int, in
     if isinstance(source, Packed):
         return open_image(source).shape[:2]
     with open_file(source) as file:
-        header = _header(file)
+        header = _header(file, source)
     suits = ("RGB", "P", "L") if grey else ("RGB", "P")
     if header is None or header.mode not in suits or header.size[0] * header.size[1] > MAX_PIXELS:
         return read_image(source, grey).shape[:2]  # knows more, or says what is wrong with it

@@ -7,12 +7,14 @@ each with a fingerprint of its picture's files, next to a note of the weights an
 import contextlib
 import csv
 import hashlib
+import inspect
 import json
 import math
 import os
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,13 +26,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dgunet.data import IMAGE_SUFFIXES, Pair, find_pairs, images_by_name, read_image, write_image
+from dgunet.data import Pair, find_pairs, images_by_name, read_image, write_image
 from dgunet.degradations import KINDS
 from dgunet.distributed import sole_writer
 from dgunet.errors import UserError, optional
-from dgunet.files import replacing
-from dgunet.inference import holding, restore
-from dgunet.metrics import AlignmentError, Metric, evaluate_pair, find_protocol
+from dgunet.files import IMAGE_SUFFIXES, normal_form, replacing
+from dgunet.inference import automatic_tile, check_tiles, holding, restore
+from dgunet.metrics import AlignmentError, Metric, evaluate_pair, find_protocol, mean_psnr
 from dgunet.progress import progress_bar
 from dgunet.transforms import to_uint8, unit_range
 
@@ -90,12 +92,16 @@ class Row(NamedTuple):
     input_ssim: float | None
     note: str
     files: str  # their fingerprint
+    tile: str = ""  # side of the tiles that it was restored in, "whole", or nothing where the method knows none
     metrics: Mapping[str, float] = MappingProxyType({})  # further scores by name
 
 
 @dataclass
 class Result:
-    """Mean scores of one data set, nan where nothing was scored."""
+    """Mean scores of one data set, nan where nothing was scored.
+
+    The mean PSNR is of the pictures that do not equal their targets, see `metrics.mean_psnr`; all others are of all.
+    """
 
     dataset: str
     protocol: str
@@ -106,9 +112,12 @@ class Result:
     input_ssim: float
     paper: tuple[float, float] | None = None  # PSNR, SSIM
     metrics: dict[str, float] = field(default_factory=dict)  # means of further scores by name
-    seconds_per_image: float = math.nan  # restoring and scoring, of the pictures of this call
+    seconds_per_image: float = math.nan  # restoring alone, of the pictures of this call
     settings: dict = field(default_factory=dict)
     missing: int = 0  # pictures of the data set that could not be tested
+    identical: int = 0  # pictures that equal their targets when restored, and are left out of the mean PSNR
+    identical_inputs: int = 0  # the same of the degraded pictures
+    version: int = 1  # of the protocol
     rows: list[Row] = field(default_factory=list, repr=False)  # each picture's
     failures: list[str] = field(default_factory=list, repr=False)  # what could not be tested, and why
 
@@ -119,8 +128,11 @@ class Result:
         return self.dataset + part
 
 
-def restore_pictures(model: torch.nn.Module, degraded: Pictures, **options) -> tuple[Pictures, Pictures]:
+def restore_pictures(
+    model: torch.nn.Module, degraded: Pictures, tile: int | str | None = None, **options
+) -> tuple[Pictures, Pictures]:
     """Restore a sample's pictures by `dgunet.restore`, which takes the options: not rounded, and the degraded ones."""
+    options["tile"] = tile
     if isinstance(degraded, list):
         return restore(model, [unit_range(picture) for picture in degraded], **options), degraded
     batches = [degraded] if degraded.ndim < 4 else np.split(degraded, range(8, len(degraded), 8))
@@ -159,13 +171,16 @@ def evaluate(
         name: of the data set, in the result and in what is told; by default the folder's.
         method: how the network restores: a function of it, a sample's degraded picture(s) and the options, that gives
             what a function given as ``model`` does.
-        settings: what else the scores depend on; noted with them.
+        settings: what else the scores depend on; noted with them. So are the protocol's version and the tiles.
         metrics: further scores of the restored pictures by name, see `metrics.find_metrics`. Pictures that were scored
             without one are scored anew.
         save_images: whether restored pictures are written; None where they are scored as they lie on the disk, or are
             all that is wanted.
         say: given a line of text now and then, e.g. ``print``.
-        **options: of the method; by default those of `restore`: ``tile``, ``self_ensemble``, ``bf16``, ...
+        **options: of the method; by default those of `restore`: ``tile``, ``self_ensemble``, ``bf16``, ... But where no
+            ``tile`` is given, pictures are scored as the network restores them whole, whatever the memory (what would
+            not fit on a CPU is refused; None tries it), and only what has no target is restored with "auto". Of "auto"
+            the tiles that were used are in the rows and settings of the result.
 
     Returns:
         The means, each picture's scores, and what could not be tested: one picture's failure costs no other.
@@ -174,20 +189,25 @@ def evaluate(
         UserError: no such data, an unsuitable network, or another process that writes to the folder.
         ValueError: unknown protocol.
     """
-    started = time.monotonic()
+    seconds, count = 0.0, 0  # restoring, and pictures restored
     if not isinstance(data, PictureSet):
         name, data = name or Path(data).name, pairs_or_pictures(Path(data))
     folder = Path(folder) if folder is not None else None
-    settings = options | (settings or {})
+    network = isinstance(model, torch.nn.Module)
+    tiles = _Tiles(model, options, data) if network and inspect.unwrap(method) is restore_pictures else None
+    settings = options | ({"tile": tiles.asked} if tiles else {}) | (settings or {})
     degradation = getattr(model, "degradation", None)
     known = degradation is None or type(degradation) in KINDS.values()
     known &= getattr(method, "__name__", "<lambda>") != "<lambda>"  # partials and other objects have no name either
-    if isinstance(model, torch.nn.Module) and known:
-        note = settings | {"weights": _digest(model)}
-        if method is not restore_pictures:
+    if network and known:
+        note = settings | {"weights": digest_of(model)}
+        if tiles is None:
             note["method"] = f"{method.__module__}.{method.__qualname__}"
     else:
         note = {"scored": time.time()}
+    # of what test.py's options for other methods are, nothing is known here
+    advice = "use smaller pictures" if tiles is None else "restore it in tiles, --tile 512, which changes its score"
+    note["protocol_version"] = version = find_protocol(protocol).version if protocol else 1
     if metrics and not data.targets:
         raise UserError(f"{name}: --metrics are of pictures with targets, in input/ and target/; leave it out")
     stamps = {name: stamp for sample in data.samples for stamp in [_stamp(sample.files)] for name in sample.names}
@@ -203,17 +223,21 @@ def evaluate(
         if sheet.continued:
             say(f"{name}: {sheet.continued} of {len(stamps)} pictures are done already")
         done = {sample.name for sample in data.samples if all(map(sheet.done, sample.names)) and written(sample)}
-        if sheet.found and isinstance(model, torch.nn.Module):
+        if sheet.found and network:
             _remove_former(folder, [sample for sample in data.samples if sample.name not in done])
         for sample in progress_bar(data.samples, desc=name, unit="picture"):
             if sample.name in done:
                 continue
-            with _attempt(sample.title or str(sample.files[0]), sheet.failures):
+            with _attempt(sample.title or str(sample.files[0]), sheet.failures, advice):
                 degraded, target = sample.read()
-                if isinstance(model, torch.nn.Module):
+                used = "" if tiles is None else tiles.choose(options, degraded)
+                begun = time.monotonic()
+                if network:
                     restored, before = method(model, degraded, **options)
                 else:
                     restored, before = model(sample, degraded)
+                seconds += time.monotonic() - begun
+                count += len(sample.names)
                 if keep:
                     data.keep(folder, sample, restored)
                 before = None if before is target else before  # what is only degraded on the way by a network
@@ -224,16 +248,67 @@ def evaluate(
                     if save:
                         write_image(folder / f"{part}.png", to_uint8(x))
                     if x_true is None:
-                        sheet.tick(part)
+                        sheet.tick(part, used)
                     else:
-                        sheet.add(part, x, x_true, y)
+                        sheet.add(part, x, x_true, y, used)
         result = sheet.finish(name)
     line = data.finish(folder, complete=not result.missing) if keep else None
     if line:
         say(line)
-    result.settings = settings
-    result.seconds_per_image = (time.monotonic() - started) / len(sheet.jobs) if sheet.jobs else math.nan
+    if settings.get("tile") == "auto":
+        settings["tile"] = f"auto({'+'.join(natsorted({row.tile for row in result.rows}))})"
+    result.settings, result.version = settings, version
+    result.seconds_per_image = seconds / count if count else math.nan
     return result
+
+
+class _Tiles:
+    """Which tiles a data set is restored in, so that this is known of each score.
+
+    Args:
+        model: a network.
+        options: of `restore`. Where they have no ``tile``, what is scored is restored whole, and what is only to be
+            restored "auto".
+        data: which of the two.
+    """
+
+    def __init__(self, model, options: dict, data: PictureSet):
+        self.model, self.given = model, "tile" in options
+        tile = options["tile"] if self.given else "auto" if data.save and not data.targets else None
+        check_tiles(tile, options.get("tile_overlap"))
+        self.tile, self.asked = tile, "whole" if tile is None else tile  # the second in words
+
+    def choose(self, options: dict, degraded: Pictures) -> str:
+        """Put the tile of a sample's pictures into the options; what it is, in words.
+
+        Raises:
+            UserError: they are to be restored whole without having been asked for, and do not fit into the memory of a
+                CPU, which would end the process without a word. (A GPU's is an error that can be told.)
+        """
+        options["tile"] = self.tile
+        device = next((value.device for value in self.model.parameters()), torch.device("cpu"))
+        unasked = self.tile is None and not self.given
+        if isinstance(self.tile, str) or (unasked and device.type == "cpu"):
+            tile = self._automatic(degraded, device)
+            if unasked and tile is not None:
+                raise UserError(
+                    "it may need more memory than is free to be restored whole, as scores are by default; --tile 512 "
+                    "restores it in tiles, which changes its score, --tile whole tries nevertheless"
+                )
+            options["tile"] = tile
+        return "whole" if options["tile"] is None else str(options["tile"])
+
+    def _automatic(self, degraded: Pictures, device: torch.device) -> int | None:
+        """The tile that the memory allows for the largest of the pictures; None for all of them whole."""
+        if not all(hasattr(self.model, name) for name in ("channels", "arguments")):
+            return None  # `restore` says what it needs
+        batches = degraded if isinstance(degraded, list) else [degraded[:8] if degraded.ndim == 4 else degraded]
+        sizes = [batch.shape[:2] if batch.ndim == 2 else batch.shape[-3:-1] for batch in batches]
+        height, width = max(sizes, key=math.prod)
+        batch = len(batches[0]) if batches[0].ndim == 4 else 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tiles are noted with the scores
+            return automatic_tile(self.model, (batch, self.model.channels, height, width), device)
 
 
 def _remove_former(folder: Path, samples: list[Sample]):
@@ -280,7 +355,7 @@ def pictures(source: Path) -> dict[str, Path]:
         return images_by_name(source)
     if source.suffix.lower() not in IMAGE_SUFFIXES:
         raise UserError(f"{source} is neither a folder nor a picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return {source.stem: source}
+    return {normal_form(source.stem): source}
 
 
 class ScoreSheet:
@@ -336,16 +411,18 @@ class ScoreSheet:
     def done(self, name: str) -> bool:
         return name in self.rows and self.metrics.keys() <= self.rows[name].metrics.keys()
 
-    def add(self, name: str, restored: np.ndarray, target: np.ndarray, degraded: np.ndarray | None):
-        """Score a picture against its target in the background; ``degraded``, if any, for comparison."""
+    def add(
+        self, name: str, restored: np.ndarray, target: np.ndarray, degraded: np.ndarray | None, tile: str = ""
+    ):  # fmt: skip
+        """Score a picture against its target in the background; ``degraded``, if any, for comparison; see `Row`."""
         self.slots.acquire()
-        job = self.pool.submit(self._score, name, restored, target, degraded)
+        job = self.pool.submit(self._score, name, restored, target, degraded, tile)
         job.add_done_callback(lambda _: self.slots.release())
         self.jobs.append((name, job))
 
-    def tick(self, name: str):
+    def tick(self, name: str, tile: str = ""):
         """Note a picture that has no target as done."""
-        self._append(Row(name, None, None, None, None, "", self.files[name]))
+        self._append(Row(name, None, None, None, None, "", self.files[name], tile))
 
     def finish(self, dataset: str) -> Result:
         """Wait for all scores; what they come to."""
@@ -359,9 +436,12 @@ class ScoreSheet:
         self.close()
         rows = list(self.rows.values())
         scored = [row[1:5] for row in rows if row.psnr is not None]
-        means = [statistics.fmean(column) for column in zip(*scored, strict=True)] or [math.nan] * 4
+        columns = list(zip(*scored, strict=True)) or [()] * 4
+        (psnr, identical), (input_psnr, identical_inputs) = map(mean_psnr, columns[::2])
+        ssim, input_ssim = (statistics.fmean(column) if column else math.nan for column in columns[1::2])
         return Result(
-            dataset, self.protocol, len(scored), *means, missing=len(self.files) - len(rows), rows=rows,
+            dataset, self.protocol, len(scored), psnr, ssim, input_psnr, input_ssim, identical=identical,
+            identical_inputs=identical_inputs, missing=len(self.files) - len(rows), rows=rows,
             metrics={
                 name: statistics.fmean(row.metrics[name] for row in rows) if rows else math.nan for name in self.metrics
             },
@@ -373,7 +453,7 @@ class ScoreSheet:
         self.pool.shutdown(cancel_futures=True)
         self.folder_lock.close()
 
-    def _score(self, name: str, restored: np.ndarray, target: np.ndarray, degraded: np.ndarray | None):
+    def _score(self, name: str, restored: np.ndarray, target: np.ndarray, degraded: np.ndarray | None, tile: str):
         note, align = "", True
         try:
             scores = evaluate_pair(restored, target, self.protocol)
@@ -388,7 +468,7 @@ class ScoreSheet:
             before = evaluate_pair(degraded, target, self.protocol, align=False)
         with self.metrics_lock:  # networks, which use all cores, or the GPU, by themselves
             further = {name: metric(restored, target) for name, metric in self.metrics.items()}
-        self._append(Row(name, *scores, *before, note, self.files[name], further))
+        self._append(Row(name, *scores, *before, note, self.files[name], tile, further))
 
     def _append(self, row: Row):
         with self.lock:
@@ -412,7 +492,7 @@ class ScoreSheet:
                 with contextlib.suppress(TypeError, ValueError):  # a damaged line
                     scores = [float(row[key]) if row[key] else None for key in Row._fields[1:5]]
                     further = {key: float(row[key]) for key in self.columns if row.get(key)}
-                    self.rows[name] = Row(name, *scores, row["note"], row["files"], further)
+                    self.rows[name] = Row(name, *scores, row["note"], row["files"], row["tile"] or "", further)
 
     def _write(self):
         if self.path is None:
@@ -438,25 +518,29 @@ def _full_precision() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _attempt(title: str, failures: list[str]) -> Iterator[None]:
-    """Around the work on a sample: where that cannot be done, it is noted as a failure, and the test goes on."""
+def _attempt(title: str, failures: list[str], advice: str) -> Iterator[None]:
+    """Around the work on a sample: where that cannot be done, it is noted as a failure, and the test goes on.
+
+    ``advice`` is what to do where memory is short.
+    """
     try:
         yield
     except UserError as error:
         failures.append(str(error) if title in str(error) else f"{title}: {error}")
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        failures.append(f"{title}: out of GPU memory; restore it in tiles, --tile 512")
+        failures.append(f"{title}: out of GPU memory; {advice}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # of every picture
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
             raise UserError(f"--compile does not work here ({reason}); test without it") from error
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        short = "can't allocate memory" in str(error) or "out of memory" in str(error)  # of the CPU; of other devices
+        if isinstance(error, RuntimeError) and not short:
             raise
-        failures.append(f"{title}: out of memory; restore it in tiles, --tile 512")
+        failures.append(f"{title}: out of memory; {advice}")
 
 
-def _digest(model: torch.nn.Module) -> str:
+def digest_of(model: torch.nn.Module) -> str:
     """What a network computes, as a number: of its arguments and weights."""
     digest = hashlib.sha256(json.dumps(getattr(model, "arguments", None), sort_keys=True).encode())
     for name, value in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""Opening files that may be anything, and writing files that are whole or not there."""
+"""Opening files that may be anything, writing files that are whole or not there, and what their names say."""
 
 import contextlib
 import functools
@@ -7,12 +7,22 @@ import os
 import platform
 import secrets
 import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from dgunet.errors import UserError, optional
+
+RAW_SUFFIXES = frozenset(
+    ".dng .cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .raf .orf .rw2 .rwl .pef .srw .x3f .3fr .iiq .erf .kdc .mrw".split()
+)
+# What a folder's images are known by. Not all of them can be read everywhere: what cannot is refused by name.
+IMAGE_SUFFIXES = RAW_SUFFIXES | frozenset(
+    ".png .apng .jpg .jpeg .jpe .jfif .jif .mpo .bmp .dib .gif .tif .tiff .webp .avif .avifs .heic .heif .hif .jxl "
+    ".jp2 .j2k .j2c .jpc .jpf .jpx .ppm .pgm .pbm .pnm .pam .pfm .tga .pcx .ras .sgi .hdr .exr".split()
+)
 
 
 @contextmanager
@@ -93,3 +103,26 @@ def _temporaries(folder: Path) -> list[str]:
     with contextlib.suppress(OSError):  # a folder may be written to that may not be listed
         return [name for name in os.listdir(folder) if name.startswith(".") and name.endswith(".tmp")]
     return []
+
+
+def normal_form(name: str) -> str:
+    """A name in Unicode's form NFC: names that differ in form alone look the same, and are one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def escaped(name: str) -> str:
+    """A name in which everything beyond ASCII is written as escapes, so that forms can be told apart."""
+    return ascii(str(name))[1:-1]
+
+
+def in_its_form(path: str | Path) -> Path:
+    """The path as it lies on the disk, where it is there in another Unicode form; else as it is."""
+    path = Path(path)
+    if os.path.lexists(path) or path == path.parent:
+        return path
+    folder = in_its_form(path.parent)
+    try:
+        alike = [name for name in os.listdir(folder) if normal_form(name) == normal_form(path.name)]
+    except OSError:
+        return path
+    return folder / (alike[0] if len(alike) == 1 else path.name)

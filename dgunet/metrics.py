@@ -17,8 +17,9 @@ train_rgb         validation during training            float32 or uint8     ``t
 
     psnr, ssim = evaluate_pair(restored, target, "rgb_matlab")
 
-Values are per image; the score of a set is the mean of its images' values (PSNR averaged in dB). For
-deraining the overall figure is the mean of the sets' means, whatever their sizes.
+Values are per image; the score of a set is the mean of its images' values (PSNR averaged in dB; of images that
+equal their targets it is infinite, see `mean_psnr`). For deraining the overall figure is the mean of the sets'
+means, whatever their sizes.
 
 Every SSIM here is the mean, over the image, of
 
@@ -33,7 +34,9 @@ import contextlib
 import difflib
 import functools
 import io
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,6 +150,17 @@ def psnr_batch(restored: Tensor, target: Tensor) -> Tensor:
     difference = restored.float().clamp(0, 1) - target.float().clamp(0, 1)
     rmse = difference.square().mean(dim=(1, 2, 3)).sqrt()
     return 20 * torch.log10(1 / rmse)
+
+
+def mean_psnr(values: Iterable[float]) -> tuple[float, int]:
+    """Mean of images' PSNR in dB, and how many of these are infinite, of images that equal their targets.
+
+    Those are left out of the mean, which one alone would make infinite; it is so where all are, and NaN of none.
+    """
+    values = list(values)
+    finite = [value for value in values if value != math.inf]
+    mean = statistics.fmean(finite) if finite else math.inf if values else math.nan
+    return mean, len(values) - len(finite)
 
 
 Metric = Callable[[np.ndarray, np.ndarray], float]  # of a restored picture and its target, as of `evaluate_pair`
@@ -306,6 +320,7 @@ class Protocol:
     smallest_side: int = 1
     aligns: bool = False
     luma: bool = False  # a float picture is the luma alone, of a target that may have colours
+    version: int = 1  # to be raised with every change that alters a score: scores of another version are computed anew
 
     @property
     def rounded(self) -> bool:

@@ -14,19 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from dgunet.errors import UserError, optional
-from dgunet.files import open_file, replacing
+from dgunet.files import IMAGE_SUFFIXES, RAW_SUFFIXES, open_file, replacing
 from dgunet.tiff import Tiff, is_tiff
 from dgunet.transforms import upright
 
-# What is taken from a folder; of the second line Pillow reads some with a plugin, or nothing does, which is then told.
-SUFFIXES = {
-    *(".png .apng .jpg .jpeg .jpe .jfif .mpo .bmp .dib .gif .tif .tiff .webp .avif .jp2 .ppm .pgm .pnm".split()),
-    *(".pbm .tga .heic .heif .hif .dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw .jxl".split()),
-}
+SUFFIXES = IMAGE_SUFFIXES  # what is taken from a folder; what of it cannot be read is told
 MAX_PIXELS = 2**30  # of a picture: OpenCV's limit
 _ORIENTATION = 0x0112  # the EXIF tag
 _EXIF_BYTES = 65533  # that a JPEG holds
-_RAW = tuple(".dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw".split())
 # What `_container` knows, and what to do with it.
 _NOT_READ = {
     "raw": "is a camera's raw file; develop it to JPEG, or to TIFF or PNG of 16 bits",
@@ -118,7 +113,7 @@ def _identified(path: Path, file, start: bytes):
     if kind == "HEIC":
         with contextlib.suppress(ImportError):
             optional("pillow_heif").register_heif_opener()
-    if kind == "raw" or (is_tiff(start) and path.suffix.lower() in _RAW):
+    if kind == "raw" or (is_tiff(start) and path.suffix.lower() in RAW_SUFFIXES):
         return None  # what Pillow reads of it is a preview
     if is_tiff(start) and (tiff := Tiff(path, file)).direct:
         return tiff
@@ -139,7 +134,7 @@ def _unknown(path: Path, start: bytes) -> str:
             optional("pillow_heif")
             return "is a HEIC image that pillow-heif cannot read; export it as JPEG"
         return "is a HEIC image; pip install pillow-heif, or export it as JPEG"
-    if kind := kind or "raw" * (path.suffix.lower() in _RAW):
+    if kind := kind or "raw" * (path.suffix.lower() in RAW_SUFFIXES):
         return _NOT_READ[kind]
     if is_tiff(start):
         return "is a TIFF of a kind that cannot be read; save it as RGB or grey, of 8 or 16 bits per channel"

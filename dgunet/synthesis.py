@@ -14,6 +14,7 @@ import numpy as np
 from numpy.random import Generator
 
 from dgunet.errors import UserError, optional
+from dgunet.transforms import to_uint8
 
 
 def to_linear(image: np.ndarray) -> np.ndarray:
@@ -64,9 +65,7 @@ def found_noise(image: np.ndarray, rng: Generator, sigma: float | tuple[float, f
 def as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     """A picture (H, W, 3) in [0, 1] as a JPEG of this quality gives it back, its colours at half the resolution."""
     cv2 = optional("cv2")
-    _, file = cv2.imencode(
-        ".jpg", np.round(255 * image[..., ::-1]).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality]
-    )
+    _, file = cv2.imencode(".jpg", to_uint8(image)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     return cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1] / np.float32(255)
 
 
@@ -245,9 +244,12 @@ DEGRADATIONS: dict[str, Degrade] = {
 
 
 def degrade_picture(image: np.ndarray, degrade: Degrade, seed: int, name: str) -> np.ndarray:
-    """A picture (H, W, 3) uint8, degraded, in 8 bits again: random numbers as (seed, name) say, whatever the others."""
+    """A picture (H, W, 3) uint8, degraded, in 8 bits again: random numbers as (seed, name) say, whatever the others.
+
+    Values beyond the range of 8 bits, as noise without bounds makes them, are clipped.
+    """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return np.round(degrade(image.astype(np.float32) / 255, rng) * 255).astype(np.uint8)
+    return to_uint8(degrade(image.astype(np.float32) / 255, rng))
 
 
 def find_degradation(name: str, options: dict) -> Degrade:

@@ -3,6 +3,8 @@
 import argparse
 import csv
 import datetime
+import functools
+import math
 import os
 import statistics
 import sys
@@ -24,12 +26,13 @@ from dgunet.evaluation import (
     PictureSet,
     Result,
     Sample,
+    digest_of,
     evaluate,
     paired,
     pairs_or_pictures,
     restore_pictures,
 )
-from dgunet.files import replacing
+from dgunet.files import in_its_form, normal_form, replacing
 from dgunet.hardware import pick_device, use_huge_pages
 from dgunet.inference import check_tiles, tile_side
 from dgunet.metrics import find_metrics
@@ -63,7 +66,9 @@ def add_tiling(add: Callable):
         action=argparse.BooleanOptionalAction,
         help="mean over 8 flips and rotations (default: of SIDD and DND, as in the original)",
     )
-    add("--tile", type=tile_side, default="auto", help="tile side in pixels, whole, or auto (default)")
+    tiles = "tile side in pixels, whole, or auto: whole where memory allows it (default: whole for scores, which tiles "
+    tiles += "change, auto where there are no targets)"
+    add("--tile", type=tile_side, default=argparse.SUPPRESS, help=tiles)
     add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter of the tile, at most 64)")
 
 
@@ -75,9 +80,10 @@ def noise_sigma(text: str) -> float:
 
 
 def tiling(args: argparse.Namespace, benchmark: Benchmark) -> dict:
-    check_tiles(args.tile, args.tile_overlap)
+    given = {"tile": args.tile} if "tile" in args else {}
+    check_tiles(given.get("tile"), args.tile_overlap)
     ensemble = benchmark.self_ensemble if args.self_ensemble is None else args.self_ensemble
-    return dict(self_ensemble=ensemble, tile=args.tile, tile_overlap=args.tile_overlap)
+    return dict(self_ensemble=ensemble, tile_overlap=args.tile_overlap) | given
 
 
 def command(
@@ -115,7 +121,7 @@ def command(
     network, noise = None, None
     if args.score_only is None:
         network = _load(task, args.weights, shipped, args.device)
-        folder = args.results / task / f"{network.path.absolute().parent.name}_{network.path.stem}"
+        folder = args.results / task / _folder_of(network)
         noise = network.noise_sigma if any(benchmark.sigma for benchmark in benchmarks.values()) else None
         if args.compile:
             network.model.compile()  # once for the first size, and once more for all other sizes
@@ -138,6 +144,7 @@ def command(
                     raise UserError(f"{source} has no input/ and target/, so there is nothing to score against")
                 restored = _restored_elsewhere(args.score_only, (name, Path(word).name), data)
                 result = evaluate(restored, save_images=False, **common)
+                result.seconds_per_image = math.nan
             else:
                 chosen = options(args, benchmark) | dict(bf16=args.bf16)
                 common |= dict(settings=dict(compile=args.compile), save_images=args.save_images or None)
@@ -152,6 +159,8 @@ def command(
         notes = [f"{row.name}: {row.note}" for row in result.rows if row.note]
         if notes:
             print(f"note: {len(notes)} of {len(result.rows)} in {name}:", *notes, sep="\n  ")
+        _tell_of_identical(name, result)
+        _tell_of_tiles(name, result)
         if levels:
             _tell_of_noise(name, noise, levels)
         if network is not None and not result.missing:
@@ -184,7 +193,8 @@ def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Call
     add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own, if there)")
     add("--dataset", nargs="+", help=f"{', '.join(benchmarks)}; folders or pictures (default: {usual})")
     add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
-    add("--results", type=Path, default=Path("results"), help="where everything is written (default: results)")
+    where = "where everything is written (default: results): TASK.csv, and for each weights TASK/NAME_DIGEST/DATASET/"
+    add("--results", type=Path, default=Path("results"), help=where)
     add("--score_only", type=Path, metavar="FOLDER", help="score the pictures in FOLDER/DATASET, restore nothing")
     add("--save_images", action="store_true", help="write restored pictures also where the scores do not need it")
     add("--metrics", nargs="+", metavar="NAME", help="further scores, of the pyiqa library: lpips, dists, niqe, ...")
@@ -217,6 +227,16 @@ def _load(task: str, weights: str | None, shipped: str | None, device: str) -> _
     return _Network(model, name, source, path, noise)
 
 
+def _folder_of(network: _Network) -> str:
+    """What the folder of a network's results is called: the name of weights that come along, else with their digest.
+
+    So many files are called model_best.pth, in folders of one name, and replaced as training goes on.
+    """
+    if network.path != Path(network.source):
+        return network.source
+    return f"{network.path.absolute().parent.name}_{network.path.stem}_{digest_of(network.model)[:8]}"
+
+
 def _default(benchmarks: dict[str, Benchmark], noise: tuple[float, float] | None) -> list[str]:
     """The test sets of the Gaussian noise that a network is for, if any, or else those of none."""
     sigmas = {name: benchmark.sigma for name, benchmark in benchmarks.items() if benchmark.usual}
@@ -230,7 +250,8 @@ def _tests(
     """By name in tables: what --dataset names, and how it is tested."""
     known = {name.lower(): name for name in benchmarks}
     tests = {}
-    for word in dict.fromkeys(word if Path(word).exists() else known.get(word.lower(), word) for word in words):
+    words = [word if Path(word).exists() else known.get(word.lower(), str(in_its_form(word))) for word in words]
+    for word in dict.fromkeys(words):
         alike = {word: benchmarks[word]} if word in benchmarks else {label(word) + end: how for end, how in own.items()}
         for name, benchmark in alike.items():
             if name in tests:
@@ -244,7 +265,7 @@ def label(word: str) -> str:
     path = Path(os.path.abspath(word))
     if path.is_file():
         path = path.with_suffix("")
-    return "_".join(path.parts[1:][-2:]) or "root"  # relative, wherever the folder is
+    return normal_form("_".join(path.parts[1:][-2:])) or "root"  # relative, wherever the folder is
 
 
 def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
@@ -265,12 +286,12 @@ def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
 
 
 def find_folder(root: Path, relative: str) -> Path:
-    """``root/relative``, or where that is not there, the one folder whose name differs in upper and lower case."""
+    """``root/relative``, or where that is not there, the one folder whose name differs in case or Unicode form."""
     folder = root
     for part in Path(relative).parts:
         exact = folder / part
         alike = [] if exact.exists() or not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
-        alike = [p for p in alike if p.name.lower() == part.lower()]
+        alike = [p for p in alike if normal_form(p.name).lower() == normal_form(part).lower()]
         folder = alike[0] if len(alike) == 1 else exact
     return folder
 
@@ -279,7 +300,7 @@ def _restored_elsewhere(root: Path, names: tuple[str, ...], data: PictureSet) ->
     """For `evaluate`: the pictures in one of the folders of these names in ``root``, or in ``root`` itself."""
     folders = (find_folder(root, name) for name in names)
     folder = next((folder for folder in folders if folder.is_dir()), root)
-    there = images_by_name(folder)
+    there = images_by_name(folder, tell=False)  # what is missing is told
 
     def read(sample: Sample, degraded: Pictures) -> tuple[Pictures, Pictures]:
         for name in sample.names:
@@ -294,6 +315,7 @@ def _restored_elsewhere(root: Path, names: tuple[str, ...], data: PictureSet) ->
 def _listening(method: Callable, levels: list[float]) -> Callable:
     """The same method, which notes the noise of the pictures, in 8-bit levels."""
 
+    @functools.wraps(method)
     def restore(model: torch.nn.Module, degraded: Pictures, **options) -> tuple[Pictures, Pictures]:
         for images in degraded if isinstance(degraded, list) else [degraded]:
             if np.isfinite(level := noise_level(unit_range(images))):
@@ -316,12 +338,34 @@ def _tell_of_noise(name: str, trained: tuple[float, float], levels: list[float])
         )
 
 
+def _tell_of_identical(name: str, result: Result):
+    """That images which equal their targets, whose PSNR is infinite, are not in the mean."""
+    count = result.images
+    for number, what in ((result.identical, "restored images"), (result.identical_inputs, "inputs")):
+        if number:
+            left_out = "which has no finite PSNR" if number == count else "left out of the mean PSNR"
+            print(f"note: in {name}, {number} of {count} {what} identical to the target, {left_out}")
+
+
+def _tell_of_tiles(name: str, result: Result):
+    """That the memory was too little for some images, whose scores are not the whole images' then."""
+    sides = sorted({row.tile for row in result.rows} - {"", "whole"}, key=int)
+    if sides and str(result.settings.get("tile")).startswith("auto"):
+        count = sum(row.tile in sides for row in result.rows)
+        told = f"in {name}, {count} of {len(result.rows)} restored in tiles of {' and '.join(sides)} pixels"
+        print(f"note: {told}, as --tile auto does where memory is short; that changes the result")
+
+
 def average(results: list[Result]) -> Result:
     """The mean of the sets' means, each with equal weight whatever its size."""
     means = [statistics.fmean(getattr(r, key) for r in results) for key in ("psnr", "ssim", "input_psnr", "input_ssim")]
     metrics = {name: statistics.fmean(r.metrics[name] for r in results) for name in results[0].metrics}
     images, settings = sum(r.images for r in results), results[0].settings
-    return Result("average", results[0].protocol, images, *means, metrics=metrics, settings=settings)
+    identical, inputs = (sum(getattr(r, key) for r in results) for key in ("identical", "identical_inputs"))
+    return Result(
+        "average", results[0].protocol, images, *means, metrics=metrics, settings=settings, identical=identical,
+        identical_inputs=inputs, version=results[0].version,
+    )  # fmt: skip
 
 
 def format_table(results: list[Result]) -> str:
@@ -352,7 +396,7 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
         values = (
             datetime.datetime.now().isoformat(timespec="seconds"), weights, model, r.label, r.protocol, r.images,
             f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.input_psnr:.4f}", f"{r.input_ssim:.6f}",
-            f"{r.seconds_per_image:.3f}", settings, " ".join(sys.argv),
+            f"{r.seconds_per_image:.3f}", settings, " ".join(sys.argv), r.identical, r.identical_inputs, r.version,
             *(f"{value:.6f}" for value in r.metrics.values()),
         )  # fmt: skip
         rows.append(dict(zip(columns, values, strict=True)))
@@ -360,6 +404,8 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
         before = path.read_bytes() if path.exists() else b""
         head, newline, others = before.partition(b"\n")
         known = head.decode(TEXT["encoding"], TEXT["errors"]).strip().split(",") if head else []
+        if known and "psnr" not in known:
+            raise UserError(f"{path} is no table of results as test.py writes it; move it away, and start again")
         columns = known + [name for name in columns if name not in known]
         if columns != known or not newline:  # a new table, or scores that it has had no columns for
             with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -371,5 +417,6 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
 
 
 _COLUMNS = (
-    "date,weights,model,dataset,protocol,images,psnr,ssim,input_psnr,input_ssim,seconds_per_image,settings,command"
+    "date,weights,model,dataset,protocol,images,psnr,ssim,input_psnr,input_ssim,seconds_per_image,settings,command,"
+    "identical,identical_inputs,protocol_version"  # new ones last: scripts/reproduce.sh counts them
 ).split(",")

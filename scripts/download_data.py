@@ -28,8 +28,9 @@ from dgunet.errors import UserError, command_imports, run_cli
 with command_imports(__name__):
     from prepare_patches import Parser, describe, sidd_pairs
 
-    from dgunet.data import IMAGE_SUFFIXES, find_pairs
+    from dgunet.data import find_pairs
     from dgunet.distributed import sole_writer
+    from dgunet.files import IMAGE_SUFFIXES
     from dgunet.progress import progress_bar
 
 SIDES = {"input": ("input", "input_crops"), "target": ("target", "target_crops", "groundtruth", "gt")}

@@ -37,6 +37,7 @@ with command_imports(__name__):
     from prepare_patches import Parser
 
     from dgunet.data import images_by_name
+    from dgunet.files import in_its_form, normal_form
     from dgunet.metrics import evaluate_pair
     from dgunet.photographs import SPLITS, Photo, embedded_photos
     from dgunet.synthesis import Degrade, degrade_picture, gaussian_noise, motion_blur, rain_streaks, sensor_noise
@@ -198,11 +199,12 @@ def check_files(out: Path, checksums: dict[str, int]):
 
     checksums: {path relative to `out`: CRC-32 of the file}.
     """
-    present = {p.relative_to(out).as_posix() for p in out.rglob("[!.]*") if p.is_file()} - {MANIFEST}
+    present = {normal_form(p.relative_to(out).as_posix()) for p in out.rglob("[!.]*") if p.is_file()} - {MANIFEST}
+    checksums = {normal_form(name): checksum for name, checksum in checksums.items()}
     for name in sorted(present - set(checksums)):
         raise UserError(f"--out: {out / name} was not written by this script; choose another --out")
     for name, checksum in checksums.items():
-        if name not in present or zlib.crc32((out / name).read_bytes()) != checksum:
+        if name not in present or zlib.crc32(in_its_form(out / name).read_bytes()) != checksum:
             happened = "changed" if name in present else "removed"
             raise UserError(f"--out: {out / name} was {happened}; choose another --out, or remove {out}")
 

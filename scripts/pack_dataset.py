@@ -25,7 +25,7 @@ with command_imports(__name__):
 
     from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
     from dgunet.distributed import sole_writer
-    from dgunet.files import replacing
+    from dgunet.files import normal_form, replacing
     from dgunet.progress import progress_bar
 
     h5py = optional("h5py")
@@ -59,7 +59,7 @@ def paired_pictures(source: Path) -> Iterator[tuple[str, Path]]:
 
 def luma_pictures(source: Path) -> Iterator[tuple[str, Path]]:
     for path in list_images(source):
-        yield path.name, path
+        yield normal_form(path.name), path
 
 
 def pack(file: h5py.File, pictures: dict[str, Path], read):

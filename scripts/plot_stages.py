@@ -18,9 +18,10 @@ with command_imports(__name__):
     import numpy as np
 
     from dgunet import DGUNet, load_model
-    from dgunet.data import find_pairs, list_images, read_image, read_luma
+    from dgunet.data import find_pairs, images_by_name, read_image, read_luma
     from dgunet.degradations import BlockSampling
     from dgunet.figures import draw_stages, label_stages, stages_of
+    from dgunet.files import normal_form
     from dgunet.metrics import evaluate_pair
 
 
@@ -54,7 +55,7 @@ def main():
 def read_pair(model: DGUNet, folder: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """The degraded and the true picture, (H, W, 3) or (H, W) uint8; of compressive sensing the luminance, twice."""
     if isinstance(model.degradation, BlockSampling):
-        luma = read_luma(choose({path.stem: path for path in list_images(folder)}, name, folder))
+        luma = read_luma(choose(images_by_name(folder), name, folder))
         return luma, luma
     pair = choose({pair.name: pair for pair in find_pairs(folder)}, name, folder)
     read = read_luma if model.channels == 1 else read_image
@@ -72,6 +73,7 @@ def find_window(size: tuple[int, int], crop: list[int] | None, usual: int, least
 
 
 def choose(found: dict, name: str, folder: str):
+    name = normal_form(name)
     if name not in found:
         raise UserError(f"no picture {name} in {folder}; there are {', '.join(found)}")
     return found[name]

@@ -32,12 +32,13 @@ from dgunet.errors import UserError, command_imports, optional, run_cli
 with command_imports(__name__):
     import numpy as np
 
-    from dgunet.data import Pair, find_pairs, pair_size, read_image, write_image
+    from dgunet.data import Pair, find_pairs, pair_size, read_image, tell_of_others, write_image
+    from dgunet.files import IMAGE_SUFFIXES, normal_form
     from dgunet.progress import progress_bar
 
     cv2, natsorted = optional("cv2"), optional("natsort").natsorted
 
-SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)\.png", re.IGNORECASE)
+SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)", re.IGNORECASE)
 # Training crops are 256 wide: with an overlap of 256, every crop of the whole picture lies inside some patch.
 GRIDS = {
     "gopro": {"size": 512, "overlap": 256, "max_side": 800},  # 1280x720 pictures become 4 x 2 patches
@@ -70,8 +71,11 @@ def sidd_pairs(source: Path) -> list[Pair]:
     pairs = []
     for scene in scenes:
         sides: dict[str, dict[str, Path]] = {"NOISY": {}, "GT": {}}
-        for path in sorted(scene.iterdir()):
-            if not (match := SIDD_NAME.fullmatch(path.name)):
+        others = []
+        for path in sorted(path for path in scene.iterdir() if not path.name.startswith(".")):
+            match = SIDD_NAME.fullmatch(path.stem) if path.suffix.lower() in IMAGE_SUFFIXES else None
+            if match is None:
+                others.append(path)
                 continue
             side, number = sides[match[1].upper()], match[2]
             if number in side:
@@ -79,12 +83,15 @@ def sidd_pairs(source: Path) -> list[Pair]:
             side[number] = path
         if not any(sides.values()):
             raise UserError(f"no *_NOISY_SRGB_*.PNG in {scene}; complete or move this folder ({hint})")
+        tell_of_others(scene, others)
         for have, lack in (("NOISY", "GT"), ("GT", "NOISY")):
             for number in natsorted(sides[have].keys() - sides[lack].keys()):
                 path = sides[have][number]
                 partner = re.sub(f"{have}(?=_SRGB)", lack, path.name, flags=re.IGNORECASE)
                 raise UserError(f"{path} has no partner {partner} beside it; add or remove it")
-        pairs += [Pair(f"{scene.name}_{n}", sides["NOISY"][n], sides["GT"][n]) for n in natsorted(sides["NOISY"])]
+        pairs += [
+            Pair(f"{normal_form(scene.name)}_{n}", sides["NOISY"][n], sides["GT"][n]) for n in natsorted(sides["NOISY"])
+        ]
     return pairs
 
 

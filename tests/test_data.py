@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import pack_dataset
 import pytest
 import torch
 from luma import LumaPatches
-from PIL import Image
+from PIL import Image, features
 
 from dgunet import UserError, data
 from dgunet.data import (
@@ -172,6 +173,83 @@ def test_photograph_is_turned_upright(tmp_path, kind, orientation):
     assert image_size(path) == picture.shape[:2] == (40, 64)
     assert np.abs(picture.astype(int) - upright).mean() < (12 if kind == "PNG palette" else 3)
     assert np.array_equal(read_luma(path), cv2.cvtColor(picture, cv2.COLOR_RGB2YCrCb)[:, :, 0])
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.ppm", "PPM"), ("a.tga", "TGA"), ("a.jp2", "JPEG2000"), ("a.gif", "GIF"), ("a.avif", "AVIF"), ("a.jpe", "JPEG"),
+     ("a.jfif", "JPEG"), ("a.dib", "BMP"), ("png.jpg", "PNG"), ("jpeg.png", "JPEG"), ("ppm.png", "PPM"),
+     ("tiff.bmp", "TIFF"), ("avif.jpg", "AVIF"), ("png.dng", "PNG")],
+)  # fmt: skip
+def test_picture_is_what_its_bytes_say_in_every_format_that_can_be_read(tmp_path, name, kind):
+    """Of a folder for training, too, whatever the suffix."""
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    for side in ("input", "target"):
+        (tmp_path / side).mkdir()
+        Image.fromarray(smooth_picture()).save(tmp_path / side / name, kind)
+    (pair,) = find_pairs(tmp_path)
+    picture = read_image(pair.input)
+    assert picture.dtype == np.uint8 and image_size(pair.input) == picture.shape[:2] == (40, 64)
+    worst = np.abs(picture.astype(int) - smooth_picture()).max()
+    assert worst <= {"JPEG": 12, "GIF": 20, "AVIF": 12}.get(kind, 0)
+
+
+def test_turned_avif_is_read_upright(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(smooth_picture())).save(tmp_path / "a.avif", exif=exif)
+    assert image_size(tmp_path / "a.avif") == (40, 64)
+    assert np.abs(read_image(tmp_path / "a.avif").astype(int) - smooth_picture()).mean() < 3
+
+
+def save_other(path: Path, kind: str):
+    """What is an image by its name or bytes, and cannot be trained on as it is."""
+    picture, deep = Image.fromarray(smooth_picture()), smooth_picture().astype(np.uint16) * 4
+    if kind == "deep":
+        if not (cv2.haveImageWriter(path.name) and (path.suffix != ".avif" or features.check("avif"))):
+            pytest.skip("nothing here writes it")
+        options = [cv2.IMWRITE_AVIF_DEPTH, 10] if path.suffix == ".avif" else []
+        path.write_bytes(cv2.imencode(path.suffix, deep, options)[1].tobytes())
+    elif kind == "animated":
+        picture.save(path, save_all=True, append_images=[Image.fromarray(255 - smooth_picture())])
+    elif kind in ("RGBA", "L", "LA"):
+        picture.convert(kind).save(path)
+    elif isinstance(kind, dict):
+        picture.save(path, "TIFF", tiffinfo=kind)
+    else:
+        path.write_bytes(kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "word"),
+    [("a.heic", HEIC, "HEIC"), ("a.jpg", HEIC, "HEIC"), ("a.png", b"<!DOCTYPE html><html>", "web page"),
+     ("a.jxl", b"\xff\x0a" + bytes(99), "JPEG XL"), ("a.cr3", b"\0\0\0\x18ftypcrx " + bytes(99), "raw"),
+     ("a.jpg", b"FUJIFILMCCD-RAW " + bytes(99), "raw"), ("a.nef", {}, "raw"), ("a.tif", {50706: b"\1\4\0\0"}, "raw"),
+     ("a.tif", {254: 1}, "raw"), ("a.ppm", "deep", "bits"), ("a.jp2", "deep", "bits"), ("a.avif", "deep", "10 bits"),
+     ("a.gif", "animated", "2"), ("a.tga", "RGBA", "transparency"), ("a.pgm", "L", "grey"),
+     ("a.ppm", b"P6\n9 9\n255\n", "")],
+)  # fmt: skip
+def test_image_that_cannot_be_used_is_refused_by_name(tmp_path, name, kind, word):
+    for side in ("input", "target"):
+        (tmp_path / side).mkdir()
+        save_other(tmp_path / side / name, kind)
+    told = refusal(find_pairs, tmp_path)
+    assert str(tmp_path / "input" / name) in told and word in told
+    assert told == refusal(read_image, tmp_path / "input" / name)
+    if word == "grey":
+        assert read_luma(tmp_path / "input" / name).shape == (40, 64)
+
+
+def test_grey_with_transparency_is_no_luminance(tmp_path):
+    for name in ("a.tif", "a.png"):
+        save_other(tmp_path / name, "LA")
+        assert "transparency" in refusal(read_luma, tmp_path / name)
 
 
 @pytest.fixture
@@ -378,6 +456,75 @@ def test_partners_may_differ_in_format_and_other_files_are_ignored(tmp_path, pic
     (tmp_path / "input" / "notes.txt").write_text("no picture")
     (tmp_path / "input" / ".hidden.png").write_text("no picture")
     assert [p.target.name for p in find_pairs(tmp_path)] == ["img1.PNG", "img2.bmp"]
+
+
+def test_what_is_no_image_is_told_once(tmp_path, picture_pairs, capsys):
+    picture_pairs(tmp_path, count=2)
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", ".hidden.png", ".lock"):
+        (tmp_path / "input" / name).write_text("")
+    find_pairs(tmp_path)
+    assert capsys.readouterr() == ("", "")
+    for name in ("notes.txt", "a.psd", "no suffix", "line\nbreak"):
+        (tmp_path / "target" / name).write_text("")
+    (tmp_path / "target" / "more").mkdir()
+    for _ in range(2):
+        assert len(find_pairs(tmp_path)) == 2
+    out, told = capsys.readouterr()
+    assert not out and told.count("\n") == 1 and str(tmp_path / "target") in told
+    assert all(name in told for name in ("notes.txt", "a.psd", "no suffix", "more/"))
+
+
+def in_form(form: str, name: str = "caf\u00e9 \u1e69") -> str:
+    return unicodedata.normalize(form, name)
+
+
+@pytest.fixture
+def forms(tmp_path, picture_pairs) -> Path:
+    """Two pairs, the first of whose names have other Unicode forms in ``input`` and ``target``."""
+    picture_pairs(tmp_path / "pairs", count=2)
+    for side, form in (("input", "NFD"), ("target", "NFC")):
+        (tmp_path / f"pairs/{side}/img1.png").rename(tmp_path / f"pairs/{side}/{in_form(form)}.png")
+    if in_form("NFD") + ".png" not in os.listdir(tmp_path / "pairs/input"):
+        pytest.skip("this disk has one Unicode form only")
+    return tmp_path / "pairs"
+
+
+def test_names_that_differ_in_unicode_form_alone_are_one(forms, monkeypatch):
+    pairs = find_pairs(forms)
+    assert [pair.name for pair in pairs] == [in_form("NFC"), "img2"]
+    for form in ("NFC", "NFD"):
+        (forms / "names.txt").write_text(in_form(form) + ".jpg\n", "utf-8")
+        assert [pair.name for pair in exclude(pairs, forms / "names.txt")] == ["img2"]
+        assert [path.name for path in exclude(find_images(forms / "input"), forms / "names.txt")] == ["img2.png"]
+    # packed files have the names in one form; older ones, which have them as they were, are read as well
+    monkeypatch.setattr(sys, "argv", ["pack_dataset.py", str(forms)])
+    pack_dataset.main()
+    packed = forms.with_suffix(".h5")
+    with h5py.File(packed, "r+") as file:
+        assert in_form("NFC") in file["input"]
+        file.move(f"input/{in_form('NFC')}", f"input/{in_form('NFD')}")
+    data._close_packed_files()
+    assert [pair.name for pair in find_pairs(packed)] == [pair.name for pair in pairs]
+    assert all(map(np.array_equal, PairedPatches(packed, 16)[1, 0], PairedPatches(pairs, 16)[1, 0]))
+    assert not changed_items(find_pairs(packed), fingerprint(pairs))
+
+
+def test_run_from_before_names_had_one_form_is_resumed(forms, monkeypatch):
+    pairs = find_pairs(forms)
+    with monkeypatch.context() as context:  # fingerprints were of names as they were on the disk
+        paths = [("input", pair.input) for pair in pairs] + [("target", pair.target) for pair in pairs]
+        context.setattr(data, "_sources", lambda items: [(f"{side}/{path.stem}", path) for side, path in paths])
+        before = fingerprint(pairs)
+    assert not torch.equal(before["names"], fingerprint(pairs)["names"])
+    assert changed_items(pairs, before) == ""
+    assert changed_items(pairs[1:], before) == "2 gone"
+
+
+def test_two_files_whose_names_differ_in_unicode_form_alone(forms):
+    shutil.copy(forms / "input" / f"{in_form('NFD')}.png", forms / "input" / f"{in_form('NFC')}.png")
+    for call in (lambda: find_pairs(forms), lambda: find_images(forms / "input")):
+        told = refusal(call)
+        assert "caf\\xe9 \\u1e69.png" in told and "cafe\\u0301 s\\u0323\\u0307.png" in told
 
 
 @pytest.mark.parametrize(("side", "other"), [("input", "target"), ("target", "input")])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -218,6 +219,26 @@ def test_copies_and_other_pictures_do_not_change_a_picture(own, tmp_path):
     assert a["train/target/p5_1.png"] == a["train/target/p5_2.png"]
     assert "train/input/p5_3.png" in a and "train/input/p5_3.png" not in b
     assert all(a[name] == data for name, data in b.items() if name != demo.MANIFEST)
+
+
+def test_noise_without_bounds_is_clipped_not_wrapped():
+    ramp = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 64, 0).repeat(3, 2)
+    degrade = partial(synthesis.gaussian_noise, sigma=40.0, clip=False)
+    noisy = synthesis.degrade_picture(ramp, degrade, 0, "a").astype(int)
+    assert noisy[:, :2].max() < 200 and noisy[:, -2:].min() > 55
+    beyond = np.array([[[-0.5, 0.5, 1.5]]], np.float32).repeat(16, 0).repeat(16, 1)
+    assert np.abs(synthesis.as_jpeg(beyond, 95)[..., [0, 2]] - [0, 1]).max() < 0.15
+
+
+def test_names_of_pictures_have_one_unicode_form(own, tmp_path, capsys):
+    nfc, nfd = "caf\u00e9", "cafe\u0301"
+    (own / "p6.jpg").rename(own / f"{nfd}.jpg")
+    run("denoising", tmp_path / "a", "--source", own, "--val_count", 1)
+    assert f"train/input/{nfc}_1.png" in contents(tmp_path / "a")
+    (own / f"{nfd}.jpg").rename(own / f"{nfc}.jpg")
+    capsys.readouterr()
+    run("denoising", tmp_path / "a", "--source", own, "--val_count", 1)
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_own_pictures_are_split_by_natural_order(own, tmp_path, capsys):

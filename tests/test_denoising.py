@@ -43,7 +43,8 @@ def run_test(weights, *words, cwd, check=0) -> subprocess.CompletedProcess:
 
 
 def out(folder: Path, weights: Path) -> Path:
-    return folder / "results" / "denoising" / f"{weights.parent.name}_{weights.stem}"
+    (found,) = (folder / "results" / "denoising").glob(f"{weights.parent.name}_{weights.stem}_*")
+    return found
 
 
 def results(folder) -> list[dict]:

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,13 @@ import pytest
 import scipy.io
 import torch
 
-from dgunet import DGUNet, UserError, create_model, evaluation, load_model, restore, testing
+from dgunet import DGUNet, UserError, create_model, evaluation, inference, load_model, restore, testing
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.data import find_pairs, read_image, write_image
 from dgunet.errors import run_cli
 from dgunet.evaluation import PictureSet, Result, Sample, ScoreSheet, evaluate
 from dgunet.hardware import pick_device
-from dgunet.metrics import evaluate_pair
+from dgunet.metrics import PROTOCOLS, evaluate_pair
 from dgunet.testing import append_results, average, find_folder, noise_level
 from dgunet.transforms import to_uint8, unit_range
 
@@ -239,7 +240,185 @@ def test_killed_while_the_sheet_is_begun_anew(tmp_path, monkeypatch):
     assert not ScoreSheet(tmp_path, "train_rgb", {"bf16": True}, {"img": "its fingerprint"}).done("img")
 
 
+def test_weights_of_one_name_do_not_share_a_folder(test, picture_pairs):
+    picture_pairs(Path("set"), count=2, size=(16, 16))
+    written = {}
+    for seed, name in enumerate("AB"):
+        os.makedirs(f"{name}/DGUNet")
+        save_checkpoint(tiny_weights("denoising", seed), f"{name}/DGUNet/model_best.pth")
+        done = test("--dataset", "set", "--save_images", weights=f"{name}/DGUNet/model_best.pth")
+        (folder,) = set(Path("results/denoising").iterdir()) - set(written)
+        assert folder.name.startswith("DGUNet_model_best_") and str(folder) in done.out
+        written[folder] = {path.name: path.read_bytes() for path in folder.rglob("*.png")}
+        assert len(written[folder]) == 2
+    for folder, images in written.items():
+        assert {path.name: path.read_bytes() for path in folder.rglob("*.png")} == images
+    for name in "AB":
+        assert (
+            "2 of 2 pictures are done already"
+            in test("--dataset", "set", "--save_images", weights=f"{name}/DGUNet/model_best.pth").out
+        )
+    assert len(list(Path("results/denoising").iterdir())) == 2
+    assert test("--dataset", "set", weights="denoising_gaussian").status == 0
+    assert Path("results/denoising/denoising_gaussian").is_dir()
+
+
+def test_scores_of_another_version_of_the_protocol_are_not_done(test, picture_pairs, monkeypatch):
+    picture_pairs(Path("set"), count=2, size=(16, 16))
+    test("--dataset", "set")
+    assert "2 of 2 pictures are done already" in test("--dataset", "set").out
+    old = PROTOCOLS["sidd_unit_range"]
+
+    def mended(restored, target):
+        psnr, ssim = old.score(restored, target)
+        return psnr + 1, ssim
+
+    new = dataclasses.replace(old, score=mended, version=old.version + 1)
+    monkeypatch.setitem(PROTOCOLS, "sidd_unit_range", new)
+    done = test("--dataset", "set")
+    assert done.status == 0 and "done already" not in done.out
+    (first, _, last), version = rows(), old.version
+    assert float(last["psnr"]) == pytest.approx(float(first["psnr"]) + 1, abs=1e-3)
+    assert [row["protocol_version"] for row in rows()] == [str(version), str(version), str(version + 1)]
+
+
+# ----------------------------------------------------------------------------------------------------- tiles and memory
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Calling this makes the free memory too little for a network on more than so many pixels at once."""
+
+    def limit(pixels: int):
+        # that of one pixel is what the automatic tile, here the smallest, is computed from
+        needed = lambda model, asked: 2**20 if 1 < asked <= pixels else 2**60  # noqa: E731
+        monkeypatch.setattr(inference, "estimate_memory", needed)
+
+    return limit
+
+
+def test_scores_are_of_whole_pictures_whatever_the_memory(test, picture_pairs, little_memory):
+    picture_pairs(Path("set"), count=2, size=(16, 16))
+    cv2.imwrite("set/input/img2.png", np.zeros((200, 240, 3), np.uint8))
+    cv2.imwrite("set/target/img2.png", np.full((200, 240, 3), 9, np.uint8))
+    assert test("--dataset", "set").status == 0
+    assert "2 of 2 pictures are done already" in test("--dataset", "set", "--tile", "whole").out, "the same scores"
+    assert all("tile=whole" in row["settings"] for row in rows()) and rows()[0]["psnr"] == rows()[1]["psnr"]
+
+    little_memory(100 * 100)
+    picture_pairs(Path("set"), count=1, size=(16, 16), seed=1)  # another first picture: the second is done
+    done = test("--dataset", "set")
+    assert done.status == 0 and "1 of 2 pictures are done already" in done.out
+    os.utime("set/input/img2.png", ns=(1, 1))
+    done = test("--dataset", "set")
+    assert done.status == 2 and "Traceback" not in done.err and rows()[-1]["images"] == "1"
+    (line,) = [line for line in done.err.splitlines() if "img2.png" in line]
+    assert "--tile" in line and "memory" in line
+    assert test("--dataset", "set", "--tile", "whole").status == 0, "asked for, it is tried"
+
+    tiled = test("--dataset", "set", "--tile", "auto")
+    assert tiled.status == 0 and "done already" not in tiled.out and "1 of 2 restored in tiles of 128" in tiled.out
+    assert "tile=auto(128+whole)" in rows()[-1]["settings"] and "UserWarning" not in tiled.err
+    with open(sheet(), newline="") as file:
+        assert [row["tile"] for row in csv.DictReader(file)] == ["whole", "128"]
+    fixed = test("--dataset", "set", "--tile", "128")
+    assert fixed.status == 0 and "done already" not in fixed.out and "tile=128" in rows()[-1]["settings"]
+    assert rows()[-1]["psnr"] == rows()[-2]["psnr"] != rows()[0]["psnr"]
+
+
+def test_pictures_that_are_not_scored_are_restored_in_tiles_where_memory_is_short(test, little_memory):
+    os.mkdir("photos")
+    cv2.imwrite("photos/a.png", np.random.default_rng(0).integers(0, 256, (140, 150, 3), dtype=np.uint8))
+    little_memory(100 * 100)
+    done = test("--dataset", "photos")
+    assert done.status == 0 and "in tiles of 128" in done.out
+    (written,) = Path("results").rglob("a.png")
+    expected = restore(load_model("tiny.pth"), read_image("photos/a.png"), tile=128)
+    assert np.abs(read_image(written).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 bytes"),
+     RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")],
+    ids=str,
+)  # fmt: skip
+def test_out_of_memory_names_the_option(test, picture_pairs, monkeypatch, error):
+    picture_pairs(Path("set"), count=2, size=(16, 16))
+    whole = evaluation.restore
+
+    def short(model, image, **options):
+        if short.calls:
+            raise error
+        short.calls += 1
+        return whole(model, image, **options)
+
+    short.calls = 0
+    monkeypatch.setattr(evaluation, "restore", short)
+    done = test("--dataset", "set")
+    assert done.status == 2 and "Traceback" not in done.err and rows()[-1]["images"] == "1"
+    assert "img2.png" in done.err and "--tile 512" in done.err
+
+
+def test_time_of_an_image_is_that_of_restoring_it(tmp_path, picture_pairs, monkeypatch):
+    """Not of reading, scoring and writing it, nor of what was done before."""
+    picture_pairs(tmp_path / "set", count=2, size=(16, 16))
+    for module, name in ((evaluation, "read_image"), (evaluation, "write_image"), (evaluation, "evaluate_pair")):
+        slow = partial(lambda do, *args, **options: (time.sleep(0.1), do(*args, **options))[1], getattr(module, name))
+        monkeypatch.setattr(module, name, slow)
+
+    def method(sample, y):
+        time.sleep(0.02)
+        return y, y
+
+    result = evaluate(method, tmp_path / "set", "rgb_matlab", tmp_path / "out")
+    assert 0.02 <= result.seconds_per_image < 0.1
+
+    class Identity(torch.nn.Module):
+        forward = None
+
+    model, out = Identity(), tmp_path / "network"
+    first = evaluate(model, tmp_path / "set", "rgb_matlab", out, method=restore_nothing)
+    again = evaluate(model, tmp_path / "set", "rgb_matlab", out, method=restore_nothing)
+    assert first.seconds_per_image < 0.1 and math.isnan(again.seconds_per_image)
+
+
+def restore_nothing(model, y):
+    return y, y
+
+
 # ------------------------------------------------------------------------------------------------- what is not a number
+
+
+def test_pictures_that_equal_their_targets_are_counted_not_averaged(test, picture_pairs):
+    """Their PSNR is infinite, and one of them alone would make the mean so."""
+    picture_pairs(Path("set"), count=3, size=(16, 16))
+    os.makedirs("restored/set")
+    for k in (1, 2, 3):
+        image = cv2.imread(f"set/target/img{k}.png")
+        cv2.imwrite(f"restored/set/img{k}.png", image if k == 2 else 255 - image)
+    done = test("--score_only", "restored", "--dataset", "set", task="deraining", weights=None)
+    (row,) = rows("deraining")
+    expected = [
+        evaluate_pair(read_image(f"restored/set/img{k}.png"), read_image(f"set/target/img{k}.png"), "deraining_y")
+        for k in (1, 2, 3)
+    ]
+    assert expected[1] == (math.inf, 1)
+    assert float(row["psnr"]) == pytest.approx((expected[0][0] + expected[2][0]) / 2, abs=1e-3)
+    assert float(row["ssim"]) == pytest.approx(np.mean([ssim for _, ssim in expected]), abs=1e-5)
+    assert (row["images"], row["identical"]) == ("3", "1") and "1 of 3 restored images" in done.out
+    assert math.isnan(float(row["seconds_per_image"]))
+
+    shutil.copytree("set/target", "restored/other")
+    picture_pairs(Path("other"), count=3, size=(16, 16))
+    for k in (1, 2):
+        shutil.copy(f"other/target/img{k}.png", f"other/input/img{k}.png")
+    done = test("--score_only", "restored", "--dataset", "other", task="deraining", weights=None)
+    row = rows("deraining")[-1]
+    assert (row["psnr"], row["identical"], row["identical_inputs"]) == ("inf", "3", "2")
+    assert math.isfinite(float(row["input_psnr"])) and "2 of 3 inputs" in done.out
+    many = average([Result("a", "p", 2, 30, 0.9, 20, 0.5, identical=1), Result("b", "p", 2, 20, 0.9, 20, 0.5)])
+    assert (many.identical, many.images, many.psnr) == (1, 4, 25)
 
 
 @pytest.fixture
@@ -483,6 +662,29 @@ def test_reproduce_finds_its_folders_whatever_their_case(tmp_path):
     code = f'{function}\nfolder "{tmp_path}" Set11; folder "{tmp_path}" BSD68; folder "{tmp_path}" CBSD68'
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == [str(tmp_path / "set11"), str(tmp_path / "Bsd68")]
+
+
+def test_data_set_is_found_in_any_unicode_form(test, picture_pairs):
+    """And so are its restored pictures; its results have one name."""
+    nfc, nfd = "caf\u00e9", "cafe\u0301"
+    picture_pairs(Path("photos") / nfd, count=1, size=(16, 16))
+    if os.listdir("photos") != [nfd]:
+        pytest.skip("this disk has one Unicode form only")
+    os.rename(f"photos/{nfd}/input/img1.png", f"photos/{nfd}/input/{nfc}.png")
+    os.rename(f"photos/{nfd}/target/img1.png", f"photos/{nfd}/target/{nfd}.png")
+    first = test("--dataset", f"photos/{nfd}", "--save_images")
+    again = test("--dataset", f"photos/{nfc}", "--save_images")
+    both = test("--dataset", f"photos/{nfc}", f"photos/{nfd}")
+    assert (first.status, again.status, both.status) == (0, 0, 0)
+    assert "1 of 1 pictures are done already" in again.out and "1 of 1 pictures are done already" in both.out
+    assert [row["dataset"] for row in rows()] == [f"photos_{nfc}"] * 3
+    (written,) = Path("results").rglob("*.png")
+    assert written.name == f"{nfc}.png" and written.parent.name == f"photos_{nfc}"
+    os.rename(written, written.with_name(f"{nfd}.png"))
+    os.rename(written.parent, f"restored_{nfd}")
+    assert test("--score_only", f"restored_{nfd}", "--dataset", f"photos/{nfc}", weights=None).status == 0
+    shutil.copytree(f"photos/{nfd}", f"photos/{nfc}")
+    assert "would both be written" in one_line(test("--dataset", f"photos/{nfc}", f"photos/{nfd}"))
 
 
 # ----------------------------------------------------------------------------------------------------- bf16 and compile
@@ -934,6 +1136,29 @@ def test_results_get_columns_for_further_metrics(tmp_path):
     ]
     assert {row["psnr"] for row in rows} == {"30.0000"} and None not in rows[0]
     assert average([dataclasses.replace(plain, metrics={"a": a}) for a in (1.0, 2.0)]).metrics == {"a": 1.5}
+
+
+def test_results_are_appended_to_tables_of_before(tmp_path):
+    """Which have fewer columns; what is none of ours is left as it is."""
+    table, new = tmp_path / "results.csv", Result("set", "cs_y", 3, 31.0, 0.9, 20.0, 0.5, identical=1)
+    old = (
+        "date,weights,model,dataset,protocol,images,psnr,ssim,input_psnr,input_ssim,seconds_per_image,settings,command"
+    )
+    for end in ("\r\n", "\n", ""):
+        table.write_bytes(f"{old}\r\n2026,w,m,before,cs_y,3,30.0,0.9,20.0,0.5,0.1,bf16=False,test.py{end}".encode())
+        append_results(table, [new], "w.pth", "DGUNet")
+        with open(table, newline="") as file:
+            first, second = csv.DictReader(file)
+        assert (first["dataset"], first["psnr"], first["identical"]) == ("before", "30.0", None)
+        assert (second["dataset"], second["psnr"], second["identical"], second["protocol_version"]) == (
+            "set", "31.0000", "1", "1"
+        )  # fmt: skip
+    assert table.read_text().splitlines()[0].split(",")[:13] == old.split(",")  # scripts/reproduce.sh counts them
+    table.write_text(old.replace(",", ";") + "\n2026;w;m\n")
+    before = table.read_bytes()
+    with pytest.raises(UserError, match=r"results\.csv"):
+        append_results(table, [new], "w.pth", "DGUNet")
+    assert table.read_bytes() == before
 
 
 def test_metrics_of_pyiqa(test, picture_pairs, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 from scipy.io import loadmat
 
 from dgunet import metrics
-from dgunet.metrics import PROTOCOLS, AlignmentError, evaluate_pair, psnr_batch
+from dgunet.metrics import PROTOCOLS, AlignmentError, evaluate_pair, mean_psnr, psnr_batch
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics"
 PAIRS = json.loads((GOLDEN / "metrics.json").read_text())
@@ -446,6 +446,15 @@ def test_import_is_light():
 def test_examples_in_docstrings():
     result = doctest.testmod(metrics)
     assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "identical"),
+    [([20, 30], 25, 0), ([20, math.inf, 30, math.inf], 25, 2), ([math.inf], math.inf, 1), ([], math.nan, 0),
+     ([20, math.nan, math.inf], math.nan, 1)],
+)  # fmt: skip
+def test_mean_psnr_leaves_out_and_counts_equal_images(values, mean, identical):
+    assert mean_psnr(values) == (pytest.approx(mean, nan_ok=True), identical)
 
 
 if __name__ == "__main__":

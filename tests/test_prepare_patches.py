@@ -205,6 +205,18 @@ def test_sizes_differ(sidd, paired, tmp_path, task):
     assert not (tmp_path / "out").exists()
 
 
+def test_sidd_of_other_suffixes_and_what_is_none_of_it(sidd, tmp_path, capsys):
+    scene = sidd / SCENES[0]
+    for kind in ("NOISY", "GT"):
+        (scene / f"0001_{kind}_SRGB_010.PNG").rename(scene / f"0001_{kind}_SRGB_010.jfif")
+    for name in ("0001_METADATA_RAW_010.MAT", "Thumbs.db", "preview.png"):
+        (scene / name).write_text("")
+    run("sidd", sidd, tmp_path / "out", *SMALL)
+    assert len(find_pairs(tmp_path / "out")) == 2 * 4 * len(SCENES)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "0001_METADATA_RAW_010.MAT" in told and "preview.png" in told and "Thumbs" not in told
+
+
 def test_wrong_source(sidd, tmp_path):
     for source, message in (
         (tmp_path / "nowhere", "no folder .*nowhere; --source is"),
