@@ -64,9 +64,9 @@ _C.OPTIM.EMA_DECAY = 0.0  # e.g. 0.999: validate and test an exponential moving 
 _C.OPTIM.MAX_BAD_STEPS = 50  # steps in a row with a non-finite loss or gradient before the run gives up
 # So many of them before the run goes back to its averaged weights, or without EMA to those of the last validation or
 # epoch, with Adam's moments cleared and a lower rate; 0, or not below MAX_BAD_STEPS: never.
-_C.OPTIM.RETURN_AFTER_BAD_STEPS = 10
-_C.OPTIM.RETURN_LR_FACTOR = 0.5  # by which such a return multiplies all rates from then on
-_C.OPTIM.MAX_RETURNS = 5  # in a run; after them MAX_BAD_STEPS ends it
+_C.OPTIM.ROLLBACK_AFTER_BAD_STEPS = 10
+_C.OPTIM.ROLLBACK_LR_FACTOR = 0.5  # by which a rollback multiplies all rates from then on
+_C.OPTIM.MAX_ROLLBACKS = 5  # in a run; after them MAX_BAD_STEPS ends it
 
 _C.LOSS = CN()  # summed over all stages; the weights of its parts, by default those of the tasks but one
 _C.LOSS.CHARBONNIER = 1.0
@@ -147,9 +147,9 @@ _RANGES = {
     "OPTIM.CLIP_NORM": (0, 10**6),
     "OPTIM.EMA_DECAY": (0, 0.999999),
     "OPTIM.MAX_BAD_STEPS": (1, 10**6),
-    "OPTIM.RETURN_AFTER_BAD_STEPS": (0, 10**6),
-    "OPTIM.RETURN_LR_FACTOR": (1e-6, 1),
-    "OPTIM.MAX_RETURNS": (0, 1000),
+    "OPTIM.ROLLBACK_AFTER_BAD_STEPS": (0, 10**6),
+    "OPTIM.ROLLBACK_LR_FACTOR": (1e-6, 1),
+    "OPTIM.MAX_ROLLBACKS": (0, 1000),
     **{f"LOSS.{name}": (0, 10**6) for name, weight in _C.LOSS.items() if isinstance(weight, float)},
     "TRAINING.VAL_HOLD_BACK": (0, 10**6),
     "TRAINING.RESUME": [False, True, "auto"],

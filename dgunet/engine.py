@@ -97,7 +97,7 @@ class Trainer:
         self.best = {"psnr": float("-inf"), "epoch": 0}
         self.last_psnr = float("nan")
         self.validation_due = False  # that of the last step was interrupted
-        self.returns = 0  # to good weights, after steps without a finite loss
+        self.rollbacks = 0  # to good weights, after steps without a finite loss
         self.log = RunLog(self.folder, cfg.MODEL.SESSION, cfg.OPTIM.NUM_EPOCHS, self.batches.steps, self.main)
         self.resumed: Path | None = None  # the file that the run was continued from
         self.changed: list[str] = []  # keys of the config that were others then
@@ -205,21 +205,21 @@ class Trainer:
     def _act_on_bad_steps(self, counts: Counts):
         """After some steps in a row without a finite loss go back to good weights, after too many give up."""
         optim, bad = self.cfg.OPTIM, counts.skipped_in_a_row
-        may_return = optim.RETURN_AFTER_BAD_STEPS < optim.MAX_BAD_STEPS and self.returns < optim.MAX_RETURNS
-        due = may_return and 0 < optim.RETURN_AFTER_BAD_STEPS <= bad
-        if due and self.learner.return_to_good_weights():
-            self.returns += 1
-            self.schedule.lower(optim.RETURN_LR_FACTOR)
+        may_roll_back = optim.ROLLBACK_AFTER_BAD_STEPS < optim.MAX_BAD_STEPS and self.rollbacks < optim.MAX_ROLLBACKS
+        due = may_roll_back and 0 < optim.ROLLBACK_AFTER_BAD_STEPS <= bad
+        if due and self.learner.roll_back():
+            self.rollbacks += 1
+            self.schedule.lower(optim.ROLLBACK_LR_FACTOR)
             log.info(
-                "epoch %d, step %d: loss or gradient was not finite in %d steps in a row; went back to the %s, cleared "
-                "Adam's moments and lowered the lr to %.2e (return %d of at most %d)",
+                "epoch %d, step %d: loss or gradient was not finite in %d steps in a row; rolled back to the %s, cleared "
+                "Adam's moments and lowered the lr to %.2e (rollback %d of at most %d)",
                 self.epoch, self.step, bad, "averaged weights" if optim.EMA_DECAY else "last good weights",
-                self.learner.rate, self.returns, optim.MAX_RETURNS,
+                self.learner.rate, self.rollbacks, optim.MAX_ROLLBACKS,
             )  # fmt: skip
         elif bad >= optim.MAX_BAD_STEPS:
             best = self.folder / "model_best.pth"
             again = f"; start again from {best} (MODEL.WEIGHTS)" if best.exists() else ""
-            returned = f", also after {self.returns} returns to good weights" if self.returns else ""
+            returned = f", also after {self.rollbacks} rollbacks" if self.rollbacks else ""
             raise UserError(
                 f"loss or gradient was not finite in {bad} steps in a row (epoch {self.epoch}){returned}{again}. Try "
                 "a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or SPEED.AMP fp32, and check the data for broken "
@@ -326,7 +326,7 @@ class Trainer:
             "best_psnr": self.best["psnr"] if self.best["epoch"] else None,
             "images_per_second": round(rate, 2),
             "skipped_steps": counts.skipped,
-            "returns": self.returns,
+            "rollbacks": self.rollbacks,
         }
         self.log.record(row, self.best["epoch"])
         if counts.skipped_in_a_row == 0 and not (validated and math.isnan(self.last_psnr)):
@@ -422,7 +422,7 @@ class Trainer:
             "best": self.best,
             "last_psnr": self.last_psnr,
             "validation_due": self.validation_due,
-            "returns": self.returns,
+            "rollbacks": self.rollbacks,
             "lr_factor": self.schedule.factor,
             "history": self.log.rows,
             "random": random,
@@ -441,7 +441,7 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.last_psnr = state["best"], state["last_psnr"]
         self.validation_due = state.get("validation_due", False)
-        self.returns, self.schedule.factor = state.get("returns", 0), state.get("lr_factor", 1.0)
+        self.rollbacks, self.schedule.factor = state.get("rollbacks", 0), state.get("lr_factor", 1.0)
         self.log.rows = state["history"]
         loaders = {
             "random": self._load_random, "config": self._compare_config, "data": self._compare_data,

@@ -181,14 +181,14 @@ class Learner:
     def keep_good_weights(self):
         """Copy the present weights, to return to; where EMA is on, that is to the averaged ones, and nothing is copied.
 
-        Nor is it where the run shall never return (RETURN_AFTER_BAD_STEPS 0).
+        Nor is it where the run shall never return (ROLLBACK_AFTER_BAD_STEPS 0).
         """
-        if self.ema is None and self.cfg.OPTIM.RETURN_AFTER_BAD_STEPS:
+        if self.ema is None and self.cfg.OPTIM.ROLLBACK_AFTER_BAD_STEPS:
             self.good = {name: p.clone() for name, p in self.trained.items()}
             self.good_is_current = True
 
     @torch.no_grad()
-    def return_to_good_weights(self) -> bool:
+    def roll_back(self) -> bool:
         """Go back to the averaged weights, or those kept, and clear Adam's moments; False where they are not finite."""
         good = self.good if self.ema is None else dict(self.ema.named_parameters())
         if good is None or not all(good[name].isfinite().all() for name in self.trained):

@@ -24,7 +24,7 @@ def _is_a(kind, value) -> bool:
 # Columns of the history; one of another version may have others, or lack some.
 _COLUMNS = {
     "epoch": int, "step": int, "lr": float, "loss": float, "psnr": float | None, "best_psnr": float | None,
-    "images_per_second": float, "skipped_steps": int, "returns": int,
+    "images_per_second": float, "skipped_steps": int, "rollbacks": int,
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ _STATE = {
 # What states of earlier versions lack; `engine.Trainer` says what these are.
 _LATER = {
     "validation_due": lambda x: _is_a(bool, x),
-    "returns": lambda x: _is_a(int, x),
+    "rollbacks": lambda x: _is_a(int, x),
     "lr_factor": lambda x: _is_a(float, x) and 0 <= x <= 1,
     "good_weights": lambda x: _is_a(dict, x),
 }

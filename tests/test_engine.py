@@ -252,7 +252,7 @@ def diverging_trainer(folders, *broken: int, **changed) -> Trainer:
     """One step in an epoch on known blurs with noise; without a finite loss in the epochs ``broken``."""
     settings = dict(
         OPTIM__BATCH_SIZE=8, OPTIM__NUM_EPOCHS=6, OPTIM__SCHEDULE="constant", OPTIM__EMA_DECAY=0.8,
-        OPTIM__RETURN_AFTER_BAD_STEPS=2, MODEL__DEGRADATION="blur", MODEL__KERNEL="motion",
+        OPTIM__ROLLBACK_AFTER_BAD_STEPS=2, MODEL__DEGRADATION="blur", MODEL__KERNEL="motion",
         MODEL__KERNEL_EXTENT="[3, 9]", MODEL__NOISE=20, TRAINING__TRAIN_PS=40,
     )  # fmt: skip
     cfg = load_config(None, options(folders, **settings | changed))
@@ -296,8 +296,8 @@ def test_two_processes_that_are_resumed_give_the_losses_of_one(folders, no_curve
         out, _ = process.communicate(timeout=240)
         assert process.returncode == 0, out
     one, two = history(folders, "one"), history(folders, "two")
-    assert len(one) == len(two) == 6 and one[3]["returns"] == "1"
-    for column in ("lr", "skipped_steps", "returns"):
+    assert len(one) == len(two) == 6 and one[3]["rollbacks"] == "1"
+    for column in ("lr", "skipped_steps", "rollbacks"):
         assert [row[column] for row in one] == [row[column] for row in two]
     for column, tolerance in (("loss", 1e-5), ("psnr", 1e-3)):
         values = [[float(row[column]) for row in rows] for rows in (one, two)]
@@ -591,9 +591,9 @@ def test_trainer_for_a_gpu_that_is_not_there(folders, monkeypatch, words):
 @pytest.mark.parametrize("ema", [0.8, 0])
 def test_diverged_run_goes_back_to_good_weights_with_a_lower_rate(folders, no_curves, ema):
     """Those of the average, or of the last validation; with Adam as new. A run that is resumed does the same."""
-    settings = dict(OPTIM__EMA_DECAY=ema, OPTIM__RETURN_LR_FACTOR=0.25, TRAINING__VAL_AFTER_EVERY=6)
+    settings = dict(OPTIM__EMA_DECAY=ema, OPTIM__ROLLBACK_LR_FACTOR=0.25, TRAINING__VAL_AFTER_EVERY=6)
     trainer, returned = diverging_trainer(folders, 3, 4, session="whole", **settings), []
-    go_back = trainer.learner.return_to_good_weights
+    go_back = trainer.learner.roll_back
 
     def watched():
         learner = trainer.learner
@@ -604,11 +604,11 @@ def test_diverged_run_goes_back_to_good_weights_with_a_lower_rate(folders, no_cu
         assert not any(value.any() for moments in learner.optimizer.state.values() for value in moments.values())
         return not returned.append(trainer.epoch)
 
-    trainer.learner.return_to_good_weights = watched
+    trainer.learner.roll_back = watched
     trainer.fit()
     assert returned == [4]
     rows = trainer.log.rows
-    assert [row["returns"] for row in rows] == [0, 0, 0, 1, 1, 1] and [row["skipped_steps"] for row in rows][2:4] == [
+    assert [row["rollbacks"] for row in rows] == [0, 0, 0, 1, 1, 1] and [row["skipped_steps"] for row in rows][2:4] == [
         1,
         1,
     ]
@@ -620,7 +620,7 @@ def test_diverged_run_goes_back_to_good_weights_with_a_lower_rate(folders, no_cu
             folders, 3, 4, session="parts", **settings, OPTIM__NUM_EPOCHS=epochs, TRAINING__RESUME="auto"
         )
         parts.fit()
-    assert (parts.returns, parts.schedule.factor) == (1, 0.25)
+    assert (parts.rollbacks, parts.schedule.factor) == (1, 0.25)
     assert_same_weights(parts.learner.model.state_dict(), trainer.learner.model.state_dict())
     assert_same_weights(parts.learner.result.state_dict(), trainer.learner.result.state_dict())
     assert [row["loss"] for row in parts.log.rows][4:] == [row["loss"] for row in rows][4:]
@@ -636,28 +636,28 @@ def test_weights_to_return_to_are_saved_where_they_are_not_the_present_ones(fold
     resumed = diverging_trainer(folders, OPTIM__EMA_DECAY=0, TRAINING__RESUME=True)
     resumed.take_up()
     assert not torch.equal(resumed.learner.model.last.rho, good["last.rho"])
-    assert resumed.learner.return_to_good_weights()
+    assert resumed.learner.roll_back()
     assert_same_weights(resumed.learner.model.state_dict(), good)
 
 
 def test_run_with_far_too_high_a_rate_is_led_back(folders, no_curves):
     """That diverges by itself: weights and loss are no longer finite numbers, until the rate is low enough."""
     changed = dict(OPTIM__LR_INITIAL=1, OPTIM__LR_MIN=0, OPTIM__NUM_EPOCHS=6, OPTIM__WARMUP_EPOCHS=0)
-    trainer = make_trainer(folders, **changed, OPTIM__RETURN_AFTER_BAD_STEPS=2, OPTIM__RETURN_LR_FACTOR=1e-3)
+    trainer = make_trainer(folders, **changed, OPTIM__ROLLBACK_AFTER_BAD_STEPS=2, OPTIM__ROLLBACK_LR_FACTOR=1e-3)
     trainer.fit()
-    assert trainer.returns >= 1 and trainer.learner.counters.read().skipped_in_a_row == 0
+    assert trainer.rollbacks >= 1 and trainer.learner.counters.read().skipped_in_a_row == 0
     assert np.isfinite(trainer.log.rows[-1]["loss"]) and trainer.log.rows[-1]["lr"] <= 1e-3
 
 
 @pytest.mark.parametrize(("returns", "after"), [(2, 1), (0, 1), (5, 0), (5, 3)])
 def test_run_that_returning_does_not_help_gives_up(folders, no_curves, returns, after):
     """After as many returns as it may make, MAX_BAD_STEPS in a row end it; at once where it may make none."""
-    changed = dict(OPTIM__MAX_RETURNS=returns, OPTIM__RETURN_AFTER_BAD_STEPS=after, OPTIM__MAX_BAD_STEPS=3)
+    changed = dict(OPTIM__MAX_ROLLBACKS=returns, OPTIM__ROLLBACK_AFTER_BAD_STEPS=after, OPTIM__MAX_BAD_STEPS=3)
     trainer = diverging_trainer(folders, *range(20), OPTIM__NUM_EPOCHS=20, **changed)
     with pytest.raises(UserError, match="not finite in 3 steps in a row"):
         trainer.fit()
     made = 2 if (returns, after) == (2, 1) else 0
-    assert (trainer.returns, trainer.epoch) == (made, made + 3)
+    assert (trainer.rollbacks, trainer.epoch) == (made, made + 3)
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
@@ -854,8 +854,8 @@ def test_history_of_another_version(folders, finished):
     save_checkpoint(state, finished / "model_latest.pth")
     make_trainer(folders, TRAINING__RESUME=True).fit()
     first, second = history(folders)
-    assert (first["ssim"], first["device"], first["returns"], first["psnr"]) == ("0.9", "gpu", "", "")
-    assert (second["ssim"], second["returns"]) == ("", "0") and float(second["psnr"]) > 0
+    assert (first["ssim"], first["device"], first["rollbacks"], first["psnr"]) == ("0.9", "gpu", "", "")
+    assert (second["ssim"], second["rollbacks"]) == ("", "0") and float(second["psnr"]) > 0
     assert list(second)[:2] == ["epoch", "step"]
 
 
