@@ -211,8 +211,8 @@ class Trainer:
             self.rollbacks += 1
             self.schedule.lower(optim.ROLLBACK_LR_FACTOR)
             log.info(
-                "epoch %d, step %d: loss or gradient was not finite in %d steps in a row; rolled back to the %s, cleared "
-                "Adam's moments and lowered the lr to %.2e (rollback %d of at most %d)",
+                "epoch %d, step %d: loss or gradient was not finite in %d steps in a row; rolled back to the %s, "
+                "cleared Adam's moments and lowered the lr to %.2e (rollback %d of at most %d)",
                 self.epoch, self.step, bad, "averaged weights" if optim.EMA_DECAY else "last good weights",
                 self.learner.rate, self.rollbacks, optim.MAX_ROLLBACKS,
             )  # fmt: skip
