@@ -169,6 +169,8 @@ class Tiff:
         side = self._one(322) if tiled else self.width
         height = self._one(323) if tiled else min(self._one(278, self.height), self.height)
         planes, each = (self._samples, 1) if self._planar == 2 else (1, self._samples)
+        if not 0 < side <= max(self.width, 2**16):
+            raise ValueError(f"tiles of {side} pixels")
         across = -(-self.width // side)  # tiles in a row
         parts = across * -(-self.height // height)
         if len(offsets) < planes * parts or len(sizes) not in (0, len(offsets)):
@@ -178,6 +180,8 @@ class Tiff:
         content = self._file.read()
         if len(content) >= 2**32 - 2**26:
             self._refuse("more than 4 GB")
+        if self._compression == 1 and across * row * self.height * planes > len(content):
+            raise ValueError("it ends too early")
         # The directory of an image with a grey pixel of 8 bits for each byte, and with the same compressed data.
         tags = {256: [across * row], 257: [self.height], 258: [8], 259: [self._compression], 262: [1], 277: [1]}
         tags |= {266: [self._one(266, 1)]} | ({322: [row], 323: [height]} if tiled else {278: [height]})

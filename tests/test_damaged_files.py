@@ -12,6 +12,7 @@ import numpy as np
 import pack_dataset
 import pytest
 import reconstruct
+import tifffile
 import torch
 from PIL import Image
 
@@ -20,6 +21,7 @@ from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.data import find_pairs, image_size, open_image, read_image
 from dgunet.degradations import sampling_operator
 from dgunet.errors import run_cli
+from dgunet.pictures import read_picture, write_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTREMES = (0, 1, 2, 255, 65535, 100_000, 2**31 - 1, 2**31, 2**32 - 1)
@@ -125,6 +127,43 @@ def test_damaged_pictures(tmp_path, name, fuzz):
             assert picture.ndim == 2 or size is not None
             if name.startswith("png") and not mended:  # the others have no checksums
                 assert np.array_equal(picture, expected)
+
+
+def deep_tiff(**options) -> bytes:
+    file = io.BytesIO()
+    planes = smooth_picture().astype(np.uint16) * 257
+    if options.get("planarconfig") == "separate":
+        planes = np.ascontiguousarray(planes.transpose(2, 0, 1))
+    tifffile.imwrite(file, planes, photometric="rgb", **options)
+    return file.getvalue()
+
+
+PHOTOGRAPHS = {
+    "deep tiff": lambda: deep_tiff(rowsperstrip=5),
+    "deep tiff tiles": lambda: deep_tiff(tile=(16, 16), compression="zlib", predictor=True),
+    "deep tiff planes": lambda: deep_tiff(planarconfig="separate", byteorder=">"),
+    "tiff cmyk": lambda: encoded("TIFF", mode="CMYK"),
+    "jpeg": lambda: encoded("JPEG", turn=6),
+    "png": lambda: encoded("PNG", turn=6),
+    "avif": lambda: encoded("AVIF", turn=6),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_damaged_photographs(tmp_path, name, fuzz):
+    whole, path = PHOTOGRAPHS[name](), tmp_path / "a"
+    path.write_bytes(whole)
+    assert told(read_picture, path) is not None
+    rng = np.random.default_rng(list(name.encode()))
+    for _ in range(20 * fuzz):
+        content = damage(whole, rng)
+        path.write_bytes(with_checksums(content) if name == "png" else content)
+        picture = told(read_picture, path)
+        if picture is not None:
+            assert picture.pixels.dtype in (np.uint8, np.uint16) and picture.pixels.shape[2:] in ((), (3,))
+            assert picture.alpha is None or picture.alpha.shape == picture.pixels.shape[:2]
+            told(write_picture, tmp_path / "again.png", picture, "")
 
 
 # -------------------------------------------------------------------------------------------------------- packed files

@@ -70,7 +70,9 @@ def photographs(tmp_path, tiny_model) -> Path:
 
 @pytest.mark.parametrize("words", [["denoise"], ["derain", "--stages"], ["deblur", "--tile", "32"]], ids=lambda w: w[0])
 def test_photographs_are_restored_beside_a_progress_bar(photographs, words):
-    screen = on_terminal("-m", "dgunet", *words, "photos", "--weights", "weights.pth", "--out", "out", cwd=photographs)
+    screen = on_terminal(
+        "-m", "dgunet", *words, "photos", "--weights", "weights.pth", "--out", "out", cwd=photographs
+    )
     assert (screen.status, screen.has_bar) == (0, True), screen.text
     assert {"a.png", "b.png", "c.png"} <= {path.name for path in (photographs / "out").iterdir()}
     assert "Traceback" not in screen.text
