@@ -51,7 +51,7 @@ echo; echo "== pictures to open; dB are PSNR against the true picture, before ->
 printf '%s\n' "${report[@]}"
 echo "Each is degraded in its own way: compare before with after, not one with another."
 echo "The network trained just now on all its test photographs (their mean is the last line), restored whole:"
-newest=$(ls -t "$results"/denoising/*/*/settings.json | head -n 1) # there is a folder for each weights' results
+newest=$(ls -t "$results"/denoising/*/*/settings.json 2> /dev/null | head -n 1 || true) # of several weights' folders
 printf '    %s\n' "$PWD/${newest%/*}"/*.png
 echo "On pictures of your own: $python Denoising/test.py --dataset FOLDER, $python Denoising/test.py --help"
 awk -F, 'NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i }
