@@ -667,7 +667,7 @@ def test_one_bad_picture_costs_no_other(dgunet):
 
 def test_places_that_cannot_be_used_cost_no_other(dgunet, monkeypatch):
     """Links to nothing, folders that may not be read or written to, names too long to be written."""
-    long = "x" * 251 + ".png"
+    long = "x" * 251 + ".png"  # as long as the disk takes
     for name in ("a/1.png", f"a/{long}", "a/secret/2.png", "a/sub/3.png", "else/4.png"):
         save(name)
     Path("a/0.jpg").symlink_to("/nowhere/x.jpg")
@@ -685,17 +685,16 @@ def test_places_that_cannot_be_used_cost_no_other(dgunet, monkeypatch):
     reasons = {
         "a/secret": "Permission denied",
         "a/0.jpg": "a/0.jpg: No such file or directory",
-        f"a/{long}": "File name too long",
         "a/sub/3.png": "out/sub: File exists",
     }
-    for told in "1 restored, in out", "0 restored, 1 done before, in out":
+    for told in "2 restored, in out", "0 restored, 2 done before, in out":
         done = dgunet("denoise", "a", "--out", "out")
         refused = [line for line in done.err.splitlines() if line.startswith("not restored: ")]
-        assert done.status == 2 and files("out") == ["1.png", "sub"] and len(refused) == len(reasons)
+        assert done.status == 2 and files("out") == ["1.png", "sub", long] and len(refused) == len(reasons)
         for name, reason in reasons.items():
             assert any(name in line and reason in line for line in refused), name
         assert "note: a link to a folder, not followed; restore it by its own name: a/linked" in done.out.splitlines()
-        assert done.err.splitlines()[-1] == f"error: {told}; 4 not restored, for the reasons above"
+        assert done.err.splitlines()[-1] == f"error: {told}; 3 not restored, for the reasons above"
 
 
 def test_figure_of_stages(dgunet):
