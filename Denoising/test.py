@@ -16,7 +16,7 @@ interrupted goes on where it was.
 import argparse
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,8 +27,8 @@ with command_imports(__name__):
     import numpy as np
     from benchmarks import read_dnd, read_dnd_picture, read_sidd
 
-    from dgunet.data import read_image
-    from dgunet.evaluation import PictureSet, Sample, picture_samples
+    from dgunet.data import read_image, read_luma
+    from dgunet.evaluation import PictureSet, Sample, picture_samples, restore_pictures
     from dgunet.files import replacing
     from dgunet.testing import Benchmark, add_tiling, command, noise_sigma, own_folder
     from dgunet.transforms import unit_range
@@ -121,8 +121,27 @@ def noisy(source: Path, sigma: float) -> PictureSet:
     return picture_samples(source, read)
 
 
-def gaussian(place: str, sigma: float) -> Benchmark:
-    return Benchmark(place, "gaussian_rgb", open=partial(noisy, sigma=sigma), sigma=sigma)
+def gaussian(place: str, sigma: float, read: Callable = noisy, usual: bool = True) -> Benchmark:
+    return Benchmark(place, "gaussian_rgb", open=partial(read, sigma=sigma), sigma=sigma, usual=usual)
+
+
+def noisy_grey(source: Path, sigma: float) -> PictureSet:
+    """Grey images (H, W) with noise."""
+
+    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+        clean = read_luma(path)
+        return with_noise(clean, sigma), clean
+
+    return picture_samples(source, read, read_image=read_luma)
+
+
+@wraps(restore_pictures)  # whose options it has
+def denoise(model, degraded, **options):
+    """`restore_pictures`; of a grey image (H, W) the mean of what a colour network makes of three equal channels."""
+    if isinstance(degraded, np.ndarray) and degraded.ndim == 2:
+        restored, _ = restore_pictures(model, np.repeat(degraded[..., None], 3, axis=2), **options)
+        return restored.mean(axis=2), degraded
+    return restore_pictures(model, degraded, **options)
 
 
 BENCHMARKS = {
@@ -137,7 +156,9 @@ BENCHMARKS = {
     "DND": Benchmark("DND/test/info.mat", None, open=DndCrops, self_ensemble=True),
     # of Nam et al. (2016), the 15 crops that the literature on real noise scores: of 8-bit RGB
     "CC15": Benchmark("CC15", "gaussian_rgb", usual=False),
+    "Nam25": Benchmark("nam25", "gaussian_rgb", usual=False),  # 25 other pairs of Nam et al., on which CBDNet is scored
     **{f"{name}_{sigma}": gaussian(name, sigma) for name in ("CBSD68", "Kodak24") for sigma in (15, 25, 50)},
+    **{f"Set12_{sigma}": gaussian("Set12", sigma, noisy_grey, usual=False) for sigma in (15, 25, 50)},
 }
 
 
@@ -157,7 +178,8 @@ def own(args: argparse.Namespace) -> dict[str, Benchmark]:
 
 
 def main():
-    command("denoising", __doc__, BENCHMARKS, own, add_options=add_options, shipped="denoising_gaussian")
+    weights = "denoising_gaussian"
+    command("denoising", __doc__, BENCHMARKS, own, method=denoise, add_options=add_options, shipped=weights)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dgunet.errors import command_imports, run_cli
 
 with command_imports(__name__):
+    import numpy as np
+
+    from dgunet.data import read_image
+    from dgunet.errors import UserError
+    from dgunet.evaluation import PictureSet, paired, picture_samples
     from dgunet.testing import Benchmark, command, own_folder
 
 
-def benchmark(name: str, dgunet: tuple[float, float], plus: tuple[float, float]) -> Benchmark:
-    return Benchmark(f"test/{name}", "deraining_y", {"deraining_dgunet": dgunet, "deraining_dgunet_plus": plus})
+def read_halves(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The rainy (right) and the clean (left) half of an image of Test100, as it was published."""
+    image = read_image(path)
+    if image.shape[1] % 2:
+        raise UserError(f"{path} is {image.shape[1]} pixels wide, which are not two halves; replace or remove it")
+    clean, rainy = np.hsplit(image, 2)
+    return rainy, clean
+
+
+def pairs_or_halves(source: Path) -> PictureSet:
+    """Pairs in ``input/`` and ``target/``, or where there is no such folder, images of two halves."""
+    return paired(source) if (source / "input").is_dir() else picture_samples(source, read_halves)
+
+
+def benchmark(name: str, dgunet: tuple[float, float], plus: tuple[float, float], **options) -> Benchmark:
+    paper = {"deraining_dgunet": dgunet, "deraining_dgunet_plus": plus}
+    return Benchmark(f"test/{name}", "deraining_y", paper, **options)
 
 
 BENCHMARKS = {
-    "Test100": benchmark("Test100", (30.32, 0.899), (30.86, 0.907)),
+    "Test100": benchmark("Test100", (30.32, 0.899), (30.86, 0.907), open=pairs_or_halves),
     "Rain100H": benchmark("Rain100H", (30.66, 0.891), (31.06, 0.897)),
     "Rain100L": benchmark("Rain100L", (37.42, 0.969), (38.25, 0.974)),
     "Test2800": benchmark("Test2800", (33.68, 0.938), (34.01, 0.942)),

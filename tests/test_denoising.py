@@ -359,3 +359,15 @@ def test_a_missing_data_set_does_not_cost_the_others(tmp_path, weights, picture_
 def test_device_mistake(tmp_path, weights):
     done = run_test(weights, "--device", "cuda:99", cwd=tmp_path, check=2)
     assert "--device cuda:99" in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def test_grey_images_with_noise(tmp_path, weights):
+    """A colour network restores them as the command `dgunet denoise` does: three equal channels, and their mean."""
+    clean = np.full((32, 40), 120, np.uint8)
+    write(tmp_path / "Datasets/Set12/01.png", clean)
+    run_test(weights, "--dataset", "Set12_25", cwd=tmp_path)
+    noisy = (clean / 255 + np.random.RandomState(0).normal(0, 25 / 255, clean.shape)).astype(np.float32)
+    restored = restore(load_model(weights), np.repeat(noisy[..., None], 3, axis=2)).mean(axis=2)
+    psnr = 20 * np.log10(255 / np.sqrt(np.mean((np.round(255 * restored) - clean) ** 2)))
+    (row,) = results(tmp_path)
+    assert float(row["psnr"]) == pytest.approx(psnr, abs=1e-3)

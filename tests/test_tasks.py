@@ -662,3 +662,18 @@ def test_tasks_read_their_weights_through_restore(weights):
         assert restore(load_model(weights[task], task=task), picture).shape == picture.shape
     with pytest.raises(ValueError, match="model\\(y\\)"):
         restore(load_model(weights["compressive_sensing"]), picture)
+
+
+def test_test100_as_it_was_published(tmp_path, weights, picture_pairs):
+    """Images of two halves, clean on the left, score as the same pairs in two folders do."""
+    pairs = picture_pairs(tmp_path / "Datasets/test/Rain100L", count=3)
+    halves = tmp_path / "Datasets/test/Test100"
+    for pair in find_pairs(pairs):
+        write_image(halves / f"{pair.name}.png", np.hstack([read_image(pair.target), read_image(pair.input)]))
+    run("deraining", "test.py", "--weights", weights["deraining"], "--dataset", "Test100", "Rain100L", cwd=tmp_path)
+    one, other = rows(tmp_path, "deraining")
+    assert one["images"] == "3"
+    assert all(one[key] == other[key] for key in ("psnr", "ssim", "input_psnr", "input_ssim"))
+    write_image(halves / "odd.png", np.zeros((16, 33, 3), np.uint8))
+    command = "--weights", weights["deraining"], "--dataset", "Test100"
+    assert "odd.png" in run("deraining", "test.py", *command, cwd=tmp_path, check=2).stderr
