@@ -95,9 +95,9 @@ _C.TRAINING.SAVE_MINUTES = 15.0  # model_latest.pth is also written this often w
 _C.TRAINING.WORKERS = 4  # data loading processes of each training process
 
 _C.SYNTHESIS = CN()
-# Degrade clean pictures while training, by a function of dgunet/synthesis.py: gaussian_noise, found_noise,
-# sensor_noise, rain_streaks, added_rain, motion_blur. TRAIN_DIR is then a folder of clean pictures. Empty: train on
-# pairs.
+# Degrade clean images while training, by a function of dgunet/synthesis.py: gaussian_noise, found_noise, sensor_noise,
+# bayer_noise, grain, photo_noise, rain_streaks, added_rain, motion_blur. TRAIN_DIR is then a folder of clean images.
+# Empty: train on pairs.
 _C.SYNTHESIS.NAME = ""
 _C.SYNTHESIS.OPTIONS = CN()  # its arguments that differ from their defaults, e.g. {sigma: [0, 50]}
 

@@ -91,6 +91,72 @@ def sensor_noise(
     return to_srgb(np.clip(light + noise, 0, 1))
 
 
+def bayer_noise(
+    image: np.ndarray,
+    rng: Generator,
+    shot: tuple[float, float] = (0.0003, 0.02),
+    read: tuple[float, float] = (1e-6, 4e-4),
+) -> np.ndarray:
+    """Add the noise of a sensor under a colour filter array, interpolated as a camera does.
+
+    The noise of `sensor_noise` is drawn for the Bayer mosaic, where each pixel has one of the three colours, weighed by
+    the camera's white balance, and interpolated bilinearly to all pixels: its grains are larger than a pixel and
+    coloured, as in photographs. The image itself is not interpolated and loses no detail.
+
+    image: (H, W, 3) in [0, 1]; shot, read: as in `sensor_noise`. Returns (H, W, 3) in [0, 1], clipped.
+    """
+    cv2 = optional("cv2")
+    a, b = np.exp([rng.uniform(*np.log(shot)), rng.uniform(*np.log(read))]).astype(np.float32)
+    light = to_linear(image)
+    gains = np.array([rng.uniform(1.2, 2.4), 1, rng.uniform(1.2, 2.4)], np.float32)  # of red, green and blue
+    noise = rng.standard_normal(image.shape, dtype=np.float32) * np.sqrt(gains * a * light + gains**2 * b)
+    row, column = np.ogrid[: image.shape[0], : image.shape[1]]
+    red, blue = (row % 2 == 0) & (column % 2 == 0), (row % 2 == 1) & (column % 2 == 1)
+    masks = np.dstack([red, ~(red | blue), blue]).astype(np.float32)
+    corners = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32) / 4
+    cross = np.array([[0, 1, 0], [1, 4, 1], [0, 1, 0]], np.float32) / 4
+    planes = zip(np.dsplit(noise * masks, 3), (corners, cross, corners), strict=True)
+    noise = np.dstack([cv2.filter2D(plane, -1, kernel) for plane, kernel in planes])
+    return to_srgb(np.clip(light + noise, 0, 1))
+
+
+def grain(image: np.ndarray, rng: Generator, sigma: float | tuple[float, float] = (0.0, 30.0)) -> np.ndarray:
+    """Add noise with grains larger than a pixel, as film has it and cameras that smooth their noise.
+
+    image: (H, W, 3) in [0, 1]; sigma: standard deviation on the scale 0 to 255, or a range that it is drawn from. The
+    colours share a random part of the noise. Returns (H, W, 3) in [0, 1], clipped.
+    """
+    if np.ndim(sigma):
+        sigma = rng.uniform(*sigma)
+    own, common = (rng.standard_normal((*image.shape[:2], n), dtype=np.float32) for n in (3, 1))
+    shared, size = rng.uniform(0, 1), rng.uniform(0.4, 1.2)
+    noise = optional("cv2").GaussianBlur(np.sqrt(1 - shared) * own + np.sqrt(shared) * common, (0, 0), size)
+    return np.clip(image + noise * np.float32(sigma / 255 / noise.std()), 0, 1).astype(np.float32)
+
+
+def photo_noise(image: np.ndarray, rng: Generator) -> np.ndarray:
+    """What the photographs that people have suffer from: sensor noise, grain or white noise, then JPEG; or nothing.
+
+    A quarter is left as it is, for a network that learns to leave clean images alone. The others get `bayer_noise`,
+    `grain` or `gaussian_noise` of any strength from none, weak ones more often, and 60 % of them become a JPEG of
+    quality 30 to 95; a tenth is a JPEG without noise.
+
+    image: (H, W, 3) in [0, 1]. Returns (H, W, 3) in [0, 1].
+    """
+    clean, only_jpeg, jpeg = rng.random(3) < (0.25, 0.1 / 0.75, 0.6)
+    kind, strength, quality = rng.integers(3), rng.random() ** 2, int(rng.integers(30, 96))
+    if clean:
+        return image.astype(np.float32)
+    if only_jpeg:
+        return as_jpeg(image, quality)
+    noisy = (
+        bayer_noise(image, rng) if kind == 0
+        else grain(image, rng, 30 * strength) if kind == 1
+        else gaussian_noise(image, rng, 50 * strength)
+    )  # fmt: skip
+    return as_jpeg(noisy, quality) if jpeg else noisy
+
+
 @dataclass(frozen=True)
 class RainLayer:
     """Drops at one distance from the camera: the nearer, the longer, wider, sparser and brighter."""
@@ -239,7 +305,17 @@ Degrade = Callable[[np.ndarray, Generator], np.ndarray]
 
 DEGRADATIONS: dict[str, Degrade] = {
     function.__name__: function
-    for function in (gaussian_noise, found_noise, sensor_noise, rain_streaks, added_rain, motion_blur)
+    for function in (
+        gaussian_noise,
+        found_noise,
+        sensor_noise,
+        bayer_noise,
+        grain,
+        photo_noise,
+        rain_streaks,
+        added_rain,
+        motion_blur,
+    )
 }
 
 

@@ -2,6 +2,7 @@
 
     python scripts/make_demo_data.py --task denoising
     python scripts/make_demo_data.py --task denoising --noise gaussian --sigma 25 --out Datasets/demo/awgn25
+    python scripts/make_demo_data.py --task denoising --noise photo --screens 40 --source my_photos --out Datasets/photo
     python scripts/make_demo_data.py --task deraining --copies 5 --out Datasets/demo/more_rain
     python scripts/make_demo_data.py --task deblurring --extent 0 15 --source my_sharp_photos --out Datasets/my_blur
 
@@ -25,6 +26,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +42,15 @@ with command_imports(__name__):
     from dgunet.files import in_its_form, normal_form
     from dgunet.metrics import evaluate_pair
     from dgunet.photographs import SPLITS, Photo, embedded_photos
-    from dgunet.synthesis import Degrade, degrade_picture, gaussian_noise, motion_blur, rain_streaks, sensor_noise
+    from dgunet.synthesis import (
+        Degrade,
+        degrade_picture,
+        gaussian_noise,
+        motion_blur,
+        photo_noise,
+        rain_streaks,
+        sensor_noise,
+    )
 
     cv2 = optional("cv2")
 
@@ -60,6 +70,51 @@ def folder_photos(folder: Path) -> list[Photo]:
     return [Photo(name, path) for name, path in images_by_name(folder).items()]
 
 
+@dataclass(frozen=True)
+class Screen:
+    """A rendered screen: windows of text, boxes and curves, with the hard edges that photographs do not have."""
+
+    name: str
+    seed: int
+
+    def load(self, height: int = 320, width: int = 480) -> np.ndarray:
+        """(height, width, 3) uint8 RGB, the same for the same seed."""
+        rng = np.random.default_rng(self.seed)
+        fonts = sorted(Path(optional("matplotlib").get_data_path(), "fonts/ttf").glob("DejaVuSans*.ttf"))
+        image, draw_module, font_module = (optional(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
+        dark = rng.random() < 0.3
+
+        def colour(ink: bool) -> tuple[int, ...]:
+            low, high = (0, 110) if ink != dark else (190, 256)
+            shade = rng.integers(low, high, 3)
+            return tuple(int(value) for value in (shade if rng.random() < 0.4 else shade[[0, 0, 0]]))
+
+        screen = image.new("RGB", (width, height), colour(ink=False))
+        draw = draw_module.Draw(screen)
+        for _ in range(rng.integers(2, 6)):  # windows
+            left, top = int(rng.integers(-40, width - 80)), int(rng.integers(-30, height - 60))
+            right, bottom = left + int(rng.integers(100, 360)), top + int(rng.integers(60, 260))
+            paper, ink = colour(ink=False), colour(ink=True)
+            draw.rectangle((left, top, right, bottom), fill=paper, outline=ink)
+            if rng.random() < 0.25:  # a curve
+                points = np.cumsum(rng.normal(0, 4, right - left)) + (top + bottom) / 2
+                steps = zip(range(left, right), np.clip(points, top + 2, bottom - 2), strict=True)
+                draw.line(list(steps), fill=colour(ink=True), width=int(rng.integers(1, 3)))
+                continue
+            size = int(rng.integers(9, 22))
+            font = font_module.truetype(str(fonts[rng.integers(len(fonts))]), size)
+            for line in range(top + 4, bottom - size, int(1.4 * size)):
+                words = ("".join(map(chr, rng.integers(33, 127, rng.integers(2, 10)))) for _ in range(8))
+                text = " ".join(words)[: max(1, int((right - left) / size * 1.6))]
+                draw.text((left + 5, line), text, fill=ink, font=font)
+        return np.array(screen)
+
+    def digest(self) -> str:
+        return f"screen {self.seed}"
+
+    crop = short_side = None
+
+
 def choose_photos(args) -> dict[str, list[Photo]]:
     """{"train": [Photo, ...], "val": ..., "test": ...}: embedded ones, or the user's where asked for."""
     photos = {}
@@ -74,6 +129,8 @@ def choose_photos(args) -> dict[str, list[Photo]]:
             )
         # The last by name: in a numbered series they are the least likely to show a training scene again.
         photos["train"], photos["val"] = own[: -args.val_count], own[-args.val_count :]
+    for split, count, first in (("train", args.screens, 0), ("val", -(-args.screens // 10), 10**6)):
+        photos[split] = photos[split] + [Screen(f"screen{k}", first + k) for k in range(1, count + 1)]
     own_test = args.test_source is not None
     photos["test"] = folder_photos(args.test_source) if own_test else embedded_photos("test")
     return photos
@@ -110,7 +167,8 @@ def encode_png(image: np.ndarray) -> bytes:
 def make_degradation(args) -> Degrade | None:
     """The function (image, rng) -> image of the task; None where the loader does it (compressive sensing)."""
     if args.task == "denoising":
-        return sensor_noise if args.noise == "sensor" else partial(gaussian_noise, sigma=args.sigma)
+        noises = {"sensor": sensor_noise, "gaussian": partial(gaussian_noise, sigma=args.sigma), "photo": photo_noise}
+        return noises[args.noise]
     if args.task == "deblurring":
         return partial(motion_blur, extent=args.extent)
     return {"deraining": rain_streaks, "compressive_sensing": None}[args.task]
@@ -146,7 +204,12 @@ def write_into(folder: Path, photos: dict[str, list[Photo]], manifest: dict, arg
             checksums[relative] = zlib.crc32(data)
             scores += [score] if score is not None else []
         line = f"  {split:5s} {len(photos[split])} clean pictures"
-        report.append(f"{line}, {len(scores)} pairs, input PSNR {np.mean(scores):.2f} dB" if scores else line)
+        different = [score for score in scores if math.isfinite(score)]  # --noise photo leaves some as they are
+        if scores:
+            line += f", {len(scores)} pairs, input PSNR {np.mean(different or [math.inf]):.2f} dB"
+        if len(different) < len(scores):
+            line += f" without the {len(scores) - len(different)} that are not degraded"
+        report.append(line)
     text = json.dumps({**manifest, "files": checksums}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return report
@@ -175,7 +238,7 @@ def check_existing(out: Path, manifest: dict) -> bool:
     try:
         old = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         old_files, old_pictures = dict(old["files"]), old["pictures"]
-        old_options = {"--extent": EXTENT} | old["options"]  # older folders do not tell it
+        old_options = {"--extent": EXTENT, "--screens": 0} | old["options"]  # older folders do not tell them
     except (OSError, ValueError, KeyError, TypeError):
         foreign = f"--out: {out} holds files that this script did not write"
         raise UserError(f"{foreign}; choose another --out") from None
@@ -223,7 +286,8 @@ def parse_args(argv=None):
     add("--test_source", type=Path, help="folder of your own clean pictures for test")
     add("--val_count", type=int, help="how many of --source, the last by name, go to val; default 5")
     add("--copies", type=int, help="degraded versions of each training picture; default 3")
-    add("--noise", choices=("sensor", "gaussian"), help="kind of noise, denoising only; default sensor")
+    add("--noise", choices=("sensor", "gaussian", "photo"), help="kind of noise, denoising only; default sensor")
+    add("--screens", type=int, default=0, help="add so many rendered screens to train, a tenth of them to val")
     add("--sigma", type=float, help="of --noise gaussian, on the scale 0 to 255; default 25")
     add("--extent", type=float, nargs=2, metavar="PX", help="range of the blur, deblurring only; default 5 15")
     add("--seed", type=int, default=1234, help="default 1234")
@@ -261,6 +325,8 @@ def check_args(args):
     for option in ("copies", "val_count"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option} must be at least 1, not {getattr(args, option)}")
+    if args.screens < 0 or (args.screens and args.task != "denoising"):
+        raise UserError("--screens is a number of images, for --task denoising")
     if args.seed < 0:
         raise UserError(f"--seed must not be negative, not {args.seed}")
 
@@ -271,7 +337,7 @@ def make_manifest(photos: dict[str, list[Photo]], args) -> dict:
     if args.task != "compressive_sensing":  # nothing is random there
         options |= {"--seed": args.seed, "--copies": args.copies}
     if args.task == "denoising":
-        options |= {"--noise": args.noise, "--sigma": args.sigma}
+        options |= {"--noise": args.noise, "--sigma": args.sigma, "--screens": args.screens}
     if args.task == "deblurring":
         options["--extent"] = args.extent
     return {"options": options, "pictures": fingerprints(photos)}

@@ -25,6 +25,8 @@ PAIRED = ("denoising", "deraining", "deblurring")
 DEGRADATIONS = {
     "sensor_noise": (synthesis.sensor_noise, 19.5, 24.5),
     "gaussian_noise": (synthesis.gaussian_noise, 20.0, 21.5),  # sigma 25 is 20.17 dB, a little more with clipping
+    "bayer_noise": (synthesis.bayer_noise, 20.0, 50.0),
+    "grain": (synthesis.grain, 18.0, 60.0),
     "rain_streaks": (synthesis.rain_streaks, 19.0, 29.0),
     "added_rain": (synthesis.added_rain, 9.0, 35.0),
     "motion_blur": (synthesis.motion_blur, 17.0, 30.0),
@@ -145,6 +147,34 @@ def test_noise_of_a_range_and_without_bounds():
     ]
     assert 0 <= min(sigmas) < 10 and 40 < max(sigmas) < 51
     assert synthesis.gaussian_noise(0 * grey, np.random.default_rng(0), 25, clip=False).min() < -0.2
+
+
+@pytest.mark.parametrize("noise", [synthesis.bayer_noise, lambda image, rng: synthesis.grain(image, rng, 15)])
+def test_grains_are_larger_than_a_pixel(noise):
+    grey = np.full((200, 200, 3), 0.5, np.float32)
+    left = noise(grey, np.random.default_rng(1)) - 0.5
+    likeness = np.corrcoef(left[:, 1:, 0].ravel(), left[:, :-1, 0].ravel())[0, 1]
+    assert 0.2 < likeness < 0.95
+    assert abs(left.mean()) < 0.01
+
+
+def test_photo_noise_is_of_every_kind_and_leaves_a_quarter_clean():
+    image = photo("astronaut")[:96, :96].astype(np.float32) / 255
+    differences = [synthesis.photo_noise(image, np.random.default_rng(seed)) - image for seed in range(200)]
+    clean = sum(not difference.any() for difference in differences)
+    strengths = [255 * difference.std() for difference in differences if difference.any()]
+    assert 35 < clean < 65
+    assert min(strengths) < 3 and 20 < max(strengths) < 70
+
+
+def test_screens_are_rendered_with_the_photographs(tmp_path, own):
+    run("denoising", tmp_path / "photo", "--noise", "photo", "--screens", 2, "--source", own, "--val_count", 1)
+    names = {path.stem for path in (tmp_path / "photo/train/target").iterdir()}
+    assert {f"screen{k}_{copy}" for k in (1, 2) for copy in (1, 2, 3)} <= names
+    screen, other = (read_image(tmp_path / f"photo/train/target/screen{k}_1.png") for k in (1, 2))
+    assert screen.shape == other.shape == (320, 480, 3) and not np.array_equal(screen, other)
+    steps = np.abs(np.diff(screen.astype(int), axis=1)).max(axis=2)
+    assert (steps > 100).any() and (steps == 0).mean() > 0.5  # hard edges and flat areas
 
 
 def test_found_noise_is_of_every_kind():
