@@ -34,6 +34,7 @@ from torch import Tensor
 from dgunet.degradations import KINDS, Degradation, describe_degradation, rebuild_degradation
 from dgunet.errors import UserError, shorten
 from dgunet.files import replacing
+from dgunet.local import check_windows
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.original_checkpoints import STAGES, convert_original, is_original
 from dgunet.pretrained import locate
@@ -257,6 +258,8 @@ def load_model(
             "(a file with the entry 'model', describe_model(model), says it)",
             stacklevel=2,
         )
+    record = content.get("record")
+    model.local = check_windows(record.get("local") if isinstance(record, dict) else None)
     return model.eval().to(device, memory_format=torch.channels_last)  # faster wherever it runs
 
 

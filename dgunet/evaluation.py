@@ -195,6 +195,8 @@ def evaluate(
     folder = Path(folder) if folder is not None else None
     network = isinstance(model, torch.nn.Module)
     tiles = _Tiles(model, options, data) if network and inspect.unwrap(method) is restore_pictures else None
+    if tiles is not None and options.get("local") is None:  # noted with the scores: a record may change
+        options["local"] = getattr(model, "local", None) or False
     settings = options | ({"tile": tiles.asked} if tiles else {}) | (settings or {})
     degradation = getattr(model, "degradation", None)
     known = degradation is None or type(degradation) in KINDS.values()

@@ -47,6 +47,8 @@ def run(args):
     _check_file(args.out, args.format)  # before anything that takes time
     model = load_model(args.weights)
     print(f"{args.weights}: {model.name or 'a DGUNet'}; exporting takes minutes", flush=True)
+    if model.local:
+        print("note: the file takes statistics of whole images; the windows of docs/local.md are not exported")
     with _progress() as told:
         difference = export_model(model, args.out, args.format, args.stages, _about(args.weights), told)
     print(
@@ -114,6 +116,8 @@ def export_model(
     path = Path(path)
     format = _check_file(path, format)
     _check_network(model, format)
+    if hasattr(model, "windows"):
+        raise UserError("local statistics are not exported; export the network itself, whose statistics are global")
     network = _Estimates(copy.deepcopy(model).to("cpu", torch.float32).eval(), stages)
     metadata = {**describe(model), **(about or {})}
     with warnings.catch_warnings(), torch.no_grad(), replacing(path) as temporary:

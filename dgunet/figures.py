@@ -15,6 +15,7 @@ from dgunet.errors import one_line, optional
 from dgunet.files import replacing
 from dgunet.inference import blended
 from dgunet.inside import after_each_stage
+from dgunet.local import with_local_statistics
 from dgunet.model import DGUNet
 from dgunet.proximal import MULTIPLE
 from dgunet.transforms import pad_to_blocks, pad_to_multiple, to_uint8, unit_range
@@ -32,7 +33,8 @@ def stages_of(
     """The estimates x_0, x_1, ..., x_K of a picture, all of its shape, uint8.
 
     Args:
-        model: a network for pictures, or for compressive sensing, which is given the picture's measurements.
+        model: a network for pictures, or for compressive sensing, which is given the picture's measurements. Statistics
+            are local where ``model.local`` says so, see `restore`.
         picture: (H, W, C) or (H, W), degraded; of compressive sensing (H, W), clean; uint8, or floats in [0, 1].
         bf16: compute in bfloat16: faster where the hardware has it, up to some hundredths of a dB off.
         tile, overlap: largest side of the tiles that it is computed in, and what they share; multiples of compressive
@@ -40,6 +42,8 @@ def stages_of(
         told: called with the part that is done, in [0, 1], and what comes next.
     """
     height, width = picture.shape[:2]
+    if model.local:
+        model = with_local_statistics(model, model.local)
     known, parameter = model.degradation, next(model.parameters())
     sensing = isinstance(known, BlockSampling)
     multiple, pad = (known.block, pad_to_blocks) if sensing else (MULTIPLE, pad_to_multiple)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dgunet.degradations import MotionBlur
 from dgunet.errors import UserError
 from dgunet.hardware import available_memory
+from dgunet.local import check_windows, with_local_statistics
 from dgunet.proximal import MULTIPLE
 from dgunet.transforms import dihedral, pad_to_multiple, undo_dihedral
 
@@ -28,6 +29,7 @@ def restore(
     tile_overlap: int | None = None,
     self_ensemble: bool = False,
     bf16: bool = False,
+    local: Mapping[str, int] | bool | None = None,
 ):
     """Restore a picture, or a batch of them, of any size.
 
@@ -50,6 +52,10 @@ def restore(
             over them. None for a quarter of the tile, at most 64.
         self_ensemble: mean over the 8 flips and rotations: 8 times the work for some hundredths of a dB.
         bf16: run the network under bfloat16 autocast.
+        local: windows for statistics that training took over crops, in pixels of the image, as in
+            ``{"norm": 64, "attention": 64, "projection": 64}``, see `with_local_statistics`; False for those of the
+            whole image, as in the paper; None for what the weights' record says (``model.local``; False where there is
+            none).
 
     Returns:
         The restored picture(s), of the same type, shape and dtype as ``image``, tensors on the same device.
@@ -58,7 +64,7 @@ def restore(
         UserError: a shape, type or range that is none of the above, not-a-number pixels, or a network that makes some.
     """
     if isinstance(image, list | tuple):
-        options = dict(tile=tile, tile_overlap=tile_overlap, self_ensemble=self_ensemble, bf16=bf16)
+        options = dict(tile=tile, tile_overlap=tile_overlap, self_ensemble=self_ensemble, bf16=bf16, local=local)
         restored = [restore(model, one, **options) for one in image]
         return restored if isinstance(image, list) else tuple(restored)
     check_tiles(tile, tile_overlap)
@@ -66,6 +72,8 @@ def restore(
     if self_ensemble and model.degradation is not None:
         raise UserError("self_ensemble turns the picture, but not the network's known degradation; leave it out")
     x, back = _as_batch(image, model.channels)
+    if windows := check_windows(getattr(model, "local", None) if local is None else local):
+        model = with_local_statistics(model, windows)
     with holding([part for part in model.modules() if _minds_mode(part)], "training", False), torch.no_grad():
         x = x.to(device)
         if isinstance(tile, str):
@@ -73,7 +81,10 @@ def restore(
         if tile is not None:
             tile = int(tile)  # NumPy's integers overflow
         turns = range(8) if self_ensemble else (0,)
-        out = sum(undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap, bf16), k) for k in turns)
+        step = max(MULTIPLE, windows.get("projection", 0) // 2)
+        out = sum(
+            undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap, bf16, step), k) for k in turns
+        )
         restored = (out / len(turns)).clamp(0, 1)
     return back(restored)
 
@@ -187,8 +198,8 @@ def estimate(model, y: Tensor, bf16: bool = False) -> Tensor:
     return estimates[0].float()
 
 
-def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int | None, bf16: bool) -> Tensor:
-    areas, overlap = tiles_of(*x.shape[2:], tile, overlap)
+def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int | None, bf16: bool, step: int) -> Tensor:
+    areas, overlap = tiles_of(*x.shape[2:], tile, overlap, step)
     return blended(areas, overlap, x.shape[2:], lambda area: _restore_whole(model, x[area], bf16))
 
 
@@ -218,17 +229,21 @@ def blended(
 
 
 def tiles_of(
-    height: int, width: int, tile: int | None, overlap: int | None = None
+    height: int, width: int, tile: int | None, overlap: int | None = None, step: int = MULTIPLE
 ) -> tuple[list[tuple[slice, slice]], int]:
-    """The areas (rows, columns) that a picture is restored in, and how many pixels neighbours share at least."""
+    """The areas (rows, columns) that a picture is restored in, and how many pixels neighbours share at least.
+
+    Areas begin at multiples of ``step``: the grid of the network's scales, and of its local statistics, is then that of
+    the whole picture.
+    """
     if tile is None or (height <= tile and width <= tile):
         return [(slice(0, height), slice(0, width))], 0
     overlap = min(tile // 4, 64) if overlap is None else min(int(overlap), tile // 2)
-    # On these multiples a tile's scales lie on the same grid as the whole picture's.
-    tile, overlap = tile // MULTIPLE * MULTIPLE, -(-overlap // MULTIPLE) * MULTIPLE
-    overlap = min(overlap, tile - MULTIPLE)
+    step = step if tile >= 2 * step else MULTIPLE
+    tile, overlap = tile // step * step, -(-overlap // step) * step
+    overlap = min(overlap, tile - step)
     rows, columns = (
-        [slice(start, min(start + tile, size)) for start in _tile_starts(size, tile, overlap)]
+        [slice(start, min(start + tile, size)) for start in _tile_starts(size, tile, overlap, step)]
         for size in (height, width)
     )
     return [(down, right) for down in rows for right in columns], overlap
@@ -240,12 +255,12 @@ def _restore_whole(model, x: Tensor, bf16: bool) -> Tensor:
     return estimate(model, padded.to(memory_format=torch.channels_last), bf16)[..., :height, :width]
 
 
-def _tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin: evenly spread, sharing at least ``overlap``; all of these are multiples of MULTIPLE."""
+def _tile_starts(size: int, tile: int, overlap: int, step: int) -> list[int]:
+    """Where tiles begin: evenly spread, sharing at least ``overlap``; all of these are multiples of ``step``."""
     if size <= tile:
         return [0]
     count = -(-(size - overlap) // (tile - overlap))
-    return [math.ceil(i * (size - tile) / (count - 1) / MULTIPLE) * MULTIPLE for i in range(count)]
+    return [math.ceil(i * (size - tile) / (count - 1) / step) * step for i in range(count)]
 
 
 def _ramp(size: int, overlap: int, like: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ class ChannelAttention(nn.Module):
         self.excite = nn.Conv2d(channels // reduction, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        means = x.mean(dim=(2, 3), keepdim=True)
+        return self.from_means(x.mean(dim=(2, 3), keepdim=True))
+
+    def from_means(self, means: Tensor) -> Tensor:
         return torch.sigmoid(self.excite(F.relu(self.squeeze(means))))
 
 

@@ -122,6 +122,7 @@ class DGUNet(nn.Module):
                 )
         # What load_model needs to build this network again, besides `describe_degradation` of a known degradation.
         self.name = None
+        self.local: dict[str, int] = {}  # windows for statistics at test time, see `inference.restore`
         self.arguments = {name: given[name] for name in ARGUMENTS}
         _check_arguments(self.arguments)
         if not (type(rho) in (int, float) and math.isfinite(rho)):

@@ -63,10 +63,11 @@ class SubspaceFusion(nn.Module):
         super().__init__()
         self.basis_conv = conv3x3(2 * width, rank)
         self.merge_conv = conv3x3(2 * width, width)
+        self.project = project
 
     def forward(self, x: Tensor, bridge: Tensor) -> Tensor:
         basis = self.basis_conv(torch.cat([x, bridge], dim=1))
-        projected = project(basis, bridge)
+        projected = self.project(basis, bridge)
         return self.merge_conv(torch.cat([x, projected], dim=1)).add_(x)
 
 
@@ -89,12 +90,12 @@ def project(basis: Tensor, features: Tensor, precision: torch.dtype | None = Non
     """
     exporting = torch.compiler.is_exporting()
     if precision is None:
-        precision = torch.float32 if exporting or features.device.type == "mps" else torch.float64
+        precision = torch.float32 if exporting else gram_precision(features)
     with torch.autocast(features.device.type, enabled=False):
         whole = basis.is_contiguous() and basis.device.type == "cpu" and not exporting
         V, maps = _columns(basis.float(), whole), _columns(features.float(), whole)
         if precision == torch.float64:
-            solution = _solve(V, maps)
+            solution = solve_projection(_product(V.double(), V.double()), _product(V, maps))[:, None]
         else:
             V = _orthonormalise(V)
             solution = _product(V, maps)[:, None]
@@ -103,15 +104,29 @@ def project(basis: Tensor, features: Tensor, precision: torch.dtype | None = Non
     return projected.unflatten(1, features.shape[2:]).permute(0, 3, 1, 2)
 
 
-def _solve(V: Tensor, maps: Tensor, ridge: float = 1e-8) -> Tensor:
-    """``(V^T V)^-1 V^T maps`` of columns in float32, (B, 1, rank, C), with the Gram matrix in float64."""
-    gram = _product(V.double(), V.double())
-    unit = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-30).rsqrt()[..., None]  # (B, rank, 1): 1 / length
-    gram = unit * gram * unit.mT + ridge * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+def gram_precision(maps: Tensor) -> torch.dtype:
+    """That of a Gram matrix of these maps: float64, or float32 on a device that has no other (Apple's GPU)."""
+    return torch.float32 if maps.device.type == "mps" else torch.float64
+
+
+def solve_projection(gram: Tensor, cross: Tensor) -> Tensor:
+    """The coefficients ``(V^T V)^-1 V^T maps`` of a projection.
+
+    Args:
+        gram: ``V^T V`` (..., rank, rank), in float64 where the device has it.
+        cross: ``V^T maps`` (..., rank, C), float32.
+
+    Returns:
+        (..., rank, C), float32.
+    """
+    # Rounding errors of the Gram matrix must not make it indefinite.
+    ridge = 1e-8 if gram.dtype == torch.float64 else 1e-5
+    unit = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30).rsqrt()[..., None]  # (..., rank, 1): 1 / length
+    gram = unit * gram * unit.mT + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, _ = torch.linalg.cholesky_ex(gram)  # the _ex form does not wait for the device to report success
     # Two triangular systems: cholesky_solve would wait for the device, and CUDA graphs could not hold it.
-    half = torch.linalg.solve_triangular(factor, unit * _product(V, maps).double(), upper=False)
-    return (unit * torch.linalg.solve_triangular(factor.mT, half, upper=True)).float()[:, None]
+    half = torch.linalg.solve_triangular(factor, unit * cross.to(gram.dtype), upper=False)
+    return (unit * torch.linalg.solve_triangular(factor.mT, half, upper=True)).float()
 
 
 def _orthonormalise(V: Tensor, ridge: float = 1e-5) -> Tensor:

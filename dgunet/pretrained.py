@@ -30,6 +30,7 @@ class Record:
     hardware: str
     date: str  # year-month-day
     noise_sigma: tuple[float, float] | None = None  # weakest and strongest noise they are for, in 8-bit levels
+    local: dict[str, int] | bool = False  # windows for local statistics, see `inference.restore`; False: none pay
 
 
 def list_pretrained() -> list[Record]:

@@ -96,6 +96,7 @@ def restore_photographs(
     overwrite: bool = False,
     stages: bool = False,
     tile: int | str | None = "auto",
+    local: bool = True,
     device: str = "auto",
     bf16: bool = False,
 ):
@@ -110,6 +111,7 @@ def restore_photographs(
         overwrite: restore again what is there already; nothing is replaced that this has not written.
         stages: also draw each picture after each stage.
         tile, bf16: see `restore`.
+        local: statistics over windows as the weights' record says; False: of whole images.
         device: see `hardware.pick_device`.
 
     Raises:
@@ -129,13 +131,14 @@ def restore_photographs(
     tally = Tally(say)
     path = locate(weights)
     content = read_checkpoint(path)
-    mark = Mark(path, tile, bf16)
+    mark = Mark(path, tile, bf16, local)
     jobs = _skip_done(_jobs(_gather(photos, out, tally), out, stages, tally), mark, overwrite, tally)
     if tally.skipped:
         say(f"{tally.skipped} of {tally.skipped + len(jobs)} done before; --overwrite does them again")
     if jobs:
         target = pick_device(device)
         model = load_model(path, task=task, device=target, content=content)
+        model.local = model.local if local else {}
         record = content.get("record") or {}
         say(f"network: {weights}")
         for key, words in ("trained_for", "for"), ("not_for", "not for"):
@@ -249,9 +252,10 @@ def _identity(path: Path) -> tuple[int, int]:
 class Mark:
     """Tells what a restored picture was made from: a comment in it that depends on the file, weights and settings."""
 
-    def __init__(self, weights: Path, tile: int | str | None, bf16: bool):
+    def __init__(self, weights: Path, tile: int | str | None, bf16: bool, local: bool):
         self.weights = f"{weights.parent.name}/{weights.name}"
-        self.settings = hashlib.sha256(weights.read_bytes() + f"{tile} {bf16}".encode()).digest()
+        settings = f"{tile} {bf16}" + ("" if local else " whole")
+        self.settings = hashlib.sha256(weights.read_bytes() + settings.encode()).digest()
 
     def of(self, source: Path) -> str:
         with open_file(source) as file:

@@ -70,6 +70,8 @@ def add_tiling(add: Callable):
     tiles += "change, auto where there are no targets)"
     add("--tile", type=tile_side, default=argparse.SUPPRESS, help=tiles)
     add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter of the tile, at most 64)")
+    windows = "statistics over windows as the weights' record says; --no-local: of whole images, as in the paper"
+    add("--local", action=argparse.BooleanOptionalAction, default=True, help=windows)
 
 
 def noise_sigma(text: str) -> float:
@@ -83,7 +85,9 @@ def tiling(args: argparse.Namespace, benchmark: Benchmark) -> dict:
     given = {"tile": args.tile} if "tile" in args else {}
     check_tiles(given.get("tile"), args.tile_overlap)
     ensemble = benchmark.self_ensemble if args.self_ensemble is None else args.self_ensemble
-    return dict(self_ensemble=ensemble, tile_overlap=args.tile_overlap) | given
+    return (
+        dict(self_ensemble=ensemble, tile_overlap=args.tile_overlap) | given | ({} if args.local else {"local": False})
+    )
 
 
 def command(
@@ -392,7 +396,7 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
     columns = _COLUMNS + [name for r in results[:1] for name in r.metrics]
     rows = []
     for r in results:
-        settings = " ".join(f"{key}={value}" for key, value in r.settings.items())
+        settings = " ".join(f"{key}={_in_words(value)}" for key, value in r.settings.items())
         values = (
             datetime.datetime.now().isoformat(timespec="seconds"), weights, model, r.label, r.protocol, r.images,
             f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.input_psnr:.4f}", f"{r.input_ssim:.6f}",
@@ -414,6 +418,11 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
             if others and not others.endswith(b"\n"):  # a line that was cut off
                 file.write("\r\n")
             csv.DictWriter(file, columns).writerows(rows)
+
+
+def _in_words(value) -> str:
+    """A setting without spaces: windows as ``norm64+projection128``."""
+    return "+".join(f"{name}{size}" for name, size in value.items()) if isinstance(value, dict) else str(value)
 
 
 _COLUMNS = (

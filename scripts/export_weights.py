@@ -23,6 +23,7 @@ from dgunet.errors import ROOT, UserError, command_imports, optional, run_cli
 
 with command_imports(__name__):
     from dgunet.checkpoint import load_model, read_checkpoint
+    from dgunet.local import check_windows
     from dgunet.model import find_variant
     from dgunet.pictures import tell_sigmas
     from dgunet.pretrained import IN_REPOSITORY, Record
@@ -114,11 +115,20 @@ def read_record(path: Path) -> dict:
         "scores": isinstance(scores, dict) and all(map(pair, scores.values())),
         "hours": isinstance(record["hours"], int | float),
         "noise_sigma": record["noise_sigma"] is None or pair(record["noise_sigma"]),
+        "local": _are_windows(record.get("local", False)),
     }
     for name, right in sound.items():
         if not right:
             raise UserError(f"{path}: {name} is {record[name]!r:.60}, which is not what dgunet/pretrained.py says")
     return record
+
+
+def _are_windows(local) -> bool:
+    try:
+        check_windows(local)
+    except UserError:
+        return False
+    return True
 
 
 def models_table() -> str:
@@ -139,6 +149,7 @@ def models_table() -> str:
             "for": record["trained_for"],
             "not for": record["not_for"],
             "noise": noise and f"sigma {tell_sigmas(noise)}, of 255",
+            "local statistics": record.get("local") and ", ".join(f"{k} {v}" for k, v in record["local"].items()),
             "scores": scores,
             "network": f"{model.name}, width {arguments['width']}, {arguments['stages']} stages, "
             f"{sum(p.numel() for p in model.parameters()):,} parameters",

@@ -1,0 +1,112 @@
+"""Choose the windows of local statistics for weights, on the images that their training held back.
+
+    python scripts/choose_windows.py --weights denoising_gaussian TRAINING.TRAIN_DIR Datasets/train/DIV2K_BSD400
+    python scripts/choose_windows.py --weights deraining_mixture --config my_run/config.yaml --bf16 --images 8
+
+Instance norm, channel attention and subspace projection see a whole image at test time and crops in training; with a
+window they see as much as then (dgunet/local.py). Which windows pay differs from network to network. The images are
+those that the last config beside the weights holds back for validation, whole instead of its crops, degraded as it
+says. One operation after the other gets the window with the highest mean PSNR, the others staying as they are; the
+whole image stays where no window gains 0.01 dB. The last line is what belongs into the weights' record.yaml.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dgunet.errors import UserError, command_imports, optional, run_cli
+
+with command_imports(__name__):
+    import torch
+    from torch import Tensor
+
+    from dgunet.checkpoint import load_model
+    from dgunet.config import load_config
+    from dgunet.data import exclude, find_images, find_pairs, hold_back
+    from dgunet.hardware import pick_device
+    from dgunet.inference import estimate
+    from dgunet.local import OPERATIONS, with_local_statistics
+    from dgunet.metrics import psnr_batch
+    from dgunet.model import DGUNet
+    from dgunet.patches import Centres
+    from dgunet.pretrained import locate
+    from dgunet.proximal import MULTIPLE
+    from dgunet.synthesis import find_degradation
+    from dgunet.transforms import unit_range
+
+    natsorted = optional("natsort").natsorted
+
+LEAST_GAIN = 0.01  # dB
+
+
+def held_back(cfg, model: DGUNet) -> Centres:
+    """The validation images of a config, whole: ``(input, target)`` of each, of a sensing network the image twice."""
+    degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS) if cfg.SYNTHESIS.NAME else None
+    sensing = model.degradation is not None
+    find = find_images if degrade or sensing else find_pairs
+    training = cfg.TRAINING
+    if training.VAL_DIR:
+        items = find(training.VAL_DIR)
+    else:
+        items = find(training.TRAIN_DIR)
+        items = exclude(items, training.EXCLUDE) if training.EXCLUDE else items
+        items = hold_back(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)[1]
+    multiple = getattr(model.degradation, "block", MULTIPLE)
+    return Centres(items, 0, degrade=degrade, seed=cfg.SEED, luma=sensing, multiple=multiple)
+
+
+def score(model: DGUNet, windows: dict[str, int], samples: list[tuple[Tensor, Tensor]], bf16: bool) -> float:
+    """Mean PSNR in dB over ``samples``, (C, H, W) each."""
+    model = with_local_statistics(model, windows)
+    device, scores = next(model.parameters()).device, []
+    for input, target in samples:
+        y, target = (unit_range(x.to(device))[None] for x in (input, target))
+        y = y if model.degradation is None else model.degradation.A(y)
+        scores.append(psnr_batch(estimate(model, y, bf16).clamp(0, 1), target))
+    return torch.cat(scores).mean().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help="name or file")
+    parser.add_argument("--config", type=Path, help="of the run that held images back (default: beside the weights)")
+    parser.add_argument("--windows", type=int, nargs="+", default=[64, 96, 128, 192, 256], metavar="W", help="to try")
+    parser.add_argument("--images", type=int, help="take only so many of the images, evenly spread")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys, such as TRAINING.TRAIN_DIR")
+    args = parser.parse_intermixed_args()
+    path = locate(args.weights)
+    configs = [args.config] if args.config else natsorted(path.parent.glob("config*.yaml"))
+    if not configs:
+        raise UserError(f"no config beside {path}; give that of the run with --config")
+    model = load_model(args.weights, device=pick_device(args.device))
+    images = held_back(load_config(configs[-1], args.options), model)
+    step = max(len(images) // (args.images or len(images)), 1)
+    samples = [images[i] for i in range(0, len(images), step)][: args.images]
+    print(f"{args.weights}: mean PSNR in dB of {len(samples)} images that {configs[-1]} holds back")
+
+    measured: dict[tuple, float] = {}
+
+    def measure(windows: dict[str, int]) -> float:
+        key = tuple(windows.get(name, 0) for name in OPERATIONS)
+        if key not in measured:
+            measured[key] = score(model, windows, samples, args.bf16)
+            cells = (f"{name} {windows.get(name, 'whole')}" for name in OPERATIONS)
+            print("  ".join(f"{cell:16s}" for cell in cells), f"{measured[key]:.3f}", flush=True)
+        return measured[key]
+
+    windows: dict[str, int] = {}
+    whole = measure(windows)
+    for name in ("projection", "norm", "attention"):
+        others = {other: window for other, window in windows.items() if other != name}
+        window, best = max(((w, measure({**others, name: w})) for w in args.windows), key=lambda pair: pair[1])
+        if best >= measure(windows) + LEAST_GAIN:
+            windows = {**others, name: window}
+    print(f"whole {whole:.3f}, chosen {measure(windows):.3f} dB\nlocal: {windows or False}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
