@@ -288,13 +288,16 @@ class Trainer:
         return max(1, self.learner.share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
 
     def _validate_and_save(self, rate: float):
-        """Validate, unless a signal stops the run before the end of that: it is then done when the run is resumed."""
-        psnr = None if self.stopped else self.validate()
-        self.validation_due = psnr is None
-        if psnr is None:
+        """Validate, unless the run ends before the end of that: it is then done when the run is resumed.
+
+        The state is saved first: a validation may take longer than a scheduler waits, or more memory than there is.
+        """
+        if not self.validation_due:
+            self.validation_due = True
             self._save_latest()
-        else:
-            self.last_psnr = psnr
+        psnr = None if self.stopped else self.validate()
+        if psnr is not None:
+            self.last_psnr, self.validation_due = psnr, False
             self._after_validation(rate)
             self._agree_on_stopping(0.0)
 
@@ -303,8 +306,6 @@ class Trainer:
         if better:
             self.best = {"psnr": self.last_psnr, "epoch": self.epoch}
         self._record(rate, validated=True)
-        if not (self.folder / "model_latest.pth").exists():
-            self.save("model_latest.pth")  # without one there is nothing to continue
         # The state comes last: a run that is killed before it repeats the validation and writes all three.
         if self.cfg.TRAINING.SAVE_EACH_VALIDATION:
             part = "" if self.step == self.batches.steps else f"_step_{self.step}"

@@ -198,7 +198,8 @@ def write():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_and_exits(folders, processes, threads_at_exit):
     """As a cluster's scheduler sends it: to every process of the job, loading workers included."""
-    settings = dict(OPTIM__NUM_EPOCHS=100000, TRAINING__WORKERS=1, PROCESSES=processes)
+    settings = dict(OPTIM__NUM_EPOCHS=100000, TRAINING__VAL_AFTER_EVERY=100000)  # it comes between two steps
+    settings |= dict(TRAINING__WORKERS=1, PROCESSES=processes)
     process = subprocess.Popen(
         [sys.executable, TRAIN, *options(folders, **settings)],
         stdout=subprocess.PIPE,
@@ -716,7 +717,7 @@ def test_a_save_after_an_epochs_last_step_has_its_row(folders, saved):
     states = [state for name, state in saved if name == "model_latest.pth"]
     assert {(state["epoch"], state["step"]) for state in states} == {(e, s) for e in (1, 2) for s in (1, 2, 3, 4)}
     for state in states:
-        rows = state["epoch"] - (state["step"] < 4)
+        rows = state["epoch"] - (state["step"] < 4 or state["validation_due"])
         assert [(row["epoch"], row["step"]) for row in state["history"]] == [(e, 4) for e in range(1, rows + 1)]
 
 
@@ -726,9 +727,11 @@ def test_the_state_is_saved_after_what_it_speaks_of(folders, saved):
     scores = iter((20.0, 21.0))
     trainer.validate = lambda: next(scores)
     trainer.fit()
-    names = [name for name, _ in saved]
-    assert names[0] == "model_latest.pth" and names[1:4] == ["model_epoch_1.pth", "model_best.pth", "model_latest.pth"]
-    assert names[4:] == ["model_epoch_2.pth", "model_best.pth", "model_latest.pth"]
+    latest, best = "model_latest.pth", "model_best.pth"
+    names = [latest, "model_epoch_1.pth", best, latest, latest, "model_epoch_2.pth", best, latest]
+    assert [name for name, _ in saved] == names
+    due = [state["validation_due"] for name, state in saved if name == latest]
+    assert due == [True, False, True, False]  # before a validation, and after it
     (folders / "runs/run/model_best.pth").unlink()
     assert make_trainer(folders, TRAINING__RESUME=True).best["epoch"] == 0
 
