@@ -64,7 +64,8 @@ def test_commands_have_the_options_and_keys_that_the_documents_give_them():
         known = "".join(place.read_text() for place in places if place.exists())
         for word in words:
             if word.startswith("--"):
-                assert f'"{word}"' in known, f"{file}: {shlex.join(words)} has no {word}"
+                option = word.replace("--no-", "--")  # of a BooleanOptionalAction
+                assert f'"{word}"' in known or f'"{option}"' in known, f"{file}: {shlex.join(words)} has no {word}"
         if script.name == "train.py":
             options = {
                 key: value for key, value in zip(words, words[1:], strict=False) if re.match(r"GPU$|[A-Z]+\.", key)
