@@ -72,12 +72,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="name or file")
     parser.add_argument("--config", type=Path, help="of the run that held images back (default: beside the weights)")
-    parser.add_argument("--windows", type=int, nargs="+", default=[64, 96, 128, 192, 256], metavar="W", help="to try")
+    parser.add_argument("--windows", default="64,96,128,192,256", help="to try, in pixels (default: %(default)s)")
     parser.add_argument("--images", type=int, help="take only so many of the images, evenly spread")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys, such as TRAINING.TRAIN_DIR")
     args = parser.parse_intermixed_args()
+    try:
+        candidates = [int(window) for window in args.windows.split(",")]
+    except ValueError:
+        raise UserError(f"--windows is a list of pixels such as 64,128, not {args.windows!r}") from None
     path = locate(args.weights)
     configs = [args.config] if args.config else natsorted(path.parent.glob("config*.yaml"))
     if not configs:
@@ -102,7 +106,7 @@ def main():
     whole = measure(windows)
     for name in ("projection", "norm", "attention"):
         others = {other: window for other, window in windows.items() if other != name}
-        window, best = max(((w, measure({**others, name: w})) for w in args.windows), key=lambda pair: pair[1])
+        window, best = max(((w, measure({**others, name: w})) for w in candidates), key=lambda pair: pair[1])
         if best >= measure(windows) + LEAST_GAIN:
             windows = {**others, name: window}
     print(f"whole {whole:.3f}, chosen {measure(windows):.3f} dB\nlocal: {windows or False}")

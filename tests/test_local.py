@@ -1,14 +1,18 @@
 """Local statistics at test time: what a window sees, where it ends, and that nothing shows where windows meet."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import run_script
 from torch import Tensor
 
 from dgunet import UserError, create_model, load_model
 from dgunet.checkpoint import describe_model
+from dgunet.data import find_pairs, read_image
 from dgunet.evaluation import evaluate
 from dgunet.export import export_model
 from dgunet.inference import restore
@@ -25,6 +29,7 @@ from dgunet.local import (
     with_local_statistics,
 )
 from dgunet.pathways import project
+from dgunet.transforms import unit_range
 from dgunet.weights import save_weights
 
 EVERYWHERE = dict.fromkeys(OPERATIONS, 64)
@@ -301,3 +306,26 @@ def test_local_networks_are_not_exported(model, tmp_path):
     with pytest.raises(UserError, match="local statistics are not exported"):
         export_model(with_local_statistics(model, EVERYWHERE), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_windows_are_chosen_on_held_back_images(tmp_path, tiny_model, picture_pairs):
+    """Every trial has its line, the last line is the record's, and what it says is what `restore` gives."""
+    model = tiny_model(stages=2)
+    save_weights(tmp_path / "w.safetensors", model.state_dict(), describe_model(model))
+    pairs = picture_pairs(tmp_path / "pairs", count=4, size=(64, 96))
+    (tmp_path / "run.yaml").write_text("TRAINING: {TRAIN_DIR: pairs, VAL_HOLD_BACK: 2}\n")
+    script = Path(__file__).resolve().parents[1] / "scripts/choose_windows.py"
+    words = "--weights", tmp_path / "w.safetensors", "--config", "run.yaml"
+    done = run_script(script, *words, "--windows", "32,64", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    trials = [line.split() for line in lines if line.startswith("norm")]
+    assert len(trials) == 7 and len({tuple(words) for words in trials}) == 7
+    held_back = find_pairs(pairs)[-1]  # a tenth, but one at least
+    y, x = (unit_range(read_image(path)) for path in (held_back.input, held_back.target))
+    expected = -10 * np.log10(np.mean((restore(model, y, tile=None, local={"norm": 32}) - x) ** 2))
+    (found,) = (float(words[-1]) for words in trials if words[:6] == "norm 32 attention whole projection whole".split())
+    assert found == pytest.approx(expected, abs=2e-3)
+    local = yaml.safe_load(lines[-1])["local"]
+    assert local is False or check_windows(local)
+    assert "--windows" in run_script(script, *words, "--windows", "small", cwd=tmp_path).stderr
