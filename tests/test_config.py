@@ -411,6 +411,8 @@ def test_fuzz(tmp_path, picture_pairs, fuzz, capsys, monkeypatch):
     (tmp_path / "weights.pth").write_bytes(b"no weights")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    for name in ("kaiming_uniform_", "uniform_"):  # the largest networks take seconds to draw, and none is run
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
     places = {
         "TRAINING.TRAIN_DIR": "pairs",
         "TRAINING.VAL_DIR": "pairs",
