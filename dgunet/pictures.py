@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from dgunet.errors import UserError, optional
-from dgunet.files import IMAGE_SUFFIXES, RAW_SUFFIXES, open_file, replacing
+from dgunet.files import RAW_SUFFIXES, open_file, replacing
 from dgunet.tiff import Tiff, is_tiff
 from dgunet.transforms import upright
 
-SUFFIXES = IMAGE_SUFFIXES  # what is taken from a folder; what of it cannot be read is told
 MAX_PIXELS = 2**30  # of a picture: OpenCV's limit
 _ORIENTATION = 0x0112  # the EXIF tag
 _EXIF_BYTES = 65533  # that a JPEG holds

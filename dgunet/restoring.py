@@ -19,12 +19,11 @@ from dgunet import __version__
 from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.errors import UserError, explain, one_line, optional, shorten
 from dgunet.figures import draw_stages, label_stages, stages_of
-from dgunet.files import open_file
+from dgunet.files import IMAGE_SUFFIXES, open_file
 from dgunet.hardware import pick_device
 from dgunet.inference import automatic_tile, restore, tiles_of
 from dgunet.inside import after_each_stage
 from dgunet.pictures import (
-    SUFFIXES,
     comment_of,
     is_jpeg,
     look_at,
@@ -138,7 +137,8 @@ def restore_photographs(
     if jobs:
         target = pick_device(device)
         model = load_model(path, task=task, device=target, content=content)
-        model.local = model.local if local else {}
+        if not local:
+            model.local = {}
         record = content.get("record") or {}
         say(f"network: {weights}")
         for key, words in ("trained_for", "for"), ("not_for", "not for"):
@@ -197,7 +197,7 @@ def _gather(photos: list[Path], out: Path, tally: Tally) -> Iterator[tuple[Path,
                 if (here / name).is_symlink():
                     tally.note(here / name, "a link to a folder, not followed; restore it by its own name")
             for name in sorted(names):
-                if Path(name).suffix.lower() not in SUFFIXES or name.startswith("."):
+                if Path(name).suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
                     continue
                 if name.lower().endswith(FIGURE):
                     tally.note(here / name, "a figure of stages, left out")

@@ -82,12 +82,12 @@ def noise_sigma(text: str) -> float:
 
 
 def tiling(args: argparse.Namespace, benchmark: Benchmark) -> dict:
-    given = {"tile": args.tile} if "tile" in args else {}
-    check_tiles(given.get("tile"), args.tile_overlap)
+    chosen = {"tile": args.tile} if "tile" in args else {}
+    check_tiles(chosen.get("tile"), args.tile_overlap)
+    if not args.local:
+        chosen["local"] = False
     ensemble = benchmark.self_ensemble if args.self_ensemble is None else args.self_ensemble
-    return (
-        dict(self_ensemble=ensemble, tile_overlap=args.tile_overlap) | given | ({} if args.local else {"local": False})
-    )
+    return dict(self_ensemble=ensemble, tile_overlap=args.tile_overlap) | chosen
 
 
 def command(
