@@ -17,12 +17,18 @@ class LumaPatches(RandomPatches):
 
     The network measures the first. Augmented by a left-right flip, an up-down flip and transposition, each with
     probability 1/2. (In the original the second flips the channel axis, of which there is one.)
+
+    Args:
+        *args, **kwargs: see `RandomPatches`.
+        block: side of the blocks that are measured, pixels.
     """
 
-    multiple = 32  # of the blocks
+    def __init__(self, *args, block: int = 32, **kwargs):
+        self.multiple = block
+        super().__init__(*args, **kwargs)
 
     def blocks(self, count: int = 16384) -> Tensor:
-        """Blocks of all pictures at random places, (N, 1024), N at least ``count``, range [0, 1]."""
+        """Blocks of all pictures at random places, (N, block^2), N at least ``count``, range [0, 1]."""
         rng = np.random.default_rng(self.seed)
         found, size = [], self.multiple
         for item in self.items:

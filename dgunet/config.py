@@ -31,10 +31,15 @@ _C.MODEL = CN()
 _C.MODEL.NAME = "deblurring_dgunet"  # see dgunet.list_models()
 _C.MODEL.SESSION = "DGUNet"  # name of the run: its files go to TRAINING.SAVE_DIR/SESSION
 _C.MODEL.OVERRIDES = CN()  # arguments of DGUNet that differ from the paper's, e.g. {width: 16}
-_C.MODEL.RATIO = 0.25  # compressive sensing: measurements per pixel
+# Compressive sensing: measurements per pixel; or the lowest and the highest of one network for all between them, as in
+# [0.01, 0.5]: each step measures with the first M rows of the matrix. Half of the steps draw M evenly, which many rows
+# need to be learned at all, the others its logarithm, or one step in sixteen would be below 4 %.
+_C.MODEL.RATIO = 0.25
+_C.MODEL.BLOCK = 32  # compressive sensing: side of the blocks in pixels, a multiple of 8 up to 128
 _C.MODEL.MATRIX = "learned"  # compressive sensing: learned (with the network) or fixed
 # What the matrix starts from, or stays: xavier, orthonormal (Gaussian), dct (lowest frequencies), pca (principal
-# components of training blocks), or a .npy file, which sets the ratio. Empty: xavier if learned, orthonormal if fixed.
+# components of training blocks), or a .npy file, which sets the ratio. Empty: xavier if learned, orthonormal if fixed,
+# dct for a range of ratios, which wants the rows that are worth the most first.
 # The matrix of MODEL.WEIGHTS comes before it, unless it is of another ratio, or a file's is to stay fixed.
 _C.MODEL.MATRIX_START = ""
 # Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean pictures: blur. Empty: it is learned.
@@ -117,8 +122,8 @@ _C.SPEED.CHECKPOINTING = False  # recompute each stage in the backward pass: muc
 
 # Keys, or how they begin, that are not every task's: its train.py says which it uses.
 _NOT_EVERYWHERE = (
-    "MODEL.RATIO", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY", "SYNTHESIS",
-    "AUGMENT.SATURATION", "AUGMENT.MIXUP",
+    "MODEL.RATIO", "MODEL.BLOCK", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY",
+    "SYNTHESIS", "AUGMENT.SATURATION", "AUGMENT.MIXUP",
 )  # fmt: skip
 
 # What `load_config` accepts: (lowest, highest), both included, of a list for each of its numbers; or [the choices].
@@ -131,6 +136,7 @@ _RANGES = {
     "PROCESSES": (0, 256),
     "MODEL.OVERRIDES.rho": (0, 10),
     "MODEL.RATIO": (0.001, 1),
+    "MODEL.BLOCK": (MULTIPLE, 128),
     "MODEL.KERNEL_EXTENT": (1, 200),
     "MODEL.NOISE": (0, 255),
     "OPTIM.BATCH_SIZE": (1, 2**16),
@@ -360,6 +366,8 @@ def _hint(key: str) -> str:
 
 def _coerce(default, value, key: str, source: str):
     """Bring a value to the type of the key's default, where nothing is lost by it."""
+    if key == "MODEL.RATIO" and not isinstance(value, int | float | str):
+        default = ()  # or a range
     if (_is(bool, default) or default == "auto") and _is(bool, value):  # a switch, or one that may be left to us
         return value
     if _is(bool, default) and key in _RANGES and isinstance(value, str | None):  # one that has more than two positions
@@ -408,6 +416,8 @@ def _check_range(key: str, value, source: str):
         raise UserError(f"{source}: GPU lists one twice, got {_short(value)}; each is used by one process")
     if key == "TRAINING.VAL_PS" and 0 < value < MULTIPLE:
         raise UserError(f"{source}: {key} must be 0 (whole pictures) or at least {MULTIPLE}, got {value}")
+    if key == "MODEL.BLOCK" and value % MULTIPLE:
+        raise UserError(f"{source}: {key} must be a multiple of {MULTIPLE}, got {value}")
     if isinstance(value, str):
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
             raise UserError(f"{source}: {key} must be text without control characters, in UTF-8, got {_short(value)}")

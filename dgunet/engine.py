@@ -36,7 +36,7 @@ log = logging.getLogger("dgunet")
 _FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
 
 # What a validation's score depends on besides the pictures and the weights, or how that begins.
-_VALIDATION = ("SEED", "TRAINING.VAL_PS", "SYNTHESIS", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY")
+_VALIDATION = ("SEED", "TRAINING.VAL_PS", "SYNTHESIS", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY", "MODEL.RATIO")
 
 
 def changed_settings(cfg, then) -> list[str]:
@@ -246,7 +246,8 @@ class Trainer:
         model = FromImages(self.learner.result)
         model.eval()
         torch.backends.cudnn.benchmark = len(self.val_set.sizes) == 1
-        scores = torch.zeros(len(self.val_set), dtype=torch.float64, device=self.device)
+        measuring = getattr(model.model.degradation, "validated", [None])  # each image with each of them
+        scores = torch.zeros(len(self.val_set), len(measuring), dtype=torch.float64, device=self.device)
         mine = range(self.rank, len(self.val_set), self.world)
         subset, done, batch_size = Subset(self.val_set, mine), 0, self._validation_batch()
         rounds = -(-len(range(0, len(self.val_set), self.world)) // batch_size)  # of the process with the most images
@@ -256,13 +257,15 @@ class Trainer:
             for k in range(rounds):
                 for input, target in itertools.islice(batches, 1):
                     indices = list(mine)[done : done + len(input)]
-                    # Random measurements are the same each time, whatever the processes.
-                    draws = self.learner.draws((indices[0],), [(index,) for index in indices])
-                    with self.learner.autocast():  # blocks as pictures of their own
-                        restored = model(self.learner.move(input.flatten(0, -4)), *draws)[0]
-                    target = centre(target, *restored.shape[-2:])
-                    target = unit_range(target.to(self.device)).flatten(1, -3)  # and side by side again
-                    scores[indices] = psnr_batch(restored.float().reshape(target.shape), target).double()
+                    x = self.learner.move(input.flatten(0, -4))  # blocks as pictures of their own
+                    for which, operator in enumerate(measuring):
+                        # Random measurements are the same each time, whatever the processes.
+                        draws = () if operator else self.learner.draws((indices[0],), [(i,) for i in indices])
+                        with self.learner.autocast():
+                            restored = model(x, *draws, measuring=operator)[0]
+                        truth = centre(target, *restored.shape[-2:])
+                        truth = unit_range(truth.to(self.device)).flatten(1, -3)  # and side by side again
+                        scores[indices, which] = psnr_batch(restored.float().reshape(truth.shape), truth).double()
                     done += len(input)
                 if k + 1 < rounds:
                     self._agree_on_stopping(0.0)
@@ -273,16 +276,20 @@ class Trainer:
         if self.stopped:
             return None
         scores = distributed.sum_over_processes(scores)
-        others = scores[scores != math.inf]
-        exact = len(scores) - len(others)
+        finite = scores != math.inf
+        exact = int((~finite).sum())
         if exact:
-            log.info("%d of %d validation images are restored exactly and left out of the mean", exact, len(scores))
-        return others.mean().item() if len(others) else math.inf
+            log.info("%d of %d validation images are restored exactly and left out of the mean", exact, scores.numel())
+        if len(measuring) > 1:
+            means = [column[keep].mean().item() for column, keep in zip(scores.T, finite.T, strict=True)]
+            told = (f"{len(A.matrix) / A.block**2:.1%} {m:.2f}" for A, m in zip(measuring, means, strict=True))
+            log.info("PSNR in dB by ratio: %s", ", ".join(told))
+        return scores[finite].mean().item() if finite.any() else math.inf
 
     def _validation_batch(self) -> int:
         """Pictures at once: no more pixels than in a training pass, as far as they are of one size."""
         sizes = self.val_set.sizes
-        if len(sizes) > 1 or self.learner.measured:
+        if len(sizes) > 1 or (self.learner.measured and not hasattr(self.learner.model.degradation, "validated")):
             return 1
         pixels = max(map(math.prod, sizes))
         return max(1, self.learner.share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dgunet.degradations import BlockSampling, Degradation, LearnedDegradation
+from dgunet.degradations import Degradation, LearnedDegradation, block_sampling, matching
 from dgunet.errors import UserError
 from dgunet.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
 
@@ -226,6 +226,8 @@ class DGUNet(nn.Module):
         if degradation is not None and self.degradation is None:
             raise ValueError("this DGUNet has learned its degradation and takes no other; leave it out")
         known = self.degradation if degradation is None else degradation
+        if known is not None:
+            known = matching(known, y)
         x = y if known is None else known.A_adjoint(y)
         self._check(x)
         features = None
@@ -274,15 +276,16 @@ def _check_arguments(arguments: dict):
 class FromImages(nn.Module):
     """A network as it is trained, from images: where its degradation is known, clean ones, which are measured first.
 
-    Estimates smaller than the images are of their centres. `Degradation` says why, and which generators ``draws`` are.
+    Estimates smaller than the images are of their centres. `Degradation` says why, which generators ``draws`` are, and
+    what else than the network's known degradation may be ``measuring``.
     """
 
     def __init__(self, model: DGUNet):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, *draws) -> list[Tensor]:
-        known = self.model.degradation
+    def forward(self, x: Tensor, *draws, measuring: Degradation | None = None) -> list[Tensor]:
+        known = self.model.degradation if measuring is None else measuring
         return self.model(x if known is None else getattr(known, "measure", known.A)(x, *draws))
 
 
@@ -310,8 +313,8 @@ VARIANTS = {
     "denoising_dgunet_plus": Variant("denoising", _DEBLURRING | _PLUS | dict(width=80, growth=40)),
     "deraining_dgunet": Variant("deraining", _DERAINING),
     "deraining_dgunet_plus": Variant("deraining", _DERAINING | _PLUS),
-    "compressive_sensing_dgunet": Variant("compressive_sensing", _SENSING, BlockSampling),
-    "compressive_sensing_dgunet_plus": Variant("compressive_sensing", _SENSING | dict(shared=False), BlockSampling),
+    "compressive_sensing_dgunet": Variant("compressive_sensing", _SENSING, block_sampling),
+    "compressive_sensing_dgunet_plus": Variant("compressive_sensing", _SENSING | dict(shared=False), block_sampling),
 }
 
 
@@ -348,7 +351,7 @@ def create_model(name: str, degradation: Degradation | None = None, **overrides)
         degradation: a known one in the place of the variant's, which is learned, or in compressive sensing measures
             25 % of 32x32 blocks with a learned matrix.
         **overrides: arguments of `DGUNet` that shall differ from the paper's, and in compressive sensing of
-            `BlockSampling`, e.g. ``ratio=0.1``.
+            `block_sampling`, e.g. ``ratio=0.1``, or ``ratio=(0.01, 0.5)`` for one network of all ratios between them.
 
     Raises:
         UserError: unknown name, or unknown override.
