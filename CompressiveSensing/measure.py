@@ -1,12 +1,14 @@
 """Measure a picture block by block: picture in, measurements out.
 
     python CompressiveSensing/measure.py photo.png --weights model.pth --out photo.npz     # with a network's matrix
+    python CompressiveSensing/measure.py photo.png --weights model.pth --ratio 0.17 --out photo.npz
     python CompressiveSensing/measure.py photo.png --matrix matrix.npy --out photo.npz     # with one of your own
 
-The .npz holds ``y`` (M, rows, columns) float32, one column of M measurements for each 32x32 block; ``matrix`` (M, 1024)
-float32, which measures a block's pixels row by row, in [0, 1]; and the picture's ``height`` and ``width``, to which
-zeros were added at the right and bottom to fill the last blocks (a file without both is of whole blocks). A file of
-the same kind from a real camera can be reconstructed just so.
+The .npz holds ``y`` (M, rows, columns) float32, one column of M measurements for each block, of 32x32 pixels in most
+networks; ``matrix`` (M, 1024) float32, which measures a block's pixels row by row, in [0, 1]; ``ratio``, M per pixel of
+a block; and the picture's ``height`` and ``width``, to which zeros were added at the right and bottom to fill the last
+blocks (a file without both is of whole blocks). A file of the same kind from a real camera can be reconstructed just
+so. With --ratio the first rows of a network for a range of ratios measure, without it all of them.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from dgunet.errors import command_imports, run_cli
 with command_imports(__name__):
     import numpy as np
     import torch
+    from sensing import sampling_at
 
     from dgunet import load_model
     from dgunet.data import read_luma, to_tensor
@@ -33,7 +36,8 @@ def main():
     parser.add_argument("picture", type=Path)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", help="checkpoint whose sampling matrix to use")
-    source.add_argument("--matrix", help=".npy file with an (M, 1024) matrix")
+    source.add_argument("--matrix", help=".npy file with an (M, 1024) matrix, or (M, side^2) of other blocks")
+    parser.add_argument("--ratio", type=float, help="measurements per pixel, of a network for a range of ratios")
     parser.add_argument("--out", type=Path, required=True, help=".npz file to write")
     args = parser.parse_args()
 
@@ -41,13 +45,15 @@ def main():
     if args.weights:
         operator = load_model(args.weights, task="compressive_sensing").degradation
     else:
-        operator = sampling_operator(ratio=0.25, matrix="fixed", start=args.matrix)
+        operator = sampling_operator(ratio=0.25, matrix="fixed", start=args.matrix, block=None)
+    operator = sampling_at(operator, args.ratio)
     with torch.inference_mode():
         y = operator.A(pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block))[0].numpy()
     height, width = luma.shape
+    matrix, ratio = operator.matrix.detach().numpy(), len(operator.matrix) / operator.block**2
     with replacing(args.out) as temporary, open(temporary, "wb") as file:
-        np.savez(file, y=y, matrix=operator.matrix.detach().numpy(), height=height, width=width)
-    print(f"wrote {args.out}: {y.size:,} measurements of {luma.size:,} pixels")
+        np.savez(file, y=y, matrix=matrix, ratio=ratio, height=height, width=width)
+    print(f"wrote {args.out}: {y.size:,} measurements of {luma.size:,} pixels, ratio {ratio:.4g}")
 
 
 if __name__ == "__main__":

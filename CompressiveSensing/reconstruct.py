@@ -2,8 +2,8 @@
 
     python CompressiveSensing/reconstruct.py photo.npz --weights model.pth --out photo.png
 
-The .npz is what measure.py describes. Its matrix must be the one that the network was trained with; ``--ignore_matrix``
-reconstructs nevertheless (of a file without ``matrix``, say).
+The .npz is what measure.py describes. Its matrix must be the one that the network was trained with, or of a network for
+a range of ratios its first rows; ``--ignore_matrix`` reconstructs nevertheless (of a file without ``matrix``, say).
 """
 
 import argparse
@@ -41,7 +41,9 @@ def main():
     model = load_model(args.weights, task="compressive_sensing", device=device)
     operator = model.degradation
     trained = operator.matrix.detach().cpu().numpy()
-    y, matrix, height, width = read_measurements(args.measurements, len(trained), operator.block)
+    fewest = getattr(operator, "lowest", None)
+    y, matrix, height, width = read_measurements(args.measurements, len(trained), operator.block, fewest)
+    trained = trained[: len(y)]
     if not args.ignore_matrix:
         if matrix is None:
             raise UserError(f"{args.measurements} does not say which matrix measured it; --ignore_matrix trusts you")
@@ -55,16 +57,20 @@ def main():
     except UserError as error:
         raise UserError(f"{args.measurements}: {error}, or the measurements are far too large") from error
     write_image(args.out, to_uint8(x[:height, :width]))
-    print(f"wrote {args.out}: {width}x{height} pixels from {y.size:,} measurements")
+    ratio = len(y) / operator.block**2
+    print(f"wrote {args.out}: {width}x{height} pixels from {y.size:,} measurements, ratio {ratio:.4g}")
 
 
-def read_measurements(path: Path, rows: int, block: int) -> tuple[np.ndarray, np.ndarray | None, int, int]:
+def read_measurements(
+    path: Path, rows: int, block: int, fewest: int | None = None
+) -> tuple[np.ndarray, np.ndarray | None, int, int]:
     """Read an .npz file of measurements, without running any code in it.
 
     Args:
         path: the file.
         rows: M, the number of measurements of a block.
         block: side of a block in pixels.
+        fewest: the smallest M, where it may be any up to ``rows``.
 
     Returns:
         y, (M, h, w) float32; the matrix, if there is one; height and width of the picture, those of all blocks where
@@ -95,8 +101,9 @@ def read_measurements(path: Path, rows: int, block: int) -> tuple[np.ndarray, np
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} has values that are not finite; measure again")
     y = arrays["y"]
-    if y.ndim != 3 or y.shape[0] != rows or not y.size:
-        raise UserError(f"{path}: y is {y.shape}, but the network reads ({rows}, rows, columns)")
+    if y.ndim != 3 or not (fewest or rows) <= y.shape[0] <= rows or not y.size:
+        read = f"({rows}, rows, columns)" if fewest is None else f"(M, rows, columns), M from {fewest} to {rows}"
+        raise UserError(f"{path}: y is {y.shape}, but the network reads {read}")
     if ("height" in arrays) != ("width" in arrays):
         raise UserError(f"{path} holds one of height and width, but a picture has both")
     sides = []

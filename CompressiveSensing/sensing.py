@@ -7,8 +7,12 @@ from torch.nn import functional as F
 
 from dgunet import DGUNet
 from dgunet.data import to_tensor
+from dgunet.degradations import BlockSampling, FirstRows, ScalableSampling, rows_of
+from dgunet.errors import UserError
 from dgunet.inference import estimate
 from dgunet.transforms import pad_to_blocks, unit_range
+
+TILE = 128  # side of the original's tiles, pixels
 
 
 def disturb(y: Tensor, matrix: Tensor, noise: float = 0, bits: int = 0) -> Tensor:
@@ -31,16 +35,44 @@ def disturb(y: Tensor, matrix: Tensor, noise: float = 0, bits: int = 0) -> Tenso
     return y
 
 
+def sampling_at(sampling: BlockSampling, ratio: float | None) -> BlockSampling | FirstRows:
+    """What measures at a ratio: the first rows of a network for a range, or a network's whole matrix where it is its.
+
+    Args:
+        sampling: a network's.
+        ratio: measurements per pixel; None for all rows.
+
+    Raises:
+        UserError: a ratio that the network is not for.
+    """
+    if ratio is None:
+        return sampling
+    if isinstance(sampling, ScalableSampling):
+        return sampling.at(ratio)
+    if rows_of(ratio, sampling.block) != len(sampling.matrix):
+        own = len(sampling.matrix) / sampling.block**2
+        raise UserError(
+            f"the network measures at the ratio {own:.3g} alone, not at {ratio:g}; give weights of another network, "
+            'or train one for all ratios, MODEL.RATIO "[0.01, 0.5]"'
+        )
+    return sampling
+
+
 @torch.inference_mode()
 def reconstruct_whole(
-    model: DGUNet, luma: np.ndarray, bf16: bool = False, noise: float = 0, bits: int = 0
+    model: DGUNet,
+    luma: np.ndarray,
+    bf16: bool = False,
+    noise: float = 0,
+    bits: int = 0,
+    ratio: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measure a whole picture and reconstruct it at once: x_K and x_0 = A_adjoint(y), (H, W) float32, not clipped.
 
-    ``bf16`` as for `restore`, ``noise`` and ``bits`` as for `disturb`.
+    ``bf16`` as for `restore`, ``noise`` and ``bits`` as for `disturb`, ``ratio`` as for `sampling_at`.
     """
     height, width = luma.shape
-    operator = model.degradation
+    operator = sampling_at(model.degradation, ratio)
     x = pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block)
     y = disturb(operator.A(x.to(operator.matrix.device)), operator.matrix, noise, bits)
     results = estimate(model, y, bf16), operator.A_adjoint(y)
@@ -54,16 +86,22 @@ def reconstruct_tiles(
     bf16: bool = False,
     noise: float = 0,
     bits: int = 0,
-    tile: int = 128,
+    ratio: float | None = None,
+    tile: int = TILE,
     batch: int = 16,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same in tiles that know nothing of each other, as the original tests.
 
     Zeros are added to the next multiple of ``tile``; a side that is one already gets another whole tile of them, as in
     the original. (They change nothing: what is added is cropped again.)
+
+    Raises:
+        UserError: tiles that are not of whole blocks.
     """
     height, width = luma.shape
-    operator = model.degradation
+    operator = sampling_at(model.degradation, ratio)
+    if tile % operator.block:
+        raise UserError(f"blocks of {operator.block}x{operator.block} do not fill tiles of {tile}x{tile}; --whole does")
     padded = F.pad(unit_range(to_tensor(luma)), (0, tile - width % tile, 0, tile - height % tile))
     rows, columns = (side // tile for side in padded.shape[1:])
     tiles = padded.view(rows, tile, columns, tile).transpose(1, 2).reshape(-1, 1, tile, tile)

@@ -4,11 +4,13 @@
     python CompressiveSensing/test.py --weights model.pth                        # the paper's table: Set11 and BSD68
     python CompressiveSensing/test.py --weights model.pth --dataset path/to/pictures --save_images
     python CompressiveSensing/test.py --weights model.pth --whole                # whole pictures, not 128x128 tiles
+    python CompressiveSensing/test.py --weights model.pth --ratio 0.17           # of a network for a range of ratios
     python CompressiveSensing/test.py --noise 5 --bits 8                         # measurements as a real sensor's
     python CompressiveSensing/test.py --score_only reconstructed                 # score reconstructed/Set11/...
 
 PSNR and SSIM as the original's test script computes them: on the luminance of OpenCV, unrounded, 128x128 tiles that are
-reconstructed separately. "input" in the table is x_0 = A_adjoint(y). A test that was interrupted goes on where it was.
+reconstructed separately. A network for a range of ratios is tested at those of the paper that are in it, where --ratio
+says nothing else. "input" in the table is x_0 = A_adjoint(y). A test that was interrupted goes on where it was.
 """
 
 import argparse
@@ -22,14 +24,14 @@ from dgunet.errors import command_imports, run_cli
 
 with command_imports(__name__):
     import numpy as np
-    from sensing import reconstruct_tiles, reconstruct_whole
+    from sensing import TILE, reconstruct_tiles, reconstruct_whole, sampling_at
 
     from dgunet import DGUNet
     from dgunet.data import read_luma
+    from dgunet.degradations import RATIOS, ScalableSampling, rows_of
+    from dgunet.errors import UserError
     from dgunet.evaluation import PictureSet, picture_samples
     from dgunet.testing import Benchmark, command, noise_sigma
-
-RATIOS = (1, 4, 10, 25, 50)  # percent
 
 
 def luma(source: Path) -> PictureSet:
@@ -44,7 +46,7 @@ def luma(source: Path) -> PictureSet:
 
 def paper(dgunet: list[tuple], plus: list[tuple]) -> dict[str, tuple[float, float]]:
     named = {"compressive_sensing_dgunet": dgunet, "compressive_sensing_dgunet_plus": plus}
-    return {f"{name} {ratio}%": v for name, values in named.items() for ratio, v in zip(RATIOS, values, strict=True)}
+    return {f"{name} {r:g}": v for name, values in named.items() for r, v in zip(RATIOS, values, strict=True)}
 
 
 def benchmark(place: str, dgunet: list[tuple], plus: list[tuple]) -> Benchmark:
@@ -66,13 +68,20 @@ BENCHMARKS = {
 
 
 def measure_and_reconstruct(
-    model: DGUNet, picture: np.ndarray, whole: bool, bf16: bool, **disturbed
+    model: DGUNet, picture: np.ndarray, whole: bool, bf16: bool, **how
 ) -> tuple[np.ndarray, np.ndarray]:
-    return (reconstruct_whole if whole else reconstruct_tiles)(model, picture, bf16, **disturbed)
+    return (reconstruct_whole if whole else reconstruct_tiles)(model, picture, bf16, **how)
 
 
 def add_options(add: Callable):
-    add("--whole", action="store_true", help="whole pictures, not tiles of 128x128")
+    add("--whole", action="store_true", help=f"whole pictures, not tiles of {TILE}x{TILE}")
+    add(
+        "--ratio",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help="measurements per pixel, of a network for a range of ratios (default: those of the paper)",
+    )
     add(
         "--noise",
         type=noise_sigma,
@@ -87,12 +96,29 @@ def options(args: argparse.Namespace, benchmark: Benchmark) -> dict:
     return {"whole": args.whole} | {name: value for name, value in disturbed.items() if value}
 
 
-def paper_key(model: DGUNet, args: argparse.Namespace) -> str:
+def ratios(model: DGUNet, args: argparse.Namespace) -> dict[str, dict]:
+    """The ratios that a network is tested at, by what each adds to a data set's name; of a network for one that one."""
+    sampling = model.degradation
+    if TILE % sampling.block and not args.whole:
+        raise UserError(
+            f"the network's blocks of {sampling.block}x{sampling.block} pixels do not fill the original's tiles of "
+            f"{TILE}x{TILE}; test whole pictures, --whole"
+        )
+    for ratio in args.ratio or ():
+        sampling_at(sampling, ratio)  # refuses those that the network is not for
+    if not isinstance(sampling, ScalableSampling):
+        return {"": {}}
+    inside = [ratio for ratio in RATIOS if sampling.lowest <= rows_of(ratio, sampling.block) <= len(sampling.matrix)]
+    chosen = args.ratio or inside or [len(sampling.matrix) / sampling.block**2]
+    return {f"_{100 * ratio:g}%": {"ratio": ratio} for ratio in chosen}
+
+
+def paper_key(model: DGUNet, args: argparse.Namespace, ratio: float | None = None) -> str:
     if args.noise or args.bits:
         return ""
-    ratio = model.degradation.matrix.shape[0] / model.degradation.block**2
-    percent = min(RATIOS, key=lambda r: abs(r / 100 - ratio))
-    return f"{model.name} {percent}%" if abs(percent / 100 - ratio) < 0.001 else ""
+    ratio = ratio or model.degradation.matrix.shape[0] / model.degradation.block**2
+    nearest = min(RATIOS, key=lambda r: abs(r - ratio))
+    return f"{model.name} {nearest:g}" if abs(nearest - ratio) < 0.001 else ""
 
 
 def main():
@@ -104,6 +130,7 @@ def main():
         method=measure_and_reconstruct,
         add_options=add_options,
         options=options,
+        variants=ratios,
         paper_key=paper_key,
         shipped="compressive_sensing_25",
     )

@@ -183,7 +183,10 @@ class ScalableSampling(BlockSampling):
         """
         rows = rows_of(ratio, self.block)
         if not self.lowest <= rows <= len(self.matrix):
-            raise UserError(f"this sampling is for ratios from {self._range()}, got {ratio:g}")
+            least, most = (100 * count / self.block**2 for count in (self.lowest, len(self.matrix)))
+            raise UserError(
+                f"the ratio {ratio:g} is not one of this network's, which is for {least:.3g} to {most:.3g} %"
+            )
         return self._first(rows)
 
     def matching(self, y: Tensor) -> FirstRows:
@@ -228,11 +231,6 @@ class ScalableSampling(BlockSampling):
 
     def _first(self, rows: int) -> FirstRows:
         return FirstRows(self.matrix[:rows], self.block)
-
-    def _range(self) -> str:
-        """In words."""
-        lowest, highest = (rows / self.block**2 for rows in (self.lowest, len(self.matrix)))
-        return f"{lowest:.2g} to {highest:.2g}"
 
 
 class Blur(nn.Module):
@@ -457,10 +455,10 @@ def rows_of(ratio: float, block: int) -> int:
     """How many rows a sampling matrix has, ceil(ratio * block^2).
 
     Raises:
-        ValueError: a ratio out of (0, 1].
+        UserError: a ratio out of (0, 1].
     """
     if not 0 < ratio <= 1:
-        raise ValueError(f"ratio is the number of measurements per pixel, in (0, 1], got {ratio}")
+        raise UserError(f"ratio is the number of measurements per pixel, in (0, 1], got {ratio}")
     # round() first: 0.07 * 1600 is 112.00000000000001 in floating point, and must count as 112
     return math.ceil(round(ratio * block**2, 6))
 
@@ -502,7 +500,7 @@ def sampling_operator(
     matrix: str = "learned",
     start: str = "",
     blocks: Callable[[], Tensor] | None = None,
-    block: int = 32,
+    block: int | None = 32,
 ) -> BlockSampling:
     """The block sampling that a config asks for.
 
@@ -513,7 +511,7 @@ def sampling_operator(
             which set the ratio, of a range the highest. Empty: dct for a range; else xavier for a learned matrix,
             orthonormal for a fixed one.
         blocks: for a start from principal components, see `start_matrix`.
-        block: side of a block in pixels.
+        block: side of a block in pixels; None for that of the file's blocks.
 
     Raises:
         UserError: neither learned nor fixed, an impossible ratio, or a file that holds no such matrix.
@@ -529,6 +527,7 @@ def sampling_operator(
             values = start_matrix(begun, ratio[-1] if scalable else ratio, block, blocks)
         else:
             values = torch.from_numpy(read_array(Path(begun)))
+            block = block or math.isqrt((values.shape or (0,))[-1])
         operator = block_sampling(ratio, block, learned, values)
     except (OSError, ValueError) as error:
         raise UserError(f"MODEL.RATIO {ratio}, MODEL.MATRIX_START {begun}: {error}") from error

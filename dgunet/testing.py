@@ -99,7 +99,8 @@ def command(
     method: Callable = restore_pictures,
     add_options: Callable[[Callable], None] = add_tiling,
     options: Callable[[argparse.Namespace, Benchmark], dict] = tiling,
-    paper_key: Callable[[torch.nn.Module, argparse.Namespace], str] = lambda model, args: model.name,
+    variants: Callable[[torch.nn.Module, argparse.Namespace], dict[str, dict]] = lambda model, args: {"": {}},
+    paper_key: Callable[..., str] = lambda model, args: model.name,
     paper_average: dict[str, tuple[float, float]] | None = None,
     shipped: str | None = None,
 ):
@@ -113,7 +114,10 @@ def command(
         method: see `evaluate`.
         add_options: adds the options of the task, given an argument parser's ``add_argument``.
         options: those of the method, given the parsed ones and the test set.
-        paper_key: under which name the paper's values for a network and these options stand in the benchmarks.
+        variants: how often each data set is tested, given the network and the parsed options: further options of the
+            method, by what is added to the data set's name.
+        paper_key: under which name the paper's values stand in the benchmarks, given the network, the parsed options,
+            and those of a variant by name.
         paper_average: where the mean over all benchmarks is a row of its own: the paper's, by network.
         shipped: the name of this repository's own weights for the task, tested where none are given.
 
@@ -122,10 +126,11 @@ def command(
     """
     args = _parse(description, benchmarks, add_options)
     use_huge_pages()
-    network, noise = None, None
+    network, noise, passes = None, None, {"": {}}
     if args.score_only is None:
         network = _load(task, args.weights, shipped, args.device)
         folder = args.results / task / _folder_of(network)
+        passes = variants(network.model, args)
         noise = network.noise_sigma if any(benchmark.sigma for benchmark in benchmarks.values()) else None
         if args.compile:
             network.model.compile()  # once for the first size, and once more for all other sizes
@@ -135,8 +140,10 @@ def command(
         raise UserError(f"no folder {args.score_only.absolute()} with restored pictures")
     metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device)) if args.metrics else {}
     tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, own(args))
+    alone = len(tests) == 1
+    tests = {name + end: (*test, further) for name, test in tests.items() for end, further in passes.items()}
     results, failures = [], []
-    for name, (word, benchmark) in tests.items():
+    for name, (word, benchmark, further) in tests.items():
         levels: list[float] = []
         try:
             source = _find(word, args.data_root, benchmarks)
@@ -150,14 +157,15 @@ def command(
                 result = evaluate(restored, save_images=False, **common)
                 result.seconds_per_image = math.nan
             else:
-                chosen = options(args, benchmark) | dict(bf16=args.bf16)
+                chosen = options(args, benchmark) | further | dict(bf16=args.bf16)
                 common |= dict(settings=dict(compile=args.compile), save_images=args.save_images or None)
                 restoring = method if noise is None else _listening(method, levels)
                 result = evaluate(network.model, method=restoring, **common, **chosen)
         except UserError as error:
-            if len(tests) == 1:
+            if alone:
                 raise
-            failures.append(f"{word}: {error}")
+            if (failure := f"{word}: {error}") not in failures:  # of another variant
+                failures.append(failure)
             continue
         failures += result.failures
         notes = [f"{row.name}: {row.note}" for row in result.rows if row.note]
@@ -168,7 +176,7 @@ def command(
         if levels:
             _tell_of_noise(name, noise, levels)
         if network is not None and not result.missing:
-            result.paper = benchmark.paper.get(paper_key(network.model, args))
+            result.paper = benchmark.paper.get(paper_key(network.model, args, **further))
         if result.images:
             results.append(result)
     published = [result for result in results if result.dataset in benchmarks and not result.missing]
