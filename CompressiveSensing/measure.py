@@ -22,7 +22,6 @@ from dgunet.errors import command_imports, run_cli
 with command_imports(__name__):
     import numpy as np
     import torch
-    from sensing import sampling_at
 
     from dgunet import load_model
     from dgunet.data import read_luma, to_tensor
@@ -46,7 +45,8 @@ def main():
         operator = load_model(args.weights, task="compressive_sensing").degradation
     else:
         operator = sampling_operator(ratio=0.25, matrix="fixed", start=args.matrix, block=None)
-    operator = sampling_at(operator, args.ratio)
+    if args.ratio is not None:
+        operator = operator.at(args.ratio)
     with torch.inference_mode():
         y = operator.A(pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block))[0].numpy()
     height, width = luma.shape

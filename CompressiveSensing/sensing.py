@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from dgunet import DGUNet
 from dgunet.data import to_tensor
-from dgunet.degradations import BlockSampling, FirstRows, ScalableSampling, rows_of
 from dgunet.errors import UserError
 from dgunet.inference import estimate
 from dgunet.transforms import pad_to_blocks, unit_range
@@ -35,29 +34,6 @@ def disturb(y: Tensor, matrix: Tensor, noise: float = 0, bits: int = 0) -> Tenso
     return y
 
 
-def sampling_at(sampling: BlockSampling, ratio: float | None) -> BlockSampling | FirstRows:
-    """What measures at a ratio: the first rows of a network for a range, or a network's whole matrix where it is its.
-
-    Args:
-        sampling: a network's.
-        ratio: measurements per pixel; None for all rows.
-
-    Raises:
-        UserError: a ratio that the network is not for.
-    """
-    if ratio is None:
-        return sampling
-    if isinstance(sampling, ScalableSampling):
-        return sampling.at(ratio)
-    if rows_of(ratio, sampling.block) != len(sampling.matrix):
-        own = len(sampling.matrix) / sampling.block**2
-        raise UserError(
-            f"the network measures at the ratio {own:.3g} alone, not at {ratio:g}; give weights of another network, "
-            'or train one for all ratios, MODEL.RATIO "[0.01, 0.5]"'
-        )
-    return sampling
-
-
 @torch.inference_mode()
 def reconstruct_whole(
     model: DGUNet,
@@ -69,10 +45,11 @@ def reconstruct_whole(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measure a whole picture and reconstruct it at once: x_K and x_0 = A_adjoint(y), (H, W) float32, not clipped.
 
-    ``bf16`` as for `restore`, ``noise`` and ``bits`` as for `disturb`, ``ratio`` as for `sampling_at`.
+    ``bf16`` as for `restore`, ``noise`` and ``bits`` as for `disturb`, ``ratio`` as for
+    `BlockSampling.at`, by default that of all rows.
     """
     height, width = luma.shape
-    operator = sampling_at(model.degradation, ratio)
+    operator = model.degradation if ratio is None else model.degradation.at(ratio)
     x = pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block)
     y = disturb(operator.A(x.to(operator.matrix.device)), operator.matrix, noise, bits)
     results = estimate(model, y, bf16), operator.A_adjoint(y)
@@ -99,7 +76,7 @@ def reconstruct_tiles(
         UserError: tiles that are not of whole blocks.
     """
     height, width = luma.shape
-    operator = sampling_at(model.degradation, ratio)
+    operator = model.degradation if ratio is None else model.degradation.at(ratio)
     if tile % operator.block:
         raise UserError(f"blocks of {operator.block}x{operator.block} do not fill tiles of {tile}x{tile}; --whole does")
     padded = F.pad(unit_range(to_tensor(luma)), (0, tile - width % tile, 0, tile - height % tile))

@@ -24,7 +24,7 @@ from dgunet.errors import command_imports, run_cli
 
 with command_imports(__name__):
     import numpy as np
-    from sensing import TILE, reconstruct_tiles, reconstruct_whole, sampling_at
+    from sensing import TILE, reconstruct_tiles, reconstruct_whole
 
     from dgunet import DGUNet
     from dgunet.data import read_luma
@@ -105,7 +105,7 @@ def ratios(model: DGUNet, args: argparse.Namespace) -> dict[str, dict]:
             f"{TILE}x{TILE}; test whole pictures, --whole"
         )
     for ratio in args.ratio or ():
-        sampling_at(sampling, ratio)  # refuses those that the network is not for
+        sampling.at(ratio)  # refuses those that the network is not for
     if not isinstance(sampling, ScalableSampling):
         return {"": {}}
     inside = [ratio for ratio in RATIOS if sampling.lowest <= rows_of(ratio, sampling.block) <= len(sampling.matrix)]

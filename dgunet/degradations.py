@@ -128,6 +128,24 @@ class BlockSampling(nn.Module):
             blocks = blocks.view(-1, rows, columns, b, b).transpose(2, 3)
             return blocks.reshape(-1, 1, rows * b, columns * b)
 
+    def at(self, ratio: float) -> "BlockSampling | FirstRows":
+        """What measures ``ratio`` numbers per pixel: itself, where that is its ratio.
+
+        Raises:
+            UserError: another ratio.
+        """
+        if rows_of(ratio, self.block) != len(self.matrix):
+            raise UserError(
+                f"the ratio {ratio:g} is not this network's, which is for {self.percent} alone; give weights of "
+                'another, or train one for a range, MODEL.RATIO "[0.01, 0.5]"'
+            )
+        return self
+
+    @property
+    def percent(self) -> str:
+        """Its ratio in words, ``25 %``."""
+        return f"{percentage(len(self.matrix), self.block)} %"
+
     def settings(self) -> dict:
         """The constructor's arguments that its tensors do not tell."""
         return {"block": self.block, "learned": self.learned}
@@ -183,10 +201,7 @@ class ScalableSampling(BlockSampling):
         """
         rows = rows_of(ratio, self.block)
         if not self.lowest <= rows <= len(self.matrix):
-            least, most = (100 * count / self.block**2 for count in (self.lowest, len(self.matrix)))
-            raise UserError(
-                f"the ratio {ratio:g} is not one of this network's, which is for {least:.3g} to {most:.3g} %"
-            )
+            raise UserError(f"the ratio {ratio:g} is not one of this network's, which is for {self.percent}")
         return self._first(rows)
 
     def matching(self, y: Tensor) -> FirstRows:
@@ -225,6 +240,11 @@ class ScalableSampling(BlockSampling):
         rows = [rows_of(ratio, self.block) for ratio in RATIOS]
         inside = [m for m in rows if self.lowest <= m <= len(self.matrix)]
         return [self._first(m) for m in inside or sorted({self.lowest, len(self.matrix)})]
+
+    @property
+    def percent(self) -> str:
+        """Its ratios in words, ``1 to 50 %``."""
+        return f"{percentage(self.lowest, self.block)} to {super().percent}"
 
     def settings(self) -> dict:
         return {"lowest": self.lowest, **super().settings()}
@@ -461,6 +481,13 @@ def rows_of(ratio: float, block: int) -> int:
         raise UserError(f"ratio is the number of measurements per pixel, in (0, 1], got {ratio}")
     # round() first: 0.07 * 1600 is 112.00000000000001 in floating point, and must count as 112
     return math.ceil(round(ratio * block**2, 6))
+
+
+def percentage(rows: int, block: int) -> str:
+    """The ratio of so many rows in percent, with as few decimals as tell it: 11 of 1024 are ``1``, see `rows_of`."""
+    exact = 100 * rows / block**2
+    rounded = (round(exact, decimals) for decimals in range(6))
+    return f"{next((p for p in rounded if 0 < p <= 100 and rows_of(p / 100, block) == rows), exact):g}"
 
 
 def _cosines(block: int, rows: int) -> Tensor:

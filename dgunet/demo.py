@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -20,7 +21,7 @@ import torch
 from dgunet import pictures
 from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import to_tensor
-from dgunet.degradations import BlockSampling
+from dgunet.degradations import BlockSampling, FirstRows, ScalableSampling, percentage
 from dgunet.errors import UserError, explain, optional
 from dgunet.figures import stages_of
 from dgunet.hardware import autocast_dtype, pick_device
@@ -35,7 +36,7 @@ from dgunet.transforms import pad_to_blocks, to_uint8, unit_range
 PORTS = range(7860, 7960)  # the first free one, where none is asked for
 MAX_FILE_SIZE = "50mb"
 MAX_READ = 80_000_000  # pixels; a picture with more is not even decoded
-TILE, OVERLAP = 512, 64  # multiples of compressive sensing's blocks
+TILE, OVERLAP = 512, 64  # pixels
 EXAMPLE_SIDE = 400  # pixels: restored in some seconds on a CPU
 EXAMPLES = {"test": ("astronaut", "cat", "coffee"), "train": ("rocket", "motorcycle_left"), "val": ("camera_face",)}
 AS_IT_IS = "nothing: take it as it is"
@@ -293,6 +294,7 @@ class _Tab:
         task, sensing, photos = self.task, self.sensing, examples()
         ways = [*task.ways, AS_IT_IS]
         network = "25 %" if "25 %" in self.networks else next(iter(self.networks))
+        measured = self.ratios(network)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 picture = gr.State(photos[task.example])
@@ -315,9 +317,10 @@ class _Tab:
                     list(self.networks), value=network, visible=len(self.networks) > 1,
                     label="Measurements, as a part of the pixels" if sensing else "Network",
                 )  # fmt: skip
+                ratio = gr.Slider(step=1, label="percent of the pixels that are measured", **measured)
                 button = gr.Button("Restore", variant="primary")
             with gr.Column(scale=3, min_width=400):
-                pair, text, _, _, _ = self.look(photos[task.example], ways[0], usual, 0, network)
+                pair, text, _, _, _ = self.look(photos[task.example], ways[0], usual, 0, network, measured["value"])
                 caption = gr.Markdown(text, elem_id=f"{self.name}_caption")
                 viewer = gr.ImageSlider(
                     pair, format="png", label="before and after", show_label=False, interactive=False, max_height=445,
@@ -331,24 +334,38 @@ class _Tab:
         def choose(event: gr.SelectData):  # Gradio reads the signatures of these two
             return list(photos.values())[event.index], "", None
 
-        def restore(picture, way, strength, seed, label, progress=gr.Progress()):  # noqa: B008
-            return self.restore(picture, way, strength, seed, label, progress)
+        def restore(picture, way, strength, seed, label, percent, progress=gr.Progress()):  # noqa: B008
+            return self.restore(picture, way, strength, seed, label, percent, progress)
 
-        inputs, outputs = [picture, way, strength, seed, chosen], [viewer, caption, stage, table, found]
+        inputs, outputs = [picture, way, strength, seed, chosen, ratio], [viewer, caption, stage, table, found]
         quietly = dict(api_visibility="private", show_progress="hidden", trigger_mode="multiple")
         # One after the other, so that the last that a visitor asks for is also the last that comes.
         look = dict(fn=self.look, inputs=inputs, outputs=outputs, concurrency_id="look", concurrency_limit=1, **quietly)
         gallery.select(choose, None, [picture, note, own], **quietly).then(**look)
         own.upload(self.take, [own, picture], [picture, note, gallery], **quietly).then(**look)
         way.input(self.fitting, [way, chosen], [strength, seed, chosen, about], **quietly).then(**look)
-        for event in (strength.release, seed.release, chosen.input):
+        for event in (strength.release, seed.release, ratio.release):
             event(**look)
+        # Not before the slider is within the network's ratios.
+        chosen.input(lambda label: gr.update(**self.ratios(label)), chosen, ratio, **quietly).then(**look)
         chosen.input(self.tell, chosen, about, **quietly)
         button.click(
             restore, inputs, outputs, concurrency_id="restore", concurrency_limit=1, show_progress_on=viewer,
             api_visibility="private",
         )  # fmt: skip
         stage.input(self.show, [found, stage], [viewer, caption], **quietly | dict(trigger_mode="always_last"))
+
+    def ratios(self, label) -> dict:
+        """The slider of a network for a range of ratios, in percent; hidden for others."""
+        known = load(self.networks[label], self.device).degradation if self.sensing else None
+        if not isinstance(known, ScalableSampling):
+            return dict(minimum=0, maximum=100, value=0, visible=False)
+        least, most = (float(percentage(rows, known.block)) for rows in (known.lowest, len(known.matrix)))
+        return dict(minimum=least, maximum=most, value=min(max(25.0, least), most), visible=True)
+
+    def ratio(self, label, percent) -> float | None:
+        """What `BlockSampling.at` takes, of a network for a range of ratios."""
+        return percent / 100 if self.ratios(label)["visible"] else None
 
     def tell(self, label):
         network = self.networks[label]
@@ -371,12 +388,13 @@ class _Tab:
         sliders = update(visible=way == next(iter(self.task.ways))), update(visible=way != AS_IT_IS)
         return *sliders, update(value=label), self.tell(label)
 
-    def look(self, picture, way, strength, seed, label):
+    def look(self, picture, way, strength, seed, label, percent=0):
         """What would be restored, beside the original."""
         given = degrade(self.name, picture, way, strength, seed)
         network = self.networks[label]
         if self.sensing:
-            operator = load(network, self.device).degradation
+            operator, ratio = load(network, self.device).degradation, self.ratio(label, percent)
+            operator = operator if ratio is None else operator.at(ratio)
             pair = given, start_of(operator, given)
             text = (
                 f"Left the luminance, right Aᵀy of {len(operator.matrix)} measurements a block of "
@@ -391,7 +409,7 @@ class _Tab:
         update = optional("gradio").update
         return pair, f"{text} Press **Restore**.", update(visible=False), "", None
 
-    def restore(self, picture, way, strength, seed, label, progress):
+    def restore(self, picture, way, strength, seed, label, percent, progress):
         gr = optional("gradio")
         try:
             given = degrade(self.name, picture, way, strength, seed)
@@ -399,7 +417,8 @@ class _Tab:
             begin = time.perf_counter()
             bf16 = autocast_dtype("auto", self.device) is not None  # where it is faster
             told = lambda done, doing: progress(done, desc=doing)  # noqa: E731
-            stages = stages_of(model, given, bf16=bf16, tile=TILE, overlap=OVERLAP, told=told)
+            ratio = self.ratio(label, percent)
+            stages = stages_of(model, given, bf16=bf16, tile=TILE, overlap=OVERLAP, ratio=ratio, told=told)
             seconds = time.perf_counter() - begin
         except Exception as error:
             if (told := explain(error)) is None:
@@ -434,7 +453,7 @@ class Found:
     took: str
 
 
-def start_of(operator: BlockSampling, luma: np.ndarray) -> np.ndarray:
+def start_of(operator: BlockSampling | FirstRows, luma: np.ndarray) -> np.ndarray:
     """A_adjoint(A(x)) of a luminance (H, W), as uint8."""
     height, width = luma.shape
     with torch.inference_mode():
@@ -444,8 +463,9 @@ def start_of(operator: BlockSampling, luma: np.ndarray) -> np.ndarray:
 
 
 def _label(network: Network) -> str:
-    ratio = network.name.rpartition("_")[2]
-    return f"{ratio} %" if network.task == "compressive_sensing" and ratio.isdigit() else network.name
+    ratio = network.name.rpartition("_")[2].replace("to", " to ")  # 25, or 1to50
+    known = network.task == "compressive_sensing" and re.fullmatch(r"\d+( to \d+)?", ratio)
+    return f"{ratio} %" if known else network.name
 
 
 def _by_label(networks: list[Network]) -> dict[str, Network]:

@@ -20,6 +20,7 @@ from dgunet import distributed
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.config import changed_keys, format_config
 from dgunet.data import changed_items, fingerprint
+from dgunet.degradations import percentage
 from dgunet.errors import UserError, shorten
 from dgunet.learner import Counts, Learner
 from dgunet.metrics import psnr_batch
@@ -282,7 +283,7 @@ class Trainer:
             log.info("%d of %d validation images are restored exactly and left out of the mean", exact, scores.numel())
         if len(measuring) > 1:
             means = [column[keep].mean().item() for column, keep in zip(scores.T, finite.T, strict=True)]
-            told = (f"{len(A.matrix) / A.block**2:.1%} {m:.2f}" for A, m in zip(measuring, means, strict=True))
+            told = (f"{percentage(len(A.matrix), A.block)} %: {m:.2f}" for A, m in zip(measuring, means, strict=True))
             log.info("PSNR in dB by ratio: %s", ", ".join(told))
         return scores[finite].mean().item() if finite.any() else math.inf
 

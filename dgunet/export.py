@@ -2,6 +2,7 @@
 
     dgunet export denoising_gaussian --out denoiser.onnx
     dgunet export model_best.pth --out denoiser.pt2 --stages     # the estimates of all stages
+    dgunet export model_best.pth --out r17.onnx --ratio 0.17     # of a sensing network for a range of ratios
 
 Height, width and number of pictures stay free. docs/export.md shows how to run the files.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dgunet.checkpoint import load_model
-from dgunet.degradations import KINDS, BlockSampling
+from dgunet.degradations import KINDS, BlockSampling, ScalableSampling
 from dgunet.errors import UserError, optional
 from dgunet.files import replacing
 from dgunet.model import VARIANTS, DGUNet
@@ -39,6 +40,7 @@ def add_arguments(parser):
     add("weights", metavar="WEIGHTS", help="a checkpoint, or the name of weights that come with dgunet (dgunet list)")
     add("--out", required=True, type=Path, metavar="FILE", help="file to write, .onnx or .pt2; must not exist")
     add("--format", choices=FORMATS, help="what to write, where the file's name does not end with it")
+    add("--ratio", type=float, metavar="R", help="measurements per pixel, of a sensing network for a range of ratios")
     add("--stages", action="store_true", help="give the estimates of all stages, the restored picture first")
 
 
@@ -50,7 +52,7 @@ def run(args):
     if model.local:
         print("note: the file takes statistics of whole images; the windows of docs/local.md are not exported")
     with _progress() as told:
-        difference = export_model(model, args.out, args.format, args.stages, _about(args.weights), told)
+        difference = export_model(model, args.out, args.format, args.stages, _about(args.weights), told, args.ratio)
     print(
         f"wrote {args.out}: {args.out.stat().st_size / 2**20:.1f} MiB in {time.monotonic() - began:.0f} s; "
         f"run on another size, it differs from the network by {difference:.1g} at most"
@@ -91,6 +93,7 @@ def export_model(
     stages: bool = False,
     about: Mapping[str, str] | None = None,
     told: Callable[[int, str], None] = lambda done, doing: None,
+    ratio: float | None = None,
 ) -> float:
     """Write a network to a file that runs without this package, in float32, whatever device and type it has here.
 
@@ -105,6 +108,8 @@ def export_model(
         stages: give the estimates of all stages, ``x_K`` (the restored picture), ..., ``x_1``.
         about: further metadata, such as ``{"licence": "MIT"}``.
         told: called before each step with how many of the `STEPS` are done, and with what comes next.
+        ratio: of a compressive-sensing network, measurements per pixel; one for a range of ratios needs it, for the
+            file's input has a fixed number of channels.
 
     Returns:
         The largest difference between the file's output and the network's, on random pictures of a size other than the
@@ -116,6 +121,7 @@ def export_model(
     path = Path(path)
     format = _check_file(path, format)
     _check_network(model, format)
+    model = _at_ratio(model, ratio)
     if hasattr(model, "windows"):
         raise UserError("local statistics are not exported; export the network itself, whose statistics are global")
     network = _Estimates(copy.deepcopy(model).to("cpu", torch.float32).eval(), stages)
@@ -213,6 +219,23 @@ def _check_network(model: DGUNet, format: str):
         optional("onnx"), optional("onnxruntime"), optional("onnxscript")
         if 4 * sum(tensor.numel() for tensor in model.state_dict().values()) > 1.9 * 2**30:
             raise UserError("an ONNX file holds at most 2 GiB, this network has more; export it as .pt2")
+
+
+def _at_ratio(model: DGUNet, ratio: float | None) -> DGUNet:
+    """The network for one ratio."""
+    known = model.degradation
+    if ratio is not None and not isinstance(known, BlockSampling):
+        raise UserError("--ratio is of compressive-sensing networks; leave it out")
+    if ratio is None and isinstance(known, ScalableSampling):
+        raise UserError(
+            "the network is for a range of ratios, but the file's input has a fixed number of measurements; choose one "
+            "with --ratio, such as 0.25"
+        )
+    if ratio is None or known.at(ratio) is known:
+        return model
+    model = copy.deepcopy(model)
+    model.degradation = BlockSampling(block=known.block, learned=known.learned, matrix=known.at(ratio).matrix)
+    return model
 
 
 def _trace(network: _Estimates) -> torch.export.ExportedProgram:

@@ -28,6 +28,7 @@ def stages_of(
     bf16: bool = False,
     tile: int | None = None,
     overlap: int = 0,
+    ratio: float | None = None,
     told: Callable[[float, str], None] = lambda done, doing: None,
 ) -> list[np.ndarray]:
     """The estimates x_0, x_1, ..., x_K of a picture, all of its shape, uint8.
@@ -37,8 +38,9 @@ def stages_of(
             are local where ``model.local`` says so, see `restore`.
         picture: (H, W, C) or (H, W), degraded; of compressive sensing (H, W), clean; uint8, or floats in [0, 1].
         bf16: compute in bfloat16: faster where the hardware has it, up to some hundredths of a dB off.
-        tile, overlap: largest side of the tiles that it is computed in, and what they share; multiples of compressive
-            sensing's blocks. None: as a whole.
+        tile, overlap: largest side of the tiles that it is computed in, None for the whole, and what they share, which
+            is rounded up to compressive sensing's blocks.
+        ratio: of compressive sensing, measurements per pixel, see `BlockSampling.at`; None: with all rows.
         told: called with the part that is done, in [0, 1], and what comes next.
     """
     height, width = picture.shape[:2]
@@ -46,9 +48,12 @@ def stages_of(
         model = with_local_statistics(model, model.local)
     known, parameter = model.degradation, next(model.parameters())
     sensing = isinstance(known, BlockSampling)
+    if ratio is not None:
+        known = known.at(ratio)
     multiple, pad = (known.block, pad_to_blocks) if sensing else (MULTIPLE, pad_to_multiple)
     x = torch.from_numpy(np.atleast_3d(unit_range(picture))).permute(2, 0, 1)[None]
     x = pad(x, multiple).to(parameter)
+    overlap = -(-overlap // multiple) * multiple
     areas = [
         (rows, columns)
         for rows in _cut(x.shape[2], multiple, tile, overlap)

@@ -58,13 +58,13 @@ def held_back(cfg, model: DGUNet) -> Centres:
 
 
 def score(model: DGUNet, windows: dict[str, int], samples: list[tuple[Tensor, Tensor]], bf16: bool) -> float:
-    """Mean PSNR in dB over ``samples``, (C, H, W) each."""
+    """Mean PSNR in dB over ``samples``, (C, H, W) each; of a network for a range of ratios over several of these."""
     model = with_local_statistics(model, windows)
-    device, scores = next(model.parameters()).device, []
+    device, known, scores = next(model.parameters()).device, model.degradation, []
     for input, target in samples:
-        y, target = (unit_range(x.to(device))[None] for x in (input, target))
-        y = y if model.degradation is None else model.degradation.A(y)
-        scores.append(psnr_batch(estimate(model, y, bf16).clamp(0, 1), target))
+        x, target = (unit_range(image.to(device))[None] for image in (input, target))
+        for y in [x] if known is None else [A.A(x) for A in getattr(known, "validated", [known])]:
+            scores.append(psnr_batch(estimate(model, y, bf16).clamp(0, 1), target))
     return torch.cat(scores).mean().item()
 
 

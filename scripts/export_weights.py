@@ -23,6 +23,7 @@ from dgunet.errors import ROOT, UserError, command_imports, optional, run_cli
 
 with command_imports(__name__):
     from dgunet.checkpoint import load_model, read_checkpoint
+    from dgunet.degradations import ScalableSampling
     from dgunet.local import check_windows
     from dgunet.model import find_variant
     from dgunet.pictures import tell_sigmas
@@ -150,6 +151,7 @@ def models_table() -> str:
             "not for": record["not_for"],
             "noise": noise and f"sigma {tell_sigmas(noise)}, of 255",
             "local statistics": record.get("local") and ", ".join(f"{k} {v}" for k, v in record["local"].items()),
+            "ratios": isinstance(model.degradation, ScalableSampling) and model.degradation.percent,
             "scores": scores,
             "network": f"{model.name}, width {arguments['width']}, {arguments['stages']} stages, "
             f"{sum(p.numel() for p in model.parameters()):,} parameters",
