@@ -486,8 +486,8 @@ def rows_of(ratio: float, block: int) -> int:
 def percentage(rows: int, block: int) -> str:
     """The ratio of so many rows in percent, with as few decimals as tell it: 11 of 1024 are ``1``, see `rows_of`."""
     exact = 100 * rows / block**2
-    rounded = (round(exact, decimals) for decimals in range(6))
-    return f"{next((p for p in rounded if 0 < p <= 100 and rows_of(p / 100, block) == rows), exact):g}"
+    shorter = (math.floor(exact * 10**decimals) / 10**decimals for decimals in range(6))
+    return f"{next((p for p in shorter if p and rows_of(p / 100, block) == rows), exact):g}"
 
 
 def _cosines(block: int, rows: int) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dgunet import DGUNet, UserError, load_model, restore
-from dgunet.degradations import BlockSampling, Blur
+from dgunet.degradations import BlockSampling, Blur, block_sampling
 
 SMALL = dict(width=8, growth=4, final_growth=4, stages=2)
 
@@ -30,6 +30,7 @@ def plugs():
 
 KNOWN = {
     "block sampling": (lambda: BlockSampling(0.1, block=8), (1, 16, 24)),
+    "first rows": (lambda: block_sampling((0.1, 0.5), block=8).at(0.2), (1, 16, 24)),
     "blur": (lambda: Blur(torch.rand(3, 5)), (2, 9, 12)),
 }
 
@@ -124,6 +125,13 @@ def test_denoiser_is_a_plug_and_play_prior(plugs, channels):
         first = denoiser(y - physics.A_adjoint(physics.A(y) - y))
         second = denoiser(first - physics.A_adjoint(physics.A(first) - y))
         torch.testing.assert_close(algorithm(y, physics, init=y), second, rtol=0, atol=1e-4)
+
+
+def test_reconstructor_reads_the_ratio_from_the_measurements(plugs):
+    model = DGUNet(1, **SMALL, degradation=block_sampling((0.1, 0.5), block=8)).eval()
+    for ratio in (0.1, 0.3, 0.5):
+        y = plugs.Physics(model.degradation.at(ratio))(torch.rand(1, 1, 16, 24))
+        assert torch.equal(plugs.Reconstructor(model)(y), model(y)[0])
 
 
 @pytest.mark.parametrize("name", ["Blur", "Downsampling", "Inpainting"])

@@ -17,7 +17,19 @@ from torch.utils._pytree import tree_leaves
 
 from dgunet import DGUNet, UserError, create_model, list_models
 from dgunet.config import load_config
-from dgunet.degradations import BlockSampling, Blur, MotionBlur, named_degradation, sampling_operator, start_matrix
+from dgunet.degradations import (
+    RATIOS,
+    BlockSampling,
+    Blur,
+    MotionBlur,
+    ScalableSampling,
+    block_sampling,
+    named_degradation,
+    percentage,
+    rows_of,
+    sampling_operator,
+    start_matrix,
+)
 from dgunet.instance_norm import HalfInstanceNorm
 from dgunet.layers import ChannelAttention
 from dgunet.original_checkpoints import is_unused
@@ -565,6 +577,102 @@ def test_block_sampling_refuses_other_pictures(shape):
 def test_measurements_of_another_ratio_are_refused():
     with pytest.raises(ValueError, match=r"\(B, 256, h, w\)"):
         create_model("compressive_sensing_dgunet")(torch.rand(1, 103, 2, 2))
+
+
+@pytest.mark.parametrize("block", [8, 32, 56])
+@pytest.mark.parametrize("ratio", [0.05, 0.17, 0.5])
+def test_scalable_sampling_measures_with_its_first_rows(ratio, block):
+    torch.manual_seed(0)
+    sampling = block_sampling((0.05, 0.5), block).double()
+    nn.init.normal_(sampling.matrix)
+    rows, x = rows_of(ratio, block), torch.randn(2, 1, 2 * block, 3 * block, dtype=torch.float64)
+    y = torch.randn(2, rows, 2, 3, dtype=torch.float64)
+    for operator in (sampling.at(ratio), sampling.matching(y)):
+        measured = operator.A(x)
+        torch.testing.assert_close(measured, sampling.A(x)[:, :rows], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close((measured * y).sum(), (x * operator.A_adjoint(y)).sum(), rtol=1e-10, atol=1e-10)
+        assert operator.matrix.untyped_storage().data_ptr() == sampling.matrix.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_network_for_all_ratios_is_at_each_the_one_for_it_alone(checkpointing):
+    """Whose matrix are the first rows: the estimates are the same to the last bit, and so are the gradients."""
+    torch.manual_seed(0)
+    small = dict(width=8, growth=4, final_growth=4, stages=2, checkpointing=checkpointing)
+    model = create_model("compressive_sensing_dgunet", ratio=(0.01, 0.5), **small)
+    for ratio in (0.01, 0.17, 0.5):
+        dedicated = create_model("compressive_sensing_dgunet", ratio=ratio, **small)
+        rows = rows_of(ratio, 32)
+        weights = model.state_dict()
+        dedicated.load_state_dict(weights | {"degradation.matrix": weights["degradation.matrix"][:rows]})
+        y = model.degradation.at(ratio).A(torch.rand(2, 1, 32, 32)).detach()
+        for network in (model, dedicated):
+            network.zero_grad()
+            estimates = network(y)
+            sum(x.square().mean() for x in estimates).backward()
+            assert torch.equal(estimates[0], dedicated(y)[0])
+        torch.testing.assert_close(model.degradation.matrix.grad[:rows], dedicated.degradation.matrix.grad)
+        assert not model.degradation.matrix.grad[rows:].any()
+        assert torch.equal(model.last.rho.grad, dedicated.last.rho.grad)
+
+
+def test_scalable_sampling_draws_rows_of_the_whole_range():
+    sampling, x = block_sampling((0.05, 0.5), 8), torch.rand(3, 1, 16, 16)
+    drawn = [sampling.measure(x, torch.Generator().manual_seed(k)).shape[1] for k in range(2000)]
+    assert set(drawn) == set(range(4, 33))
+    low = sum(rows < 12 for rows in drawn) / len(drawn)  # a quarter of the rows, two fifths of their logarithms
+    assert 0.35 < low < 0.45
+    assert drawn[:5] == [sampling.measure(x, torch.Generator().manual_seed(k)).shape[1] for k in range(5)]
+    rows = sampling.measure(x).shape[1]
+    torch.testing.assert_close(sampling.measure(x, torch.Generator().manual_seed(7)), sampling.A(x)[:, : drawn[7]])
+    assert 4 <= rows <= 32
+
+
+def test_scalable_sampling_validates_at_the_ratios_of_the_paper_within_it():
+    counts = lambda sampling: [len(A.matrix) for A in sampling.validated]  # noqa: E731
+    assert counts(block_sampling((0.01, 0.5))) == [11, 41, 103, 256, 512] == [rows_of(r, 32) for r in RATIOS]
+    assert counts(block_sampling((0.04, 0.3))) == [41, 103, 256] and counts(block_sampling((0.6, 0.8))) == [615, 820]
+
+
+def test_ratios_that_a_sampling_is_not_for():
+    sampling = block_sampling((0.04, 0.25))
+    for ratio in (0.03, 0.26, 0, 2, float("nan")):
+        with pytest.raises(UserError, match=f"{ratio:g}"):
+            sampling.at(ratio)
+        with pytest.raises(UserError, match=f"{ratio:g}"):
+            BlockSampling(0.1).at(ratio)
+    assert len(sampling.at(0.04).matrix) == 41 and BlockSampling(0.1).at(0.1).matrix.shape == (103, 1024)
+    for channels in (40, 257):
+        with pytest.raises(ValueError, match="from 41 to 256"):
+            create_model("compressive_sensing_dgunet", ratio=(0.04, 0.25))(torch.rand(1, channels, 2, 2))
+    for ratio in ((0.5, 0.01), (0.1,), (0, 0.5), (0.1, 1.5)):
+        with pytest.raises(ValueError, match="ratio"):
+            create_model("compressive_sensing_dgunet", ratio=ratio)
+        with pytest.raises(UserError, match="MODEL.RATIO"):
+            sampling_operator(ratio)
+    for lowest in (0, 33, 1.5, True, "1"):
+        with pytest.raises(ValueError, match="fewest rows"):
+            ScalableSampling(lowest, 8, True, torch.rand(32, 64))
+
+
+def test_ratios_in_percent():
+    assert block_sampling((0.01, 0.5)).percent == "1 to 50 %" and BlockSampling(0.25).percent == "25 %"
+    for percent in (0.5, 1, 4, 10, 12.5, 17, 25, 50, 100):
+        assert percentage(rows_of(percent / 100, 32), 32) == f"{percent:g}"
+    for block in (8, 128):
+        for rows in range(1, block**2 + 1, max(block**2 // 100, 1)):
+            assert rows_of(float(percentage(rows, block)) / 100, block) == rows
+
+
+@pytest.mark.parametrize("block", [8, 24, 64, 128])
+def test_blocks_of_other_sides(block):
+    ratio = 0.02 if block == 128 else 0.1
+    sampling = sampling_operator((ratio / 2, ratio), block=block)
+    rows = len(sampling.matrix)
+    torch.testing.assert_close(sampling.matrix @ sampling.matrix.mT, torch.eye(rows), atol=1e-5, rtol=0)
+    model = create_model("compressive_sensing_dgunet", sampling, width=8, growth=4, final_growth=4, stages=1)
+    x = torch.rand(1, 1, block, 2 * block)
+    assert model(sampling.A(x))[0].shape == x.shape
 
 
 # -------------------------------------------------------------------------------------------------- subspace projection

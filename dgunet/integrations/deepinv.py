@@ -9,7 +9,7 @@ degradations as they are, ``DGUNet(degradation=physics)``.
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgunet.degradations import Degradation
+from dgunet.degradations import Degradation, matching
 from dgunet.errors import optional
 from dgunet.model import DGUNet
 from dgunet.proximal import MULTIPLE
@@ -44,7 +44,7 @@ class Reconstructor(deepinv.models.Reconstructor):
         if self.model.degradation is None:
             height, width = y.shape[-2:]
             return self.model(pad_to_multiple(y, MULTIPLE))[0][..., :height, :width]
-        whole = Whole(self.model.degradation if physics is None else physics)
+        whole = Whole(matching(self.model.degradation if physics is None else physics, y))
         return whole.cut(self.model(y, whole)[0])
 
 
