@@ -27,7 +27,7 @@ from yacs.config import CfgNode
 from dgunet import DGUNet, UserError, create_model, list_models, load_model
 from dgunet import checkpoint as checkpoint_module
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
-from dgunet.degradations import BlockSampling, Blur, MotionBlur
+from dgunet.degradations import BlockSampling, Blur, MotionBlur, block_sampling
 from dgunet.files import replacing
 from dgunet.weights import save_weights
 
@@ -516,7 +516,8 @@ def test_known_degradations_come_with_their_kind(tmp_path, tiny_model, learned):
         assert_same_weights(loaded, model)
         assert type(loaded.degradation) is type(model.degradation) and loaded.name == model.name
         assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in model.named_parameters()]
-    for known in (Blur(torch.rand(3, 5), noise=0.01), MotionBlur(3, 9, 0.01)):
+    scalable = block_sampling((0.1, 0.4), 8, learned)
+    for known in (Blur(torch.rand(3, 5), noise=0.01), MotionBlur(3, 9, 0.01), scalable):
         model = DGUNet(1, 8, 4, 2, final_growth=4, degradation=known)
         torch.save({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "a.pth")
         assert load_model(tmp_path / "a.pth").degradation.settings() == known.settings()
@@ -531,7 +532,9 @@ def test_known_degradations_come_with_their_kind(tmp_path, tiny_model, learned):
     [3, None, [], {}, {"kind": 3}, {"kind": "fog"}, {"kind": "blur"}, {"kind": "block_sampling"}]
     + [{"kind": "block_sampling", "block": 32, "learned": value} for value in ("no", 3, None, torch.tensor(True))]
     + [{"kind": "block_sampling", "block": value, "learned": True} for value in (16, -32, "32", 10**30, 32.5)]
-    + [{"kind": "block_sampling", "block": 32, "learned": True, "ratio": 0.1}],
+    + [{"kind": "block_sampling", "block": 32, "learned": True, "ratio": 0.1}]
+    + [{"kind": "scalable_sampling", "block": 32, "learned": True}]
+    + [{"kind": "scalable_sampling", "lowest": n, "block": 32, "learned": True} for n in (0, 104, 1.0, True, "1")],
     ids=str,
 )
 def test_damaged_description_of_a_degradation(tmp_path, tiny_model, known):

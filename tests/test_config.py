@@ -106,6 +106,9 @@ def test_unknown_key_like_no_other():
         ("LOSS.CLAMP", "False", False),
         ("TRAINING.RESUME", "auto", "auto"),
         ("TRAINING.RESUME", "True", True),
+        ("MODEL.RATIO", "0.1", 0.1),
+        ("MODEL.RATIO", "[0.01, 0.5]", [0.01, 0.5]),
+        ("MODEL.RATIO", "[1e-2, 1]", [0.01, 1.0]),
         ("GPU", "[0, 1]", [0, 1]),
         ("GPU", "1", [1]),
         ("MODEL.SESSION", "7", "7"),
@@ -141,6 +144,9 @@ def test_values_are_brought_to_their_type(key, text, value):
         ("MODEL.OVERRIDES.width", "wide", "a whole number"),
         ("MODEL.OVERRIDES.shared", "0", "True or False"),
         ("OPTIM.LR_INITIAL", "1" + "0" * 400, "a number"),
+        ("MODEL.RATIO", "half", "a number"),
+        ("MODEL.RATIO", "[0.5, 0.01]", "a number or a range, [LOWEST, HIGHEST]"),
+        ("MODEL.RATIO", "[0.1, 0.2, 0.3]", "a number or a range, [LOWEST, HIGHEST]"),
     ],
 )
 def test_wrong_type(yaml_file, key, text, kind):
@@ -298,6 +304,11 @@ def test_every_choice(key):
         assert leaves(load_config(None, [key, str(choice)]))[key] == choice
     assert f"{key} is {', '.join(others)} or {last}, got 'neither'" in refusal(None, [key, "neither"])
     assert f"{key} is {others[0]}" in refusal(None, [key, ""])
+
+
+@pytest.mark.parametrize("block", [12, 33, 127])
+def test_blocks_are_of_whole_units(block):
+    assert f"MODEL.BLOCK must be a multiple of 8, got {block}" in refusal(None, ["MODEL.BLOCK", str(block)])
 
 
 def test_only_one_key_may_be_negative():

@@ -17,6 +17,7 @@ from PIL import Image
 
 from dgunet import DGUNet, demo
 from dgunet.checkpoint import describe_model, save_checkpoint
+from dgunet.degradations import rows_of
 from dgunet.errors import UserError
 from dgunet.figures import stages_of
 from dgunet.transforms import to_uint8
@@ -145,6 +146,30 @@ def test_large_pictures_are_restored_in_tiles_of_whole_blocks(tiny_model, pictur
     assert told[-1] == "stage 2 of 2, tile 6 of 6" and all(stage.shape == luma.shape for stage in stages)
     # Blocks are measured one by one: were tiles not of whole ones, x_0 would differ.
     assert abs(stages[0].astype(int) - demo.start_of(model.degradation, luma)).max() <= 1
+
+
+def test_network_for_all_ratios_has_a_slider(tmp_path, picture, tiny_model):
+    small = dict(stages=1, growth=4, final_growth=4)
+    networks = [
+        demo.Network(name, "compressive_sensing", saved_network(tmp_path / f"{name}.pth", model))
+        for name, model in (
+            ("cs_1to50", tiny_model("compressive_sensing_dgunet", ratio=(0.01, 0.5), **small)),
+            ("cs_4to10", tiny_model("compressive_sensing_dgunet", ratio=(0.04, 0.1), **small)),
+            ("cs_25", tiny_model("compressive_sensing_dgunet", ratio=0.25, **small)),
+        )
+    ]
+    tab = demo._Tab("compressive_sensing", networks, torch.device("cpu"), 10**6)
+    assert list(tab.networks) == ["1 to 50 %", "4 to 10 %", "25 %"]
+    ends = [tuple(tab.ratios(label).values()) for label in tab.networks]
+    assert ends == [(1, 50, 25, True), (4, 10, 10, True), (0, 100, 0, False)]
+    starts = {}
+    for label, percent in (("1 to 50 %", 1), ("1 to 50 %", 17), ("25 %", 0)):
+        start, text = tab.look(picture, None, 0, 0, label, percent)[:2]
+        found = tab.restore(picture, None, 0, 0, label, percent, lambda *_, **__: None)[-1]
+        rows = rows_of((percent or 25) / 100, 32)
+        assert f"of {rows} measurements" in text and np.array_equal(start[1], found.stages[0])
+        starts[label, percent] = found.stages
+    assert len({stages[-1].tobytes() for stages in starts.values()}) == len(starts)
 
 
 def test_tells_of_other_noise_than_the_network_is_for(picture):

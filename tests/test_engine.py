@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_script
+from luma import LumaPatches
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_model import Operations
 
@@ -26,11 +27,13 @@ import dgunet.runlog
 from dgunet import create_model, load_model
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
-from dgunet.degradations import BlockSampling
+from dgunet.data import find_images
+from dgunet.degradations import BlockSampling, sampling_operator
 from dgunet.distributed import launch
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.hardware import autocast_dtype, memory_format
+from dgunet.metrics import psnr_batch
 from dgunet.patches import Centres, PairedPatches
 from dgunet.runlog import RunLog, describe, plot_history
 from dgunet.training import build_model, find_clean, train_command
@@ -303,6 +306,60 @@ def test_two_processes_that_are_resumed_give_the_losses_of_one(folders, no_curve
     for column, tolerance in (("loss", 1e-5), ("psnr", 1e-3)):
         values = [[float(row[column]) for row in rows] for rows in (one, two)]
         np.testing.assert_allclose(*values, rtol=0, atol=tolerance)
+
+
+def sensing_trainer(folders, session="run", **changed) -> Trainer:
+    """One network for blocks of 8x8 pixels and any ratio from 10 to 50 %."""
+    settings = dict(
+        MODEL__NAME="compressive_sensing_dgunet", MODEL__RATIO="[0.1, 0.5]", MODEL__OVERRIDES__stages=2,
+        OPTIM__BATCH_SIZE=4, OPTIM__SCHEDULE="constant",
+    )  # fmt: skip
+    cfg = load_config(None, options(folders, session, **settings | changed))
+    train_set = LumaPatches(find_images(folders / "train/target"), 16, seed=cfg.SEED, block=8)
+    val_set = Centres(find_images(folders / "val/target"), 32, luma=True)
+    model = build_model(cfg, train_set, lambda cfg, _: sampling_operator(cfg.MODEL.RATIO, block=8))
+    return Trainer(cfg, model, train_set, val_set)
+
+
+def test_ratio_is_drawn_for_each_step_and_alike_in_all_processes(folders):
+    """Were it not, the gradients of two halves of a batch would not be those of the whole."""
+
+    def gradients(step: int, rank: int = 0, world: int = 1, **changed) -> dict:
+        learner = sensing_trainer(folders, **changed).learner
+        learner.rank, learner.world = rank, world
+        x = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(step)).chunk(world)[rank]
+        learner.train_step(x, x, (1, step))
+        return {name: p.grad for name, p in learner.trained.items()}
+
+    rows = set()
+    for step in range(2):
+        whole = gradients(step)
+        halves = [gradients(step, rank, 2) for rank in (0, 1)]
+        accumulated = gradients(step, OPTIM__ACCUMULATE=2)
+        for name, gradient in whole.items():
+            torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, gradient, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(accumulated[name], gradient, rtol=1e-3, atol=1e-6)
+        rows.add(int(whole["degradation.matrix"].any(dim=1).sum()))
+    assert len(rows) == 2 and rows <= set(range(7, 33))
+
+
+def test_run_at_random_ratios_resumes_to_the_same_bits(folders, no_curves):
+    sensing_trainer(folders, "whole", OPTIM__NUM_EPOCHS=3).fit()
+    for epochs in (1, 3):
+        sensing_trainer(folders, "parts", OPTIM__NUM_EPOCHS=epochs, TRAINING__RESUME="auto").fit()
+    assert_same_weights(weights(folders, "whole"), weights(folders, "parts"))
+    assert history(folders, "whole")[-1]["psnr"] == history(folders, "parts")[-1]["psnr"]
+
+
+def test_network_for_all_ratios_is_validated_at_some_of_them(folders):
+    trainer = sensing_trainer(folders)
+    model, scores = trainer.learner.model, []
+    for ratio in (0.1, 0.25, 0.5):  # the paper's that are in the range
+        for x, _ in trainer.val_set:
+            x = unit_range(x)[None]
+            with torch.no_grad():
+                scores.append(psnr_batch(model(model.degradation.at(ratio).A(x))[0], x).item())
+    assert trainer.validate() == trainer.validate() == pytest.approx(np.mean(scores), abs=1e-4)
 
 
 def test_torchrun(folders, threads_at_exit):

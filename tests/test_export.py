@@ -193,3 +193,18 @@ def test_projection_in_float32_is_least_squares(kind, exporting, monkeypatch):
     features = (basis / scale)[:, :6] + torch.randn(2, 6, 24, 20, generator=torch.Generator().manual_seed(1))
     projected = project(basis, features, torch.float32)
     torch.testing.assert_close(projected.double(), spanned(basis, features), atol=1e-3, rtol=0)
+
+
+def test_network_for_all_ratios_is_exported_for_one_of_them(tmp_path):
+    model = tiny("compressive_sensing_dgunet", stages=1, ratio=(0.01, 0.5))
+    with pytest.raises(UserError, match="--ratio"):
+        export.export_model(model, tmp_path / "a.pt2")
+    with pytest.raises(UserError, match="0.6"):
+        export.export_model(model, tmp_path / "a.pt2", ratio=0.6)
+    with pytest.raises(UserError, match="--ratio"):
+        export.export_model(tiny("denoising_dgunet", stages=1), tmp_path / "a.pt2", ratio=0.1)
+    assert not list(tmp_path.iterdir())
+    export.export_model(model, tmp_path / "a.pt2", ratio=0.04)
+    y = model.degradation.at(0.04).A(torch.rand(1, 1, 64, 96))
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    torch.testing.assert_close(program(y), expected(model, y), atol=1e-4, rtol=0)

@@ -655,6 +655,96 @@ def test_sensing_begins_with_a_network_of_another_ratio(tmp_path, weights):
     assert torch.equal(kept, given.degradation.matrix)
 
 
+def small_images(folder: Path, count: int = 3):
+    for k in range(count):
+        picture = np.random.default_rng(k).integers(0, 256, (5, 5), dtype=np.uint8)
+        write_image(folder / f"{k}.png", cv2.resize(picture, (64, 64), interpolation=cv2.INTER_CUBIC))
+
+
+def train_words(**changed) -> list:
+    """A run of seconds on ``pictures``, of `small_images`."""
+    values = {
+        "TRAINING.TRAIN_DIR": "pictures", "TRAINING.VAL_HOLD_BACK": 1, "TRAINING.TRAIN_PS": 64, "TRAINING.VAL_PS": 64,
+        "TRAINING.REPEAT": 2, "TRAINING.WORKERS": 0, "TRAINING.SAVE_DIR": "runs", "MODEL.SESSION": "run",
+        "OPTIM.BATCH_SIZE": 2, "OPTIM.NUM_EPOCHS": 1, "DEVICE": "cpu", "SPEED.AMP": "fp32",
+        "MODEL.OVERRIDES": "{width: 8, growth: 4, final_growth: 4, stages: 2}",
+        **{key.replace("__", "."): value for key, value in changed.items()},
+    }  # fmt: skip
+    return [word for pair in values.items() for word in pair]
+
+
+def test_one_network_for_all_ratios(tmp_path, weights):
+    """Trained from one for 25 %, tested at the paper's ratios and another; measure.py and reconstruct.py at 17 %."""
+    small_images(tmp_path / "pictures")
+    small_images(tmp_path / "Datasets/Set11", count=1)
+    begin = dict(MODEL__WEIGHTS=weights["compressive_sensing"], MODEL__MATRIX_START="dct", OPTIM__LR_INITIAL=1e-12)
+    words = train_words(MODEL__RATIO="[0.01, 0.5]", **begin)
+    run("compressive_sensing", "train.py", *words, cwd=tmp_path)
+    path = tmp_path / "runs/run/model_best.pth"
+    model = load_model(path)
+    torch.testing.assert_close(model.degradation.matrix.detach(), start_matrix("dct", 0.5))
+    torch.testing.assert_close(model.last.state_dict(), load_model(weights["compressive_sensing"]).last.state_dict())
+    assert "1 %: " in (tmp_path / "runs/run/train.log").read_text()
+
+    words = ["--weights", path, "--dataset", "Set11", "--device", "cpu"]
+    run("compressive_sensing", "test.py", *words, cwd=tmp_path)
+    done = run("compressive_sensing", "test.py", *words, "--ratio", 0.17, "--whole", cwd=tmp_path)
+    assert "22.09" not in done.stdout
+    found = rows(tmp_path, "compressive_sensing")
+    assert [row["dataset"] for row in found] == [f"Set11_{percent}%" for percent in (1, 4, 10, 25, 50, 17)]
+    assert len({row["psnr"] for row in found}) == 6
+    picture = read_luma(tmp_path / "Datasets/Set11/0.png")
+    for row in found:
+        ratio, whole = float(row["dataset"][6:-1]) / 100, "whole=True" in row["settings"]
+        assert f"ratio={ratio:g} " in row["settings"]
+        reconstruct = sensing.reconstruct_whole if whole else sensing.reconstruct_tiles
+        expected = evaluate_pair(reconstruct(model, picture, ratio=ratio)[0], picture, "cs_y")[0]
+        assert float(row["psnr"]) == pytest.approx(expected, abs=1e-3)
+    assert "0.7" in run("compressive_sensing", "test.py", *words, "--ratio", 0.7, cwd=tmp_path, check=2).stderr
+    words[1] = weights["compressive_sensing"]  # of one ratio
+    assert "25 %" in run("compressive_sensing", "test.py", *words, "--ratio", 0.1, cwd=tmp_path, check=2).stderr
+
+    words = ["pictures/0.png", "--weights", path, "--ratio", 0.17, "--out", "photo.npz"]
+    run("compressive_sensing", "measure.py", *words, cwd=tmp_path)
+    with np.load(tmp_path / "photo.npz") as file:
+        assert file["y"].shape == (175, 2, 2) and file["ratio"] == 175 / 1024
+        np.testing.assert_array_equal(file["matrix"], model.degradation.matrix[:175].detach())
+    words = ["photo.npz", "--weights", path, "--out", "back.png", "--device", "cpu"]
+    run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path)
+    back = sensing.reconstruct_whole(model, read_luma(tmp_path / "pictures/0.png"), ratio=0.17)[0].clip(0, 1) * 255
+    assert np.abs(read_luma(tmp_path / "back.png") - back).max() <= 0.51
+    np.savez(tmp_path / "photo.npz", y=np.zeros((600, 2, 2), np.float32))
+    assert "from 11 to 512" in run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path, check=2).stderr
+
+
+@pytest.mark.parametrize("block", [16, 24])
+def test_blocks_of_other_sides_are_trained_and_tested(tmp_path, block):
+    small_images(tmp_path / "pictures")
+    side = 48 if block == 24 else 64
+    changed = dict(MODEL__BLOCK=block, TRAINING__TRAIN_PS=side, TRAINING__VAL_PS=side, MODEL__MATRIX_START="dct")
+    run("compressive_sensing", "train.py", *train_words(**changed), cwd=tmp_path)
+    path = tmp_path / "runs/run/model_best.pth"
+    assert load_model(path).degradation.matrix.shape == (block**2 // 4, block**2)
+    words = ["--weights", path, "--dataset", "pictures", "--device", "cpu"]
+    if 128 % block:
+        done = run("compressive_sensing", "test.py", *words, cwd=tmp_path, check=2)
+        assert "--whole" in done.stderr and "24x24" in done.stderr
+        words.append("--whole")
+    run("compressive_sensing", "test.py", *words, cwd=tmp_path)
+    assert rows(tmp_path, "compressive_sensing")[0]["images"] == "3"
+    run("compressive_sensing", "measure.py", "pictures/0.png", "--weights", path, "--out", "y.npz", cwd=tmp_path)
+    words = ["y.npz", "--weights", path, "--out", "back.png", "--device", "cpu"]
+    run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path)
+    assert read_luma(tmp_path / "back.png").shape == (64, 64)
+    np.save(tmp_path / "own.npy", start_matrix("dct", 0.25, block))
+    run("compressive_sensing", "measure.py", "pictures/0.png", "--matrix", "own.npy", "--out", "own.npz", cwd=tmp_path)
+    with np.load(tmp_path / "y.npz") as measured, np.load(tmp_path / "own.npz") as own:
+        assert measured["y"].shape == own["y"].shape
+    wrong = train_words(**changed | dict(TRAINING__TRAIN_PS=32, MODEL__SESSION="other"))
+    if block == 24:
+        assert "TRAIN_PS" in run("compressive_sensing", "train.py", *wrong, cwd=tmp_path, check=2).stderr
+
+
 def test_tasks_read_their_weights_through_restore(weights):
     """The networks for pictures restore through the package; the sensing one says what to call instead."""
     picture = np.zeros((20, 20, 3), np.uint8)
