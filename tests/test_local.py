@@ -1,6 +1,7 @@
 """Local statistics at test time: what a window sees, where it ends, and that nothing shows where windows meet."""
 
 import copy
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from dgunet.local import (
     window_moments,
     with_local_statistics,
 )
+from dgunet.metrics import psnr_batch
 from dgunet.pathways import project
 from dgunet.transforms import unit_range
 from dgunet.weights import save_weights
@@ -306,6 +308,18 @@ def test_local_networks_are_not_exported(model, tmp_path):
     with pytest.raises(UserError, match="local statistics are not exported"):
         export_model(with_local_statistics(model, EVERYWHERE), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_windows_of_a_network_for_all_ratios_are_scored_at_several(tiny_model):
+    model = tiny_model("compressive_sensing_dgunet", stages=2, ratio=(0.1, 0.5), block=8)
+    score = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts/choose_windows.py"))["score"]
+    x = torch.rand(1, 32, 48, generator=torch.Generator().manual_seed(0))
+    for windows in ({}, {"norm": 16}):
+        local = with_local_statistics(model, windows)
+        with torch.no_grad():
+            restored = [local(model.degradation.at(ratio).A(x[None]))[0] for ratio in (0.1, 0.25, 0.5)]
+        expected = np.mean([psnr_batch(found.clamp(0, 1), x[None]).item() for found in restored])
+        assert score(model, windows, [(x, x)], False) == pytest.approx(expected, abs=1e-4)
 
 
 def test_windows_are_chosen_on_held_back_images(tmp_path, tiny_model, picture_pairs):
