@@ -7,7 +7,8 @@ Instance norm, channel attention and subspace projection see a whole image at te
 window they see as much as then (dgunet/local.py). Which windows pay differs from network to network. The images are
 those that the last config beside the weights holds back for validation, whole instead of its crops, degraded as it
 says. One operation after the other gets the window with the highest mean PSNR, the others staying as they are; the
-whole image stays where no window gains 0.01 dB. The last line is what belongs into the weights' record.yaml.
+whole image stays where no window gains 0.01 dB. Tiles of such sides, which take longer, are chosen where they gain as
+much beside the windows. The last line is what belongs into the weights' record.yaml.
 """
 
 import argparse
@@ -26,7 +27,7 @@ with command_imports(__name__):
     from dgunet.config import load_config
     from dgunet.data import exclude, find_images, find_pairs, hold_back
     from dgunet.hardware import pick_device
-    from dgunet.inference import estimate
+    from dgunet.inference import estimate, restore
     from dgunet.local import OPERATIONS, with_local_statistics
     from dgunet.metrics import psnr_batch
     from dgunet.model import DGUNet
@@ -59,12 +60,14 @@ def held_back(cfg, model: DGUNet) -> Centres:
 
 def score(model: DGUNet, windows: dict[str, int], samples: list[tuple[Tensor, Tensor]], bf16: bool) -> float:
     """Mean PSNR in dB over ``samples``, (C, H, W) each."""
-    model = with_local_statistics(model, windows)
     device, scores = next(model.parameters()).device, []
     for input, target in samples:
         y, target = (unit_range(x.to(device))[None] for x in (input, target))
-        y = y if model.degradation is None else model.degradation.A(y)
-        scores.append(psnr_batch(estimate(model, y, bf16).clamp(0, 1), target))
+        if model.degradation is None:
+            x = restore(model, y, tile="auto" if "tile" in windows else None, bf16=bf16, local=windows)
+        else:
+            x = estimate(with_local_statistics(model, windows), model.degradation.A(y), bf16).clamp(0, 1)
+        scores.append(psnr_batch(x, target))
     return torch.cat(scores).mean().item()
 
 
@@ -95,10 +98,10 @@ def main():
     measured: dict[tuple, float] = {}
 
     def measure(windows: dict[str, int]) -> float:
-        key = tuple(windows.get(name, 0) for name in OPERATIONS)
+        key = tuple(windows.get(name, 0) for name in (*OPERATIONS, "tile"))
         if key not in measured:
             measured[key] = score(model, windows, samples, args.bf16)
-            cells = (f"{name} {windows.get(name, 'whole')}" for name in OPERATIONS)
+            cells = (f"{name} {windows.get(name, windows.get('tile', 'whole'))}" for name in (*OPERATIONS, "tile"))
             print("  ".join(f"{cell:16s}" for cell in cells), f"{measured[key]:.3f}", flush=True)
         return measured[key]
 
@@ -109,6 +112,10 @@ def main():
         window, best = max(((w, measure({**others, name: w})) for w in candidates), key=lambda pair: pair[1])
         if best >= measure(windows) + LEAST_GAIN:
             windows = {**others, name: window}
+    if model.degradation is None:  # measurements have tiles of their own: blocks
+        tile, best = max(((w, measure({"tile": w})) for w in candidates), key=lambda pair: pair[1])
+        if best >= measure(windows) + LEAST_GAIN:
+            windows = {"tile": tile}
     print(f"whole {whole:.3f}, chosen {measure(windows):.3f} dB\nlocal: {windows or False}")
 
 
