@@ -234,7 +234,7 @@ def tiles_of(
 ) -> tuple[list[tuple[slice, slice]], int]:
     """The areas (rows, columns) that a picture is restored in, and how many pixels neighbours share at least.
 
-    Areas begin at multiples of ``step``: the grid of the network's scales, and of its local statistics, is then that of
+    They are as few as tiles of this side can be, all of one size, and no larger than needed for that. Areas begin at multiples of ``step``: the grid of the network's scales, and of its local statistics, is then that of
     the whole picture.
     """
     if tile is None or (height <= tile and width <= tile):
@@ -243,10 +243,7 @@ def tiles_of(
     step = step if tile >= 2 * step else MULTIPLE
     tile, overlap = tile // step * step, -(-overlap // step) * step
     overlap = min(overlap, tile - step)
-    rows, columns = (
-        [slice(start, min(start + tile, size)) for start in _tile_starts(size, tile, overlap, step)]
-        for size in (height, width)
-    )
+    rows, columns = (_cut(size, tile, overlap, step) for size in (height, width))
     return [(down, right) for down in rows for right in columns], overlap
 
 
@@ -256,12 +253,14 @@ def _restore_whole(model, x: Tensor, bf16: bool) -> Tensor:
     return estimate(model, padded.to(memory_format=torch.channels_last), bf16)[..., :height, :width]
 
 
-def _tile_starts(size: int, tile: int, overlap: int, step: int) -> list[int]:
-    """Where tiles begin: evenly spread, sharing at least ``overlap``; all of these are multiples of ``step``."""
+def _cut(size: int, tile: int, overlap: int, step: int) -> list[slice]:
+    """Along one side: evenly spread, sharing at least ``overlap``; where they begin is a multiple of ``step``."""
     if size <= tile:
-        return [0]
+        return [slice(0, size)]
     count = -(-(size - overlap) // (tile - overlap))
-    return [math.ceil(i * (size - tile) / (count - 1) / step) * step for i in range(count)]
+    tile = math.ceil((size + (count - 1) * overlap) / count / step) * step
+    starts = [math.ceil(i * (size - tile) / (count - 1) / step) * step for i in range(count)]
+    return [slice(start, min(start + tile, size)) for start in starts]
 
 
 def _ramp(size: int, overlap: int, like: Tensor) -> Tensor:
