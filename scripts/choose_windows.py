@@ -6,9 +6,10 @@
 Instance norm, channel attention and subspace projection see a whole image at test time and crops in training; with a
 window they see as much as then (dgunet/local.py). Which windows pay differs from network to network. The images are
 those that the last config beside the weights holds back for validation, whole instead of its crops, degraded as it
-says. One operation after the other gets the window with the highest mean PSNR, the others staying as they are; the
-whole image stays where no window gains 0.01 dB. Tiles of such sides, which take longer, are chosen where they gain as
-much beside the windows. The last line is what belongs into the weights' record.yaml.
+says. One operation after the other gets the window with the highest mean PSNR, the others staying as they are: the
+largest of those within 0.01 dB of it. The whole image stays where no window gains so much. Tiles of such sides, which
+take longer, are chosen where they gain so much beside the windows. The last line is what belongs into the weights'
+record.yaml.
 """
 
 import argparse
@@ -105,17 +106,19 @@ def main():
             print("  ".join(f"{cell:16s}" for cell in cells), f"{measured[key]:.3f}", flush=True)
         return measured[key]
 
+    def better(former: dict[str, int], trials: list[dict[str, int]]) -> dict[str, int]:
+        """The trial with the largest windows of those that are as good as the best; the former where none gains."""
+        best = max(map(measure, trials))
+        alike = [trial for trial in trials if measure(trial) > best - LEAST_GAIN]
+        return max(alike, key=lambda trial: sum(trial.values())) if best >= measure(former) + LEAST_GAIN else former
+
     windows: dict[str, int] = {}
     whole = measure(windows)
     for name in ("projection", "norm", "attention"):
         others = {other: window for other, window in windows.items() if other != name}
-        window, best = max(((w, measure({**others, name: w})) for w in candidates), key=lambda pair: pair[1])
-        if best >= measure(windows) + LEAST_GAIN:
-            windows = {**others, name: window}
+        windows = better(windows, [{**others, name: side} for side in candidates])
     if model.degradation is None:  # measurements have tiles of their own: blocks
-        tile, best = max(((w, measure({"tile": w})) for w in candidates), key=lambda pair: pair[1])
-        if best >= measure(windows) + LEAST_GAIN:
-            windows = {"tile": tile}
+        windows = better(windows, [{"tile": side} for side in candidates])
     print(f"whole {whole:.3f}, chosen {measure(windows):.3f} dB\nlocal: {windows or False}")
 
 
