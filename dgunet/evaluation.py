@@ -32,6 +32,7 @@ from dgunet.distributed import sole_writer
 from dgunet.errors import UserError, optional
 from dgunet.files import IMAGE_SUFFIXES, normal_form, replacing
 from dgunet.inference import automatic_tile, check_tiles, holding, restore
+from dgunet.local import check_windows
 from dgunet.metrics import AlignmentError, Metric, evaluate_pair, find_protocol, mean_psnr
 from dgunet.progress import progress_bar
 from dgunet.transforms import to_uint8, unit_range
@@ -178,10 +179,9 @@ def evaluate(
             all that is wanted.
         say: given a line of text now and then, e.g. ``print``.
         **options: of the method; by default those of `restore`: ``tile``, ``self_ensemble``, ``bf16``, ... But where no
-            ``tile`` is given, pictures are scored as the network restores them whole, whatever the memory (what would
-            not fit on a CPU is refused; None tries it), and only what has no target is restored with "auto". Of "auto"
-            the tiles that were used are in the rows and settings of the result.
-
+            ``tile`` is given, neither here nor in ``local``, pictures are scored as the network restores them whole,
+            whatever the memory (what would not fit on a CPU is refused; None tries it), and only what has no target is
+            restored with "auto". Of "auto" the tiles that were used are in the rows and settings of the result.
     Returns:
         The means, each picture's scores, and what could not be tested: one picture's failure costs no other.
 
@@ -194,9 +194,11 @@ def evaluate(
         name, data = name or Path(data).name, pairs_or_pictures(Path(data))
     folder = Path(folder) if folder is not None else None
     network = isinstance(model, torch.nn.Module)
-    tiles = _Tiles(model, options, data) if network and inspect.unwrap(method) is restore_pictures else None
-    if tiles is not None and options.get("local") is None:  # noted with the scores: a record may change
-        options["local"] = getattr(model, "local", None) or False
+    tiles = None
+    if network and inspect.unwrap(method) is restore_pictures:
+        if options.get("local") is None:  # noted with the scores: a record may change
+            options["local"] = getattr(model, "local", None) or False
+        tiles = _Tiles(model, options, data)
     settings = options | ({"tile": tiles.asked} if tiles else {}) | (settings or {})
     degradation = getattr(model, "degradation", None)
     known = degradation is None or type(degradation) in KINDS.values()
@@ -269,14 +271,18 @@ class _Tiles:
 
     Args:
         model: a network.
-        options: of `restore`. Where they have no ``tile``, what is scored is restored whole, and what is only to be
-            restored "auto".
+        options: of `restore`. Where they have no ``tile``, and none in ``local``, what is scored is restored whole,
+            and what is only to be restored "auto".
         data: which of the two.
     """
 
     def __init__(self, model, options: dict, data: PictureSet):
-        self.model, self.given = model, "tile" in options
-        tile = options["tile"] if self.given else "auto" if data.save and not data.targets else None
+        local = check_windows(options["local"]).get("tile")
+        self.model, self.given = model, "tile" in options or local is not None
+        whole = "auto" if data.save and not data.targets else None
+        tile = options.get("tile", local or whole)
+        if tile == "auto" and local is not None:
+            tile = local
         check_tiles(tile, options.get("tile_overlap"))
         self.tile, self.asked = tile, "whole" if tile is None else tile  # the second in words
 

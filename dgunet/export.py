@@ -50,7 +50,7 @@ def run(args):
     model = load_model(args.weights)
     print(f"{args.weights}: {model.name or 'a DGUNet'}; exporting takes minutes", flush=True)
     if model.local:
-        print("note: the file takes statistics of whole images; the windows of docs/local.md are not exported")
+        print("note: the file is of whole images; how these weights are made local (docs/local.md) is not exported")
     with _progress() as told:
         difference = export_model(model, args.out, args.format, args.stages, _about(args.weights), told, args.ratio)
     print(

@@ -1,7 +1,6 @@
 """The figure of stages: how the estimate becomes a picture."""
 
 import io
-import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from dgunet.degradations import BlockSampling
 from dgunet.errors import one_line, optional
 from dgunet.files import replacing
-from dgunet.inference import blended
+from dgunet.inference import blended, tiles_of
 from dgunet.inside import after_each_stage
 from dgunet.local import with_local_statistics
 from dgunet.model import DGUNet
@@ -27,7 +26,7 @@ def stages_of(
     *,
     bf16: bool = False,
     tile: int | None = None,
-    overlap: int = 0,
+    overlap: int | None = None,
     ratio: float | None = None,
     told: Callable[[float, str], None] = lambda done, doing: None,
 ) -> list[np.ndarray]:
@@ -38,13 +37,14 @@ def stages_of(
             are local where ``model.local`` says so, see `restore`.
         picture: (H, W, C) or (H, W), degraded; of compressive sensing (H, W), clean; uint8, or floats in [0, 1].
         bf16: compute in bfloat16: faster where the hardware has it, up to some hundredths of a dB off.
-        tile, overlap: largest side of the tiles that it is computed in, None for the whole, and what they share, which
-            is rounded up to compressive sensing's blocks.
+        tile, overlap: as in `restore`; where ``model.local`` has a smaller tile, that. None: as a whole.
         ratio: of compressive sensing, measurements per pixel, see `BlockSampling.at`; None: with all rows.
         told: called with the part that is done, in [0, 1], and what comes next.
     """
     height, width = picture.shape[:2]
-    if model.local:
+    if side := model.local.get("tile"):
+        tile, overlap = min(side, tile or side), None
+    if model.local.keys() - {"tile"}:
         model = with_local_statistics(model, model.local)
     known, parameter = model.degradation, next(model.parameters())
     sensing = isinstance(known, BlockSampling)
@@ -53,12 +53,7 @@ def stages_of(
     multiple, pad = (known.block, pad_to_blocks) if sensing else (MULTIPLE, pad_to_multiple)
     x = torch.from_numpy(np.atleast_3d(unit_range(picture))).permute(2, 0, 1)[None]
     x = pad(x, multiple).to(parameter)
-    overlap = -(-overlap // multiple) * multiple
-    areas = [
-        (rows, columns)
-        for rows in _cut(x.shape[2], multiple, tile, overlap)
-        for columns in _cut(x.shape[3], multiple, tile, overlap)
-    ]
+    areas, overlap = tiles_of(*x.shape[2:], tile, overlap, multiple)
     done = 0
 
     def tell():
@@ -86,15 +81,6 @@ def stages_of(
         found = blended(areas, overlap, x.shape[2:], stages)
     found = found[..., :height, :width].permute(0, 2, 3, 1).cpu().numpy()
     return [to_uint8(stage).reshape(picture.shape) for stage in found]
-
-
-def _cut(size: int, multiple: int, tile: int | None, overlap: int) -> list[slice]:
-    """Tiles of a side, as few and as small as possible; they begin at multiples of ``multiple``."""
-    if tile is None:
-        return [slice(0, size)]
-    count = max(math.ceil((size - overlap) / (tile - overlap)), 1)
-    step = max(math.ceil((size - overlap) / count / multiple), 1) * multiple
-    return [slice(start, min(start + step + overlap, size)) for start in range(0, max(size - overlap, 1), step)]
 
 
 def label_stages(estimates: list[np.ndarray]) -> list[tuple[str, np.ndarray]]:

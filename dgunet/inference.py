@@ -45,17 +45,17 @@ def restore(
             a list or tuple of such, of any sizes.
             It is not modified.
         tile: side in pixels of the tiles that the picture is restored in; None for the whole picture at once; "auto"
-            for the whole picture where the memory allows it, and else for tiles, with a warning. Tiles do not give
-            the whole picture's result: channel attention, instance norm and subspace projection see only the tile. With
-            the weights that come along the PSNR was 0.3 dB lower to 0.9 dB higher, 2.8 dB higher on a smooth image.
+            for the tile that ``local`` says, else for the whole picture where the memory allows it, and else for tiles,
+            with a warning. Tiles do not give the whole picture's result: channel attention, instance norm and subspace
+            projection see only the tile. Which is better differs: docs/local.md.
         tile_overlap: pixels that neighbouring tiles share, at most half of their side; the seams are blended linearly
             over them. None for a quarter of the tile, at most 64.
         self_ensemble: mean over the 8 flips and rotations: 8 times the work for some hundredths of a dB.
         bf16: run the network under bfloat16 autocast.
         local: windows for statistics that training took over crops, in pixels of the image, as in
-            ``{"norm": 64, "attention": 64, "projection": 64}``, see `with_local_statistics`; False for those of the
-            whole image, as in the paper; None for what the weights' record says (``model.local``; False where there is
-            none).
+            ``{"norm": 64, "attention": 64, "projection": 64}``, see `with_local_statistics`, or ``{"tile": 128}``,
+            which makes all of them local by tiles; False for those of the whole image, as in the paper; None for what
+            the weights' record says (``model.local``; False where there is none).
 
     Returns:
         The restored picture(s), of the same type, shape and dtype as ``image``, tensors on the same device.
@@ -72,12 +72,13 @@ def restore(
     if self_ensemble and model.degradation is not None:
         raise UserError("self_ensemble turns the picture, but not the network's known degradation; leave it out")
     x, back = _as_batch(image, model.channels)
-    if windows := check_windows(getattr(model, "local", None) if local is None else local):
+    windows = check_windows(getattr(model, "local", None) if local is None else local)
+    if windows.keys() - {"tile"}:
         model = with_local_statistics(model, windows)
     with holding([part for part in model.modules() if _minds_mode(part)], "training", False), torch.no_grad():
         x = x.to(device)
         if isinstance(tile, str):
-            tile = automatic_tile(model, x.shape, device)
+            tile = windows.get("tile") or automatic_tile(model, x.shape, device)
         if tile is not None:
             tile = int(tile)  # NumPy's integers overflow
         turns = range(8) if self_ensemble else (0,)
@@ -233,7 +234,7 @@ def tiles_of(
 ) -> tuple[list[tuple[slice, slice]], int]:
     """The areas (rows, columns) that a picture is restored in, and how many pixels neighbours share at least.
 
-    Areas begin at multiples of ``step``: the grid of the network's scales, and of its local statistics, is then that of
+    They are as few as tiles of this side can be, all of one size, and no larger than needed for that. Areas begin at multiples of ``step``: the grid of the network's scales, and of its local statistics, is then that of
     the whole picture.
     """
     if tile is None or (height <= tile and width <= tile):
@@ -242,10 +243,7 @@ def tiles_of(
     step = step if tile >= 2 * step else MULTIPLE
     tile, overlap = tile // step * step, -(-overlap // step) * step
     overlap = min(overlap, tile - step)
-    rows, columns = (
-        [slice(start, min(start + tile, size)) for start in _tile_starts(size, tile, overlap, step)]
-        for size in (height, width)
-    )
+    rows, columns = (_cut(size, tile, overlap, step) for size in (height, width))
     return [(down, right) for down in rows for right in columns], overlap
 
 
@@ -255,12 +253,14 @@ def _restore_whole(model, x: Tensor, bf16: bool) -> Tensor:
     return estimate(model, padded.to(memory_format=torch.channels_last), bf16)[..., :height, :width]
 
 
-def _tile_starts(size: int, tile: int, overlap: int, step: int) -> list[int]:
-    """Where tiles begin: evenly spread, sharing at least ``overlap``; all of these are multiples of ``step``."""
+def _cut(size: int, tile: int, overlap: int, step: int) -> list[slice]:
+    """Along one side: evenly spread, sharing at least ``overlap``; where they begin is a multiple of ``step``."""
     if size <= tile:
-        return [0]
+        return [slice(0, size)]
     count = -(-(size - overlap) // (tile - overlap))
-    return [math.ceil(i * (size - tile) / (count - 1) / step) * step for i in range(count)]
+    tile = math.ceil((size + (count - 1) * overlap) / count / step) * step
+    starts = [math.ceil(i * (size - tile) / (count - 1) / step) * step for i in range(count)]
+    return [slice(start, min(start + tile, size)) for start in starts]
 
 
 def _ramp(size: int, overlap: int, like: Tensor) -> Tensor:

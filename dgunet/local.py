@@ -12,6 +12,9 @@ restoration by revisiting global information aggregation", ECCV 2022); for the p
 Statistics are taken on a grid of one position in 8x8 pixels of the image (one value of a map at the scale 1/8) and
 interpolated bilinearly between them; near the border the nearest window inside the image counts. So there are no
 seams, and no sums over more than a window, which would lose digits.
+
+A fourth thing differs: the zeros around an image, which convolutions see. In a crop none of its pixels is far from
+them, and a network may have learned to count on that (docs/local.md). Only tiles bring them back, ``{"tile": 128}``.
 """
 
 import copy
@@ -35,20 +38,20 @@ STEP = 2 * MULTIPLE  # windows are multiples of it: half a window lies on the gr
 
 
 def check_windows(local) -> dict[str, int]:
-    """The windows that ``local`` of `restore` asks for, in pixels of the image; empty for none.
+    """The windows that ``local`` of `restore` asks for, in pixels of the image, and its ``tile``; empty for none.
 
     Raises:
         UserError: an unknown operation, or a window that is not a multiple of 16 pixels.
     """
     if local is None or local is False:
         return {}
-    if not isinstance(local, Mapping) or not all(name in OPERATIONS for name in local):
-        known = ", ".join(OPERATIONS)
+    if not isinstance(local, Mapping) or not all(name in (*OPERATIONS, "tile") for name in local):
+        known = ", ".join((*OPERATIONS, "tile"))
         raise UserError(f"local is False or gives windows for {known}, as in {{'norm': 64}}; got {local!r:.100}")
     for name, window in local.items():
         if type(window) is not int or not STEP <= window <= 2**15 or window % STEP:
             raise UserError(f"the window for {name} is a multiple of {STEP} pixels, got {window!r:.60}")
-    return {name: local[name] for name in OPERATIONS if name in local}
+    return {name: local[name] for name in (*OPERATIONS, "tile") if name in local}
 
 
 def with_local_statistics(model: DGUNet, windows: Mapping[str, int]) -> DGUNet:
@@ -58,12 +61,13 @@ def with_local_statistics(model: DGUNet, windows: Mapping[str, int]) -> DGUNet:
         model: its weights are shared, not copied.
         windows: side in pixels of the image, a multiple of 16, by operation: ``norm`` (half instance norm),
             ``attention`` (channel attention), ``projection`` (subspace projection). Operations that are not named
-            look at the whole image. An image that is smaller than a window is looked at as a whole.
+            look at the whole image. An image that is smaller than a window is looked at as a whole. A ``tile`` is not
+            for the network but for `restore`, and is left out.
 
     Raises:
         UserError: as `check_windows`.
     """
-    windows = check_windows(windows)
+    windows = {name: window for name, window in check_windows(windows).items() if name != "tile"}
     own = [model.degradation] if model.degradation is not None else []
     shared = {id(part): part for part in chain(model.parameters(), model.buffers(), own)}
     local = copy.deepcopy(model, shared).eval()

@@ -139,6 +139,8 @@ def restore_photographs(
         model = load_model(path, task=task, device=target, content=content)
         if not local:
             model.local = {}
+        if tile == "auto":
+            tile = model.local.get("tile", tile)
         record = content.get("record") or {}
         say(f"network: {weights}")
         for key, words in ("trained_for", "for"), ("not_for", "not for"):

@@ -6,8 +6,10 @@
 Instance norm, channel attention and subspace projection see a whole image at test time and crops in training; with a
 window they see as much as then (dgunet/local.py). Which windows pay differs from network to network. The images are
 those that the last config beside the weights holds back for validation, whole instead of its crops, degraded as it
-says. One operation after the other gets the window with the highest mean PSNR, the others staying as they are; the
-whole image stays where no window gains 0.01 dB. The last line is what belongs into the weights' record.yaml.
+says. One operation after the other gets the window with the highest mean PSNR, the others staying as they are: the
+largest of those within 0.01 dB of it. The whole image stays where no window gains so much. Tiles of such sides, which
+take longer, are chosen where they gain so much beside the windows. The last line is what belongs into the weights'
+record.yaml.
 """
 
 import argparse
@@ -26,7 +28,7 @@ with command_imports(__name__):
     from dgunet.config import load_config
     from dgunet.data import exclude, find_images, find_pairs, hold_back
     from dgunet.hardware import pick_device
-    from dgunet.inference import estimate
+    from dgunet.inference import estimate, restore
     from dgunet.local import OPERATIONS, with_local_statistics
     from dgunet.metrics import psnr_batch
     from dgunet.model import DGUNet
@@ -59,12 +61,16 @@ def held_back(cfg, model: DGUNet) -> Centres:
 
 def score(model: DGUNet, windows: dict[str, int], samples: list[tuple[Tensor, Tensor]], bf16: bool) -> float:
     """Mean PSNR in dB over ``samples``, (C, H, W) each; of a network for a range of ratios over several of these."""
-    model = with_local_statistics(model, windows)
     device, known, scores = next(model.parameters()).device, model.degradation, []
     for input, target in samples:
         x, target = (unit_range(image.to(device))[None] for image in (input, target))
-        for y in [x] if known is None else [A.A(x) for A in getattr(known, "validated", [known])]:
-            scores.append(psnr_batch(estimate(model, y, bf16).clamp(0, 1), target))
+        if known is None:
+            restored = [restore(model, x, tile="auto" if "tile" in windows else None, bf16=bf16, local=windows)]
+        else:
+            local = with_local_statistics(model, windows)
+            operators = getattr(known, "validated", [known])
+            restored = [estimate(local, A.A(x), bf16).clamp(0, 1) for A in operators]
+        scores += [psnr_batch(image, target) for image in restored]
     return torch.cat(scores).mean().item()
 
 
@@ -95,20 +101,26 @@ def main():
     measured: dict[tuple, float] = {}
 
     def measure(windows: dict[str, int]) -> float:
-        key = tuple(windows.get(name, 0) for name in OPERATIONS)
+        key = tuple(windows.get(name, 0) for name in (*OPERATIONS, "tile"))
         if key not in measured:
             measured[key] = score(model, windows, samples, args.bf16)
-            cells = (f"{name} {windows.get(name, 'whole')}" for name in OPERATIONS)
+            cells = (f"{name} {windows.get(name, windows.get('tile', 'whole'))}" for name in (*OPERATIONS, "tile"))
             print("  ".join(f"{cell:16s}" for cell in cells), f"{measured[key]:.3f}", flush=True)
         return measured[key]
+
+    def better(former: dict[str, int], trials: list[dict[str, int]]) -> dict[str, int]:
+        """The trial with the largest windows of those that are as good as the best; the former where none gains."""
+        best = max(map(measure, trials))
+        alike = [trial for trial in trials if measure(trial) > best - LEAST_GAIN]
+        return max(alike, key=lambda trial: sum(trial.values())) if best >= measure(former) + LEAST_GAIN else former
 
     windows: dict[str, int] = {}
     whole = measure(windows)
     for name in ("projection", "norm", "attention"):
         others = {other: window for other, window in windows.items() if other != name}
-        window, best = max(((w, measure({**others, name: w})) for w in candidates), key=lambda pair: pair[1])
-        if best >= measure(windows) + LEAST_GAIN:
-            windows = {**others, name: window}
+        windows = better(windows, [{**others, name: side} for side in candidates])
+    if model.degradation is None:  # measurements have tiles of their own: blocks
+        windows = better(windows, [{"tile": side} for side in candidates])
     print(f"whole {whole:.3f}, chosen {measure(windows):.3f} dB\nlocal: {windows or False}")
 
 

@@ -16,6 +16,7 @@ from dgunet.checkpoint import describe_model
 from dgunet.data import find_pairs, read_image
 from dgunet.evaluation import evaluate
 from dgunet.export import export_model
+from dgunet.figures import stages_of
 from dgunet.inference import restore
 from dgunet.instance_norm import HalfInstanceNorm
 from dgunet.layers import ChannelAttention
@@ -31,7 +32,7 @@ from dgunet.local import (
 )
 from dgunet.metrics import psnr_batch
 from dgunet.pathways import project
-from dgunet.transforms import unit_range
+from dgunet.transforms import to_uint8, unit_range
 from dgunet.weights import save_weights
 
 EVERYWHERE = dict.fromkeys(OPERATIONS, 64)
@@ -283,6 +284,27 @@ def test_record_says_which_windows(shipped):
     assert np.array_equal(restore(model, image), whole)
 
 
+def test_record_may_ask_for_tiles(model, picture_pairs, tmp_path):
+    """Wherever no tile is asked for; one that is, and local=False, come before the record."""
+    pairs = picture_pairs(tmp_path / "pairs", count=1, size=(96, 128))
+    y = unit_range(read_image(find_pairs(pairs)[0].input))
+    whole, tiles = restore(model, y, tile=None), restore(model, y, tile=64)
+    assert np.abs(whole - tiles).max() > 1e-5
+    assert np.array_equal(restore(model, y, local={"tile": 64}), tiles)
+    model.local = {"tile": 64}
+    assert np.array_equal(restore(model, y), tiles)
+    assert np.array_equal(restore(model, y, local=False), whole)
+    assert np.array_equal(restore(model, y, tile=None), whole)
+    assert np.array_equal(restore(model, y, tile=48), restore(model, y, tile=48, local=False))
+    assert np.array_equal(stages_of(model, y)[-1], to_uint8(tiles))
+
+    record = evaluate(model, pairs, "sidd_unit_range", tmp_path / "scores")
+    assert record.rows[0].tile == "64" and record.settings["local"] == {"tile": 64}
+    without = evaluate(model, pairs, "sidd_unit_range", tmp_path / "whole", local=False)
+    assert without.rows[0].tile == "whole" and without.psnr != record.psnr
+    assert evaluate(model, pairs, "sidd_unit_range", tmp_path / "other", tile=None).psnr == without.psnr
+
+
 def test_restore_of_several_images_and_turns(model):
     images = [np.random.default_rng(k).random((40 + 8 * k, 72, 3)).astype(np.float32) for k in range(2)]
     options = dict(local=EVERYWHERE, self_ensemble=True)
@@ -334,7 +356,7 @@ def test_windows_are_chosen_on_held_back_images(tmp_path, tiny_model, picture_pa
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     trials = [line.split() for line in lines if line.startswith("norm")]
-    assert len(trials) == 7 and len({tuple(words) for words in trials}) == 7
+    assert len(trials) == 9 and len({tuple(words) for words in trials}) == 9
     held_back = find_pairs(pairs)[-1]  # a tenth, but one at least
     y, x = (unit_range(read_image(path)) for path in (held_back.input, held_back.target))
     expected = -10 * np.log10(np.mean((restore(model, y, tile=None, local={"norm": 32}) - x) ** 2))
