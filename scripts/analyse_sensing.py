@@ -9,6 +9,9 @@ errors are at the borders of blocks and of the 128x128 tiles, and draws into --o
     matrix.png   rows of each matrix as 32x32 pictures, and which frequencies all of them see, beside the DCT's
     seams.png    the error over the distance to the nearest border of a block, and the first picture's errors where
                  four tiles meet
+    ratios.png   with a network for a range of ratios among them: its PSNR over the ratio, and that of the others
+
+A network for a range of ratios is looked at with all rows of its matrix, but for the last.
 """
 
 import argparse
@@ -33,11 +36,13 @@ with command_imports(__name__):
 
     from dgunet import DGUNet, load_model
     from dgunet.data import list_images, read_luma
-    from dgunet.degradations import start_matrix
+    from dgunet.degradations import ScalableSampling, rows_of, start_matrix
     from dgunet.figures import drawable
+    from dgunet.metrics import evaluate_pair
 
 TILE = 128
 ROWS = 8  # of a matrix that are drawn
+CURVE = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1)  # ratios that are measured
 
 
 def main():
@@ -50,7 +55,8 @@ def main():
     models = {drawable(label(words))[0]: load_model(words, task="compressive_sensing") for words in args.weights}
     if len(models) < len(args.weights):
         raise UserError("--weights: two have the same name; what they are called here is their file with its folder")
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out
+    out.mkdir(parents=True, exist_ok=True)
     print("| weights | rows | of as many cosines it sees | rows' lengths | largest cosine of two rows |")
     print("| --- | --- | --- | --- | --- |")
     for name, model in models.items():
@@ -74,9 +80,13 @@ def main():
         print(f"| {name} | " + " | ".join(f"{rms(*cell):.2f}" for cell in cells) + " |")
     names = [*map(label, args.weights), paths[0].stem]
     with matplotlib.rc_context({"font.family": drawable("".join(names))[1], "text.parse_math": False}):
-        save(draw_matrices(models), args.out / "matrix.png")
-        save(draw_seams(models, errors, first), args.out / "seams.png")
-    print(f"\ndrawn in {args.out.absolute()}")
+        save(draw_matrices(models), out / "matrix.png")
+        save(draw_seams(models, errors, first), out / "seams.png")
+        if any(isinstance(model.degradation, ScalableSampling) for model in models.values()):
+            save(
+                draw_ratios({name: over_ratios(model, pictures) for name, model in models.items()}), out / "ratios.png"
+            )
+    print(f"\ndrawn in {out.absolute()}")
 
 
 def label(words: str) -> str:
@@ -100,7 +110,7 @@ def seen_frequencies(matrix: Tensor) -> np.ndarray:
 
 def lowest_cosines(matrix: Tensor) -> Tensor:
     """As many rows of the DCT as a matrix (M, block^2) has, those of lowest frequency."""
-    return start_matrix("dct", 1, round(matrix.shape[1] ** 0.5))[: len(matrix)]
+    return start_matrix("dct", len(matrix) / matrix.shape[1], round(matrix.shape[1] ** 0.5))
 
 
 def compare_with_cosines(matrix: Tensor) -> list[str]:
@@ -194,6 +204,35 @@ def draw_seams(models: dict[str, DGUNet], errors: dict[str, list[np.ndarray]], p
         axis.set_xticks(np.arange(block - left % block, part.shape[1], block) - 0.5, [])
         axis.set_yticks(np.arange(block - top % block, part.shape[0], block) - 0.5, [])
         axis.set_title(f"{picture}, {name}\nerror, black: {limit:.0f} levels", fontsize=8)
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------------- ratios
+
+
+def over_ratios(model: DGUNet, pictures: list[np.ndarray]) -> dict[float, float]:
+    """The mean PSNR in dB as test.py has it, by the ratio: of a network for one that alone."""
+    sampling = model.degradation
+    ratios = [len(sampling.matrix) / sampling.block**2]
+    if isinstance(sampling, ScalableSampling):
+        ratios = [r for r in CURVE if sampling.lowest <= rows_of(r, sampling.block) <= len(sampling.matrix)]
+    return {
+        r: float(np.mean([evaluate_pair(reconstruct_tiles(model, p, ratio=r)[0], p, "cs_y")[0] for p in pictures]))
+        for r in ratios
+    }
+
+
+def draw_ratios(found: dict[str, dict[float, float]]) -> Figure:
+    """And prints them."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    print("\n| weights | PSNR in dB by ratio in percent |\n| --- | --- |")
+    for name, scores in found.items():
+        print(f"| {name} | " + ", ".join(f"{100 * r:.3g}: {score:.2f}" for r, score in scores.items()) + " |")
+        axes.plot([100 * r for r in scores], scores.values(), marker="." if len(scores) > 1 else "o", label=name)
+    axes.set(xscale="log", xlabel="measurements, percent of the pixels", ylabel="PSNR in dB")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
     return figure
 
 

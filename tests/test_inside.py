@@ -15,7 +15,7 @@ from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.config import load_config
 from dgunet.degradations import BlockSampling, Blur, LearnedDegradation, MotionBlur, start_matrix
 from dgunet.inside import Step, adjoint_mismatch, after_each_stage, data_term, impulse_response, measure_step, trace
-from dgunet.metrics import psnr_batch
+from dgunet.metrics import evaluate_pair, psnr_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(width=8, growth=4, final_growth=4)
@@ -220,6 +220,23 @@ def test_analyse_sensing(tiny_model, run_command, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"matrix.png", "seams.png"}
     done = run_command([*words, weights[0], weights[0]])
     assert done.returncode == 2 and "two have the same name" in done.stderr
+
+
+def test_curve_over_the_ratios(tiny_model, capsys):
+    """Of a network for a range as test.py scores it, beside the one ratio of another."""
+    rng, small = np.random.default_rng(0), dict(stages=1, growth=4, final_growth=4)
+    pictures = [rng.integers(0, 256, size).astype(np.uint8) for size in ((64, 96), (40, 33))]
+    scalable = tiny_model("compressive_sensing_dgunet", ratio=(0.04, 0.25), **small)
+    found = analyse_sensing.over_ratios(scalable, pictures)
+    assert list(found) == [0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25]
+    restored = [analyse_sensing.reconstruct_tiles(scalable, picture, ratio=0.15)[0] for picture in pictures]
+    scores = [evaluate_pair(x, picture, "cs_y")[0] for x, picture in zip(restored, pictures, strict=True)]
+    assert found[0.15] == pytest.approx(np.mean(scores))
+    one = analyse_sensing.over_ratios(tiny_model("compressive_sensing_dgunet", ratio=0.5, **small), pictures)
+    assert list(one) == [0.5]
+    (axes,) = analyse_sensing.draw_ratios({"all": found, "one": one}).axes
+    assert [len(line.get_xdata()) for line in axes.lines] == [7, 1]
+    assert f"50: {one[0.5]:.2f}" in capsys.readouterr().out
 
 
 def test_distances_to_seams():
