@@ -31,9 +31,9 @@ _C.MODEL = CN()
 _C.MODEL.NAME = "deblurring_dgunet"  # see dgunet.list_models()
 _C.MODEL.SESSION = "DGUNet"  # name of the run: its files go to TRAINING.SAVE_DIR/SESSION
 _C.MODEL.OVERRIDES = CN()  # arguments of DGUNet that differ from the paper's, e.g. {width: 16}
-# Compressive sensing: measurements per pixel; or the lowest and the highest of one network for all between them, as in
-# [0.01, 0.5]: each step measures with the first M rows of the matrix. Half of the steps draw M evenly, which many rows
-# need to be learned at all, the others its logarithm, or one step in sixteen would be below 4 %.
+# Compressive sensing: measurements per pixel. Or two numbers, such as [0.01, 0.5]: one network for every ratio between
+# them. Each step then measures with the first M rows of the matrix. In half of the steps M is uniform, so that
+# the last rows are trained often enough; in the others it is log-uniform, or one step in sixteen would be below 4 %.
 _C.MODEL.RATIO = 0.25
 _C.MODEL.BLOCK = 32  # compressive sensing: side of the blocks in pixels, a multiple of 8 up to 128
 _C.MODEL.MATRIX = "learned"  # compressive sensing: learned (with the network) or fixed
