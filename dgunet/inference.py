@@ -234,8 +234,9 @@ def tiles_of(
 ) -> tuple[list[tuple[slice, slice]], int]:
     """The areas (rows, columns) that a picture is restored in, and how many pixels neighbours share at least.
 
-    They are as few as tiles of this side can be, all of one size, and no larger than needed for that. Areas begin at multiples of ``step``: the grid of the network's scales, and of its local statistics, is then that of
-    the whole picture.
+    They are as few as tiles of this side can be, all of one size, and no larger than needed for that. Areas begin at
+    multiples of ``step``: the grid of the network's scales, and of its local statistics, is then that of the whole
+    picture.
     """
     if tile is None or (height <= tile and width <= tile):
         return [(slice(0, height), slice(0, width))], 0
