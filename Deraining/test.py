@@ -56,7 +56,7 @@ AVERAGE = {"deraining_dgunet": (33.06, 0.923), "deraining_dgunet_plus": (33.46, 
 
 
 def main():
-    weights = "deraining_streaks"
+    weights = "deraining_mixture"
     command("deraining", __doc__, BENCHMARKS, own_folder("deraining_y"), paper_average=AVERAGE, shipped=weights)
 
 

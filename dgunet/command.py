@@ -19,7 +19,7 @@ from dgunet.errors import UserError, run_cli  # PyTorch is imported where it is 
 # Of each command: the task, the network that it uses by default, and what it does.
 RESTORING = {
     "denoise": ("denoising", "denoising_gaussian", "remove noise from photographs"),
-    "derain": ("deraining", "deraining_streaks", "remove rain streaks from photographs"),
+    "derain": ("deraining", "deraining_mixture", "remove rain streaks from photographs"),
     "deblur": ("deblurring", "deblurring_motion", "remove motion blur from photographs"),
 }
 

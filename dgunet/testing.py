@@ -330,7 +330,7 @@ def _listening(method: Callable, levels: list[float]) -> Callable:
     @functools.wraps(method)
     def restore(model: torch.nn.Module, degraded: Pictures, **options) -> tuple[Pictures, Pictures]:
         for images in degraded if isinstance(degraded, list) else [degraded]:
-            if np.isfinite(level := noise_level(unit_range(images))):
+            if np.isfinite(level := noise_level(np.atleast_3d(unit_range(images)))):
                 levels.append(255 * level)
         return method(model, degraded, **options)
 

@@ -864,7 +864,7 @@ def test_default_network_is_a_shipped_one(dgunet, weights, monkeypatch):
         patched.setattr(pretrained, "list_pretrained", lambda: [record])
         assert command._default_weights("deblur", "deblurring") == "deblurring_of_mine"
     shipped = {command._default_weights(name, RESTORING_TASKS[name]) for name in ("denoise", "derain")}
-    assert shipped == {"denoising_gaussian", "deraining_streaks"}
+    assert shipped == {"denoising_gaussian", "deraining_mixture"}
 
 
 RESTORING_TASKS = {name: task for name, (task, _, _) in command.RESTORING.items()}
@@ -873,7 +873,7 @@ RESTORING_TASKS = {name: task for name, (task, _, _) in command.RESTORING.items(
 def test_list(dgunet):
     told = dgunet("list").out
     records = json.loads(dgunet("list", "--json").out)
-    assert {"denoising_gaussian", "deraining_streaks"} <= {record["name"] for record in records}
+    assert {"denoising_gaussian", "deraining_mixture"} <= {record["name"] for record in records}
     for record in records:
         assert record["name"] in told and record["trained_for"] in told and record["bytes"] > 2**20
     assert "dgunet denoise uses denoising_gaussian" in told

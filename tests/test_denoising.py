@@ -371,3 +371,6 @@ def test_grey_images_with_noise(tmp_path, weights):
     psnr = 20 * np.log10(255 / np.sqrt(np.mean((np.round(255 * restored) - clean) ** 2)))
     (row,) = results(tmp_path)
     assert float(row["psnr"]) == pytest.approx(psnr, abs=1e-3)
+    # Weights that know which noise they are for look at it first.
+    done = run_test("denoising_gaussian", "--dataset", "Set12_50", cwd=tmp_path)
+    assert "note:" not in done.stdout and len(results(tmp_path)) == 2

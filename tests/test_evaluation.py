@@ -652,16 +652,39 @@ def test_data_root_mistakes(test, picture_pairs):
 
 
 def test_reproduce_finds_its_folders_whatever_their_case(tmp_path):
+    # without any it stops before it installs anything
+    done = subprocess.run(["bash", ROOT / "scripts/reproduce.sh", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and "Set11" in done.stderr and "Test100" in done.stderr
     for name in ("set11", "Bsd68"):
         (tmp_path / name).mkdir()
-    # without the third it stops before it installs anything
-    done = subprocess.run(["bash", ROOT / "scripts/reproduce.sh", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2 and "usage" in done.stderr
     script = (ROOT / "scripts/reproduce.sh").read_text().splitlines()
     (function,) = [line for line in script if line.startswith("folder()")]
     code = f'{function}\nfolder "{tmp_path}" Set11; folder "{tmp_path}" BSD68; folder "{tmp_path}" CBSD68'
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == [str(tmp_path / "set11"), str(tmp_path / "Bsd68")]
+
+
+def test_reproduce_tells_what_it_leaves_out(tmp_path, picture_pairs):
+    """In a repository of links, so that nothing is written into this one."""
+    repository = tmp_path / "repository"
+    for path in ("Denoising", "dgunet", "requirements.txt"):
+        (repository / path).parent.mkdir(exist_ok=True)
+        (repository / path).symlink_to(ROOT / path)
+    (repository / ".venv/bin").mkdir(parents=True)
+    (repository / ".venv/bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (repository / ".venv/bin/python").chmod(0o755)
+    shutil.copy(ROOT / "requirements.txt", repository / ".venv/requirements.installed")
+    (repository / "scripts").mkdir()
+    for name in ("reproduce.sh", "setup_venv.sh"):
+        shutil.copy(ROOT / "scripts" / name, repository / "scripts")
+    picture_pairs(tmp_path / "data/nam25", count=1, size=(32, 40))
+    words = ["bash", repository / "scripts/reproduce.sh", tmp_path / "data"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, row, missing = done.stdout.splitlines()
+    assert row.split()[:3] == ["denoising_real", "Nam25", "1"]
+    sets = "Set11 BSD68 Set12 CBSD68 Kodak24 CC15 Rain100L Test100 reds_small"
+    assert missing == f"left out, for they are not in {tmp_path / 'data'}: {sets}"
 
 
 def test_data_set_is_found_in_any_unicode_form(test, picture_pairs):

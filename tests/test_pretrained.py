@@ -48,7 +48,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def test_names():
     names = list_models(pretrained=True)
     assert names == [record.name for record in list_pretrained()] == natsorted(names)
-    assert {"denoising_gaussian", "deraining_streaks", "compressive_sensing_25"} <= set(names)
+    assert {"denoising_gaussian", "deraining_mixture", "compressive_sensing_25"} <= set(names)
     record = find_pretrained("denoising_gaussian")
     assert record.task == "denoising" and len(record.noise_sigma) == 2
     assert all(len(score) == 2 for score in record.scores.values())
@@ -273,7 +273,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, tiny_model, monkeypat
 
 
 def test_the_metadata_can_be_read_by_anyone():
-    with safe_open(find_pretrained("deraining_streaks").path, framework="numpy") as file:
+    with safe_open(find_pretrained("deraining_mixture").path, framework="numpy") as file:
         about = json.loads(file.metadata()["dgunet"])
     assert about["model"]["name"] == "deraining_dgunet" and about["record"]["licence"] == "MIT"
 

@@ -115,6 +115,9 @@ def test_shipped_configs_end_at_the_rates_of_their_histories(path):
     with open(path.with_name(path.name.replace("config", "history")).with_suffix(".csv")) as file:
         *_, last = csv.DictReader(file)
     assert int(last["epoch"]) == options.NUM_EPOCHS
+    if "wall time" in path.read_text():  # a run on a GPU, whose cosine followed the clock
+        assert float(last["lr"]) == pytest.approx(options.LR_MIN, rel=0.05)
+        return
     assert rates(options)[options.NUM_EPOCHS] == pytest.approx(float(last["lr"]), rel=1e-9)
 
 

@@ -151,7 +151,7 @@ def test_shipped_weights_are_the_default(tmp_path):
     write_image(tmp_path / "pairs/target/a.png", picture)
     write_image(tmp_path / "pairs/input/a.png", noisy.clip(0, 255).round().astype(np.uint8))
     done = run("compressive_sensing", "test.py", "--dataset", "grey", "--device", "cpu", cwd=tmp_path)
-    assert "no --weights given: this repository's own compressive_sensing_25 (Grey pictures measured" in done.stdout
+    assert "no --weights given: this repository's own compressive_sensing_25 (Grey images measured" in done.stdout
     assert float(rows(tmp_path, "compressive_sensing")[0]["psnr"]) > 29
     run("denoising", "test.py", "--dataset", "pairs", "--device", "cpu", cwd=tmp_path)
     (row,) = rows(tmp_path, "denoising")
