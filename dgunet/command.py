@@ -86,8 +86,8 @@ def _add_restoring(parser: argparse.ArgumentParser, default: str):
     add("--weights", metavar="W", help=f"network: a name that `dgunet list` shows, or a file (default: {default})")
     add("--overwrite", action="store_true", help="restore again what is in --out already")
     add("--stages", action="store_true", help="beside each a figure of its middle after each stage (needs matplotlib)")
-    add("--tile", default="auto", help="restore in tiles of this side in pixels; whole; or auto (as memory allows)")
-    windows = "statistics over windows as the weights' record says (docs/local.md), or of whole images"
+    add("--tile", default="auto", help="tiles of this side in pixels; whole; or auto (as the record, or memory, asks)")
+    windows = "windows or tiles as the weights' record says (docs/local.md), or whole images"
     add("--local", action=argparse.BooleanOptionalAction, default=True, help=windows)
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
     add("--bf16", action="store_true", help="compute in bfloat16: faster where the hardware has it, nearly the same")

@@ -66,11 +66,11 @@ def add_tiling(add: Callable):
         action=argparse.BooleanOptionalAction,
         help="mean over 8 flips and rotations (default: of SIDD and DND, as in the original)",
     )
-    tiles = "tile side in pixels, whole, or auto: whole where memory allows it (default: whole for scores, which tiles "
-    tiles += "change, auto where there are no targets)"
+    tiles = "tile side in pixels, whole, or auto: whole where memory allows it (default: as the weights' record says, "
+    tiles += "else whole for scores, which tiles change, and auto where there are no targets)"
     add("--tile", type=tile_side, default=argparse.SUPPRESS, help=tiles)
     add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter of the tile, at most 64)")
-    windows = "statistics over windows as the weights' record says; --no-local: of whole images, as in the paper"
+    windows = "windows or tiles as the weights' record says (docs/local.md); --no-local: whole images, as in the paper"
     add("--local", action=argparse.BooleanOptionalAction, default=True, help=windows)
 
 
