@@ -45,8 +45,7 @@ def main():
         operator = load_model(args.weights, task="compressive_sensing").degradation
     else:
         operator = sampling_operator(ratio=0.25, matrix="fixed", start=args.matrix, block=None)
-    if args.ratio is not None:
-        operator = operator.at(args.ratio)
+    operator = operator.at(args.ratio)
     with torch.inference_mode():
         y = operator.A(pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block))[0].numpy()
     height, width = luma.shape

@@ -49,7 +49,7 @@ def reconstruct_whole(
     `BlockSampling.at`, by default that of all rows.
     """
     height, width = luma.shape
-    operator = model.degradation if ratio is None else model.degradation.at(ratio)
+    operator = model.degradation.at(ratio)
     x = pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block)
     y = disturb(operator.A(x.to(operator.matrix.device)), operator.matrix, noise, bits)
     results = estimate(model, y, bf16), operator.A_adjoint(y)
@@ -76,7 +76,7 @@ def reconstruct_tiles(
         UserError: tiles that are not of whole blocks.
     """
     height, width = luma.shape
-    operator = model.degradation if ratio is None else model.degradation.at(ratio)
+    operator = model.degradation.at(ratio)
     if tile % operator.block:
         raise UserError(f"blocks of {operator.block}x{operator.block} do not fill tiles of {tile}x{tile}; --whole does")
     padded = F.pad(unit_range(to_tensor(luma)), (0, tile - width % tile, 0, tile - height % tile))

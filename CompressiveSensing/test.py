@@ -28,7 +28,7 @@ with command_imports(__name__):
 
     from dgunet import DGUNet
     from dgunet.data import read_luma
-    from dgunet.degradations import RATIOS, ScalableSampling, rows_of
+    from dgunet.degradations import RATIOS, ScalableSampling
     from dgunet.errors import UserError
     from dgunet.evaluation import PictureSet, picture_samples
     from dgunet.testing import Benchmark, command, noise_sigma
@@ -108,7 +108,7 @@ def ratios(model: DGUNet, args: argparse.Namespace) -> dict[str, dict]:
         sampling.at(ratio)  # refuses those that the network is not for
     if not isinstance(sampling, ScalableSampling):
         return {"": {}}
-    inside = [ratio for ratio in RATIOS if sampling.lowest <= rows_of(ratio, sampling.block) <= len(sampling.matrix)]
+    inside = [ratio for ratio in RATIOS if sampling.covers(ratio)]
     chosen = args.ratio or inside or [len(sampling.matrix) / sampling.block**2]
     return {f"_{100 * ratio:g}%": {"ratio": ratio} for ratio in chosen}
 

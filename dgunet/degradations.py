@@ -128,13 +128,13 @@ class BlockSampling(nn.Module):
             blocks = blocks.view(-1, rows, columns, b, b).transpose(2, 3)
             return blocks.reshape(-1, 1, rows * b, columns * b)
 
-    def at(self, ratio: float) -> "BlockSampling | FirstRows":
-        """What measures ``ratio`` numbers per pixel: itself, where that is its ratio.
+    def at(self, ratio: float | None) -> "BlockSampling | FirstRows":
+        """What measures ``ratio`` numbers per pixel: itself, where that is its ratio, or where None is asked for.
 
         Raises:
             UserError: another ratio.
         """
-        if rows_of(ratio, self.block) != len(self.matrix):
+        if ratio is not None and rows_of(ratio, self.block) != len(self.matrix):
             raise UserError(
                 f"the ratio {ratio:g} is not this network's, which is for {self.percent} alone; give weights of "
                 'another, or train one for a range, MODEL.RATIO "[0.01, 0.5]"'
@@ -193,16 +193,21 @@ class ScalableSampling(BlockSampling):
             raise ValueError(f"the fewest rows are from 1 to {len(matrix)}, got {lowest!r:.60}")
         self.lowest = lowest
 
-    def at(self, ratio: float) -> FirstRows:
-        """The rows that measure ``ratio`` numbers per pixel.
+    def at(self, ratio: float | None) -> BlockSampling | FirstRows:
+        """The rows that measure ``ratio`` numbers per pixel; itself, with all rows, for None.
 
         Raises:
             UserError: a ratio out of the range.
         """
-        rows = rows_of(ratio, self.block)
-        if not self.lowest <= rows <= len(self.matrix):
+        if ratio is None:
+            return self
+        if not self.covers(ratio):
             raise UserError(f"the ratio {ratio:g} is not one of this network's, which is for {self.percent}")
-        return self._first(rows)
+        return self._first(rows_of(ratio, self.block))
+
+    def covers(self, ratio: float) -> bool:
+        """Whether a ratio, in (0, 1], is in the range."""
+        return self.lowest <= rows_of(ratio, self.block) <= len(self.matrix)
 
     def matching(self, y: Tensor) -> FirstRows:
         """The rows that made a measurement, (B, M, h, w).
@@ -237,8 +242,7 @@ class ScalableSampling(BlockSampling):
     @property
     def validated(self) -> list[FirstRows]:
         """At the paper's ratios that are in the range, or at its ends where none is."""
-        rows = [rows_of(ratio, self.block) for ratio in RATIOS]
-        inside = [m for m in rows if self.lowest <= m <= len(self.matrix)]
+        inside = [rows_of(ratio, self.block) for ratio in RATIOS if self.covers(ratio)]
         return [self._first(m) for m in inside or sorted({self.lowest, len(self.matrix)})]
 
     @property

@@ -394,7 +394,7 @@ class _Tab:
         network = self.networks[label]
         if self.sensing:
             operator, ratio = load(network, self.device).degradation, self.ratio(label, percent)
-            operator = operator if ratio is None else operator.at(ratio)
+            operator = operator.at(ratio)
             pair = given, start_of(operator, given)
             text = (
                 f"Left the luminance, right Aᵀy of {len(operator.matrix)} measurements a block of "

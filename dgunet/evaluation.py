@@ -279,10 +279,10 @@ class _Tiles:
     def __init__(self, model, options: dict, data: PictureSet):
         local = check_windows(options["local"]).get("tile")
         self.model, self.given = model, "tile" in options or local is not None
-        whole = "auto" if data.save and not data.targets else None
-        tile = options.get("tile", local or whole)
-        if tile == "auto" and local is not None:
-            tile = local
+        unasked = "auto" if local is not None or (data.save and not data.targets) else None
+        tile = options.get("tile", unasked)
+        if tile == "auto":
+            tile = local or tile
         check_tiles(tile, options.get("tile_overlap"))
         self.tile, self.asked = tile, "whole" if tile is None else tile  # the second in words
 

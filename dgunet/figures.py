@@ -48,7 +48,7 @@ def stages_of(
         model = with_local_statistics(model, model.local)
     known, parameter = model.degradation, next(model.parameters())
     sensing = isinstance(known, BlockSampling)
-    if ratio is not None:
+    if sensing:
         known = known.at(ratio)
     multiple, pad = (known.block, pad_to_blocks) if sensing else (MULTIPLE, pad_to_multiple)
     x = torch.from_numpy(np.atleast_3d(unit_range(picture))).permute(2, 0, 1)[None]

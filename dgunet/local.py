@@ -34,6 +34,7 @@ from dgunet.pathways import gram_precision, project, solve_projection
 from dgunet.proximal import MULTIPLE
 
 OPERATIONS = ("norm", "attention", "projection")
+KEYS = (*OPERATIONS, "tile")  # of what `restore` calls local
 STEP = 2 * MULTIPLE  # windows are multiples of it: half a window lies on the grid
 
 
@@ -45,13 +46,13 @@ def check_windows(local) -> dict[str, int]:
     """
     if local is None or local is False:
         return {}
-    if not isinstance(local, Mapping) or not all(name in (*OPERATIONS, "tile") for name in local):
-        known = ", ".join((*OPERATIONS, "tile"))
+    if not isinstance(local, Mapping) or not all(name in KEYS for name in local):
+        known = ", ".join(KEYS)
         raise UserError(f"local is False or gives windows for {known}, as in {{'norm': 64}}; got {local!r:.100}")
     for name, window in local.items():
         if type(window) is not int or not STEP <= window <= 2**15 or window % STEP:
             raise UserError(f"the window for {name} is a multiple of {STEP} pixels, got {window!r:.60}")
-    return {name: local[name] for name in (*OPERATIONS, "tile") if name in local}
+    return {name: local[name] for name in KEYS if name in local}
 
 
 def with_local_statistics(model: DGUNet, windows: Mapping[str, int]) -> DGUNet:

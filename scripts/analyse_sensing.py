@@ -36,7 +36,7 @@ with command_imports(__name__):
 
     from dgunet import DGUNet, load_model
     from dgunet.data import list_images, read_luma
-    from dgunet.degradations import ScalableSampling, rows_of, start_matrix
+    from dgunet.degradations import ScalableSampling, start_matrix
     from dgunet.figures import drawable
     from dgunet.metrics import evaluate_pair
 
@@ -215,7 +215,7 @@ def over_ratios(model: DGUNet, pictures: list[np.ndarray]) -> dict[float, float]
     sampling = model.degradation
     ratios = [len(sampling.matrix) / sampling.block**2]
     if isinstance(sampling, ScalableSampling):
-        ratios = [r for r in CURVE if sampling.lowest <= rows_of(r, sampling.block) <= len(sampling.matrix)]
+        ratios = [r for r in CURVE if sampling.covers(r)]
     return {
         r: float(np.mean([evaluate_pair(reconstruct_tiles(model, p, ratio=r)[0], p, "cs_y")[0] for p in pictures]))
         for r in ratios

@@ -29,7 +29,7 @@ with command_imports(__name__):
     from dgunet.data import exclude, find_images, find_pairs, hold_back
     from dgunet.hardware import pick_device
     from dgunet.inference import estimate, restore
-    from dgunet.local import OPERATIONS, with_local_statistics
+    from dgunet.local import KEYS, with_local_statistics
     from dgunet.metrics import psnr_batch
     from dgunet.model import DGUNet
     from dgunet.patches import Centres
@@ -101,10 +101,10 @@ def main():
     measured: dict[tuple, float] = {}
 
     def measure(windows: dict[str, int]) -> float:
-        key = tuple(windows.get(name, 0) for name in (*OPERATIONS, "tile"))
+        key = tuple(windows.get(name, 0) for name in KEYS)
         if key not in measured:
             measured[key] = score(model, windows, samples, args.bf16)
-            cells = (f"{name} {windows.get(name, windows.get('tile', 'whole'))}" for name in (*OPERATIONS, "tile"))
+            cells = (f"{name} {windows.get(name, windows.get('tile', 'whole'))}" for name in KEYS)
             print("  ".join(f"{cell:16s}" for cell in cells), f"{measured[key]:.3f}", flush=True)
         return measured[key]
 
