@@ -1,4 +1,4 @@
-"""Training data of compressive sensing: clean pictures only, their luminance, measured on the way in."""
+"""Training data of compressive sensing: clean images only, their luminance, measured on the way in."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from dgunet.transforms import unit_range
 
 
 class LumaPatches(RandomPatches):
-    """Random crops of pictures' luminance for training: a sample is ``(x, x)``, (1, patch, patch) uint8.
+    """Random crops of images' luminance for training: a sample is ``(x, x)``, (1, patch, patch) uint8.
 
     The network measures the first. Augmented by a left-right flip, an up-down flip and transposition, each with
     probability 1/2. (In the original the second flips the channel axis, of which there is one.)
@@ -28,17 +28,17 @@ class LumaPatches(RandomPatches):
         super().__init__(*args, **kwargs)
 
     def blocks(self, count: int = 16384) -> Tensor:
-        """Blocks of all pictures at random places, (N, block^2), N at least ``count``, range [0, 1]."""
+        """Blocks of all images at random places, (N, block^2), N at least ``count``, range [0, 1]."""
         rng = np.random.default_rng(self.seed)
         found, size = [], self.multiple
         for item in self.items:
-            picture = open_luma(item)[:, :]
-            rows, columns = (side - size + 1 for side in picture.shape)
+            image = open_luma(item)[:, :]
+            rows, columns = (side - size + 1 for side in image.shape)
             if min(rows, columns) < 1:
                 raise UserError(f"{item} is smaller than a block of {size}x{size} pixels")
             for _ in range(-(-count // len(self.items))):
                 top, left = rng.integers(rows), rng.integers(columns)
-                found.append(picture[top : top + size, left : left + size].ravel())
+                found.append(image[top : top + size, left : left + size].ravel())
         return unit_range(torch.from_numpy(np.stack(found)))
 
     def sample(self, item: Path | Packed, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Measure a picture block by block: picture in, measurements out.
+"""Measure an image block by block: image in, measurements out.
 
     python CompressiveSensing/measure.py photo.png --weights model.pth --out photo.npz     # with a network's matrix
     python CompressiveSensing/measure.py photo.png --weights model.pth --ratio 0.17 --out photo.npz
@@ -6,7 +6,7 @@
 
 The .npz holds ``y`` (M, rows, columns) float32, one column of M measurements for each block, of 32x32 pixels in most
 networks; ``matrix`` (M, 1024) float32, which measures a block's pixels row by row, in [0, 1]; ``ratio``, M per pixel of
-a block; and the picture's ``height`` and ``width``, to which zeros were added at the right and bottom to fill the last
+a block; and the image's ``height`` and ``width``, to which zeros were added at the right and bottom to fill the last
 blocks (a file without both is of whole blocks). A file of the same kind from a real camera can be reconstructed just
 so. With --ratio the first rows of a network for a range of ratios measure, without it all of them.
 """
@@ -32,7 +32,7 @@ with command_imports(__name__):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("image", type=Path)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", help="checkpoint whose sampling matrix to use")
     source.add_argument("--matrix", help=".npy file with an (M, 1024) matrix, or (M, side^2) of other blocks")
@@ -40,7 +40,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help=".npz file to write")
     args = parser.parse_args()
 
-    luma = read_luma(args.picture)
+    luma = read_luma(args.image)
     if args.weights:
         operator = load_model(args.weights, task="compressive_sensing").degradation
     else:

@@ -1,4 +1,4 @@
-"""Reconstruct a picture from its measurements: measurements in, picture out.
+"""Reconstruct an image from its measurements: measurements in, image out.
 
     python CompressiveSensing/reconstruct.py photo.npz --weights model.pth --out photo.png
 
@@ -32,7 +32,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measurements", type=Path, help=".npz with y, matrix, height, width")
     parser.add_argument("--weights", required=True, help="checkpoint of a compressive-sensing network")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write, e.g. photo.png")
+    parser.add_argument("--out", type=Path, required=True, help="image to write, e.g. photo.png")
     parser.add_argument("--ignore_matrix", action="store_true", help="do not compare the matrices")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parser.parse_args()
@@ -73,7 +73,7 @@ def read_measurements(
         fewest: the smallest M, where it may be any up to ``rows``.
 
     Returns:
-        y, (M, h, w) float32; the matrix, if there is one; height and width of the picture, those of all blocks where
+        y, (M, h, w) float32; the matrix, if there is one; height and width of the image, those of all blocks where
         the file has neither.
 
     Raises:
@@ -105,7 +105,7 @@ def read_measurements(
         read = f"({rows}, rows, columns)" if fewest is None else f"(M, rows, columns), M from {fewest} to {rows}"
         raise UserError(f"{path}: y is {y.shape}, but the network reads {read}")
     if ("height" in arrays) != ("width" in arrays):
-        raise UserError(f"{path} holds one of height and width, but a picture has both")
+        raise UserError(f"{path} holds one of height and width, but an image has both")
     sides = []
     for name, blocks in zip(("height", "width"), y.shape[1:], strict=True):
         side = arrays.get(name, np.array(blocks * block))

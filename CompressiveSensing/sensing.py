@@ -1,4 +1,4 @@
-"""Measuring pictures block by block and reconstructing them, for test.py."""
+"""Measuring images block by block and reconstructing them, for test.py."""
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ def disturb(y: Tensor, matrix: Tensor, noise: float = 0, bits: int = 0) -> Tenso
     """Measurements as a real sensor gives them.
 
     Args:
-        y: a picture's, (B, M, h, w).
+        y: an image's, (B, M, h, w).
         matrix: that measured it, (M, N).
         noise: standard deviation of Gaussian noise, in 8-bit levels: on a row's measurements ``noise / 255`` times the
             row's length, as if each pixel had it. The same random numbers every time.
@@ -43,7 +43,7 @@ def reconstruct_whole(
     bits: int = 0,
     ratio: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measure a whole picture and reconstruct it at once: x_K and x_0 = A_adjoint(y), (H, W) float32, not clipped.
+    """Measure a whole image and reconstruct it at once: x_K and x_0 = A_adjoint(y), (H, W) float32, not clipped.
 
     ``bf16`` as for `restore`, ``noise`` and ``bits`` as for `disturb`, ``ratio`` as for
     `BlockSampling.at`, by default that of all rows.

@@ -1,9 +1,9 @@
-"""Test DGUNet for compressive sensing: measure pictures and reconstruct them.
+"""Test DGUNet for compressive sensing: measure images and reconstruct them.
 
     python CompressiveSensing/test.py                                            # our own weights, ratio 25 %
     python CompressiveSensing/test.py --weights model.pth                        # the paper's table: Set11 and BSD68
-    python CompressiveSensing/test.py --weights model.pth --dataset path/to/pictures --save_images
-    python CompressiveSensing/test.py --weights model.pth --whole                # whole pictures, not 128x128 tiles
+    python CompressiveSensing/test.py --weights model.pth --dataset path/to/images --save_images
+    python CompressiveSensing/test.py --weights model.pth --whole                # whole images, not 128x128 tiles
     python CompressiveSensing/test.py --weights model.pth --ratio 0.17           # of a network for a range of ratios
     python CompressiveSensing/test.py --noise 5 --bits 8                         # measurements as a real sensor's
     python CompressiveSensing/test.py --score_only reconstructed                 # score reconstructed/Set11/...
@@ -30,18 +30,18 @@ with command_imports(__name__):
     from dgunet.data import read_luma
     from dgunet.degradations import RATIOS, ScalableSampling
     from dgunet.errors import UserError
-    from dgunet.evaluation import PictureSet, picture_samples
+    from dgunet.evaluation import ImageSet, image_samples
     from dgunet.testing import Benchmark, command, noise_sigma
 
 
-def luma(source: Path) -> PictureSet:
-    """Pictures that are their own targets: the network is given their measurements."""
+def luma(source: Path) -> ImageSet:
+    """Images that are their own targets: the network is given their measurements."""
 
     def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        picture = read_luma(path)
-        return picture, picture
+        image = read_luma(path)
+        return image, image
 
-    return picture_samples(source, read, read_image=read_luma)
+    return image_samples(source, read, read_image=read_luma)
 
 
 def paper(dgunet: list[tuple], plus: list[tuple]) -> dict[str, tuple[float, float]]:
@@ -68,13 +68,13 @@ BENCHMARKS = {
 
 
 def measure_and_reconstruct(
-    model: DGUNet, picture: np.ndarray, whole: bool, bf16: bool, **how
+    model: DGUNet, image: np.ndarray, whole: bool, bf16: bool, **how
 ) -> tuple[np.ndarray, np.ndarray]:
-    return (reconstruct_whole if whole else reconstruct_tiles)(model, picture, bf16, **how)
+    return (reconstruct_whole if whole else reconstruct_tiles)(model, image, bf16, **how)
 
 
 def add_options(add: Callable):
-    add("--whole", action="store_true", help=f"whole pictures, not tiles of {TILE}x{TILE}")
+    add("--whole", action="store_true", help=f"whole images, not tiles of {TILE}x{TILE}")
     add(
         "--ratio",
         type=float,
@@ -102,7 +102,7 @@ def ratios(model: DGUNet, args: argparse.Namespace) -> dict[str, dict]:
     if TILE % sampling.block and not args.whole:
         raise UserError(
             f"the network's blocks of {sampling.block}x{sampling.block} pixels do not fill the original's tiles of "
-            f"{TILE}x{TILE}; test whole pictures, --whole"
+            f"{TILE}x{TILE}; test whole images, --whole"
         )
     for ratio in args.ratio or ():
         sampling.at(ratio)  # refuses those that the network is not for

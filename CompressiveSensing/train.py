@@ -39,7 +39,7 @@ def val_set(cfg, paths) -> Centres:
 def degradation(cfg, train_set: LumaPatches) -> BlockSampling:
     start = cfg.MODEL.MATRIX_START
     if start == "pca" and not len(train_set):
-        start = "orthonormal"  # a dry run before there are pictures to take components of
+        start = "orthonormal"  # a dry run before there are images to take components of
     return sampling_operator(cfg.MODEL.RATIO, cfg.MODEL.MATRIX, start, lambda: train_set.blocks(), cfg.MODEL.BLOCK)
 
 

@@ -1,13 +1,13 @@
-"""Test DGUNet for motion deblurring, or deblur pictures.
+"""Test DGUNet for motion deblurring, or deblur images.
 
     python Deblurring/test.py --weights model.pth --dataset GoPro HIDE       # the paper's table
     python Deblurring/test.py --weights model.pth --dataset RealBlur_J RealBlur_R
-    python Deblurring/test.py --weights model.pth --dataset path/to/folder   # pairs in input/ and target/, or pictures
+    python Deblurring/test.py --weights model.pth --dataset path/to/folder   # pairs in input/ and target/, or images
     python Deblurring/test.py --dataset path/to/folder                       # our own weights
     python Deblurring/test.py --score_only restored                          # score what lies in restored/GoPro/...
 
 GoPro and HIDE: PSNR and SSIM of MATLAB on 8-bit RGB, SSIM over three dimensions. RealBlur: after alignment to the
-target; a picture that cannot be aligned is scored as it is, and said so. A test that was interrupted goes on where it
+target; an image that cannot be aligned is scored as it is, and said so. A test that was interrupted goes on where it
 was.
 """
 

@@ -31,7 +31,7 @@ def read_mat(path: Path, key: str) -> np.ndarray:
 
 
 def read_sidd(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """SIDD's validation blocks: noisy and clean, each (40, 32, 256, 256, 3) uint8 (any number of pictures and blocks).
+    """SIDD's validation blocks: noisy and clean, each (40, 32, 256, 256, 3) uint8 (any number of images and blocks).
 
     Reads ``ValidationNoisyBlocksSrgb.mat`` and ``ValidationGtBlocksSrgb.mat``, of MATLAB version 5 or 7.3.
     """
@@ -40,7 +40,7 @@ def read_sidd(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         array = read_mat(folder / f"{key}.mat", key)
         if array.ndim != 5 or array.shape[-1] != 3 or array.dtype != np.uint8 or not array.size:
             raise UserError(
-                f"{folder / key}.mat should hold uint8 blocks (pictures, blocks, H, W, 3), "
+                f"{folder / key}.mat should hold uint8 blocks (images, blocks, H, W, 3), "
                 f"got {array.dtype} {array.shape}"
             )
         blocks.append(array)
@@ -50,7 +50,7 @@ def read_sidd(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_dnd(folder: Path) -> dict[str, np.ndarray]:
-    """DND's pictures: file names below ``images_srgb/`` and the boxes of each, by HDF5 references in ``info.mat``.
+    """DND's images: file names below ``images_srgb/`` and the boxes of each, by HDF5 references in ``info.mat``.
 
     A row of boxes is (top, left, bottom, right) of a crop to be restored, counted from 1 and inclusive.
     """
@@ -68,14 +68,14 @@ def read_dnd(folder: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{info} is not DND's info.mat, or is damaged; download it again") from error
     if not sound:
         raise UserError(f"{info} holds something else than boxes (top, left, bottom, right); download it again")
-    return {f"{number:04d}.mat": picture_boxes for number, picture_boxes in enumerate(boxes, start=1)}
+    return {f"{number:04d}.mat": image_boxes for number, image_boxes in enumerate(boxes, start=1)}
 
 
-def read_dnd_picture(path: Path, boxes: np.ndarray) -> np.ndarray:
-    """One of DND's pictures, (H, W, 3) float32 in [0, 1], which its boxes lie in."""
-    picture = read_mat(path, "InoisySRGB")
-    if picture.dtype.kind != "f" or picture.ndim != 3 or picture.shape[2] != 3:
-        raise UserError(f"{path} should hold a picture (H, W, 3) of floats, got {picture.dtype} {picture.shape}")
-    if (boxes[:, 2:] > picture.shape[:2]).any():
+def read_dnd_image(path: Path, boxes: np.ndarray) -> np.ndarray:
+    """One of DND's images, (H, W, 3) float32 in [0, 1], which its boxes lie in."""
+    image = read_mat(path, "InoisySRGB")
+    if image.dtype.kind != "f" or image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(f"{path} should hold an image (H, W, 3) of floats, got {image.dtype} {image.shape}")
+    if (boxes[:, 2:] > image.shape[:2]).any():
         raise UserError(f"{path} is smaller than its boxes in info.mat; download it again")
-    return picture.astype(np.float32)
+    return image.astype(np.float32)

@@ -1,11 +1,11 @@
-"""Test DGUNet for denoising, or denoise pictures.
+"""Test DGUNet for denoising, or denoise images.
 
     python Denoising/test.py --weights model.pth --dataset SIDD              # the paper's table, from the .mat blocks
     python Denoising/test.py --weights model.pth --dataset DND               # writes the files to submit
-    python Denoising/test.py --weights model.pth --dataset path/to/folder    # pairs in input/ and target/, or pictures
+    python Denoising/test.py --weights model.pth --dataset path/to/folder    # pairs in input/ and target/, or images
     python Denoising/test.py --dataset path/to/folder                        # our own weights: Gaussian noise
     python Denoising/test.py --weights model.pth --dataset CBSD68_25 Kodak24_25              # clean sets, noise added
-    python Denoising/test.py --weights model.pth --dataset path/to/folder --sigma 15 25 50   # clean pictures of yours
+    python Denoising/test.py --weights model.pth --dataset path/to/folder --sigma 15 25 50   # clean images of yours
 
 The weights may be this repository's or the original authors'; the variant is recognised. PSNR and SSIM are computed as
 for SIDD: RGB in [0, 1], not rounded to 8 bits, SSIM over three dimensions. Where Gaussian noise is added it is neither
@@ -25,16 +25,16 @@ from dgunet.errors import UserError, command_imports, optional, run_cli
 
 with command_imports(__name__):
     import numpy as np
-    from benchmarks import read_dnd, read_dnd_picture, read_sidd
+    from benchmarks import read_dnd, read_dnd_image, read_sidd
 
     from dgunet.data import read_image, read_luma
-    from dgunet.evaluation import PictureSet, Sample, picture_samples, restore_pictures
+    from dgunet.evaluation import ImageSet, Sample, image_samples, restore_images
     from dgunet.files import replacing
     from dgunet.testing import Benchmark, add_tiling, command, noise_sigma, own_folder
     from dgunet.transforms import unit_range
 
 
-class SiddBlocks(PictureSet):
+class SiddBlocks(ImageSet):
     """The validation blocks; the restored ones are written as the benchmark's ``Idenoised.mat`` (single)."""
 
     def __init__(self, source: Path):
@@ -45,7 +45,7 @@ class SiddBlocks(PictureSet):
             name = f"{i + 1:04d}"
             blocks = tuple(f"{name}_{j + 1:02d}" for j in range(noisy.shape[1]))
             read = partial(lambda i: (noisy[i], clean[i]), i)
-            samples.append(Sample(name, files, read, blocks, title=f"SIDD's picture {name}"))
+            samples.append(Sample(name, files, read, blocks, title=f"SIDD's image {name}"))
         super().__init__(samples)
 
     def _part(self, folder: Path, sample: Sample) -> Path:
@@ -67,20 +67,20 @@ class SiddBlocks(PictureSet):
         return f"wrote {whole}"
 
 
-class DndCrops(PictureSet):
-    """The benchmark's submission: for each picture a .mat file with its 20 restored crops (1-based boxes)."""
+class DndCrops(ImageSet):
+    """The benchmark's submission: for each image a .mat file with its 20 restored crops (1-based boxes)."""
 
     def __init__(self, info: Path):
         def read(path: Path, boxes: np.ndarray) -> tuple[list[np.ndarray], None]:
-            picture = read_dnd_picture(path, boxes)
-            return [picture[top - 1 : bottom, left - 1 : right] for top, left, bottom, right in boxes], None
+            image = read_dnd_image(path, boxes)
+            return [image[top - 1 : bottom, left - 1 : right] for top, left, bottom, right in boxes], None
 
         samples = []
         for name, boxes in read_dnd(info.parent).items():
             path = info.parent / "images_srgb" / name
             crops = tuple(f"{path.stem}_{k + 1:02d}" for k in range(len(boxes)))
             read_crops = partial(read, path, boxes)
-            samples.append(Sample(name, (info, path), read_crops, crops, title=f"DND's picture {name}"))
+            samples.append(Sample(name, (info, path), read_crops, crops, title=f"DND's image {name}"))
         super().__init__(samples, targets=False)
 
     def keep(self, folder: Path, sample: Sample, restored: list[np.ndarray]):
@@ -105,43 +105,43 @@ def write_mat(path: Path, content: dict):
 
 
 def with_noise(clean: np.ndarray, sigma: float) -> np.ndarray:
-    """A clean 8-bit picture with Gaussian noise, float32: in [0, 1] but for the noise, neither clipped nor rounded.
+    """A clean 8-bit image with Gaussian noise, float32: in [0, 1] but for the noise, neither clipped nor rounded.
 
-    As KAIR's test scripts add it: the random numbers begin anew with each picture, whose noise is the same every time.
+    As KAIR's test scripts add it: the random numbers begin anew with each image, whose noise is the same every time.
     """
     noise = np.random.RandomState(0).normal(0, sigma / 255, clean.shape)
     return (unit_range(clean) + noise).astype(np.float32)
 
 
-def noisy(source: Path, sigma: float) -> PictureSet:
+def noisy(source: Path, sigma: float) -> ImageSet:
     def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         clean = read_image(path)
         return with_noise(clean, sigma), clean
 
-    return picture_samples(source, read)
+    return image_samples(source, read)
 
 
 def gaussian(place: str, sigma: float, read: Callable = noisy, usual: bool = True) -> Benchmark:
     return Benchmark(place, "gaussian_rgb", open=partial(read, sigma=sigma), sigma=sigma, usual=usual)
 
 
-def noisy_grey(source: Path, sigma: float) -> PictureSet:
+def noisy_grey(source: Path, sigma: float) -> ImageSet:
     """Grey images (H, W) with noise."""
 
     def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         clean = read_luma(path)
         return with_noise(clean, sigma), clean
 
-    return picture_samples(source, read, read_image=read_luma)
+    return image_samples(source, read, read_image=read_luma)
 
 
-@wraps(restore_pictures)  # whose options it has
+@wraps(restore_images)  # whose options it has
 def denoise(model, degraded, **options):
-    """`restore_pictures`; of a grey image (H, W) the mean of what a colour network makes of three equal channels."""
+    """`restore_images`; of a grey image (H, W) the mean of what a colour network makes of three equal channels."""
     if isinstance(degraded, np.ndarray) and degraded.ndim == 2:
-        restored, _ = restore_pictures(model, np.repeat(degraded[..., None], 3, axis=2), **options)
+        restored, _ = restore_images(model, np.repeat(degraded[..., None], 3, axis=2), **options)
         return restored.mean(axis=2), degraded
-    return restore_pictures(model, degraded, **options)
+    return restore_images(model, degraded, **options)
 
 
 BENCHMARKS = {
@@ -164,7 +164,7 @@ BENCHMARKS = {
 
 def add_options(add: Callable):
     add_tiling(add)
-    told = "the --dataset is clean pictures of your own: add Gaussian noise of these standard deviations (8-bit levels)"
+    told = "the --dataset is clean images of your own: add Gaussian noise of these standard deviations (8-bit levels)"
     add("--sigma", nargs="+", type=noise_sigma, default=[], metavar="S", help=told)
 
 
@@ -173,7 +173,7 @@ def own(args: argparse.Namespace) -> dict[str, Benchmark]:
         return own_folder("sidd_unit_range")(args)
     published = {name.lower() for name in BENCHMARKS}
     if not published.isdisjoint(map(str.lower, args.dataset or BENCHMARKS)):
-        raise UserError("--sigma adds noise to clean pictures of your own; name their folder with --dataset")
+        raise UserError("--sigma adds noise to clean images of your own; name their folder with --dataset")
     return {f"_{sigma:g}": gaussian("", sigma) for sigma in args.sigma}
 
 

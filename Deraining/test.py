@@ -1,12 +1,12 @@
-"""Test DGUNet for deraining, or remove the rain from pictures.
+"""Test DGUNet for deraining, or remove the rain from images.
 
     python Deraining/test.py --weights model.pth                             # the paper's table: all five test sets
     python Deraining/test.py --dataset Rain100L                              # our own weights
     python Deraining/test.py --weights model.pth --dataset Rain100L Test100
-    python Deraining/test.py --weights model.pth --dataset path/to/folder    # pairs in input/ and target/, or pictures
+    python Deraining/test.py --weights model.pth --dataset path/to/folder    # pairs in input/ and target/, or images
     python Deraining/test.py --score_only restored                           # score what lies in restored/Rain100L/...
 
-PSNR and SSIM as in the literature on deraining: on the rounded luma of MATLAB's rgb2ycbcr, of pictures rounded to 8
+PSNR and SSIM as in the literature on deraining: on the rounded luma of MATLAB's rgb2ycbcr, of images rounded to 8
 bits. The average is that of the sets' means. A test that was interrupted goes on where it was.
 """
 
@@ -22,7 +22,7 @@ with command_imports(__name__):
 
     from dgunet.data import read_image
     from dgunet.errors import UserError
-    from dgunet.evaluation import PictureSet, paired, picture_samples
+    from dgunet.evaluation import ImageSet, image_samples, paired
     from dgunet.testing import Benchmark, command, own_folder
 
 
@@ -35,9 +35,9 @@ def read_halves(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return rainy, clean
 
 
-def pairs_or_halves(source: Path) -> PictureSet:
+def pairs_or_halves(source: Path) -> ImageSet:
     """Pairs in ``input/`` and ``target/``, or where there is no such folder, images of two halves."""
-    return paired(source) if (source / "input").is_dir() else picture_samples(source, read_halves)
+    return paired(source) if (source / "input").is_dir() else image_samples(source, read_halves)
 
 
 def benchmark(name: str, dgunet: tuple[float, float], plus: tuple[float, float], **options) -> Benchmark:

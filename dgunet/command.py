@@ -81,7 +81,7 @@ def _version(args: argparse.Namespace, parser: argparse.ArgumentParser):
 
 def _add_restoring(parser: argparse.ArgumentParser, default: str):
     add = parser.add_argument
-    add("photos", nargs="+", type=Path, metavar="PHOTOS", help="pictures, and folders of pictures")
+    add("photos", nargs="+", type=Path, metavar="PHOTOS", help="images, and folders of images")
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the restored ones are written")
     add("--weights", metavar="W", help=f"network: a name that `dgunet list` shows, or a file (default: {default})")
     add("--overwrite", action="store_true", help="restore again what is in --out already")

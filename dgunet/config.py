@@ -42,14 +42,14 @@ _C.MODEL.MATRIX = "learned"  # compressive sensing: learned (with the network) o
 # dct for a range of ratios, which wants the rows that are worth the most first.
 # The matrix of MODEL.WEIGHTS comes before it, unless it is of another ratio, or a file's is to stay fixed.
 _C.MODEL.MATRIX_START = ""
-# Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean pictures: blur. Empty: it is learned.
+# Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean images: blur. Empty: it is learned.
 _C.MODEL.DEGRADATION = ""
 # blur: .npy file of the kernel, (h, w), both odd; or motion: a simulated camera shake for each step. It comes in from
 # beyond the crops, whose margin of half the largest extent, rounded up to a multiple of 8, is cut off.
 _C.MODEL.KERNEL = ""
 _C.MODEL.KERNEL_EXTENT = [5, 25]  # motion: smallest and largest extent, pixels
 _C.MODEL.NOISE = 0.0  # blur: sigma of Gaussian noise on what is blurred while training, on the scale 0 to 255
-_C.MODEL.GREY = False  # blur: train on the luminance, for grey pictures
+_C.MODEL.GREY = False  # blur: train on the luminance, for grey images
 _C.MODEL.WEIGHTS = ""  # to start from: a checkpoint (ours or the authors'), or the name of one; empty: from scratch
 
 _C.OPTIM = CN()
@@ -81,16 +81,16 @@ _C.LOSS.CLAMP = False  # no weight: clamp the estimates to [0, 1] first
 
 _C.TRAINING = CN()
 _C.TRAINING.TRAIN_DIR = ""  # folder with input/ and target/
-_C.TRAINING.EXCLUDE = ""  # text file: names, one to a line, of pictures to leave out, such as those of a test set
+_C.TRAINING.EXCLUDE = ""  # text file: names, one to a line, of images to leave out, such as those of a test set
 _C.TRAINING.VAL_DIR = ""  # the same for validation; empty: VAL_HOLD_BACK of TRAIN_DIR
 _C.TRAINING.VAL_HOLD_BACK = 32  # without VAL_DIR: the last by name, so many or a tenth, are only validated with
 _C.TRAINING.SAVE_DIR = "checkpoints"
 # True: continue SAVE_DIR/SESSION where it stopped; auto: where there is none yet, begin it
 _C.TRAINING.RESUME = False
 _C.TRAINING.TRAIN_PS = 256  # side of the random training crops, pixels
-_C.TRAINING.VAL_PS = 256  # side of the central validation crops; 0: whole pictures. Compressive sensing: of the blocks
+_C.TRAINING.VAL_PS = 256  # side of the central validation crops; 0: whole images. Compressive sensing: of the blocks
 # that the central 256x256 pixels are cut into
-_C.TRAINING.REPEAT = 1  # how often a picture counts in an epoch (each time with another crop)
+_C.TRAINING.REPEAT = 1  # how often an image counts in an epoch (each time with another crop)
 _C.TRAINING.VAL_AFTER_EVERY = 1  # epochs
 _C.TRAINING.VAL_TIMES = 1  # validations in such an epoch, evenly spaced
 _C.TRAINING.VAL_EPOCHS = []  # if given, validate in these epochs (and from VAL_FROM_EPOCH on) only
@@ -415,7 +415,7 @@ def _check_range(key: str, value, source: str):
     if key == "GPU" and len(set(value)) < len(value):
         raise UserError(f"{source}: GPU lists one twice, got {_short(value)}; each is used by one process")
     if key == "TRAINING.VAL_PS" and 0 < value < MULTIPLE:
-        raise UserError(f"{source}: {key} must be 0 (whole pictures) or at least {MULTIPLE}, got {value}")
+        raise UserError(f"{source}: {key} must be 0 (whole images) or at least {MULTIPLE}, got {value}")
     if key == "MODEL.BLOCK" and value % MULTIPLE:
         raise UserError(f"{source}: {key} must be a multiple of {MULTIPLE}, got {value}")
     if isinstance(value, str):

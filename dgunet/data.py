@@ -1,4 +1,4 @@
-"""Pictures on disk: reading, pairing, packing, and which of them are trained on."""
+"""Images on disk: reading, pairing, packing, and which of them are trained on."""
 
 import hashlib
 import io
@@ -20,19 +20,19 @@ from torch import Tensor
 
 from dgunet.errors import UserError, one_line, optional, shorten
 from dgunet.files import IMAGE_SUFFIXES, RAW_SUFFIXES, escaped, normal_form, open_file, replacing
-from dgunet.pictures import read_picture
+from dgunet.photos import read_photo
 from dgunet.transforms import upright
 
 natsorted = optional("natsort").natsorted
 
-PACK_FORMAT = "dgunet pictures 1"
+PACK_FORMAT = "dgunet images 1"
 WRITABLE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # what `write_image` writes, with all colours
 JUNK = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # what systems put into folders of images
-MAX_PIXELS = 2**30  # of a picture: OpenCV's limit
+MAX_PIXELS = 2**30  # of an image: OpenCV's limit
 
 
 class Packed(NamedTuple):
-    """A picture in a file that scripts/pack_dataset.py wrote."""
+    """An image in a file that scripts/pack_dataset.py wrote."""
 
     file: Path
     key: str  # of the HDF5 dataset: NAME, input/NAME or target/NAME
@@ -42,7 +42,7 @@ class Packed(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A degraded picture and its ground truth."""
+    """A degraded image and its ground truth."""
 
     name: str
     input: Path | Packed
@@ -50,33 +50,33 @@ class Pair(NamedTuple):
 
 
 def read_image(source: str | Path | Packed, grey: bool = False) -> np.ndarray:
-    """Read an 8-bit RGB picture as (H, W, 3) uint8, turned upright where its EXIF data says so.
+    """Read an 8-bit RGB image as (H, W, 3) uint8, turned upright where its EXIF data says so.
 
-    A picture is what its bytes say, whatever the ending of its name. JPEG, PNG, BMP, TIFF and WebP are always read;
+    An image is what its bytes say, whatever the ending of its name. JPEG, PNG, BMP, TIFF and WebP are always read;
     what else Pillow knows (GIF, AVIF, JPEG 2000, PPM, TGA, HEIC with pillow-heif, ...) is read where it does.
 
     Args:
-        source: a file, or a picture in a packed one.
-        grey: whether a grey picture is read as well, as (H, W).
+        source: a file, or an image in a packed one.
+        grey: whether a grey image is read as well, as (H, W).
 
     Raises:
         UserError: unreadable, a camera's raw file, grey, with transparency, of other than 8 bits per channel, or (in
             other formats than the five) of several frames: the network would be given something else than the user
-            sees, so the message says how to convert the picture.
+            sees, so the message says how to convert the image.
     """
     return open_image(source, grey)[:, :]
 
 
 def open_image(source: str | Path | Packed, grey: bool = False):
-    """A picture to take a crop from: has ``.shape``, and ``[top:bottom, left:right]`` gives what `read_image` would.
+    """An image to take a crop from: has ``.shape``, and ``[top:bottom, left:right]`` gives what `read_image` would.
 
-    Of a packed picture only the crop is read.
+    Of a packed image only the crop is read.
 
     Raises:
         UserError: as `read_image`.
     """
     if isinstance(source, Packed):
-        return _PackedPicture(source)
+        return _PackedImage(source)
     try:
         with open_file(source) as file:
             return _decode(source, file.read(), grey)
@@ -85,9 +85,9 @@ def open_image(source: str | Path | Packed, grey: bool = False):
 
 
 def read_luma(source: str | Path | Packed) -> np.ndarray:
-    """Luminance of a picture, (H, W) uint8: OpenCV's full-range Y of YCrCb; grey pictures as they are.
+    """Luminance of an image, (H, W) uint8: OpenCV's full-range Y of YCrCb; grey images as they are.
 
-    Reads what the published sets of compressive sensing come in: grey, colour and palette pictures, .png, .tif, ...
+    Reads what the published sets of compressive sensing come in: grey, colour and palette images, .png, .tif, ...
 
     Raises:
         UserError: unreadable, with transparency, or not 8 bits per channel.
@@ -96,18 +96,18 @@ def read_luma(source: str | Path | Packed) -> np.ndarray:
 
 
 def open_luma(source: str | Path | Packed):
-    """A picture's luminance to take a crop from, as `open_image`; single pictures are packed as luminance already."""
-    picture = open_image(source, grey=True)
-    if len(picture.shape) == 2:
-        return picture
+    """An image's luminance to take a crop from, as `open_image`; single images are packed as luminance already."""
+    image = open_image(source, grey=True)
+    if len(image.shape) == 2:
+        return image
     cv2 = optional("cv2")
-    return cv2.cvtColor(picture, cv2.COLOR_RGB2YCrCb)[:, :, 0]
+    return cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[:, :, 0]
 
 
 class _Header(NamedTuple):
-    """What the first bytes of a file say of the picture in it."""
+    """What the first bytes of a file say of the image in it."""
 
-    size: tuple[int, int]  # height and width of the upright picture
+    size: tuple[int, int]  # height and width of the upright image
     mode: str  # RGB, P (a palette of RGB), L (grey), raw, or another one in Pillow's words, which does not suit
     turn: int = 1  # EXIF orientation that decoding does not heed
     plain_png: tuple[int, int] | None = None  # height and width as stored, of a PNG that kornia reads
@@ -118,7 +118,7 @@ _KINDS = {b"\xff\xd8": "Jpeg", b"BM": "Bmp", b"II": "Tiff", b"MM": "Tiff", b"RI"
 
 
 def _header(file: BinaryIO, path: str | Path) -> _Header | None:
-    """The header of a picture; None where it cannot be told, which does not mean that nothing can read the picture."""
+    """The header of an image; None where it cannot be told, which does not mean that nothing can read the image."""
     magic = file.read(10)
     file.seek(0)
     try:
@@ -226,7 +226,7 @@ def _decode_png(path, encoded: bytes, size: tuple[int, int]) -> np.ndarray:
 
 
 def _damaged(path) -> str:
-    return f"{path} is not a picture that can be read, or is damaged; replace or remove it"
+    return f"{path} is not an image that can be read, or is damaged; replace or remove it"
 
 
 def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
@@ -255,26 +255,26 @@ def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
 
 
 def _decode_others(path, grey: bool) -> np.ndarray:
-    """A picture of none of the usual formats, as Pillow reads it: upright, and nothing left out of its pixels."""
+    """An image of none of the usual formats, as Pillow reads it: upright, and nothing left out of its pixels."""
     try:
-        picture = read_picture(path)
+        image = read_photo(path)
     except UserError as error:
-        if "is no picture" in str(error):  # nor anything else that it knows by name
+        if "is no image" in str(error):  # nor anything else that it knows by name
             raise UserError(_damaged(path)) from error
         raise
     kind = None
-    lost = [note for note in picture.notes if re.match(r"\d+ bits|the first of|(CMYK|LAB)\b", note)]
-    if picture.pixels.dtype != np.uint8:
+    lost = [note for note in image.notes if re.match(r"\d+ bits|the first of|(CMYK|LAB)\b", note)]
+    if image.pixels.dtype != np.uint8:
         kind = "has 16 bits per channel"
-    elif picture.alpha is not None:
+    elif image.alpha is not None:
         kind = "has transparency (RGBA)"
     elif lost:
         kind = f"would be read otherwise than it is ({lost[0]})"
-    elif picture.pixels.ndim == 2 and not grey:
+    elif image.pixels.ndim == 2 and not grey:
         kind = "is grey"
     if kind is not None:
         raise UserError(_unsuitable(path, kind, grey))
-    return picture.pixels
+    return image.pixels
 
 
 def _unsuitable(path, kind: str, grey: bool) -> str:
@@ -309,15 +309,15 @@ def write_image(path: str | Path, image: np.ndarray):
 
 
 def list_images(folder: str | Path, tell: bool = True) -> list[Path]:
-    """Pictures directly inside a folder, naturally sorted (img2 before img10): files whose suffix is an image's.
+    """Images directly inside a folder, naturally sorted (img2 before img10): files whose suffix is an image's.
 
     Args:
         folder: where to look.
         tell: whether a line on stderr names what else lies there (once for each folder; hidden files aside), so that a
-            picture of an unknown suffix does not vanish.
+            image of an unknown suffix does not vanish.
 
     Raises:
-        UserError: no such folder, no picture in it, or two whose names differ in Unicode form alone.
+        UserError: no such folder, no image in it, or two whose names differ in Unicode form alone.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -325,7 +325,7 @@ def list_images(folder: str | Path, tell: bool = True) -> list[Path]:
     there = [path for path in folder.iterdir() if not path.name.startswith(".")]
     paths = natsorted((path for path in there if path.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: path.name)
     if not paths:
-        raise UserError(f"no pictures in {folder.absolute()} (known are {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"no images in {folder.absolute()} (known are {', '.join(sorted(IMAGE_SUFFIXES))})")
     by_name((path.name, path) for path in paths)
     if tell:
         tell_of_others(folder, [path for path in there if path.suffix.lower() not in IMAGE_SUFFIXES])
@@ -369,10 +369,10 @@ def by_name(named: Iterable[tuple[str, Path | Packed]]) -> dict[str, Path | Pack
 
 
 def images_by_name(folder: str | Path, tell: bool = True) -> dict[str, Path]:
-    """The pictures directly inside a folder by their names without ending (in Unicode's form NFC), naturally sorted.
+    """The images directly inside a folder by their names without ending (in Unicode's form NFC), naturally sorted.
 
     Raises:
-        UserError: as `list_images`; two pictures of one name.
+        UserError: as `list_images`; two images of one name.
     """
     return by_name((path.stem, path) for path in list_images(folder, tell))
 
@@ -387,8 +387,8 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
         check_sizes: open all headers and compare the sizes.
 
     Raises:
-        UserError: a missing or empty folder, a picture without partner, two pictures of one name; with
-            ``check_sizes``, also a pair whose sizes differ or a picture whose header shows that it is unsuitable.
+        UserError: a missing or empty folder, an image without partner, two images of one name; with
+            ``check_sizes``, also a pair whose sizes differ or an image whose header shows that it is unsuitable.
     """
     root = Path(root)
     packed = root.is_file()
@@ -412,7 +412,7 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
 
 
 def pair_size(pair: Pair) -> tuple[int, int]:
-    """(height, width) of both pictures, from their headers; raises as `find_pairs` does."""
+    """(height, width) of both images, from their headers; raises as `find_pairs` does."""
     a, b = image_size(pair.input), image_size(pair.target)
     if a != b:
         raise UserError(f"{pair.input} is {a[1]}x{a[0]} but {pair.target} is {b[1]}x{b[0]}; a pair must have one size")
@@ -420,12 +420,12 @@ def pair_size(pair: Pair) -> tuple[int, int]:
 
 
 def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
-    """Split pictures or pairs for training and validation: the last in natural order are held back.
+    """Split images or pairs for training and validation: the last in natural order are held back.
 
     Neighbours in that order are often frames of one scene: so but one scene at most is on both sides.
 
     Args:
-        items: pictures or pairs.
+        items: images or pairs.
         count: how many to hold back at most; a tenth of few items is less, but at least one is.
         source: where they come from.
     """
@@ -439,13 +439,13 @@ def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
 
 
 def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
-    """Leave out the pictures, or pairs, that a text file names: one to a line, with or without ending.
+    """Leave out the images, or pairs, that a text file names: one to a line, with or without ending.
 
     Names are compared in Unicode's form NFC. Also left out are their parts and copies, as scripts/prepare_patches.py
     and make_demo_data.py name them: NAME_1, NAME_2, ...
 
     Raises:
-        UserError: no such file, it names none of the pictures, or all of them.
+        UserError: no such file, it names none of the images, or all of them.
     """
     try:
         lines = [line.strip() for line in Path(listing).read_text("utf-8-sig").splitlines()]
@@ -469,7 +469,7 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
     if len(left) in (0, len(items)):
         which = "none" if left else "all"
         raise UserError(
-            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} pictures, as {name(items[0])}; mend it, "
+            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} images, as {name(items[0])}; mend it, "
             'or leave nothing out by TRAINING.EXCLUDE ""'
         )
     return left
@@ -478,13 +478,13 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
 def fingerprint(items: list[Path | Packed | Pair]) -> dict[str, Tensor | bool]:
     """What tells training data from others, wherever they lie: the files' names, and how large each is.
 
-    Of files the size is in bytes, of packed pictures in pixels: ``packed`` says which.
+    Of files the size is in bytes, of packed images in pixels: ``packed`` says which.
     """
     names, sizes, packed = [], [], False
     for name, source in _sources(items):
         packed = isinstance(source, Packed)
         names.append(_digest(name))
-        sizes.append(_PackedPicture(source).size if packed else os.stat(source).st_size)
+        sizes.append(_PackedImage(source).size if packed else os.stat(source).st_size)
     return {"names": torch.tensor(names), "sizes": torch.tensor(sizes), "packed": packed}
 
 
@@ -511,7 +511,7 @@ def changed_items(items: list[Path | Packed | Pair], then: dict[str, Tensor | bo
 
 
 def _sources(items: list[Path | Packed | Pair]) -> Iterator[tuple[str, Path | Packed]]:
-    """(name, where it lies) of all pictures; the names are the same in a folder and packed."""
+    """(name, where it lies) of all images; the names are the same in a folder and packed."""
     for item in items:
         if isinstance(item, Pair):
             yield f"input/{item.name}", item.input
@@ -521,7 +521,7 @@ def _sources(items: list[Path | Packed | Pair]) -> Iterator[tuple[str, Path | Pa
 
 
 def find_images(root: str | Path) -> list[Path | Packed]:
-    """The pictures of a folder, or of a file that scripts/pack_dataset.py made of it; raises as `list_images` does."""
+    """The images of a folder, or of a file that scripts/pack_dataset.py made of it; raises as `list_images` does."""
     root = Path(root)
     if not root.is_file():
         return list_images(root)
@@ -529,7 +529,7 @@ def find_images(root: str | Path) -> list[Path | Packed]:
 
 
 def list_packed(file: Path, group: str) -> list[str]:
-    """Names in one group of a packed file (``input``, ``target``, or ``/`` for pictures without a partner), sorted.
+    """Names in one group of a packed file (``input``, ``target``, or ``/`` for images without a partner), sorted.
 
     Raises:
         UserError: not such a file, a damaged one, or one of the other kind.
@@ -543,10 +543,10 @@ def list_packed(file: Path, group: str) -> list[str]:
     except Exception as error:  # damage shows in many ways
         raise UserError(_damaged_pack(file)) from error
     if names is None:
-        kind = "picture pairs" if pairs else "single pictures"
+        kind = "image pairs" if pairs else "single images"
         raise UserError(f"{file} holds {kind}, which is not what this task trains on; see scripts/pack_dataset.py")
     if not names:
-        raise UserError(f"no pictures in {file}; pack the folder again")
+        raise UserError(f"no images in {file}; pack the folder again")
     return names
 
 
@@ -554,8 +554,8 @@ def _damaged_pack(source) -> str:
     return f"{source} is damaged; pack the folder again with scripts/pack_dataset.py"
 
 
-class _PackedPicture:
-    """A picture in a packed file; of a pair (H, W, 3), a single one (H, W)."""
+class _PackedImage:
+    """An image in a packed file; of a pair (H, W, 3), a single one (H, W)."""
 
     def __init__(self, source: Packed):
         self.source = source
@@ -616,7 +616,7 @@ if hasattr(os, "register_at_fork"):  # loading processes that share an open HDF5
 
 
 def image_size(source: str | Path | Packed, grey: bool = False) -> tuple[int, int]:
-    """(height, width) of an upright picture, from its header alone; arguments and exceptions as of `read_image`."""
+    """(height, width) of an upright image, from its header alone; arguments and exceptions as of `read_image`."""
     if isinstance(source, Packed):
         return open_image(source).shape[:2]
     with open_file(source) as file:

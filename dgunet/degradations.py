@@ -26,7 +26,7 @@ class Degradation(Protocol):
     """A linear map from images (B, C, H, W) to measurements, and its adjoint.
 
     Of the known ones, those whose measurements are images of x's size say so by ``image_to_image = True``: `restore`
-    may pad these and cut them into tiles. Those that train on something else than ``A(x)`` of clean pictures x, such as
+    may pad these and cut them into tiles. Those that train on something else than ``A(x)`` of clean images x, such as
     ``A(x)`` and noise, have ``measure(x, shared, own)`` for it: images may come out smaller than x, which is its centre
     then. What it draws for the whole batch comes from the generator ``shared`` (of the CPU), what it draws for each
     image from that image's generator in the list ``own`` (of x's device). Training seeds them so that neither the
@@ -264,7 +264,7 @@ class Blur(nn.Module):
 
     Args:
         kernel: (h, w), both odd; used as it is (a blur that keeps the brightness sums to 1).
-        noise: what `measure` adds, Gaussian, sigma in the unit of the pictures.
+        noise: what `measure` adds, Gaussian, sigma in the unit of the images.
 
     Raises:
         ValueError: a kernel of another shape.

@@ -1,4 +1,4 @@
-"""The networks in a browser: choose a picture, degrade it, restore it, look at every stage (``dgunet demo``)."""
+"""The networks in a browser: choose an image, degrade it, restore it, look at every stage (``dgunet demo``)."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgunet import pictures
+from dgunet import images
 from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import to_tensor
 from dgunet.degradations import BlockSampling, FirstRows, ScalableSampling, percentage
@@ -27,15 +27,15 @@ from dgunet.figures import stages_of
 from dgunet.hardware import autocast_dtype, pick_device
 from dgunet.metrics import evaluate_pair
 from dgunet.model import DGUNet
-from dgunet.photographs import MIN_SIDE, embedded_photos
-from dgunet.pictures import noise_level, tell_sigmas, trained_noise, unlike_noise
+from dgunet.photos import noise_level, tell_sigmas, trained_noise, unlike_noise
 from dgunet.pretrained import list_pretrained
-from dgunet.synthesis import Degrade, added_rain, degrade_picture, gaussian_noise, motion_blur, sensor_noise
+from dgunet.samples import MIN_SIDE, sample_photos
+from dgunet.synthesis import Degrade, added_rain, degrade_image, gaussian_noise, motion_blur, sensor_noise
 from dgunet.transforms import pad_to_blocks, to_uint8, unit_range
 
 PORTS = range(7860, 7960)  # the first free one, where none is asked for
 MAX_FILE_SIZE = "50mb"
-MAX_READ = 80_000_000  # pixels; a picture with more is not even decoded
+MAX_READ = 80_000_000  # pixels; an image with more is not even decoded
 TILE, OVERLAP = 512, 64  # pixels
 EXAMPLE_SIDE = 400  # pixels: restored in some seconds on a CPU
 EXAMPLES = {"test": ("astronaut", "cat", "coffee"), "train": ("rocket", "motorcycle_left"), "val": ("camera_face",)}
@@ -44,7 +44,7 @@ AS_IT_IS = "nothing: take it as it is"
 
 @dataclass(frozen=True)
 class Task:
-    """A tab: its title and first example, and by their names, how its pictures are degraded by a strength."""
+    """A tab: its title and first example, and by their names, how its images are degraded by a strength."""
 
     title: str
     example: str
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--weights", nargs="+", default=[], metavar="TASK=FILE", help="networks of your own, e.g. denoising=model.pth")
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
     add(
-        "--megapixels", type=float, default=1.0, help="larger pictures are scaled down to so many (default: 1, which "
+        "--megapixels", type=float, default=1.0, help="larger images are scaled down to so many (default: 1, which "
         "takes a CPU of two cores about a minute)"
     )  # fmt: skip
 
@@ -186,30 +186,30 @@ def load(network: Network, device: torch.device) -> DGUNet:
     return load_model(network.path, task=network.task, device=device)
 
 
-def read_picture(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
-    """A visitor's picture as (H, W, 3) uint8, upright and with at most so many pixels, and what was changed.
+def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
+    """A visitor's image as (H, W, 3) uint8, upright and with at most so many pixels, and what was changed.
 
     Raises:
         UserError: it cannot be read, is too small or too large.
     """
     try:
-        height, width, _ = pictures.look_at(path)
+        height, width, _ = images.look_at(path)
         if height * width > MAX_READ:
             most = f"more than the {MAX_READ / 1e6:.0f} million that the demo reads"
             raise UserError(f"{path} has {width}x{height} pixels, {most}; make it smaller")
         if min(height, width) < MIN_SIDE:
             raise UserError(f"{path} has {width}x{height} pixels; the demo needs at least {MIN_SIDE}x{MIN_SIDE}")
-        picture = pictures.read_picture(path)
+        image = images.read_photo(path)
     except UserError as error:
         raise UserError(str(error).replace(str(path), "This file")) from error
-    image, changed = unit_range(picture.pixels), []
-    if picture.pixels.dtype == np.uint16:
-        image = (picture.pixels / 65535).astype(np.float32)
+    image, changed = unit_range(image.pixels), []
+    if image.pixels.dtype == np.uint16:
+        image = (image.pixels / 65535).astype(np.float32)
         changed.append("rounded to 8 bits")
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
-    if picture.alpha is not None:
-        alpha = picture.alpha[..., None] / np.float32(np.iinfo(picture.alpha.dtype).max)
+    if image.alpha is not None:
+        alpha = image.alpha[..., None] / np.float32(np.iinfo(image.alpha.dtype).max)
         image = alpha * image + (1 - alpha)
         changed.append("laid on white")
     if (scale := (pixels / (height * width)) ** 0.5) < 1:
@@ -217,9 +217,9 @@ def read_picture(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
         image = optional("cv2").resize(image, after[::-1], interpolation=optional("cv2").INTER_AREA)
         changed.append(
             f"scaled from {before[1]}x{before[0]} to {after[1]}x{after[0]} pixels, so that it does not take long "
-            "(the command line restores pictures of any size)"
+            "(the command line restores images of any size)"
         )
-    return to_uint8(image), f"Your picture was {', and '.join(changed)}." if changed else ""
+    return to_uint8(image), f"Your image was {', and '.join(changed)}." if changed else ""
 
 
 @cache
@@ -228,7 +228,7 @@ def examples() -> dict[str, np.ndarray]:
     Image = optional("PIL.Image")
     found = {}
     for split, names in EXAMPLES.items():
-        for photo in embedded_photos(split):
+        for photo in sample_photos(split):
             if photo.name in names:
                 with Image.open(photo.path) as image:
                     if photo.crop:
@@ -240,14 +240,14 @@ def examples() -> dict[str, np.ndarray]:
     return found
 
 
-def degrade(task: str, picture: np.ndarray, way: str | None, strength: float, seed: int) -> np.ndarray:
-    """What the network is given of a picture (H, W, 3) uint8, of the same shape; of compressive sensing its luminance
+def degrade(task: str, image: np.ndarray, way: str | None, strength: float, seed: int) -> np.ndarray:
+    """What the network is given of an image (H, W, 3) uint8, of the same shape; of compressive sensing its luminance
     (H, W), which is then measured."""
     if task == "compressive_sensing":
-        return np.asarray(optional("PIL.Image").fromarray(picture).convert("L"))
+        return np.asarray(optional("PIL.Image").fromarray(image).convert("L"))
     if way == AS_IT_IS:
-        return picture
-    return degrade_picture(picture, TASKS[task].ways[way](strength), int(seed), "demo")
+        return image
+    return degrade_image(image, TASKS[task].ways[way](strength), int(seed), "demo")
 
 
 def psnr(image: np.ndarray, truth: np.ndarray) -> float:
@@ -260,12 +260,12 @@ CSS = """
 .gallery .gallery-item, .gallery .thumbnail-item {width: 100% !important; height: auto; min-width: 0}
 """
 
-ABOUT = """## DGUNet restores pictures by proximal gradient descent, unrolled into learned stages
+ABOUT = """## DGUNet restores images by proximal gradient descent, unrolled into learned stages
 """
 
 
 def build(networks: list[Network], device: torch.device, pixels: int):
-    """The page, a `gradio.Blocks`, for these networks; pictures of more than so many pixels are scaled down."""
+    """The page, a `gradio.Blocks`, for these networks; images of more than so many pixels are scaled down."""
     gr = optional("gradio")
     with gr.Blocks(title="DGUNet", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(ABOUT)
@@ -297,14 +297,14 @@ class _Tab:
         measured = self.ratios(network)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                picture = gr.State(photos[task.example])
+                image = gr.State(photos[task.example])
                 gallery = gr.Gallery(
                     list(photos.values()), label="Examples", show_label=False, columns=6, height=90,
                     allow_preview=False, object_fit="cover", buttons=[], interactive=False, elem_classes="gallery",
                     selected_index=list(photos).index(task.example),
                 )  # fmt: skip
                 own = gr.File(
-                    label="or a picture of your own", file_types=["image"], height=120, elem_id=f"{self.name}_own"
+                    label="or an image of your own", file_types=["image"], height=120, elem_id=f"{self.name}_own"
                 )
                 note = gr.Markdown(elem_id=f"{self.name}_note")
                 way = gr.Radio(ways, value=ways[0], label="Degrade it by", visible=not sensing)
@@ -334,15 +334,15 @@ class _Tab:
         def choose(event: gr.SelectData):  # Gradio reads the signatures of these two
             return list(photos.values())[event.index], "", None
 
-        def restore(picture, way, strength, seed, label, percent, progress=gr.Progress()):  # noqa: B008
-            return self.restore(picture, way, strength, seed, label, percent, progress)
+        def restore(image, way, strength, seed, label, percent, progress=gr.Progress()):  # noqa: B008
+            return self.restore(image, way, strength, seed, label, percent, progress)
 
-        inputs, outputs = [picture, way, strength, seed, chosen, ratio], [viewer, caption, stage, table, found]
+        inputs, outputs = [image, way, strength, seed, chosen, ratio], [viewer, caption, stage, table, found]
         quietly = dict(api_visibility="private", show_progress="hidden", trigger_mode="multiple")
         # One after the other, so that the last that a visitor asks for is also the last that comes.
         look = dict(fn=self.look, inputs=inputs, outputs=outputs, concurrency_id="look", concurrency_limit=1, **quietly)
-        gallery.select(choose, None, [picture, note, own], **quietly).then(**look)
-        own.upload(self.take, [own, picture], [picture, note, gallery], **quietly).then(**look)
+        gallery.select(choose, None, [image, note, own], **quietly).then(**look)
+        own.upload(self.take, [own, image], [image, note, gallery], **quietly).then(**look)
         way.input(self.fitting, [way, chosen], [strength, seed, chosen, about], **quietly).then(**look)
         for event in (strength.release, seed.release, ratio.release):
             event(**look)
@@ -371,13 +371,13 @@ class _Tab:
         network = self.networks[label]
         return f"**{network.name}**: {network.told}" if network.told else f"**{network.name}**"
 
-    def take(self, path, picture):
-        """The visitor's own picture, or the former one with a sentence on why it cannot be used."""
+    def take(self, path, image):
+        """The visitor's own image, or the former one with a sentence on why it cannot be used."""
         gr = optional("gradio")
         try:
-            return *read_picture(path, self.pixels), gr.update(selected_index=None)
+            return *read_photo(path, self.pixels), gr.update(selected_index=None)
         except UserError as error:
-            return picture, f"⚠️ {error}", gr.skip()
+            return image, f"⚠️ {error}", gr.skip()
 
     def fitting(self, way, label):
         """Which sliders matter; and for the kind of noise the network that is for it, unless one's own is chosen."""
@@ -388,9 +388,9 @@ class _Tab:
         sliders = update(visible=way == next(iter(self.task.ways))), update(visible=way != AS_IT_IS)
         return *sliders, update(value=label), self.tell(label)
 
-    def look(self, picture, way, strength, seed, label, percent=0):
+    def look(self, image, way, strength, seed, label, percent=0):
         """What would be restored, beside the original."""
-        given = degrade(self.name, picture, way, strength, seed)
+        given = degrade(self.name, image, way, strength, seed)
         network = self.networks[label]
         if self.sensing:
             operator, ratio = load(network, self.device).degradation, self.ratio(label, percent)
@@ -401,18 +401,18 @@ class _Tab:
                 f"{operator.block}x{operator.block}: **{psnr(*pair):.2f} dB**."
             )
         elif way == AS_IT_IS:
-            pair, text = (given, given), "The picture as it is. " + _unlike(network, given)
+            pair, text = (given, given), "The image as it is. " + _unlike(network, given)
         else:
-            pair = picture, given
+            pair = image, given
             text = f"Left the original, right with {way}: **{psnr(*pair):.2f} dB**. "
             text += _unlike(network, given, strength if way == "Gaussian noise" else None)
         update = optional("gradio").update
         return pair, f"{text} Press **Restore**.", update(visible=False), "", None
 
-    def restore(self, picture, way, strength, seed, label, percent, progress):
+    def restore(self, image, way, strength, seed, label, percent, progress):
         gr = optional("gradio")
         try:
-            given = degrade(self.name, picture, way, strength, seed)
+            given = degrade(self.name, image, way, strength, seed)
             model = load(self.networks[label], self.device)
             begin = time.perf_counter()
             bf16 = autocast_dtype("auto", self.device) is not None  # where it is faster
@@ -424,7 +424,7 @@ class _Tab:
             if (told := explain(error)) is None:
                 raise
             return gr.skip(), f"⚠️ {told}", gr.skip(), gr.skip(), gr.skip()
-        truth = given if self.sensing else None if way == AS_IT_IS else picture
+        truth = given if self.sensing else None if way == AS_IT_IS else image
         scores = [] if truth is None else [psnr(stage, truth) for stage in stages]
         place = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         size = f"{given.shape[1]}x{given.shape[0]} pixels"
@@ -437,7 +437,7 @@ class _Tab:
         if found is None:
             return optional("gradio").skip()
         k, last = int(k), len(found.stages) - 1
-        before = "Aᵀy" if self.sensing else "degraded" if found.scores else "the picture"
+        before = "Aᵀy" if self.sensing else "degraded" if found.scores else "the image"
         score = [f", **{score:.2f} dB**" for score in found.scores] or [""] * (last + 1)
         name = "x₀" if k == 0 else "restored" if k == last else f"after stage {k} of {last}"
         text = f"Left {before}{score[0]}; right {name}{score[k]}. {found.took}"
@@ -446,7 +446,7 @@ class _Tab:
 
 @dataclass(frozen=True)
 class Found:
-    """A restored picture: x_0 ... x_K, their PSNR where the truth is known, and how long it took."""
+    """A restored image: x_0 ... x_K, their PSNR where the truth is known, and how long it took."""
 
     stages: list[np.ndarray]
     scores: list[float]
@@ -479,7 +479,7 @@ def _by_label(networks: list[Network]) -> dict[str, Network]:
 
 
 def _unlike(network: Network, given: np.ndarray, sigma: float | None = None) -> str:
-    """A sentence where a picture has other Gaussian noise than the network was trained for."""
+    """A sentence where an image has other Gaussian noise than the network was trained for."""
     if network.noise_sigma is None:
         return ""
     level = 255 * noise_level(unit_range(given)) if sigma is None else sigma

@@ -36,7 +36,7 @@ log = logging.getLogger("dgunet")
 # Keys that may differ between a run and its continuation without a word.
 _FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
 
-# What a validation's score depends on besides the pictures and the weights, or how that begins.
+# What a validation's score depends on besides the images and the weights, or how that begins.
 _VALIDATION = ("SEED", "TRAINING.VAL_PS", "SYNTHESIS", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY", "MODEL.RATIO")
 
 
@@ -72,7 +72,7 @@ class Trainer:
 
     Args:
         cfg: see `config.py`.
-        model: a DGUNet. One with a known degradation is trained on clean pictures, which it is given measured.
+        model: a DGUNet. One with a known degradation is trained on clean images, which it is given measured.
         train_set, val_set: see `patches.TrainingSet` and `patches.ValidationSet`.
 
     Raises:
@@ -102,7 +102,7 @@ class Trainer:
         self.log = RunLog(self.folder, cfg.MODEL.SESSION, cfg.OPTIM.NUM_EPOCHS, self.batches.steps, self.main)
         self.resumed: Path | None = None  # the file that the run was continued from
         self.changed: list[str] = []  # keys of the config that were others then
-        self.validation_changed = False  # its pictures, or what it does with them
+        self.validation_changed = False  # its images, or what it does with them
         self.notes: list[str] = []  # what the user should know about how the run begins
         self.signal_received = self.stopped = 0  # signals' numbers: this process's, and the one all agree to stop for
         self.signal_time = 0.0
@@ -119,7 +119,7 @@ class Trainer:
         after the first, ends the run at once.
 
         Raises:
-            UserError: another training is at work in the folder; as `take_up` does; a picture that cannot be used;
+            UserError: another training is at work in the folder; as `take_up` does; an image that cannot be used;
                 too many steps in a row without a finite loss.
         """
         with self._alone_in_folder():
@@ -258,7 +258,7 @@ class Trainer:
             for k in range(rounds):
                 for input, target in itertools.islice(batches, 1):
                     indices = list(mine)[done : done + len(input)]
-                    x = self.learner.move(input.flatten(0, -4))  # blocks as pictures of their own
+                    x = self.learner.move(input.flatten(0, -4))  # blocks as images of their own
                     for which, operator in enumerate(measuring):
                         # Random measurements are the same each time, whatever the processes.
                         draws = () if operator else self.learner.draws((indices[0],), [(i,) for i in indices])
@@ -288,7 +288,7 @@ class Trainer:
         return scores[finite].mean().item() if finite.any() else math.inf
 
     def _validation_batch(self) -> int:
-        """Pictures at once: no more pixels than in a training pass, as far as they are of one size."""
+        """Images at once: no more pixels than in a training pass, as far as they are of one size."""
         sizes = self.val_set.sizes
         if len(sizes) > 1 or (self.learner.measured and not hasattr(self.learner.model.degradation, "validated")):
             return 1

@@ -109,7 +109,7 @@ def explain(error: BaseException) -> str | None:
         advice = f"; {_ADVICE[number]}" if number in _ADVICE else ""
         return f"{os.fsdecode(name)}: {reason}{advice}" if isinstance(name, str | bytes | Path) else f"{reason}{advice}"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "out of memory; use smaller pictures or batches, or fewer processes at once"
+        return "out of memory; use smaller images or batches, or fewer processes at once"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"{text.rstrip('.')}, perhaps for lack of memory; try a lower TRAINING.WORKERS"
     return None
@@ -121,7 +121,7 @@ def told_in_one_line():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what they say of damaged pictures is told in other words
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what they say of damaged images is told in other words
     try:
         yield
     except UserError:

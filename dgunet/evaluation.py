@@ -1,7 +1,7 @@
 """Scores of a network on a data set: `evaluate`, what it goes through, and what it keeps.
 
 A test that is interrupted and started again goes on where it was: the scores of a data set are written as they arrive,
-each with a fingerprint of its picture's files, next to a note of the weights and settings that they belong to.
+each with a fingerprint of its image's files, next to a note of the weights and settings that they belong to.
 """
 
 import contextlib
@@ -41,18 +41,18 @@ natsorted = optional("natsort").natsorted
 
 TEXT = dict(newline="", encoding="utf-8", errors="surrogateescape")  # of a table: names need not be UTF-8
 
-# A picture; or several, as an array (N, H, W, C) or, of different sizes, a list.
-Pictures = np.ndarray | list[np.ndarray]
+# An image; or several, as an array (N, H, W, C) or, of different sizes, a list.
+Images = np.ndarray | list[np.ndarray]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is restored at a time: a picture, or several that belong together."""
+    """What is restored at a time: an image, or several that belong together."""
 
     name: str
     files: tuple[Path, ...]  # that it is read from; where they have changed, it is scored anew
-    read: Callable[[], tuple[Pictures, Pictures | None]]  # degraded (8-bit, or floats in [0, 1]) and 8-bit target
-    parts: tuple[str, ...] | None = None  # the names of its pictures, where it has several
+    read: Callable[[], tuple[Images, Images | None]]  # degraded (8-bit, or floats in [0, 1]) and 8-bit target
+    parts: tuple[str, ...] | None = None  # the names of its images, where it has several
     title: str = ""  # in messages; else the first of the files
 
     @property
@@ -61,7 +61,7 @@ class Sample:
 
 
 @dataclass
-class PictureSet:
+class ImageSet:
     """A data set: what a test goes through.
 
     One whose benchmark wants something of its own to be written overrides `keep`, `kept` and `finish`.
@@ -69,10 +69,10 @@ class PictureSet:
 
     samples: list[Sample]
     targets: bool = True  # whether its samples have some; what has none is restored, not scored
-    save: bool = False  # whether the restored pictures are what is wanted
-    read_image: Callable[[Path], np.ndarray] = read_image  # how restored pictures are read that lie elsewhere
+    save: bool = False  # whether the restored images are what is wanted
+    read_image: Callable[[Path], np.ndarray] = read_image  # how restored images are read that lie elsewhere
 
-    def keep(self, folder: Path, sample: Sample, restored: Pictures):
+    def keep(self, folder: Path, sample: Sample, restored: Images):
         """Write into the folder of the scores what is wanted of a sample."""
 
     def kept(self, folder: Path, sample: Sample) -> bool:
@@ -84,7 +84,7 @@ class PictureSet:
 
 
 class Row(NamedTuple):
-    """The scores of a picture; None where it has no target."""
+    """The scores of an image; None where it has no target."""
 
     name: str
     psnr: float | None
@@ -101,7 +101,7 @@ class Row(NamedTuple):
 class Result:
     """Mean scores of one data set, nan where nothing was scored.
 
-    The mean PSNR is of the pictures that do not equal their targets, see `metrics.mean_psnr`; all others are of all.
+    The mean PSNR is of the images that do not equal their targets, see `metrics.mean_psnr`; all others are of all.
     """
 
     dataset: str
@@ -109,17 +109,17 @@ class Result:
     images: int  # that were scored
     psnr: float  # dB
     ssim: float
-    input_psnr: float  # of the degraded pictures, by the same protocol
+    input_psnr: float  # of the degraded images, by the same protocol
     input_ssim: float
     paper: tuple[float, float] | None = None  # PSNR, SSIM
     metrics: dict[str, float] = field(default_factory=dict)  # means of further scores by name
-    seconds_per_image: float = math.nan  # restoring alone, of the pictures of this call
+    seconds_per_image: float = math.nan  # restoring alone, of the images of this call
     settings: dict = field(default_factory=dict)
-    missing: int = 0  # pictures of the data set that could not be tested
-    identical: int = 0  # pictures that equal their targets when restored, and are left out of the mean PSNR
-    identical_inputs: int = 0  # the same of the degraded pictures
+    missing: int = 0  # images of the data set that could not be tested
+    identical: int = 0  # images that equal their targets when restored, and are left out of the mean PSNR
+    identical_inputs: int = 0  # the same of the degraded images
     version: int = 1  # of the protocol
-    rows: list[Row] = field(default_factory=list, repr=False)  # each picture's
+    rows: list[Row] = field(default_factory=list, repr=False)  # each image's
     failures: list[str] = field(default_factory=list, repr=False)  # what could not be tested, and why
 
     @property
@@ -129,25 +129,25 @@ class Result:
         return self.dataset + part
 
 
-def restore_pictures(
-    model: torch.nn.Module, degraded: Pictures, tile: int | str | None = None, **options
-) -> tuple[Pictures, Pictures]:
-    """Restore a sample's pictures by `dgunet.restore`, which takes the options: not rounded, and the degraded ones."""
+def restore_images(
+    model: torch.nn.Module, degraded: Images, tile: int | str | None = None, **options
+) -> tuple[Images, Images]:
+    """Restore a sample's images by `dgunet.restore`, which takes the options: not rounded, and the degraded ones."""
     options["tile"] = tile
     if isinstance(degraded, list):
-        return restore(model, [unit_range(picture) for picture in degraded], **options), degraded
+        return restore(model, [unit_range(image) for image in degraded], **options), degraded
     batches = [degraded] if degraded.ndim < 4 else np.split(degraded, range(8, len(degraded), 8))
     return np.concatenate([restore(model, unit_range(batch), **options) for batch in batches]), degraded
 
 
 def evaluate(
     model: torch.nn.Module | Callable,
-    data: str | Path | PictureSet,
+    data: str | Path | ImageSet,
     protocol: str | None,
     folder: str | Path | None = None,
     *,
     name: str = "",
-    method: Callable = restore_pictures,
+    method: Callable = restore_images,
     settings: dict | None = None,
     metrics: Mapping[str, Metric] = MappingProxyType({}),
     save_images: bool | None = None,
@@ -160,42 +160,42 @@ def evaluate(
         print(result.psnr, result.ssim, [(row.name, row.psnr) for row in result.rows])
 
     Args:
-        model: a network; or a function of a `Sample` and its degraded picture(s), as they were read, that gives the
+        model: a network; or a function of a `Sample` and its degraded image(s), as they were read, that gives the
             restored one(s), uint8 or floats in [0, 1], and those to be scored as the input. Of another method:
             ``evaluate(lambda sample, y: (my_method(y), y), ...)``.
-        data: a folder with pairs in ``input/`` and ``target/``; a folder of pictures or a picture, to be restored only;
-            or any `PictureSet`.
+        data: a folder with pairs in ``input/`` and ``target/``; a folder of images or an image, to be restored only;
+            or any `ImageSet`.
         protocol: one of `metrics.PROTOCOLS`; None where nothing has a target.
-        folder: where the scores and pictures are written. Called again with the same model, settings and files, it
+        folder: where the scores and images are written. Called again with the same model, settings and files, it
             goes on with what is missing. (What a function, or a degradation of the user's own, computes is not known:
             its scores are always begun anew. A method is known by its name.) None to write nothing.
         name: of the data set, in the result and in what is told; by default the folder's.
-        method: how the network restores: a function of it, a sample's degraded picture(s) and the options, that gives
+        method: how the network restores: a function of it, a sample's degraded image(s) and the options, that gives
             what a function given as ``model`` does.
         settings: what else the scores depend on; noted with them. So are the protocol's version and the tiles.
-        metrics: further scores of the restored pictures by name, see `metrics.find_metrics`. Pictures that were scored
+        metrics: further scores of the restored images by name, see `metrics.find_metrics`. Images that were scored
             without one are scored anew.
-        save_images: whether restored pictures are written; None where they are scored as they lie on the disk, or are
+        save_images: whether restored images are written; None where they are scored as they lie on the disk, or are
             all that is wanted.
         say: given a line of text now and then, e.g. ``print``.
         **options: of the method; by default those of `restore`: ``tile``, ``self_ensemble``, ``bf16``, ... But where no
-            ``tile`` is given, neither here nor in ``local``, pictures are scored as the network restores them whole,
+            ``tile`` is given, neither here nor in ``local``, images are scored as the network restores them whole,
             whatever the memory (what would not fit on a CPU is refused; None tries it), and only what has no target is
             restored with "auto". Of "auto" the tiles that were used are in the rows and settings of the result.
     Returns:
-        The means, each picture's scores, and what could not be tested: one picture's failure costs no other.
+        The means, each image's scores, and what could not be tested: one image's failure costs no other.
 
     Raises:
         UserError: no such data, an unsuitable network, or another process that writes to the folder.
         ValueError: unknown protocol.
     """
-    seconds, count = 0.0, 0  # restoring, and pictures restored
-    if not isinstance(data, PictureSet):
-        name, data = name or Path(data).name, pairs_or_pictures(Path(data))
+    seconds, count = 0.0, 0  # restoring, and images restored
+    if not isinstance(data, ImageSet):
+        name, data = name or Path(data).name, pairs_or_images(Path(data))
     folder = Path(folder) if folder is not None else None
     network = isinstance(model, torch.nn.Module)
     tiles = None
-    if network and inspect.unwrap(method) is restore_pictures:
+    if network and inspect.unwrap(method) is restore_images:
         if options.get("local") is None:  # noted with the scores: a record may change
             options["local"] = getattr(model, "local", None) or False
         tiles = _Tiles(model, options, data)
@@ -210,26 +210,26 @@ def evaluate(
     else:
         note = {"scored": time.time()}
     # of what test.py's options for other methods are, nothing is known here
-    advice = "use smaller pictures" if tiles is None else "restore it in tiles, --tile 512, which changes its score"
+    advice = "use smaller images" if tiles is None else "restore it in tiles, --tile 512, which changes its score"
     note["protocol_version"] = version = find_protocol(protocol).version if protocol else 1
     if metrics and not data.targets:
-        raise UserError(f"{name}: --metrics are of pictures with targets, in input/ and target/; leave it out")
+        raise UserError(f"{name}: --metrics are of images with targets, in input/ and target/; leave it out")
     stamps = {name: stamp for sample in data.samples for stamp in [_stamp(sample.files)] for name in sample.names}
     rounded = data.targets and find_protocol(protocol).rounded
     keep = folder is not None and save_images is not False
     save = keep and (save_images or data.save or rounded)
 
     def written(sample: Sample) -> bool:
-        pictures = not save or all((folder / f"{name}.png").exists() for name in sample.names)
-        return pictures and (not keep or data.kept(folder, sample))
+        images = not save or all((folder / f"{name}.png").exists() for name in sample.names)
+        return images and (not keep or data.kept(folder, sample))
 
     with contextlib.closing(ScoreSheet(folder, protocol or "none", note, stamps, metrics)) as sheet, _full_precision():
         if sheet.continued:
-            say(f"{name}: {sheet.continued} of {len(stamps)} pictures are done already")
+            say(f"{name}: {sheet.continued} of {len(stamps)} images are done already")
         done = {sample.name for sample in data.samples if all(map(sheet.done, sample.names)) and written(sample)}
         if sheet.found and network:
             _remove_former(folder, [sample for sample in data.samples if sample.name not in done])
-        for sample in progress_bar(data.samples, desc=name, unit="picture"):
+        for sample in progress_bar(data.samples, desc=name, unit="image"):
             if sample.name in done:
                 continue
             with _attempt(sample.title or str(sample.files[0]), sheet.failures, advice):
@@ -245,8 +245,8 @@ def evaluate(
                 if keep:
                     data.keep(folder, sample, restored)
                 before = None if before is target else before  # what is only degraded on the way by a network
-                pictures = (_each(sample, given) for given in (restored, target, before))
-                for part, x, x_true, y in zip(sample.names, *pictures, strict=True):
+                images = (_each(sample, given) for given in (restored, target, before))
+                for part, x, x_true, y in zip(sample.names, *images, strict=True):
                     if rounded:
                         x, y = to_uint8(x), None if y is None else to_uint8(y)
                     if save:
@@ -276,7 +276,7 @@ class _Tiles:
         data: which of the two.
     """
 
-    def __init__(self, model, options: dict, data: PictureSet):
+    def __init__(self, model, options: dict, data: ImageSet):
         local = check_windows(options["local"]).get("tile")
         self.model, self.given = model, "tile" in options or local is not None
         unasked = "auto" if local is not None or (data.save and not data.targets) else None
@@ -286,8 +286,8 @@ class _Tiles:
         check_tiles(tile, options.get("tile_overlap"))
         self.tile, self.asked = tile, "whole" if tile is None else tile  # the second in words
 
-    def choose(self, options: dict, degraded: Pictures) -> str:
-        """Put the tile of a sample's pictures into the options; what it is, in words.
+    def choose(self, options: dict, degraded: Images) -> str:
+        """Put the tile of a sample's images into the options; what it is, in words.
 
         Raises:
             UserError: they are to be restored whole without having been asked for, and do not fit into the memory of a
@@ -306,8 +306,8 @@ class _Tiles:
             options["tile"] = tile
         return "whole" if options["tile"] is None else str(options["tile"])
 
-    def _automatic(self, degraded: Pictures, device: torch.device) -> int | None:
-        """The tile that the memory allows for the largest of the pictures; None for all of them whole."""
+    def _automatic(self, degraded: Images, device: torch.device) -> int | None:
+        """The tile that the memory allows for the largest of the images; None for all of them whole."""
         if not all(hasattr(self.model, name) for name in ("channels", "arguments")):
             return None  # `restore` says what it needs
         batches = degraded if isinstance(degraded, list) else [degraded[:8] if degraded.ndim == 4 else degraded]
@@ -320,14 +320,14 @@ class _Tiles:
 
 
 def _remove_former(folder: Path, samples: list[Sample]):
-    """Remove the pictures that another network, or other settings, made of samples: they would pass for these'."""
+    """Remove the images that another network, or other settings, made of samples: they would pass for these'."""
     read = {file.absolute() for sample in samples for file in sample.files}
     for path in (folder.absolute() / f"{name}.png" for sample in samples for name in sample.names):
         if path not in read:
             path.unlink(missing_ok=True)
 
 
-def paired(source: Path) -> PictureSet:
+def paired(source: Path) -> ImageSet:
     """The pairs in ``input/`` and ``target/``."""
 
     def read(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
@@ -337,32 +337,32 @@ def paired(source: Path) -> PictureSet:
         return degraded, target
 
     pairs = find_pairs(source, check_sizes=False)
-    return PictureSet([Sample(pair.name, (pair.input, pair.target), partial(read, pair)) for pair in pairs])
+    return ImageSet([Sample(pair.name, (pair.input, pair.target), partial(read, pair)) for pair in pairs])
 
 
-def pairs_or_pictures(source: Path) -> PictureSet:
-    """Pairs, or where there is no ``input/``, pictures without targets."""
+def pairs_or_images(source: Path) -> ImageSet:
+    """Pairs, or where there is no ``input/``, images without targets."""
     if (source / "input").is_dir():
         return paired(source)
-    return picture_samples(source, lambda path: (read_image(path), None), targets=False, save=True)
+    return image_samples(source, lambda path: (read_image(path), None), targets=False, save=True)
 
 
-def picture_samples(source: Path, read: Callable[[Path], tuple], **options) -> PictureSet:
-    """The pictures of a folder, or one, each a sample: ``read`` gives what is degraded and the target of a path."""
-    found = pictures(source).items()
-    return PictureSet([Sample(name, (path,), partial(read, path)) for name, path in found], **options)
+def image_samples(source: Path, read: Callable[[Path], tuple], **options) -> ImageSet:
+    """The images of a folder, or one, each a sample: ``read`` gives what is degraded and the target of a path."""
+    found = images(source).items()
+    return ImageSet([Sample(name, (path,), partial(read, path)) for name, path in found], **options)
 
 
-def pictures(source: Path) -> dict[str, Path]:
-    """The pictures of a folder by name, or the one picture that ``source`` is.
+def images(source: Path) -> dict[str, Path]:
+    """The images of a folder by name, or the one image that ``source`` is.
 
     Raises:
-        UserError: neither of the two, no picture in the folder, or two of one name.
+        UserError: neither of the two, no image in the folder, or two of one name.
     """
     if not source.is_file():
         return images_by_name(source)
     if source.suffix.lower() not in IMAGE_SUFFIXES:
-        raise UserError(f"{source} is neither a folder nor a picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{source} is neither a folder nor an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return {normal_form(source.stem): source}
 
 
@@ -373,10 +373,10 @@ class ScoreSheet:
         folder: where the sheet and the note of its settings lie; None to keep them in memory alone.
         protocol: see `metrics.evaluate_pair`.
         settings: what all of the scores depend on. A sheet that was begun with the same settings is continued, and
-            `done` knows its pictures; another one is begun anew.
-        files: the pictures that the data set consists of, by name, each with a fingerprint of its files. A picture
+            `done` knows its images; another one is begun anew.
+        files: the images that the data set consists of, by name, each with a fingerprint of its files. An image
             whose fingerprint has changed is not `done`.
-        metrics: further scores by name, functions of the restored picture and its target. A picture that lacks one is
+        metrics: further scores by name, functions of the restored image and its target. An image that lacks one is
             not `done`.
         threads: how many; None for one per core.
 
@@ -411,7 +411,7 @@ class ScoreSheet:
         # The filters behind the metrics work outside of Python's lock, so threads use all cores.
         threads = threads or os.cpu_count()
         self.pool = ThreadPoolExecutor(threads)
-        self.slots = threading.BoundedSemaphore(2 * threads)  # pictures that wait take memory
+        self.slots = threading.BoundedSemaphore(2 * threads)  # images that wait take memory
         self.lock = threading.Lock()
         self.jobs = []
         self.failures: list[str] = []
@@ -422,14 +422,14 @@ class ScoreSheet:
     def add(
         self, name: str, restored: np.ndarray, target: np.ndarray, degraded: np.ndarray | None, tile: str = ""
     ):  # fmt: skip
-        """Score a picture against its target in the background; ``degraded``, if any, for comparison; see `Row`."""
+        """Score an image against its target in the background; ``degraded``, if any, for comparison; see `Row`."""
         self.slots.acquire()
         job = self.pool.submit(self._score, name, restored, target, degraded, tile)
         job.add_done_callback(lambda _: self.slots.release())
         self.jobs.append((name, job))
 
     def tick(self, name: str, tile: str = ""):
-        """Note a picture that has no target as done."""
+        """Note an image that has no target as done."""
         self._append(Row(name, None, None, None, None, "", self.files[name], tile))
 
     def finish(self, dataset: str) -> Result:
@@ -437,7 +437,7 @@ class ScoreSheet:
         for name, job in self.jobs:
             try:
                 job.result()
-            except ValueError as error:  # a picture that the protocol cannot score
+            except ValueError as error:  # an image that the protocol cannot score
                 self.failures.append(f"{name}: {error}")
         self.rows = {name: self.rows[name] for name in natsorted(self.rows) if self.done(name)}
         self._write()
@@ -496,7 +496,7 @@ class ScoreSheet:
             for row in reader:
                 name = row.get("name")
                 if name not in self.files or row.get("files") != self.files[name]:
-                    continue  # of another picture, or the line under way when the test was killed
+                    continue  # of another image, or the line under way when the test was killed
                 with contextlib.suppress(TypeError, ValueError):  # a damaged line
                     scores = [float(row[key]) if row[key] else None for key in Row._fields[1:5]]
                     further = {key: float(row[key]) for key in self.columns if row.get(key)}
@@ -511,8 +511,8 @@ class ScoreSheet:
             writer.writerows(map(self._cells, self.rows.values()))
 
 
-def _each(sample: Sample, given: Pictures | None) -> Pictures | list:
-    """A sample's picture by picture."""
+def _each(sample: Sample, given: Images | None) -> Images | list:
+    """A sample's image by image."""
     if given is None:
         return [None] * len(sample.names)
     return given if sample.parts is not None else [given]
@@ -539,7 +539,7 @@ def _attempt(title: str, failures: list[str], advice: str) -> Iterator[None]:
         torch.cuda.empty_cache()
         failures.append(f"{title}: out of GPU memory; {advice}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # of every picture
+        if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # of every image
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
             raise UserError(f"--compile does not work here ({reason}); test without it") from error
         short = "can't allocate memory" in str(error) or "out of memory" in str(error)  # of the CPU; of other devices

@@ -4,7 +4,7 @@
     dgunet export model_best.pth --out denoiser.pt2 --stages     # the estimates of all stages
     dgunet export model_best.pth --out r17.onnx --ratio 0.17     # of a sensing network for a range of ratios
 
-Height, width and number of pictures stay free. docs/export.md shows how to run the files.
+Height, width and number of images stay free. docs/export.md shows how to run the files.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def add_arguments(parser):
     add("--out", required=True, type=Path, metavar="FILE", help="file to write, .onnx or .pt2; must not exist")
     add("--format", choices=FORMATS, help="what to write, where the file's name does not end with it")
     add("--ratio", type=float, metavar="R", help="measurements per pixel, of a sensing network for a range of ratios")
-    add("--stages", action="store_true", help="give the estimates of all stages, the restored picture first")
+    add("--stages", action="store_true", help="give the estimates of all stages, the restored image first")
 
 
 def run(args):
@@ -98,21 +98,21 @@ def export_model(
     """Write a network to a file that runs without this package, in float32, whatever device and type it has here.
 
     The input ``y`` is (B, C, H, W), in [0, 1], sides multiples of 8 and at least 16; in compressive sensing it is the
-    measurements (B, M, h, w) of at least 2x2 blocks. The output ``restored`` is the restored picture, clamped to [0, 1]
+    measurements (B, M, h, w) of at least 2x2 blocks. The output ``restored`` is the restored image, clamped to [0, 1]
     as `restore` does. The file holds a few facts about the network as its metadata (.pt2: as ``metadata.json``).
 
     Args:
         model: a DGUNet whose degradation is learned or one of `dgunet.degradations`.
         path: the file to write, must not exist; written atomically, after it was run.
         format: ``"onnx"`` or ``"pt2"``; None for what the file's name ends with.
-        stages: give the estimates of all stages, ``x_K`` (the restored picture), ..., ``x_1``.
+        stages: give the estimates of all stages, ``x_K`` (the restored image), ..., ``x_1``.
         about: further metadata, such as ``{"licence": "MIT"}``.
         told: called before each step with how many of the `STEPS` are done, and with what comes next.
         ratio: of a compressive-sensing network, measurements per pixel; one for a range of ratios needs it, for the
             file's input has a fixed number of channels.
 
     Returns:
-        The largest difference between the file's output and the network's, on random pictures of a size other than the
+        The largest difference between the file's output and the network's, on random images of a size other than the
         one that it was made with.
 
     Raises:
@@ -150,10 +150,10 @@ def describe(model: DGUNet) -> dict[str, str]:
 
     known = model.degradation
     shape, unit = f"(B, {model.channels}, H, W)", f"multiples of {_unit(model)}"
-    taken = f"degraded pictures {shape} in [0, 1], H and W {unit}"
+    taken = f"degraded images {shape} in [0, 1], H and W {unit}"
     if isinstance(known, BlockSampling):
         rows, b = known.matrix.shape[0], known.block
-        taken = f"measurements (B, {rows}, H/{b}, W/{b}) of pictures in [0, 1], H and W {unit}"
+        taken = f"measurements (B, {rows}, H/{b}, W/{b}) of images in [0, 1], H and W {unit}"
     return {
         "name": model.name or "DGUNet",
         "task": VARIANTS[model.name].task if model.name in VARIANTS else "unknown",
@@ -161,14 +161,14 @@ def describe(model: DGUNet) -> dict[str, str]:
         "multiple": str(_unit(model)),
         "value_range": "0 1",
         "input": taken,
-        "output": f"restored pictures {shape} in [0, 1]",
+        "output": f"restored images {shape} in [0, 1]",
         "made_by": f"dgunet {__version__}",
         "paper": "Deep Generalized Unfolding Networks for Image Restoration (Mou, Wang, Zhang; CVPR 2022)",
     }
 
 
 def example(model: DGUNet, rows: int, columns: int, batch: int = 1) -> Tensor:
-    """What the network takes for random pictures of so many units of the smallest size."""
+    """What the network takes for random images of so many units of the smallest size."""
     generator = torch.Generator().manual_seed(0)
     size = (batch, model.channels, rows * _unit(model), columns * _unit(model))
     x = torch.rand(size, generator=generator)
@@ -178,12 +178,12 @@ def example(model: DGUNet, rows: int, columns: int, batch: int = 1) -> Tensor:
 
 
 def _unit(model: DGUNet) -> int:
-    """Of what the sides of a picture are multiples."""
+    """Of what the sides of an image are multiples."""
     return math.lcm(MULTIPLE, getattr(model.degradation, "block", 1))
 
 
 class _Estimates(nn.Module):
-    """What is exported: from ``y`` the restored picture, or the estimates of all stages, clamped."""
+    """What is exported: from ``y`` the restored image, or the estimates of all stages, clamped."""
 
     def __init__(self, model: DGUNet, stages: bool):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The figure of stages: how the estimate becomes a picture."""
+"""The figure of stages: how the estimate becomes an image."""
 
 import io
 import textwrap
@@ -22,7 +22,7 @@ from dgunet.transforms import pad_to_blocks, pad_to_multiple, to_uint8, unit_ran
 
 def stages_of(
     model: DGUNet,
-    picture: np.ndarray,
+    image: np.ndarray,
     *,
     bf16: bool = False,
     tile: int | None = None,
@@ -30,18 +30,18 @@ def stages_of(
     ratio: float | None = None,
     told: Callable[[float, str], None] = lambda done, doing: None,
 ) -> list[np.ndarray]:
-    """The estimates x_0, x_1, ..., x_K of a picture, all of its shape, uint8.
+    """The estimates x_0, x_1, ..., x_K of an image, all of its shape, uint8.
 
     Args:
-        model: a network for pictures, or for compressive sensing, which is given the picture's measurements. Statistics
+        model: a network for images, or for compressive sensing, which is given the image's measurements. Statistics
             are local where ``model.local`` says so, see `restore`.
-        picture: (H, W, C) or (H, W), degraded; of compressive sensing (H, W), clean; uint8, or floats in [0, 1].
+        image: (H, W, C) or (H, W), degraded; of compressive sensing (H, W), clean; uint8, or floats in [0, 1].
         bf16: compute in bfloat16: faster where the hardware has it, up to some hundredths of a dB off.
         tile, overlap: as in `restore`; where ``model.local`` has a smaller tile, that. None: as a whole.
         ratio: of compressive sensing, measurements per pixel, see `BlockSampling.at`; None: with all rows.
         told: called with the part that is done, in [0, 1], and what comes next.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     if side := model.local.get("tile"):
         tile, overlap = min(side, tile or side), None
     if model.local.keys() - {"tile"}:
@@ -51,7 +51,7 @@ def stages_of(
     if sensing:
         known = known.at(ratio)
     multiple, pad = (known.block, pad_to_blocks) if sensing else (MULTIPLE, pad_to_multiple)
-    x = torch.from_numpy(np.atleast_3d(unit_range(picture))).permute(2, 0, 1)[None]
+    x = torch.from_numpy(np.atleast_3d(unit_range(image))).permute(2, 0, 1)[None]
     x = pad(x, multiple).to(parameter)
     areas, overlap = tiles_of(*x.shape[2:], tile, overlap, multiple)
     done = 0
@@ -80,7 +80,7 @@ def stages_of(
     with torch.inference_mode(), after_each_stage(model, count):
         found = blended(areas, overlap, x.shape[2:], stages)
     found = found[..., :height, :width].permute(0, 2, 3, 1).cpu().numpy()
-    return [to_uint8(stage).reshape(picture.shape) for stage in found]
+    return [to_uint8(stage).reshape(image.shape) for stage in found]
 
 
 def label_stages(estimates: list[np.ndarray]) -> list[tuple[str, np.ndarray]]:
@@ -97,15 +97,15 @@ def draw_stages(
     title: str | None = None,
     comment: str = "",
 ):
-    """Write a PNG: the whole picture with the frame of a crop, then that crop after each stage, in two rows.
+    """Write a PNG: the whole image with the frame of a crop, then that crop after each stage, in two rows.
 
     Args:
         whole: uint8, (H, W, 3) or (H, W).
         crop: top, left, height, width.
-        tiles: label, picture and PSNR of each crop; inf where there is none.
+        tiles: label, image and PSNR of each crop; inf where there is none.
         out: its folder is made if needed; the file appears when it is complete.
         title: see `set_title`.
-        comment: stored in the file, see `pictures.comment_of`.
+        comment: stored in the file, see `images.comment_of`.
     """
     Figure = optional("matplotlib.figure").Figure
     Rectangle = optional("matplotlib.patches").Rectangle
@@ -115,10 +115,10 @@ def draw_stages(
     set_title(figure, title or "")
     axes = figure.subplots(2, columns).ravel()
     top, left, height, width = crop
-    grey = dict(cmap="gray", vmin=0, vmax=255)  # of pictures without colour
+    grey = dict(cmap="gray", vmin=0, vmax=255)  # of images without colour
     axes[0].imshow(whole, **grey)
     axes[0].add_patch(Rectangle((left, top), width, height, fill=False, edgecolor="yellow", linewidth=1.5))
-    axes[0].set_title("the whole picture", fontsize=10)
+    axes[0].set_title("the whole image", fontsize=10)
     for axis, (label, image, score) in zip(axes[1:], tiles, strict=False):
         axis.imshow(image, interpolation="nearest", **grey)
         axis.set_title(label if np.isinf(score) else f"{label}\n{score:.2f} dB", fontsize=10)

@@ -33,7 +33,7 @@ implementation dgunet.
 from dgunet import DGUNet, restore
 
 model = DGUNet.from_pretrained("{{ repo_id }}")
-restored = restore(model, picture)  # (H, W, C), or a tensor (C, H, W): any size; same type out as in
+restored = restore(model, image)  # (H, W, C), or a tensor (C, H, W): any size; same type out as in
 ```
 """
 

@@ -1,4 +1,4 @@
-"""Restoring pictures of any size: padding, tiles with blended seams, self-ensemble."""
+"""Restoring images of any size: padding, tiles with blended seams, self-ensemble."""
 
 import contextlib
 import math
@@ -31,9 +31,9 @@ def restore(
     bf16: bool = False,
     local: Mapping[str, int] | bool | None = None,
 ):
-    """Restore a picture, or a batch of them, of any size.
+    """Restore an image, or a batch of them, of any size.
 
-    Sides are extended to multiples of 8 (by reflection; by replication where the picture is too small for it), the
+    Sides are extended to multiples of 8 (by reflection; by replication where the image is too small for it), the
     network runs on the device it is on, the result is cropped back and clamped to [0, 1].
 
     Args:
@@ -44,9 +44,9 @@ def restore(
             a tensor (C, H, W), (B, C, H, W), or for C = 1 also (H, W): uint8, uint16, or floats in [0, 1];
             a list or tuple of such, of any sizes.
             It is not modified.
-        tile: side in pixels of the tiles that the picture is restored in; None for the whole picture at once; "auto"
-            for the tile that ``local`` says, else for the whole picture where the memory allows it, and else for tiles,
-            with a warning. Tiles do not give the whole picture's result: channel attention, instance norm and subspace
+        tile: side in pixels of the tiles that the image is restored in; None for the whole image at once; "auto"
+            for the tile that ``local`` says, else for the whole image where the memory allows it, and else for tiles,
+            with a warning. Tiles do not give the whole image's result: channel attention, instance norm and subspace
             projection see only the tile. Which is better differs: docs/local.md.
         tile_overlap: pixels that neighbouring tiles share, at most half of their side; the seams are blended linearly
             over them. None for a quarter of the tile, at most 64.
@@ -58,7 +58,7 @@ def restore(
             the weights' record says (``model.local``; False where there is none).
 
     Returns:
-        The restored picture(s), of the same type, shape and dtype as ``image``, tensors on the same device.
+        The restored image(s), of the same type, shape and dtype as ``image``, tensors on the same device.
 
     Raises:
         UserError: a shape, type or range that is none of the above, not-a-number pixels, or a network that makes some.
@@ -70,7 +70,7 @@ def restore(
     check_tiles(tile, tile_overlap)
     device = _check_network(model)
     if self_ensemble and model.degradation is not None:
-        raise UserError("self_ensemble turns the picture, but not the network's known degradation; leave it out")
+        raise UserError("self_ensemble turns the image, but not the network's known degradation; leave it out")
     x, back = _as_batch(image, model.channels)
     windows = check_windows(getattr(model, "local", None) if local is None else local)
     if windows.keys() - {"tile"}:
@@ -164,7 +164,7 @@ def _check_network(model) -> torch.device:
     if not (model.degradation is None or getattr(model.degradation, "image_to_image", False)):
         if isinstance(model.degradation, MotionBlur):
             raise UserError("this network is for any known blur; give it yours first: model.degradation = Blur(kernel)")
-        raise UserError("restore is for networks whose input is a picture; call model(y)[0] with the measurement")
+        raise UserError("restore is for networks whose input is an image; call model(y)[0] with the measurement")
     kinds = {(p.device, p.dtype) for p in model.parameters()}
     if len(kinds) != 1:
         raise UserError(
@@ -232,11 +232,11 @@ def blended(
 def tiles_of(
     height: int, width: int, tile: int | None, overlap: int | None = None, step: int = MULTIPLE
 ) -> tuple[list[tuple[slice, slice]], int]:
-    """The areas (rows, columns) that a picture is restored in, and how many pixels neighbours share at least.
+    """The areas (rows, columns) that an image is restored in, and how many pixels neighbours share at least.
 
     They are as few as tiles of this side can be, all of one size, and no larger than needed for that. Areas begin at
     multiples of ``step``: the grid of the network's scales, and of its local statistics, is then that of the whole
-    picture.
+    image.
     """
     if tile is None or (height <= tile and width <= tile):
         return [(slice(0, height), slice(0, width))], 0
@@ -273,7 +273,7 @@ def _ramp(size: int, overlap: int, like: Tensor) -> Tensor:
 
 
 def estimate_memory(model, pixels: int) -> int:
-    """Rough peak memory in bytes of restoring a picture of so many pixels in float32."""
+    """Rough peak memory in bytes of restoring an image of so many pixels in float32."""
     return 4 * _FLOATS_PER_PIXEL_AND_WIDTH * model.arguments["width"] * pixels
 
 
@@ -295,14 +295,14 @@ def automatic_tile(model, shape: tuple[int, int, int, int], device: torch.device
     warnings.warn(
         f"restoring {width}x{height} pixels at once would need about "
         f"{estimate_memory(model, batch * height * width) / 2**30:.0f} GiB, {free / 2**30:.0f} are free: "
-        f"using tiles of {side} (tile={side}); tile=None forces the whole picture",
+        f"using tiles of {side} (tile={side}); tile=None forces the whole image",
         stacklevel=3,
     )
     return side
 
 
 def _as_batch(image, channels: int):
-    """The picture(s) as a (B, C, H, W) float32 tensor, and a function from such a result to the caller's type."""
+    """The image(s) as a (B, C, H, W) float32 tensor, and a function from such a result to the caller's type."""
     if isinstance(image, np.ndarray):
         if isinstance(image, np.ma.MaskedArray):
             raise UserError("restore takes no masked arrays, whose masked pixels have no value; use image.filled(0)")
@@ -316,7 +316,7 @@ def _as_batch(image, channels: int):
         if image.is_nested or image.layout != torch.strided or image.is_quantized or image.device.type == "meta":
             raise UserError(
                 "restore takes ordinary tensors, not nested, sparse, quantised or meta ones; "
-                "image.to_dense() or image.dequantize() makes them so, a list takes pictures of several sizes"
+                "image.to_dense() or image.dequantize() makes them so, a list takes images of several sizes"
             )
         layout, dtype = "CHW", image.dtype
         scale = 1 if image.is_floating_point() else {torch.uint8: 255, torch.uint16: 65535}.get(dtype)
@@ -333,22 +333,22 @@ def _as_batch(image, channels: int):
     if single:
         x = x[None]
     if x.dim() != 4 or x.numel() == 0:
-        raise UserError(f"restore takes pictures ({', '.join(layout)}) or batches of them, got shape {shape}")
+        raise UserError(f"restore takes images ({', '.join(layout)}) or batches of them, got shape {shape}")
     if layout == "HWC":
         x = x.permute(0, 3, 1, 2)
     if x.shape[1] != channels:
         kind = {1: "grey", 3: "RGB", 4: "RGBA"}
         raise UserError(
-            f"the network restores {kind.get(channels, channels)} pictures, got "
-            f"{kind.get(x.shape[1], f'{x.shape[1]} channels')} (shape {shape}); convert the picture first, "
+            f"the network restores {kind.get(channels, channels)} images, got "
+            f"{kind.get(x.shape[1], f'{x.shape[1]} channels')} (shape {shape}); convert the image first, "
             "e.g. np.stack([grey] * 3, axis=-1) or rgba[..., :3]"
         )
     x = x / scale
     low, high = x.aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise UserError("the picture has pixels that are NaN or infinite; replace them before restoring")
+        raise UserError("the image has pixels that are NaN or infinite; replace them before restoring")
     if scale == 1 and (high > 4 or low < -3):  # strong noise goes as far
-        raise UserError(f"float pictures must be in [0, 1], got {low:.3g} to {high:.3g}; divide by 255 (or 65535)")
+        raise UserError(f"float images must be in [0, 1], got {low:.3g} to {high:.3g}; divide by 255 (or 65535)")
     home = x.device
 
     def back(restored: Tensor):

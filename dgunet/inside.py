@@ -112,7 +112,7 @@ def after_each_stage(model: DGUNet, call: Callable[[Stage, tuple, tuple], None])
 
 @dataclass(frozen=True)
 class StepMeasures:
-    """A stage in numbers; differences are root mean squares, in the unit of the pictures. None where there is none."""
+    """A stage in numbers; differences are root mean squares, in the unit of the images. None where there is none."""
 
     k: int
     rho: float | None

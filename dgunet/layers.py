@@ -17,7 +17,7 @@ def conv3x3(in_channels: int, out_channels: int, bias: bool = True) -> nn.Conv2d
 
 
 class ChannelAttention(nn.Module):
-    """A weight in (0, 1) for every channel, computed from the channel means of the whole picture: (B, C, 1, 1)."""
+    """A weight in (0, 1) for every channel, computed from the channel means of the whole image: (B, C, 1, 1)."""
 
     def __init__(self, channels: int, reduction: int = 4):
         super().__init__()

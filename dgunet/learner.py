@@ -63,7 +63,7 @@ class Learner:
 
     Args:
         cfg: see `config.py`.
-        model: a DGUNet. One with a known degradation learns from clean pictures, which it is given measured.
+        model: a DGUNet. One with a known degradation learns from clean images, which it is given measured.
 
     Raises:
         UserError: settings that do not go together.

@@ -1,6 +1,6 @@
 """PSNR and SSIM, one protocol for each way in which the literature on these tasks computes them.
 
-The same two pictures get different numbers from different papers' scripts: luma or RGB, rounded or not, one
+The same two images get different numbers from different papers' scripts: luma or RGB, rounded or not, one
 SSIM window or another. A score is therefore asked for by the name of its protocol:
 
 ================  ====================================  ===================  =========================
@@ -63,10 +63,10 @@ def evaluate_pair(
     """PSNR in dB and SSIM of a restored image against its target, as the named protocol computes them.
 
     Args:
-        restored, target: NumPy arrays, H x W x 3 in RGB order or H x W, of the same shape. 8-bit pictures are
+        restored, target: NumPy arrays, H x W x 3 in RGB order or H x W, of the same shape. 8-bit images are
             uint8; network outputs that a protocol scores unrounded are float32 with nominal range [0, 1],
             where uint8 stands for the value divided by 255. For ``cs_y`` a float32 ``restored`` is the luma
-            alone, H x W, of a target that may be a colour picture.
+            alone, H x W, of a target that may be a colour image.
         protocol: one of ``PROTOCOLS``.
             ``deraining_y``: uint8. Luma of MATLAB's ``rgb2ycbcr`` (16..235), rounded to integers first; peak
             255; SSIM with an 11 x 11 Gaussian window where it fits into the image.
@@ -78,12 +78,12 @@ def evaluate_pair(
             ``sidd_unit_range``: float32 or uint8. The same on the range [0, 1], evaluated in double;
             ``restored`` is clamped to it.
             ``cs_y``: ``restored`` float32 luma or uint8, ``target`` uint8. OpenCV's full-range luma (0..255)
-            of the uint8 pictures; the float luma is clamped to [0, 1] and not rounded; exactly 100 dB for
+            of the uint8 images; the float luma is clamped to [0, 1] and not rounded; exactly 100 dB for
             equal images; SSIM with a uniform 7 x 7 window.
             ``realblur_aligned``: uint8. Restored image matched to the target in intensity and aligned by a
             homography; scored where the two overlap. Not symmetric in the two images. The alignment is OpenCV's
             iteration, whose rounding depends on the processor: on photographs scores agree to some 1e-5 dB, on
-            pictures of a few pixels it may fail on one machine and not on another.
+            images of a few pixels it may fail on one machine and not on another.
             ``train_rgb``: float32 or uint8. Both clamped to [0, 1], arithmetic in float32; no SSIM.
         align: False makes ``realblur_aligned`` skip the alignment (the intensities are still matched) and
             score the whole image; the other protocols never align. For pairs on which it fails::
@@ -101,7 +101,7 @@ def evaluate_pair(
         AlignmentError: ``realblur_aligned`` on images that cannot be aligned: flat or inverted ones everywhere, tiny
             ones as the processor rounds.
         ValueError: unknown protocol; a dtype that the protocol does not take; shapes that differ or are no
-            picture's; sides below 11 (``deraining_y``, ``gaussian_rgb``, ``realblur_aligned``) or below 7 (``cs_y``).
+            image's; sides below 11 (``deraining_y``, ``gaussian_rgb``, ``realblur_aligned``) or below 7 (``cs_y``).
 
     >>> white, grey = np.full((16, 16, 3), 255, np.uint8), np.full((16, 16, 3), 230, np.uint8)
     >>> psnr, ssim = evaluate_pair(white, grey, "rgb_matlab")
@@ -113,7 +113,7 @@ def evaluate_pair(
     _check_image("target", target, record.target, protocol)
     _check_shapes(restored, target, protocol)
 
-    # OpenCV does not read every strided view, such as the flipped channels of a picture that it has loaded.
+    # OpenCV does not read every strided view, such as the flipped channels of an image that it has loaded.
     restored, target = np.ascontiguousarray(restored), np.ascontiguousarray(target)
     options = {"align": align} if record.aligns else {}
     psnr, ssim = record.score(restored, target, **options)
@@ -163,13 +163,13 @@ def mean_psnr(values: Iterable[float]) -> tuple[float, int]:
     return mean, len(values) - len(finite)
 
 
-Metric = Callable[[np.ndarray, np.ndarray], float]  # of a restored picture and its target, as of `evaluate_pair`
+Metric = Callable[[np.ndarray, np.ndarray], float]  # of a restored image and its target, as of `evaluate_pair`
 
 
 def find_metrics(names: list[str], device: str | torch.device = "cpu") -> dict[str, Metric]:
     """Metrics of the pyiqa library by their names there: ``lpips``, ``dists``, ``niqe``, ...
 
-    They see pictures as they are: nothing is aligned or cut off. Grey ones they are given as three equal channels.
+    They see images as they are: nothing is aligned or cut off. Grey ones they are given as three equal channels.
 
     Raises:
         UserError: there is no such metric, or its weights cannot be downloaded.
@@ -201,21 +201,21 @@ def find_metrics(names: list[str], device: str | torch.device = "cpu") -> dict[s
 
 @torch.no_grad()
 def _score_with(name: str, metric: Callable, device, restored: np.ndarray, target: np.ndarray) -> float:
-    """A pyiqa metric's score of two pictures.
+    """A pyiqa metric's score of two images.
 
     Raises:
         ValueError: it cannot score these, such as too small ones.
     """
     if restored.ndim == 2:
         target = _full_luma(target)
-    pictures = [
-        torch.from_numpy(np.ascontiguousarray(_as_colour(unit_range(picture)).transpose(2, 0, 1)))[None].to(device)
-        for picture in (restored, target)
+    images = [
+        torch.from_numpy(np.ascontiguousarray(_as_colour(unit_range(image)).transpose(2, 0, 1)))[None].to(device)
+        for image in (restored, target)
     ]
     try:
-        return float(metric(*(picture.clamp(0, 1) for picture in pictures[: 2 if metric.metric_mode == "FR" else 1])))
+        return float(metric(*(image.clamp(0, 1) for image in images[: 2 if metric.metric_mode == "FR" else 1])))
     except Exception as error:  # of any kind
-        raise ValueError(f"{name} cannot score this picture: {' '.join(str(error).split()):.200}") from error
+        raise ValueError(f"{name} cannot score this image: {' '.join(str(error).split()):.200}") from error
 
 
 # The protocols: each takes two checked arrays and returns (psnr, ssim).
@@ -312,19 +312,19 @@ _UNIT_RANGE = (np.float32, np.uint8)
 
 @dataclass(frozen=True)
 class Protocol:
-    """How one part of the literature scores a picture."""
+    """How one part of the literature scores an image."""
 
     score: Callable[..., Scores]  # of two checked arrays; with ``align``, where it aligns
     restored: tuple[type, ...] = _UINT8  # accepted types
     target: tuple[type, ...] = _UINT8
     smallest_side: int = 1
     aligns: bool = False
-    luma: bool = False  # a float picture is the luma alone, of a target that may have colours
+    luma: bool = False  # a float image is the luma alone, of a target that may have colours
     version: int = 1  # to be raised with every change that alters a score: scores of another version are computed anew
 
     @property
     def rounded(self) -> bool:
-        """Whether pictures are scored as they are written to disk, in 8 bits."""
+        """Whether images are scored as they are written to disk, in 8 bits."""
         return np.float32 not in self.restored
 
 
@@ -453,7 +453,7 @@ def _align(restored: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _as_colour(image: np.ndarray) -> np.ndarray:
-    """A grey picture as three equal channels, which changes neither MSE nor per-channel SSIM."""
+    """A grey image as three equal channels, which changes neither MSE nor per-channel SSIM."""
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
 
 

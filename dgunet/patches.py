@@ -1,4 +1,4 @@
-"""Crops of pictures: which ones training sees, in which order, and which ones validation does.
+"""Crops of images: which ones training sees, in which order, and which ones validation does.
 
 A training sample is a function of (seed, epoch, index) alone: data sets are indexed with (epoch, index), and draw
 from a generator seeded with these numbers. Neither the number of loading workers nor that of training processes
@@ -38,7 +38,7 @@ class TrainingSet(Protocol):
         """(input, target) for (epoch, index), (C, H, W) of one size: uint8, or float32 in [0, 1].
 
         The index may lie beyond the length, where the last batch is filled with other crops. With a known degradation
-        the network measures the input, which is then the clean picture.
+        the network measures the input, which is then the clean image.
         """
 
 
@@ -49,7 +49,7 @@ class ValidationSet(Protocol):
     sizes: set[tuple[int, ...]]  # that occur, without channels: items of one size can be batched
 
     def __len__(self) -> int:
-        """Pictures."""
+        """Images."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """(input, target), always the same, (C, H, W), or of several blocks that are restored one by one (N, C, H, W).
@@ -67,7 +67,7 @@ class RandomPatches(Dataset):
     Crops are uint8, and become floats on the device (`transforms.unit_range`): a fourth of the way for the bytes.
 
     Args:
-        items: pictures or pairs.
+        items: images or pairs.
         patch: side of the crops in pixels, a multiple of ``multiple``.
         repeat: how often each item counts in an epoch.
         flip: whether to augment by flips and rotations.
@@ -107,17 +107,17 @@ class RandomPatches(Dataset):
         """The generator of one sample; another ``stream`` is independent of the crop and augmentation."""
         return np.random.default_rng([self.seed, epoch, index, stream])
 
-    def crop(self, rng: np.random.Generator, *pictures) -> list[Tensor]:
-        """The same random area of each picture, (C, patch, patch), extended by reflection where they are too small."""
-        height, width = pictures[0].shape[:2]
+    def crop(self, rng: np.random.Generator, *images) -> list[Tensor]:
+        """The same random area of each image, (C, patch, patch), extended by reflection where they are too small."""
+        height, width = images[0].shape[:2]
         top = int(rng.integers(max(height - self.patch, 0) + 1))
         left = int(rng.integers(max(width - self.patch, 0) + 1))
-        crops = [p[top : min(top + self.patch, height), left : min(left + self.patch, width)] for p in pictures]
+        crops = [p[top : min(top + self.patch, height), left : min(left + self.patch, width)] for p in images]
         return [pad_to(to_tensor(crop)[None], self.patch, self.patch)[0] for crop in crops]
 
 
 class PairedPatches(RandomPatches):
-    """Random aligned crops of picture pairs: a sample is ``(input, target)``, two (3, patch, patch) tensors.
+    """Random aligned crops of image pairs: a sample is ``(input, target)``, two (3, patch, patch) tensors.
 
     They are uint8, or float32 in [0, 1] where an augmentation computes with them. A task may change `augment`.
 
@@ -125,7 +125,7 @@ class PairedPatches(RandomPatches):
         items: pairs, or their folder with ``input/`` and ``target/``, every pair of which is checked now, or its
             packed file.
         *args, **kwargs: see `RandomPatches`.
-        luma: whether to take the luminance of pictures, (1, patch, patch).
+        luma: whether to take the luminance of images, (1, patch, patch).
     """
 
     def __init__(self, items: str | Path | list[Pair], *args, luma: bool = False, **kwargs):
@@ -199,12 +199,12 @@ class MixupPatches(PairedPatches):
 
 
 class SyntheticPatches(RandomPatches):
-    """Random crops of clean pictures, degraded on the way: a sample is ``(input, target)``, float32 and uint8.
+    """Random crops of clean images, degraded on the way: a sample is ``(input, target)``, float32 and uint8.
 
     No crop is seen twice with the same degradation.
 
     Args:
-        items: pictures.
+        items: images.
         degrade: one of `dgunet.synthesis`.
         patch, **kwargs: see `RandomPatches`.
         margin: pixels around the crop that are degraded with it, so that rain falls and blur comes in from outside.
@@ -224,28 +224,28 @@ class SyntheticPatches(RandomPatches):
 
 
 def degraded(target: Tensor, degrade: Degrade, rng: np.random.Generator) -> Tensor:
-    """A clean picture (3, H, W) uint8, degraded: (3, H, W) float32, in [0, 1] but for noise that is not clipped."""
+    """A clean image (3, H, W) uint8, degraded: (3, H, W) float32, in [0, 1] but for noise that is not clipped."""
     return to_tensor(degrade(unit_range(target).permute(1, 2, 0).numpy(), rng))
 
 
 class Centres(Dataset):
-    """The centres of pictures for validation: ``dataset[index]`` is ``(input, target)``, (C, H, W) uint8.
+    """The centres of images for validation: ``dataset[index]`` is ``(input, target)``, (C, H, W) uint8.
 
-    Of a pair it shows both pictures; of a single picture the same one twice, or first degraded, in a way of its own:
+    Of a pair it shows both images; of a single image the same one twice, or first degraded, in a way of its own:
     float32 then.
 
     Args:
-        items: pairs, their folder or packed file, or pictures.
-        patch: side of the crops in pixels, 0 for whole pictures; smaller where a picture is. They are cut to multiples
+        items: pairs, their folder or packed file, or images.
+        patch: side of the crops in pixels, 0 for whole images; smaller where an image is. They are cut to multiples
             of ``multiple``.
-        degrade: one of `dgunet.synthesis`, for pictures.
+        degrade: one of `dgunet.synthesis`, for images.
         seed: of the degradations.
-        luma: whether to take the luminance of pictures, (1, H, W).
+        luma: whether to take the luminance of images, (1, H, W).
         area: where given, an item is as many crops side by side as fit into a centre of this side, (N, C, H, W), which
             the network restores one by one.
 
     Raises:
-        UserError: a picture that is too small, ...
+        UserError: an image that is too small, ...
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class Centres(Dataset):
         return len(self.items)
 
     def grid(self, size: tuple[int, int], source: Path | Packed) -> tuple[int, int, int, int]:
-        """How many rows and columns of crops there are in a picture of this size, and their height and width."""
+        """How many rows and columns of crops there are in an image of this size, and their height and width."""
         height, width = (min(side, self.patch or side) // self.multiple * self.multiple for side in size)
         if not height or not width:
             least = f"{self.multiple}x{self.multiple}"
@@ -286,10 +286,10 @@ class Centres(Dataset):
         return degraded(target, self.degrade, np.random.default_rng([self.seed, index])), target
 
     def centre(self, source: Path | Packed) -> Tensor:
-        picture = (open_luma if self.luma else open_image)(source)
-        rows, columns, height, width = self.grid(picture.shape[:2], source)
-        top, left = (picture.shape[0] - rows * height) // 2, (picture.shape[1] - columns * width) // 2
-        x = to_tensor(picture[top : top + rows * height, left : left + columns * width])
+        image = (open_luma if self.luma else open_image)(source)
+        rows, columns, height, width = self.grid(image.shape[:2], source)
+        top, left = (image.shape[0] - rows * height) // 2, (image.shape[1] - columns * width) // 2
+        x = to_tensor(image[top : top + rows * height, left : left + columns * width])
         if not self.area:
             return x
         return x.view(-1, rows, height, columns, width).permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous()

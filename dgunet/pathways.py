@@ -165,7 +165,7 @@ def _columns(maps: Tensor, whole: bool) -> Tensor:
     """Maps (B, C, H, W) as the columns of matrices (B, S, HW / S, C), with no copy.
 
     NCHW maps on a CPU stay ``whole``, S = 1. Others are cut into their H rows: one product over all pixels for each
-    picture would leave most of a GPU idle.
+    image would leave most of a GPU idle.
     """
     return maps.flatten(2).mT[:, None] if whole else maps.permute(0, 2, 3, 1)
 

@@ -23,16 +23,16 @@ from dgunet.files import IMAGE_SUFFIXES, open_file
 from dgunet.hardware import pick_device
 from dgunet.inference import automatic_tile, restore, tiles_of
 from dgunet.inside import after_each_stage
-from dgunet.pictures import (
+from dgunet.photos import (
     comment_of,
     is_jpeg,
     look_at,
     noise_level,
-    read_picture,
+    read_photo,
     tell_sigmas,
     trained_noise,
     unlike_noise,
-    write_picture,
+    write_photo,
 )
 from dgunet.pretrained import locate
 from dgunet.progress import progress_bar
@@ -40,15 +40,15 @@ from dgunet.transforms import to_uint8
 
 LONG = 15  # seconds; what takes longer is told before
 SQUARE = 192  # pixels, the side of what the time is measured with
-OURS = "restored by dgunet"  # how the comment in a restored picture begins
+OURS = "restored by dgunet"  # how the comment in a restored image begins
 FIGURE = ".stages.png"  # how the name of a figure of stages ends
-ENDING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE}  # what the next picture would meet, too
+ENDING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE}  # what the next image would meet, too
 FIGURE_FROM, FIGURE_SIDE = 512, 160  # pixels around the middle that the figure of stages is computed of, and shows
 
 
 @dataclass(frozen=True)
 class Job:
-    """A picture to be restored: where it is, where it goes, how large it is, and its figure of stages if any."""
+    """An image to be restored: where it is, where it goes, how large it is, and its figure of stages if any."""
 
     source: Path
     target: Path
@@ -59,7 +59,7 @@ class Job:
 
 @dataclass
 class Tally:
-    """What has become of the pictures, told as it happens and at the end."""
+    """What has become of the images, told as it happens and at the end."""
 
     say: Callable[..., None]
     done: int = 0
@@ -74,7 +74,7 @@ class Tally:
         self.say(f"not restored: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
 
     def note(self, name: Path, text: str, now: str = ""):
-        """Something to tell of a picture, with others of which the same is to be told; ``now`` of the first at once."""
+        """Something to tell of an image, with others of which the same is to be told; ``now`` of the first at once."""
         if now and text not in self.notes:
             self.say(f"note: {one_line(f'{name}: {now}')}")
             self.told.add(text)
@@ -99,26 +99,26 @@ def restore_photographs(
     device: str = "auto",
     bf16: bool = False,
 ):
-    """Restore pictures and folders of pictures into a folder, telling of it on stdout.
+    """Restore images and folders of images into a folder, telling of it on stdout.
 
     Args:
         photos: files and folders, these with all that is in them. They are not written to.
-        out: made if needed. A single folder's pictures come directly into it, several folders' into folders of their
+        out: made if needed. A single folder's images come directly into it, several folders' into folders of their
             names. What was restored from the same file with the same weights and settings before is skipped.
         weights: the name of weights that come with dgunet, or a file.
         task: that they must be for.
         overwrite: restore again what is there already; nothing is replaced that this has not written.
-        stages: also draw each picture after each stage.
+        stages: also draw each image after each stage.
         tile, bf16: see `restore`.
         local: statistics over windows as the weights' record says; False: of whole images.
         device: see `hardware.pick_device`.
 
     Raises:
-        UserError: no picture at all, unsuitable weights, a place that cannot be written to; or at the end, naming the
-            pictures that could not be restored. All others are there then.
+        UserError: no image at all, unsuitable weights, a place that cannot be written to; or at the end, naming the
+            images that could not be restored. All others are there then.
     """
     if stages:
-        optional("matplotlib")  # now and not after the first picture
+        optional("matplotlib")  # now and not after the first image
     bar = None
 
     def say(text: str, file=None):
@@ -174,7 +174,7 @@ def restore_photographs(
 
 
 def _gather(photos: list[Path], out: Path, tally: Tally) -> Iterator[tuple[Path, Path]]:
-    """Each picture, and the path that it gets in ``out``."""
+    """Each image, and the path that it gets in ``out``."""
     for given in photos:
         if not given.is_dir():
             if given.exists():
@@ -207,11 +207,11 @@ def _gather(photos: list[Path], out: Path, tally: Tally) -> Iterator[tuple[Path,
                 found = True
                 yield here / name, below / (here / name).relative_to(given)
         if not found and len(tally.refused) == refused:
-            tally.refuse(given, "there are no pictures in this folder")
+            tally.refuse(given, "there are no images in this folder")
 
 
 def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, tally: Tally) -> list[Job]:
-    """A job for each picture that can be read and written."""
+    """A job for each image that can be read and written."""
     jobs: dict[Path, Job] = {}
     photographs = set()
     for source, relative in found:
@@ -252,7 +252,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 class Mark:
-    """Tells what a restored picture was made from: a comment in it that depends on the file, weights and settings."""
+    """Tells what a restored image was made from: a comment in it that depends on the file, weights and settings."""
 
     def __init__(self, weights: Path, tile: int | str | None, bf16: bool, local: bool):
         self.weights = f"{weights.parent.name}/{weights.name}"
@@ -274,7 +274,7 @@ def _skip_done(jobs: list[Job], mark: Mark, overwrite: bool, tally: Tally) -> li
         if there and not (comment := comment_of(job.target) or "").startswith(OURS):
             tally.refuse(job.source, f"{job.target} is there already, and not from dgunet; choose another --out")
         elif stays and comment.split()[-1] != mark.of(job.source).split()[-1]:  # versions may differ
-            told = "is there already, of another picture or with other weights or settings"
+            told = "is there already, of another image or with other weights or settings"
             tally.refuse(job.source, f"{job.target} {told}; --overwrite replaces it, or choose another --out")
         elif stays and (drawn or job.figure is None):
             tally.skipped += 1
@@ -317,12 +317,12 @@ def _duration(seconds: float) -> str:
 
 
 def _count(number: int) -> str:
-    return "1 picture" if number == 1 else f"{number} pictures"
+    return "1 image" if number == 1 else f"{number} images"
 
 
 @contextlib.contextmanager
 def _attempt(job: Job, tally: Tally):
-    """Around the work on a picture: one that cannot be restored costs no other."""
+    """Around the work on an image: one that cannot be restored costs no other."""
     try:
         yield
         tally.done += 1
@@ -342,9 +342,9 @@ def _attempt(job: Job, tally: Tally):
 
 def _restore_one(model, job: Job, tally: Tally, noise, tile, device: torch.device, bf16: bool, mark: Mark, count):
     comment = mark.of(job.source)
-    picture = read_picture(job.source)
-    scale = np.iinfo(picture.pixels.dtype).max
-    y = picture.pixels.astype(np.float32) / np.float32(scale)
+    image = read_photo(job.source)
+    scale = np.iinfo(image.pixels.dtype).max
+    y = image.pixels.astype(np.float32) / np.float32(scale)
     y = y if y.ndim == 3 else y[..., None]
     if noise is not None:
         _tell_of_noise(job, 255 * noise_level(y), noise, tally)
@@ -363,11 +363,11 @@ def _restore_one(model, job: Job, tally: Tally, noise, tile, device: torch.devic
         x = restore(model, y, tile=tile, bf16=bf16)
     if job.figure is not None:
         _draw(model, job, y, x)
-    if picture.pixels.ndim == 2:
+    if image.pixels.ndim == 2:
         x = x.mean(axis=2)
-    restored = replace(picture, pixels=(x * np.float32(scale)).round().astype(picture.pixels.dtype))
-    write_picture(job.target, restored, comment)
-    notes = picture.notes + ([] if job.target.name == job.source.name else ["written as PNG"])
+    restored = replace(image, pixels=(x * np.float32(scale)).round().astype(image.pixels.dtype))
+    write_photo(job.target, restored, comment)
+    notes = image.notes + ([] if job.target.name == job.source.name else ["written as PNG"])
     for text in notes:
         tally.note(job.source, text)
 
@@ -380,7 +380,7 @@ def _tell_of_noise(job: Job, level: float, trained: tuple[float, float], tally: 
             advice = "keep the original where that looks better"
         case "stronger":
             text = f"more noise than this network is for ({told}), so that it may leave some"
-            advice = "restore the picture reduced to half its size, or with another network"
+            advice = "restore the image reduced to half its size, or with another network"
         case _:
             return
     tally.note(job.source, text, now=f"about sigma {level:.0f}, {text}; {advice}")
@@ -392,7 +392,7 @@ def _counting(model, count: Callable[[int], None]) -> contextlib.AbstractContext
 
 
 def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
-    """The figure of stages of the picture's middle, computed from what is around it."""
+    """The figure of stages of the image's middle, computed from what is around it."""
     top, left, height, width = _middle(y.shape, FIGURE_FROM)
     around = y[top : top + height, left : left + width]
     estimates = stages_of(model, around)[1:]

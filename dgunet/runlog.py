@@ -130,9 +130,9 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
     lines = [
         f"model       {cfg.MODEL.NAME}, {count:,} parameters, {model.stages} stages",
         *(f"missing     {what}" for what in missing),
-        f"training    {len(trainer.train_set) // trainer.train_set.repeat} pictures of {cfg.TRAINING.TRAIN_DIR}, "
+        f"training    {len(trainer.train_set) // trainer.train_set.repeat} images of {cfg.TRAINING.TRAIN_DIR}, "
         f"{trainer.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
-        f"validation  {len(trainer.val_set)} pictures of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held back'}",
+        f"validation  {len(trainer.val_set)} images of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held back'}",
         f"batch       {cfg.OPTIM.BATCH_SIZE} = {trainer.world} processes x {cfg.OPTIM.ACCUMULATE} passes x "
         f"{trainer.learner.share}",
         f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"

@@ -1,7 +1,7 @@
-"""Synthetic degradations of clean pictures, to train and to demonstrate with.
+"""Synthetic degradations of clean images, to train and to demonstrate with.
 
-Each takes a picture (H, W, 3), RGB in [0, 1], and a generator, from which all its randomness comes, and returns the
-degraded picture, of the same shape, float32 in [0, 1]; Gaussian noise that is not clipped leaves that range.
+Each takes an image (H, W, 3), RGB in [0, 1], and a generator, from which all its randomness comes, and returns the
+degraded image, of the same shape, float32 in [0, 1]; Gaussian noise that is not clipped leaves that range.
 """
 
 import inspect
@@ -33,7 +33,7 @@ def gaussian_noise(
     """Add white Gaussian noise.
 
     image: (H, W, 3) in [0, 1]; sigma: standard deviation on the scale 0 to 255, or a range that it is drawn from;
-    clip: to [0, 1], as a picture file does. The literature's tests do not.
+    clip: to [0, 1], as an image file does. The literature's tests do not.
     """
     if np.ndim(sigma):
         sigma = rng.uniform(*sigma)
@@ -42,9 +42,9 @@ def gaussian_noise(
 
 
 def found_noise(image: np.ndarray, rng: Generator, sigma: float | tuple[float, float] = (0.0, 50.0)) -> np.ndarray:
-    """Add Gaussian noise as it is found in pictures: half of them as the literature tests, white and without bounds.
+    """Add Gaussian noise as it is found in images: half of them as the literature tests, white and without bounds.
 
-    The others are clipped to [0, 1]; half of these have noise that the colours share in part or, as grey pictures, in
+    The others are clipped to [0, 1]; half of these have noise that the colours share in part or, as grey images, in
     whole, and half are JPEGs.
 
     image: (H, W, 3) in [0, 1]; sigma: standard deviation on the scale 0 to 255, or a range that it is drawn from.
@@ -63,7 +63,7 @@ def found_noise(image: np.ndarray, rng: Generator, sigma: float | tuple[float, f
 
 
 def as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """A picture (H, W, 3) in [0, 1] as a JPEG of this quality gives it back, its colours at half the resolution."""
+    """An image (H, W, 3) in [0, 1] as a JPEG of this quality gives it back, its colours at half the resolution."""
     cv2 = optional("cv2")
     _, file = cv2.imencode(".jpg", to_uint8(image)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     return cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1] / np.float32(255)
@@ -82,7 +82,7 @@ def sensor_noise(
     modeling and fitting for single-image raw-data", TIP 2008. Back in sRGB the shadows are the noisiest
     part, as in real photographs.
 
-    image: (H, W, 3) in [0, 1]; shot, read: ranges of a and b, each drawn once per picture, log-uniformly.
+    image: (H, W, 3) in [0, 1]; shot, read: ranges of a and b, each drawn once per image, log-uniformly.
     Returns (H, W, 3) in [0, 1], clipped.
     """
     a, b = np.exp([rng.uniform(*np.log(shot)), rng.uniform(*np.log(read))]).astype(np.float32)
@@ -209,8 +209,8 @@ def rain_streaks(image: np.ndarray, rng: Generator, layers: tuple[RainLayer, ...
 
     The heavy-rain model ``y = t * (x + s_1 + ... + s_n) + (1 - t) * airlight`` of Yang et al., "Deep joint
     rain detection and removal from a single image", CVPR 2017, except that each layer ``s`` is laid over
-    the picture as a translucent white (``1 - (1 - x)(1 - s)``), so that bright places do not burn out.
-    Lengths and widths are in pixels, for pictures of roughly 300 to 1000 pixels.
+    the image as a translucent white (``1 - (1 - x)(1 - s)``), so that bright places do not burn out.
+    Lengths and widths are in pixels, for images of roughly 300 to 1000 pixels.
 
     image: (H, W, 3) in [0, 1]; layers: from far to near. Returns (H, W, 3) in [0, 1].
     """
@@ -235,11 +235,11 @@ def added_rain(
 ) -> np.ndarray:
     """Let it rain as in the sets Rain100L and Rain100H: grey streaks of one kind are added, and clipped.
 
-    The model ``y = x + s`` of Yang et al. (see `rain_streaks`): a picture has one direction, and streaks of about one
+    The model ``y = x + s`` of Yang et al. (see `rain_streaks`): an image has one direction, and streaks of about one
     length, width and brightness.
 
     image: (H, W, 3) in [0, 1]; density: drops per 10,000 pixels; length, width: in pixels, the width as the standard
-    deviation across; brightness: at a streak's middle. Of all ranges one value is drawn for each picture, densities and
+    deviation across; brightness: at a streak's middle. Of all ranges one value is drawn for each image, densities and
     lengths log-uniformly.
     """
     drops, typical = np.exp([rng.uniform(*np.log(density)), rng.uniform(*np.log(length))])
@@ -273,7 +273,7 @@ def motion_kernel(rng: Generator, extent: tuple[float, float] = (5.0, 15.0)) -> 
 
     The path is scaled to an extent (its larger side, in pixels) drawn from the given range and each of its
     points is shared among the four nearest pixels. Its centre of mass is put in the middle of the kernel: the
-    blurred picture then does not move against the sharp one.
+    blurred image then does not move against the sharp one.
     """
     path = camera_path(rng)
     path = path * (rng.uniform(*extent) / np.ptp(path, axis=0).max())
@@ -319,8 +319,8 @@ DEGRADATIONS: dict[str, Degrade] = {
 }
 
 
-def degrade_picture(image: np.ndarray, degrade: Degrade, seed: int, name: str) -> np.ndarray:
-    """A picture (H, W, 3) uint8, degraded, in 8 bits again: random numbers as (seed, name) say, whatever the others.
+def degrade_image(image: np.ndarray, degrade: Degrade, seed: int, name: str) -> np.ndarray:
+    """An image (H, W, 3) uint8, degraded, in 8 bits again: random numbers as (seed, name) say, whatever the others.
 
     Values beyond the range of 8 bits, as noise without bounds makes them, are clipped.
     """

@@ -22,21 +22,21 @@ from dgunet.distributed import sole_writer
 from dgunet.errors import UserError, one_line
 from dgunet.evaluation import (
     TEXT,
-    Pictures,
-    PictureSet,
+    Images,
+    ImageSet,
     Result,
     Sample,
     digest_of,
     evaluate,
     paired,
-    pairs_or_pictures,
-    restore_pictures,
+    pairs_or_images,
+    restore_images,
 )
 from dgunet.files import in_its_form, normal_form, replacing
 from dgunet.hardware import pick_device, use_huge_pages
 from dgunet.inference import check_tiles, tile_side
 from dgunet.metrics import find_metrics
-from dgunet.pictures import noise_level, tell_sigmas, trained_noise, unlike_noise
+from dgunet.photos import noise_level, tell_sigmas, trained_noise, unlike_noise
 from dgunet.pretrained import locate
 from dgunet.transforms import unit_range
 
@@ -48,15 +48,15 @@ class Benchmark:
     place: str  # a folder, or a file, under the data root; nothing for the user's own
     protocol: str | None  # see `metrics.PROTOCOLS`; None where a server scores
     paper: dict[str, tuple[float, float]] = field(default_factory=dict)  # by network: PSNR, SSIM
-    open: Callable[[Path], PictureSet] = paired
+    open: Callable[[Path], ImageSet] = paired
     self_ensemble: bool = False  # whether the original restores it so
     sigma: float | None = None  # of the Gaussian noise that is added, in 8-bit levels
     usual: bool = True  # whether it is tested where no --dataset is given
 
 
 def own_folder(protocol: str) -> Callable[[argparse.Namespace], dict[str, Benchmark]]:
-    """Folders of the user's own: pairs, scored by the protocol, or pictures, restored only."""
-    return lambda args: {"": Benchmark("", protocol, open=pairs_or_pictures)}
+    """Folders of the user's own: pairs, scored by the protocol, or images, restored only."""
+    return lambda args: {"": Benchmark("", protocol, open=pairs_or_images)}
 
 
 def add_tiling(add: Callable):
@@ -96,7 +96,7 @@ def command(
     benchmarks: dict[str, Benchmark],
     own: Callable[[argparse.Namespace], dict[str, Benchmark]],
     *,
-    method: Callable = restore_pictures,
+    method: Callable = restore_images,
     add_options: Callable[[Callable], None] = add_tiling,
     options: Callable[[argparse.Namespace, Benchmark], dict] = tiling,
     variants: Callable[[torch.nn.Module, argparse.Namespace], dict[str, dict]] = lambda model, args: {"": {}},
@@ -122,7 +122,7 @@ def command(
         shipped: the name of this repository's own weights for the task, tested where none are given.
 
     Raises:
-        UserError: at the end, listing the pictures that could not be tested.
+        UserError: at the end, listing the images that could not be tested.
     """
     args = _parse(description, benchmarks, add_options)
     use_huge_pages()
@@ -137,7 +137,7 @@ def command(
     elif args.score_only.is_dir():
         folder = args.results / task / f"scores_of_{args.score_only.absolute().name}"
     else:
-        raise UserError(f"no folder {args.score_only.absolute()} with restored pictures")
+        raise UserError(f"no folder {args.score_only.absolute()} with restored images")
     metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device)) if args.metrics else {}
     tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, own(args))
     alone = len(tests) == 1
@@ -190,7 +190,7 @@ def command(
         append_results(table, results, str(source), "score_only" if network is None else network.name)
         print(f"appended to {table}")
     if network is not None:
-        print(f"pictures and scores of each picture are in {folder}")
+        print(f"images and scores of each image are in {folder}")
     if failures:
         for failure in failures:
             print(f"not tested: {one_line(failure)}", file=sys.stderr)
@@ -203,12 +203,12 @@ def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Call
     noisy = any(benchmark.sigma for benchmark in benchmarks.values())
     usual = "those whose noise the weights are for" if noisy else "all of these"
     add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own, if there)")
-    add("--dataset", nargs="+", help=f"{', '.join(benchmarks)}; folders or pictures (default: {usual})")
+    add("--dataset", nargs="+", help=f"{', '.join(benchmarks)}; folders or images (default: {usual})")
     add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
     where = "where everything is written (default: results): TASK.csv, and for each weights TASK/NAME_DIGEST/DATASET/"
     add("--results", type=Path, default=Path("results"), help=where)
-    add("--score_only", type=Path, metavar="FOLDER", help="score the pictures in FOLDER/DATASET, restore nothing")
-    add("--save_images", action="store_true", help="write restored pictures also where the scores do not need it")
+    add("--score_only", type=Path, metavar="FOLDER", help="score the images in FOLDER/DATASET, restore nothing")
+    add("--save_images", action="store_true", help="write restored images also where the scores do not need it")
     add("--metrics", nargs="+", metavar="NAME", help="further scores, of the pyiqa library: lpips, dists, niqe, ...")
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
     add("--bf16", action="store_true", help="bfloat16 autocast: faster, up to some hundredths of a dB off")
@@ -228,7 +228,7 @@ class _Network(NamedTuple):
 def _load(task: str, weights: str | None, shipped: str | None, device: str) -> _Network:
     source = weights or shipped
     if source is None:
-        raise UserError("give --weights MODEL.pth, or --score_only FOLDER for pictures that are already restored")
+        raise UserError("give --weights MODEL.pth, or --score_only FOLDER for images that are already restored")
     path = locate(source)
     content = read_checkpoint(path)  # once: the file may be another one a moment later
     if not weights:
@@ -273,7 +273,7 @@ def _tests(
 
 
 def label(word: str) -> str:
-    """Name of the user's own folder or picture in tables, and of its folder; so many are called ``test``."""
+    """Name of the user's own folder or image in tables, and of its folder; so many are called ``test``."""
     path = Path(os.path.abspath(word))
     if path.is_file():
         path = path.with_suffix("")
@@ -292,7 +292,7 @@ def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
         return source
     if not Path(word).exists():
         raise UserError(
-            f"no folder or picture {Path(word).absolute()}; check the path, or name a test set: {', '.join(benchmarks)}"
+            f"no folder or image {Path(word).absolute()}; check the path, or name a test set: {', '.join(benchmarks)}"
         )
     return Path(word)
 
@@ -308,13 +308,13 @@ def find_folder(root: Path, relative: str) -> Path:
     return folder
 
 
-def _restored_elsewhere(root: Path, names: tuple[str, ...], data: PictureSet) -> Callable:
-    """For `evaluate`: the pictures in one of the folders of these names in ``root``, or in ``root`` itself."""
+def _restored_elsewhere(root: Path, names: tuple[str, ...], data: ImageSet) -> Callable:
+    """For `evaluate`: the images in one of the folders of these names in ``root``, or in ``root`` itself."""
     folders = (find_folder(root, name) for name in names)
     folder = next((folder for folder in folders if folder.is_dir()), root)
     there = images_by_name(folder, tell=False)  # what is missing is told
 
-    def read(sample: Sample, degraded: Pictures) -> tuple[Pictures, Pictures]:
+    def read(sample: Sample, degraded: Images) -> tuple[Images, Images]:
         for name in sample.names:
             if name not in there:
                 raise UserError(f"no restored {name} in {folder}")
@@ -325,10 +325,10 @@ def _restored_elsewhere(root: Path, names: tuple[str, ...], data: PictureSet) ->
 
 
 def _listening(method: Callable, levels: list[float]) -> Callable:
-    """The same method, which notes the noise of the pictures, in 8-bit levels."""
+    """The same method, which notes the noise of the images, in 8-bit levels."""
 
     @functools.wraps(method)
-    def restore(model: torch.nn.Module, degraded: Pictures, **options) -> tuple[Pictures, Pictures]:
+    def restore(model: torch.nn.Module, degraded: Images, **options) -> tuple[Images, Images]:
         for images in degraded if isinstance(degraded, list) else [degraded]:
             if np.isfinite(level := noise_level(np.atleast_3d(unit_range(images)))):
                 levels.append(255 * level)

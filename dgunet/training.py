@@ -36,7 +36,7 @@ def train_command(
         uses: of the config's keys that not every task uses, those that this one does, see `config.parse_args`.
         make_train_set: from the config and what ``find`` found to a data set indexed with (epoch, index).
         make_val_set: likewise to one for validation.
-        find: lists the pairs, or the pictures, of a folder or of a packed file.
+        find: lists the pairs, or the images, of a folder or of a packed file.
         make_degradation: from the config and the training set to the network's known degradation, or None where it is
             learned. A function that other processes can import.
     """
@@ -57,7 +57,7 @@ def train_command(
 
     if cfg.MODEL.DEGRADATION:
         if cfg.SYNTHESIS.NAME:
-            raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the pictures; set one of the two")
+            raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the images; set one of the two")
         find = find_clean
     elif cfg.MODEL.GREY or cfg.MODEL.NOISE:
         raise UserError("MODEL.GREY and MODEL.NOISE are of a known blur; set MODEL.DEGRADATION blur, or leave them out")
@@ -90,7 +90,7 @@ def crop_options(cfg) -> dict:
 
 
 def find_clean(folder: str) -> list[Pair]:
-    """The pictures of a folder as pairs of themselves: the network of a known degradation is given them measured."""
+    """The images of a folder as pairs of themselves: the network of a known degradation is given them measured."""
     return [Pair(name, path, path) for name, path in images_by_name(folder).items()]
 
 

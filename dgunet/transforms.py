@@ -56,7 +56,7 @@ def unit_range(x: Tensor | np.ndarray) -> Tensor | np.ndarray:
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Floats in [0, 1] as an 8-bit picture: clamped, times 255, rounded to nearest; one of 8 bits as it is."""
+    """Floats in [0, 1] as an 8-bit image: clamped, times 255, rounded to nearest; one of 8 bits as it is."""
     return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * np.float32(255)).round().astype(np.uint8)
 
 

@@ -5,9 +5,9 @@
 
 Trains small networks (five stages, width 16) for Gaussian noise and for compressive sensing, one run for each variant
 and seed; a variant differs from the first in what its name says and in nothing else. The rate falls as a cosine. The
-score is the PSNR, averaged over pictures held back from training, of their 256x256 centres. Writes ablation.csv,
+score is the PSNR, averaged over images held back from training, of their 256x256 centres. Writes ablation.csv,
 ablation.md (a table) and ablation.png. A study that was interrupted goes on where it was. On one CPU core a run of
-three epochs of 380 pictures takes a minute or two.
+three epochs of 380 images takes a minute or two.
 """
 
 import argparse
@@ -105,11 +105,11 @@ VARIANTS = [
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--train_dir", required=True, help="folder of pictures; the last 20 by name are held back")
+    add("--train_dir", required=True, help="folder of images; the last 20 by name are held back")
     add("--out", type=Path, default=Path("results/ablation"), help="folder for runs, table and plot")
     add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    add("--epochs", type=int, default=3, help="of one 64x64 crop from each picture, four at a time (default: 3)")
+    add("--epochs", type=int, default=3, help="of one 64x64 crop from each image, four at a time (default: 3)")
     add("--devices", nargs="+", default=["cpu"], help="cpu (default), or numbers of GPUs: a run on each at a time")
     add("--only", nargs="*", metavar="WORDS", help="only variants whose names have one of these in them, and the first")
     add("options", nargs="*", metavar="KEY VALUE", help="config keys for all runs")
@@ -126,7 +126,7 @@ def main():
     ]
     if args.only and all(variant is BASE for _, variant, _ in runs):
         raise UserError(f"--only matches none of {'; '.join(variant.name for variant in VARIANTS)}")
-    of_these_pictures(args.train_dir, args.out)
+    of_these_images(args.train_dir, args.out)
     np.save(args.out / KERNEL, np.ones((1, 1), np.float32))
     rows: list[dict] = []
     free: queue.Queue[str] = queue.Queue()
@@ -168,13 +168,13 @@ def settings_of(task: str, variant: Variant, seed: int, args) -> dict:
 under_way: set[subprocess.Popen] = set()
 
 
-def of_these_pictures(train_dir: str, out: Path):
-    """Note in ``out`` what its runs are trained on; scores of other pictures are not for one table.
+def of_these_images(train_dir: str, out: Path):
+    """Note in ``out`` what its runs are trained on; scores of other images are not for one table.
 
     Raises:
         UserError: they were trained on others.
     """
-    items, note = find_images(train_dir), out / "pictures.pth"
+    items, note = find_images(train_dir), out / "images.pth"
     if not note.exists():
         out.mkdir(parents=True, exist_ok=True)
         torch.save(fingerprint(items), note)
@@ -273,7 +273,7 @@ def draw(rows: list[dict], tasks: list[str], path: Path):
             axis.plot(statistics.mean(values), place, "|", color=colour, markersize=16, markeredgewidth=2.5)
         axis.set_yticks(range(len(found)), [variant.name for variant in found])
         axis.invert_yaxis()
-        axis.set(title=TITLES[task], xlabel="PSNR on held-back pictures [dB]")
+        axis.set(title=TITLES[task], xlabel="PSNR on held-back images [dB]")
         axis.grid(axis="x", alpha=0.3)
     FigureCanvasAgg(figure).print_png(str(path))
 

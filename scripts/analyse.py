@@ -1,4 +1,4 @@
-"""Look inside a network: what each stage does to a picture, and what its degradation has become.
+"""Look inside a network: what each stage does to an image, and what its degradation has become.
 
     python scripts/analyse.py --weights denoising_gaussian --pair Datasets/demo/denoising/test astronaut
     python scripts/analyse.py --weights W --pair Datasets/Set11 barbara                     # compressive sensing
@@ -10,7 +10,7 @@ Prints a table with a line for each stage, and draws into --out:
     curves.png       PSNR, data term ||A x - y||, and step size rho_k from stage to stage
     degradation.png  how A and A_adjoint spread a pixel, beside the true degradation where it is known
 
-Differences are in 8-bit levels, root mean squares over the whole picture; those in brackets are what remains when each
+Differences are in 8-bit levels, root mean squares over the whole image; those in brackets are what remains when each
 colour may be brighter or darker by a constant. What the columns are: dgunet/inside.py, StepMeasures. Changes are drawn
 as means over the colours, and of learned operators it is their derivative. A network for any known blur is given
 --kernel.
@@ -49,7 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--weights", required=True, help="checkpoint")
-    add("--pair", nargs=2, required=True, metavar=("DIR", "NAME"), help="folder with input/, target/, or pictures")
+    add("--pair", nargs=2, required=True, metavar=("DIR", "NAME"), help="folder with input/, target/, or images")
     add("--crop", nargs=3, type=int, metavar=("TOP", "LEFT", "SIDE"), help="part that is drawn (default: centre)")
     add("--kernel", type=Path, help="the true blur's kernel, a .npy file, to be drawn beside what was learned")
     add("--out", type=Path, default=Path("results/analysis"), help="folder (default: results/analysis)")
@@ -75,13 +75,13 @@ def main():
 
 
 def read_case(model: DGUNet, folder: str, name: str) -> tuple[Tensor, Tensor]:
-    """What the network is given, and the true picture (1, C, H, W), both without the last rows and columns that are
+    """What the network is given, and the true image (1, C, H, W), both without the last rows and columns that are
     too many for it."""
     sensing = isinstance(model.degradation, BlockSampling)
     multiple = model.degradation.block if sensing else MULTIPLE
-    pair = [unit_range(to_tensor(picture)[None]) for picture in read_pair(model, folder, name)]
+    pair = [unit_range(to_tensor(image)[None]) for image in read_pair(model, folder, name)]
     height, width = (size // multiple * multiple for size in pair[0].shape[2:])
-    y, truth = (picture[..., :height, :width] for picture in pair)
+    y, truth = (image[..., :height, :width] for image in pair)
     return (model.degradation.A(truth) if sensing else y), truth
 
 
@@ -121,13 +121,13 @@ def print_table(rows: list[StepMeasures], initial: float):
         print("| " + " | ".join(line) + " |")
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------ images
 
 
 def shown(x: Tensor, window: tuple[slice, slice]) -> np.ndarray:
-    """A part of a picture, for imshow."""
-    picture = to_uint8(x[0][(slice(None), *window)].permute(1, 2, 0).cpu().numpy())
-    return picture[..., 0] if picture.shape[2] == 1 else picture
+    """A part of an image, for imshow."""
+    image = to_uint8(x[0][(slice(None), *window)].permute(1, 2, 0).cpu().numpy())
+    return image[..., 0] if image.shape[2] == 1 else image
 
 
 def draw_stages(record: Trace, truth: Tensor, window: tuple[slice, slice]) -> Figure:
@@ -140,7 +140,7 @@ def draw_stages(record: Trace, truth: Tensor, window: tuple[slice, slice]) -> Fi
         for s in steps
     ]
     # The middle stages decide on the scale. The first may have to change the brightness; the last adds a residual to y
-    # where the degradation is learned, and its v_K need not be a picture at all: "off the scale", it says there.
+    # where the degradation is learned, and its v_K need not be an image at all: "off the scale", it says there.
     limit = float(np.percentile(np.abs(changes[1:-1] or changes), 99.5)) or 1.0
     figure = Figure(figsize=(1.9 * (len(steps) + 2), 6.8), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08)

@@ -1,13 +1,13 @@
 """What compressive sensing has learned to measure, and where its errors are.
 
-    python scripts/analyse_sensing.py --weights compressive_sensing_10 compressive_sensing_25 --pictures Datasets/Set11
-    python scripts/analyse_sensing.py --weights step1/model_best.pth step2/model_best.pth --pictures Datasets/Set11
+    python scripts/analyse_sensing.py --weights compressive_sensing_10 compressive_sensing_25 --images Datasets/Set11
+    python scripts/analyse_sensing.py --weights step1/model_best.pth step2/model_best.pth --images Datasets/Set11
 
 Prints, for each of the weights, how its matrix compares with the discrete cosine transform (DCT) and how large the
 errors are at the borders of blocks and of the 128x128 tiles, and draws into --out:
 
-    matrix.png   rows of each matrix as 32x32 pictures, and which frequencies all of them see, beside the DCT's
-    seams.png    the error over the distance to the nearest border of a block, and the first picture's errors where
+    matrix.png   rows of each matrix as 32x32 images, and which frequencies all of them see, beside the DCT's
+    seams.png    the error over the distance to the nearest border of a block, and the first image's errors where
                  four tiles meet
     ratios.png   with a network for a range of ratios among them: its PSNR over the ratio, and that of the others
 
@@ -49,7 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--weights", nargs="+", required=True, help="checkpoints, or names of shipped networks")
-    add("--pictures", required=True, help="folder")
+    add("--images", required=True, help="folder")
     add("--out", type=Path, default=Path("results/analysis"), help="folder (default: results/analysis)")
     args = parser.parse_args()
     models = {drawable(label(words))[0]: load_model(words, task="compressive_sensing") for words in args.weights}
@@ -61,14 +61,14 @@ def main():
     print("| --- | --- | --- | --- | --- |")
     for name, model in models.items():
         print(f"| {name} | " + " | ".join(compare_with_cosines(model.degradation.matrix.detach())) + " |")
-    paths = list_images(args.pictures)
-    pictures, first = [read_luma(path) for path in paths], drawable(paths[0].stem)[0]
-    print("\n| weights | rms error | at borders of blocks | at borders of tiles | there, whole pictures |")
+    paths = list_images(args.images)
+    images, first = [read_luma(path) for path in paths], drawable(paths[0].stem)[0]
+    print("\n| weights | rms error | at borders of blocks | at borders of tiles | there, whole images |")
     print("| --- | --- | --- | --- | --- |")
     errors = {}
     for name, model in models.items():
         tiled, whole = (
-            [reconstruct(model, picture)[0].clip(0, 1) * 255 - picture for picture in pictures]
+            [reconstruct(model, image)[0].clip(0, 1) * 255 - image for image in images]
             for reconstruct in (reconstruct_tiles, reconstruct_whole)
         )
         errors[name] = tiled
@@ -83,9 +83,7 @@ def main():
         save(draw_matrices(models), out / "matrix.png")
         save(draw_seams(models, errors, first), out / "seams.png")
         if any(isinstance(model.degradation, ScalableSampling) for model in models.values()):
-            save(
-                draw_ratios({name: over_ratios(model, pictures) for name, model in models.items()}), out / "ratios.png"
-            )
+            save(draw_ratios({name: over_ratios(model, images) for name, model in models.items()}), out / "ratios.png")
     print(f"\ndrawn in {out.absolute()}")
 
 
@@ -151,7 +149,7 @@ def to_border(shape: tuple[int, int], side: int) -> np.ndarray:
     """How far each pixel is from the nearest inner border of cells of a side: 0 for those that touch one, (H, W)."""
 
     def near(length: int) -> np.ndarray:
-        inner = np.arange(side, length, side)  # a picture's edge is no seam
+        inner = np.arange(side, length, side)  # an image's edge is no seam
         gaps = np.abs(np.arange(length)[:, None] + 0.5 - inner) - 0.5
         return gaps.min(axis=1, initial=np.inf)
 
@@ -162,19 +160,19 @@ def to_border(shape: tuple[int, int], side: int) -> np.ndarray:
 def inside_a_tile(shape: tuple[int, int], block: int) -> np.ndarray:
     """The pixels of which the nearest border is one between blocks of a tile, (H, W) bool.
 
-    Without the outermost blocks of the picture, whose pixels are far from any border because there is no other block.
+    Without the outermost blocks of the image, whose pixels are far from any border because there is no other block.
     """
     rows, columns = ((np.arange(size) >= block) & (np.arange(size) < (size - 1) // block * block) for size in shape)
     return rows[:, None] & columns[None] & (to_border(shape, TILE) >= block // 2)
 
 
 def rms(errors: list[np.ndarray], masks: list[np.ndarray]) -> float:
-    """Over the pixels that the masks choose of some pictures' errors; nan where they choose none."""
+    """Over the pixels that the masks choose of some images' errors; nan where they choose none."""
     squares = np.concatenate([error[mask] ** 2 for error, mask in zip(errors, masks, strict=True)])
     return float(np.sqrt(squares.mean())) if squares.size else math.nan
 
 
-def draw_seams(models: dict[str, DGUNet], errors: dict[str, list[np.ndarray]], picture: str) -> Figure:
+def draw_seams(models: dict[str, DGUNet], errors: dict[str, list[np.ndarray]], image: str) -> Figure:
     shown = min(len(models), 5)
     figure = Figure(figsize=(4.6 + 2.6 * shown, 3.6), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08)
@@ -203,21 +201,21 @@ def draw_seams(models: dict[str, DGUNet], errors: dict[str, list[np.ndarray]], p
                     mark(at - 0.5, color="C3", linewidth=0.8)
         axis.set_xticks(np.arange(block - left % block, part.shape[1], block) - 0.5, [])
         axis.set_yticks(np.arange(block - top % block, part.shape[0], block) - 0.5, [])
-        axis.set_title(f"{picture}, {name}\nerror, black: {limit:.0f} levels", fontsize=8)
+        axis.set_title(f"{image}, {name}\nerror, black: {limit:.0f} levels", fontsize=8)
     return figure
 
 
 # -------------------------------------------------------------------------------------------------------------- ratios
 
 
-def over_ratios(model: DGUNet, pictures: list[np.ndarray]) -> dict[float, float]:
+def over_ratios(model: DGUNet, images: list[np.ndarray]) -> dict[float, float]:
     """The mean PSNR in dB as test.py has it, by the ratio: of a network for one that alone."""
     sampling = model.degradation
     ratios = [len(sampling.matrix) / sampling.block**2]
     if isinstance(sampling, ScalableSampling):
         ratios = [r for r in CURVE if sampling.covers(r)]
     return {
-        r: float(np.mean([evaluate_pair(reconstruct_tiles(model, p, ratio=r)[0], p, "cs_y")[0] for p in pictures]))
+        r: float(np.mean([evaluate_pair(reconstruct_tiles(model, p, ratio=r)[0], p, "cs_y")[0] for p in images]))
         for r in ratios
     }
 

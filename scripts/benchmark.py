@@ -3,17 +3,17 @@
     python scripts/benchmark.py                                                   # all of it, in some minutes
     python scripts/benchmark.py forward train --variants deblurring_dgunet deraining_dgunet --batch 16 --crop 256
     python scripts/benchmark.py forward --sizes 1280x720 --compile --profile
-    python scripts/benchmark.py data --pictures Datasets/GoPro/train
+    python scripts/benchmark.py data --images Datasets/GoPro/train
     python scripts/benchmark.py probe                        # what a GPU can do, and whether training waits for it
 
 The baseline is the same network in the original's form: float32, NCHW, eager; half instance norm by splitting and
 concatenating, subspace fusion with an explicit inverse; Adam as PyTorch chooses to run it (on a CPU parameter by
-parameter), the loss read after each step; pictures decoded, converted and augmented whole, then cropped;
+parameter), the loss read after each step; images decoded, converted and augmented whole, then cropped;
 three-dimensional SSIM with its 11x11x11 window. Both sides have PyTorch's precision of float32 (on a GPU: TF32 in
 convolutions only) and, as both train.py do, cuDNN's benchmark in training; bfloat16 where the hardware computes it.
 
 Every case runs in a process of its own, so that its peak memory is its own. On a CPU the cases of a table take turns,
-so that whatever else the machine does meets all of them; times are medians. Weights and pictures are never zeros.
+so that whatever else the machine does meets all of them; times are medians. Weights and images are never zeros.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Case:
     bf16: bool = False
     compile: bool = False
     checkpointing: bool = False
-    pictures: str = ""  # data: folder with input/ and target/, or packed file
+    images: str = ""  # data: folder with input/ and target/, or packed file
     device: str = "cpu"
     threads: int = 0
     profile: bool = False
@@ -138,8 +138,8 @@ def prepare(case: Case) -> Callable:
     return {"forward": _forward, "train": _train, "data": _data, "evaluate": _evaluate}[case.section](case)
 
 
-def _pictures(case: Case, channels: int) -> torch.Tensor:
-    """Smooth random pictures with some noise, in [0, 1]."""
+def _images(case: Case, channels: int) -> torch.Tensor:
+    """Smooth random images with some noise, in [0, 1]."""
     coarse = torch.rand(case.batch, channels, case.height // 8, case.width // 8)
     smooth = F.interpolate(coarse, (case.height, case.width), mode="bicubic", align_corners=False)
     return (smooth + 0.05 * torch.randn_like(smooth)).clamp(0, 1).to(case.device)
@@ -155,7 +155,7 @@ def _forward(case: Case) -> Callable:
     if not case.baseline:
         use_huge_pages()
     model = _network(case).eval()
-    y = _pictures(case, model.channels)
+    y = _images(case, model.channels)
     if not case.baseline:  # as load_model and restore do
         model.to(memory_format=torch.channels_last)
         y = y.contiguous(memory_format=torch.channels_last)
@@ -181,7 +181,7 @@ def _train(case: Case) -> Callable:
     cfg = load_config(ROOT / "configs" / VARIANTS[case.variant].task / "dgunet.yaml", options)
     model = _network(case)
     learner = Learner(cfg, model)
-    target = _pictures(case, model.channels)
+    target = _images(case, model.channels)
     input = target if model.degradation is not None else (target + 0.1 * torch.randn_like(target)).clamp(0, 1)
     input, target = learner.move(input), learner.move(target)
     weight = next(model.parameters())
@@ -215,28 +215,28 @@ def _data(case: Case) -> Callable:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     if case.baseline:
-        pairs, rng = find_pairs(case.pictures), np.random.default_rng(0)
-        return lambda: _whole_pictures(pairs[rng.integers(len(pairs))], case.height, rng)
-    patches = SaturationPatches(case.pictures, case.height, saturation=0.2)
+        pairs, rng = find_pairs(case.images), np.random.default_rng(0)
+        return lambda: _whole_images(pairs[rng.integers(len(pairs))], case.height, rng)
+    patches = SaturationPatches(case.images, case.height, saturation=0.2)
     index = iter(range(10**9))
     return lambda: patches[1, next(index)][0].float()
 
 
-def _whole_pictures(pair, patch: int, rng: np.random.Generator) -> torch.Tensor:
+def _whole_images(pair, patch: int, rng: np.random.Generator) -> torch.Tensor:
     """A sample of the original's deblurring loader."""
     import torchvision.transforms.functional as TF
     from PIL import Image
 
-    pictures = [Image.open(path).convert("RGB") for path in (pair.input, pair.target)]
+    images = [Image.open(path).convert("RGB") for path in (pair.input, pair.target)]
     if rng.integers(3) == 1:
         factor = rng.uniform(0.8, 1.2)
-        pictures = [TF.adjust_saturation(picture, factor) for picture in pictures]
-    pictures = [TF.to_tensor(picture) for picture in pictures]
-    height, width = pictures[0].shape[1:]
+        images = [TF.adjust_saturation(image, factor) for image in images]
+    images = [TF.to_tensor(image) for image in images]
+    height, width = images[0].shape[1:]
     top, left = int(rng.integers(height - patch + 1)), int(rng.integers(width - patch + 1))
-    pictures = [picture[:, top : top + patch, left : left + patch] for picture in pictures]
+    images = [image[:, top : top + patch, left : left + patch] for image in images]
     turns = int(rng.integers(9))
-    return [torch.rot90(picture, turns % 4, dims=(1, 2)).contiguous() for picture in pictures][0]
+    return [torch.rot90(image, turns % 4, dims=(1, 2)).contiguous() for image in images][0]
 
 
 def _evaluate(case: Case) -> Callable:
@@ -246,7 +246,7 @@ def _evaluate(case: Case) -> Callable:
 
     cv2.setNumThreads(1)
     rng = np.random.default_rng(0)
-    target = (255 * _pictures(dataclasses.replace(case, device="cpu"), 3)[0].permute(1, 2, 0).numpy()).astype(np.uint8)
+    target = (255 * _images(dataclasses.replace(case, device="cpu"), 3)[0].permute(1, 2, 0).numpy()).astype(np.uint8)
     restored = np.clip(target + rng.normal(0, 5, target.shape), 0, 255).astype(np.uint8)
     score = _direct_ssim if case.baseline else lambda r, t: evaluate_pair(r, t, "rgb_matlab")[1]
     return lambda: torch.tensor(score(restored, target))
@@ -557,24 +557,24 @@ def network_table(args, cases: list[Case], peaks: dict) -> list[dict]:
 
 def data_table(args) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(args.pictures or make_pictures(Path(folder) / "pictures"))
+        source = Path(args.images or make_images(Path(folder) / "images"))
         packed = Path(folder) / "packed.h5"
         pack = [sys.executable, ROOT / "scripts/pack_dataset.py", source, "--out", packed]
         done = subprocess.run(pack, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            raise UserError(f"--pictures: {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
+            raise UserError(f"--images: {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
         common = dict(section="data", height=256, width=256)
         cases = [
-            Case(name="baseline: PNG", baseline=True, pictures=str(source), **common),
-            Case(name="PNG", pictures=str(source), **common),
-            Case(name="packed", pictures=str(packed), **common),
+            Case(name="baseline: PNG", baseline=True, images=str(source), **common),
+            Case(name="PNG", images=str(source), **common),
+            Case(name="packed", images=str(packed), **common),
         ]
         rows = measure(cases, args.runs, args.seconds)
     rows = [row | {"images_per_second": 1 / row["seconds"]} for row in rows]
     return finish("data: deblurring samples of 256x256 from pairs of 1280x720, one core", cases, rows)
 
 
-def make_pictures(folder: Path) -> Path:
+def make_images(folder: Path) -> Path:
     """Pairs of 1280x720 PNGs: scikit-image's photographs, enlarged, with sensor noise; the inputs blurred before it."""
     import cv2
     import skimage.data
@@ -584,8 +584,8 @@ def make_pictures(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     for name in ("astronaut", "coffee", "chelsea", "rocket"):
         sharp = cv2.resize(getattr(skimage.data, name)(), (1280, 720), interpolation=cv2.INTER_CUBIC)
-        for side, picture in (("input", cv2.blur(sharp, (15, 3))), ("target", sharp)):
-            noisy = np.clip(picture + rng.normal(0, 1.5, picture.shape), 0, 255).round().astype(np.uint8)
+        for side, image in (("input", cv2.blur(sharp, (15, 3))), ("target", sharp)):
+            noisy = np.clip(image + rng.normal(0, 1.5, image.shape), 0, 255).round().astype(np.uint8)
             write_image(folder / side / f"{name}.png", noisy)
     return folder
 
@@ -650,10 +650,10 @@ def main():
     add("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all of these), probe")
     add("--variants", nargs="+", default=["deraining_dgunet"], help=f"of {', '.join(list_models())}")
     add("--sizes", nargs="+", type=size, default=[(256, 256), (1280, 720)], help="forward: WIDTHxHEIGHT")
-    add("--batch", type=at_least(1), default=2, help="training: pictures in a step (default: 2; the paper's is 16)")
+    add("--batch", type=at_least(1), default=2, help="training: images in a step (default: 2; the paper's is 16)")
     add("--crop", type=at_least(MULTIPLE), default=128, help="training: side of crops (default: 128; the paper's: 256)")
     add("--compile", action="store_true", help="also torch.compile")
-    add("--pictures", help="data: folder of 1280x720 pairs (default: enlarged photographs of scikit-image)")
+    add("--images", help="data: folder of 1280x720 pairs (default: enlarged photographs of scikit-image)")
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, ...")
     add("--threads", type=int, default=0, help="of the CPU (default: PyTorch's choice)")
     add("--runs", type=at_least(1), default=7, help="medians are of so many runs")

@@ -36,7 +36,7 @@ with command_imports(__name__):
 SIDES = {"input": ("input", "input_crops"), "target": ("target", "target_crops", "groundtruth", "gt")}
 CS = "compressive_sensing"
 UNITS = {
-    "pairs": "pairs", "scenes": "pairs", "mat": "files", "pictures": "pictures", "set": "pictures", "weights": "files",
+    "pairs": "pairs", "scenes": "pairs", "mat": "files", "images": "images", "set": "images", "weights": "files",
 }  # fmt: skip
 DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS}  # no browser would help
 
@@ -47,7 +47,7 @@ class Download:
 
     ``folders`` maps each folder it fills, below --root (weights: below --weights_root), to the number of things in it,
     None where that is not known. Kinds: pairs (input/ and target/), scenes (SIDD-Medium's folders), mat (the
-    ``files``), pictures (several downloads share a folder, so names get a prefix), set (pictures with a folder of their
+    ``files``), images (several downloads share a folder, so names get a prefix), set (images with a folder of their
     own), weights.
     """
 
@@ -60,7 +60,7 @@ class Download:
     files: tuple[str, ...] = ()
     exact: bool = True  # whether another number is an error; otherwise there is a warning
     then: str = ""
-    parts: tuple[str, ...] = ()  # other downloads that hold some of its pictures
+    parts: tuple[str, ...] = ()  # other downloads that hold some of its images
 
     @property
     def names(self) -> list[str]:
@@ -77,7 +77,7 @@ DND = ("info.mat", *(f"images_srgb/{k:04d}.mat" for k in range(1, 51)))
 CUT = "python scripts/prepare_patches.py sidd --source {root}/SIDD_Medium_Srgb/Data --out {root}/SIDD/train"
 # fmt: off
 # Ids: those of the Restormer family, whose archives have the layout that the original reads; those of CS and of the
-# weights are the original's own. Sizes are estimates from the numbers and the sizes of the pictures.
+# weights are the original's own. Sizes are estimates from the numbers and the sizes of the images.
 DOWNLOADS = [
     Download("gopro-train", "deblurring", "1zgALzrLCC_tcXKu_iHQTHukKUVT1aodI", "pairs", {"GoPro/train": 2103}, "4 GB"),
     Download("gopro-test", "deblurring", "1k6DTSHu4saUgrGTYkkZXTptILyG9RRll", "pairs", {"GoPro/test": 1111}, "2 GB"),
@@ -94,18 +94,18 @@ DOWNLOADS = [
     Download("sidd-val", "denoising", "1Fw6Ey1R-nCHN9WEpxv0MnMqxij-ECQYJ", "pairs", {"SIDD/val": None}, "0.3 GB"),
     Download("sidd-test", "denoising", "11vfqV-lqousZTuAit1Qkqghiv_taY0KZ", "mat", {"SIDD/test": 2}, "0.5 GB", SIDD),
     Download("dnd", "denoising", "1CYCDhaVxYYcXhSfEVDUwkvJDtGxeQ10G", "mat", {"DND/test": 51}, "?", DND),
-    Download("div2k-bsd400", CS, "1eW4eC3eazqRYnjXoIOXNX-xOYSwoIoHf", "pictures", {"train/DIV2K_BSD400": None}, "4 GB",
+    Download("div2k-bsd400", CS, "1eW4eC3eazqRYnjXoIOXNX-xOYSwoIoHf", "images", {"train/DIV2K_BSD400": None}, "4 GB",
              parts=("bsd400", "div2k")),
     Download("set11-bsd68", CS, "11WXTqqD4cZtymJJ_WObYb2s1vv1Dlr-2", "set", {"Set11": 11, "BSD68": 68}, "10 MB"),
-    Download("bsd400", "", "1idKFDkAHJGAFDn1OyXZxsTbOSBx9GS8N", "pictures", {"train/DIV2K_BSD400": 400}, "0.1 GB"),
-    Download("div2k", "", "13wLWWXvFkuYYVZMMAYiMVdSA7iVEf2fM", "pictures", {"train/DIV2K_BSD400": None}, "4 GB"),
+    Download("bsd400", "", "1idKFDkAHJGAFDn1OyXZxsTbOSBx9GS8N", "images", {"train/DIV2K_BSD400": 400}, "0.1 GB"),
+    Download("div2k", "", "13wLWWXvFkuYYVZMMAYiMVdSA7iVEf2fM", "images", {"train/DIV2K_BSD400": None}, "4 GB"),
     Download("weights", "all-weights", "1bitvtmJAE1iKpFmdGx3OrN6Xti0JRPLc", "weights", {"restoration": None}, "1 GB"),
     Download("weights-cs", "all-weights", "1euV8SnXHuYswwbm9FaV1y5RQRLd58ou_", "weights", {CS: None}, "0.2 GB"),
 ]
 # fmt: on
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
@@ -114,12 +114,12 @@ def side(folder: Path, name: str) -> Path | None:
     return next((folder / alias for alias in SIDES[name] if (folder / alias).is_dir()), None)
 
 
-def own_pictures(item: Download, folder: Path) -> int:
-    return sum(path.name.startswith(f"{item.name}_") for path in pictures_in(folder))
+def own_images(item: Download, folder: Path) -> int:
+    return sum(path.name.startswith(f"{item.name}_") for path in images_in(folder))
 
 
 def marker(item: Download, folder: Path) -> Path:
-    return folder / f".{item.name}.complete"  # holds the number of pictures; several downloads share their folder
+    return folder / f".{item.name}.complete"  # holds the number of images; several downloads share their folder
 
 
 def check(item: Download, folder: Path, expected: int | None) -> int:
@@ -130,10 +130,10 @@ def check(item: Download, folder: Path, expected: int | None) -> int:
         found = len(sidd_pairs(folder))
     elif item.kind == "mat":
         found = sum((folder / name).is_file() for name in item.files)
-    elif item.kind == "pictures":
-        found = own_pictures(item, folder)
+    elif item.kind == "images":
+        found = own_images(item, folder)
     elif item.kind == "set":
-        found = len(pictures_in(folder))
+        found = len(images_in(folder))
     else:
         found = sum(path.suffix in {".pth", ".pt", ".pkl"} for path in folder.rglob("*"))
     if found == 0 or (item.exact and expected not in (None, found)):
@@ -145,15 +145,15 @@ def check(item: Download, folder: Path, expected: int | None) -> int:
 
 def in_place(item: Download, folder: Path, expected: int | None) -> bool:
     """Whether a folder is complete, rather than empty; a ``UserError`` if it is neither."""
-    if item.kind == "pictures":
+    if item.kind == "images":
         note = marker(item, folder)
-        done = note.exists() and note.read_text() == str(own_pictures(item, folder))
-        ours = tuple(f"{other.name}_" for other in DOWNLOADS if other.kind == "pictures")
-        if not done and (strange := [path for path in pictures_in(folder) if not path.name.startswith(ours)]):
-            raise UserError(f"{strange[0]} is of unknown origin; move the pictures there away, or train on them as is")
-        for other in DOWNLOADS:  # the same pictures twice would count twice in training
-            if (other.name in item.parts or item.name in other.parts) and not done and own_pictures(other, folder):
-                raise UserError(f"{folder} has pictures of {other.name}, as {item.name} has; keep to one of them")
+        done = note.exists() and note.read_text() == str(own_images(item, folder))
+        ours = tuple(f"{other.name}_" for other in DOWNLOADS if other.kind == "images")
+        if not done and (strange := [path for path in images_in(folder) if not path.name.startswith(ours)]):
+            raise UserError(f"{strange[0]} is of unknown origin; move the images there away, or train on them as is")
+        for other in DOWNLOADS:  # the same images twice would count twice in training
+            if (other.name in item.parts or item.name in other.parts) and not done and own_images(other, folder):
+                raise UserError(f"{folder} has images of {other.name}, as {item.name} has; keep to one of them")
         return done
     # Datasets/train holds the data of two tasks: of pairs, only their own folders matter.
     own = [folder / name for name in SIDES] if item.kind == "pairs" else [folder]
@@ -255,7 +255,7 @@ def holds(item: Download, folder: Path) -> bool:
         return any("_SRGB_" in path.name.upper() for path in folder.glob("[!.]*/[!.]*"))
     if item.kind == "mat":
         return (folder / item.files[0]).is_file()
-    return bool(pictures_in(folder))
+    return bool(images_in(folder))
 
 
 def locate(item: Download, tree: Path, folder: Path) -> Path:
@@ -271,23 +271,23 @@ def locate(item: Download, tree: Path, folder: Path) -> Path:
     if item.kind == "pairs":
         for name in SIDES:
             side(found[0], name).rename(found[0] / name)
-    elif item.kind == "pictures":
-        for path in pictures_in(found[0]):
+    elif item.kind == "images":
+        for path in images_in(found[0]):
             path.rename(path.with_name(f"{item.name}_{path.name}"))
     return found[0]
 
 
 def put(item: Download, source: Path, folder: Path):
     """Move what is complete into place, by renaming within the file system."""
-    if item.kind not in ("pairs", "pictures"):
+    if item.kind not in ("pairs", "images"):
         os.rename(source, folder)  # refused unless that is empty or not there
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for path in [source / name for name in SIDES] if item.kind == "pairs" else pictures_in(source):
+    for path in [source / name for name in SIDES] if item.kind == "pairs" else images_in(source):
         if item.kind == "pairs" or not (folder / path.name).exists():  # there if a run was ended just here
             os.rename(path, folder / path.name)
-    if item.kind == "pictures":
-        marker(item, folder).write_text(str(own_pictures(item, folder)))
+    if item.kind == "images":
+        marker(item, folder).write_text(str(own_images(item, folder)))
 
 
 def install(item: Download, folders: dict[Path, int | None], downloads: Path, keep_archives: bool):
@@ -349,7 +349,7 @@ def download_data(args):
     for item, *_ in todo:
         for other, *_ in todo:
             if other.name in item.parts:
-                raise UserError(f"{item.name} has the pictures of {other.name} too; keep to one of them")
+                raise UserError(f"{item.name} has the images of {other.name} too; keep to one of them")
     for item, missing, downloads in todo:
         downloads.mkdir(parents=True, exist_ok=True)
         with sole_writer(downloads, "download", "wait for its end"):  # two would write the same unfinished files

@@ -4,7 +4,7 @@
     python scripts/export_weights.py checkpoints/t/step1 checkpoints/t/step2 --record ... --out ...    # the last one's
     python scripts/export_weights.py --renew    # this repository's, after a record.yaml has changed
 
-`model_best.pth` is exported: the best on the validation pictures, without what training needs to go on. The configs get
+`model_best.pth` is exported: the best on the validation images, without what training needs to go on. The configs get
 the command that trains with them. The record, which a person writes, says what the weights are for and how they came
 about; it is kept beside them and in their metadata. What it looks like: any pretrained_models/*/record.yaml; what its
 fields mean: dgunet/pretrained.py. --renew also writes docs/models.md, the table of all weights.
@@ -26,7 +26,7 @@ with command_imports(__name__):
     from dgunet.degradations import ScalableSampling
     from dgunet.local import check_windows
     from dgunet.model import find_variant
-    from dgunet.pictures import tell_sigmas
+    from dgunet.photos import tell_sigmas
     from dgunet.pretrained import IN_REPOSITORY, Record
     from dgunet.weights import save_weights
 

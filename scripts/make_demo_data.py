@@ -6,9 +6,9 @@
     python scripts/make_demo_data.py --task deraining --copies 5 --out Datasets/demo/more_rain
     python scripts/make_demo_data.py --task deblurring --extent 0 15 --source my_sharp_photos --out Datasets/my_blur
 
-The clean pictures are photographs that ship inside the scikit-image package; ``--source`` and
-``--test_source`` put your own in their place. The degradation is synthetic and seeded by picture name, so the
-same command always gives the same files and adding a picture changes no other. Folders, as the task's own
+The clean images are photographs that ship inside the scikit-image package; ``--source`` and
+``--test_source`` put your own in their place. The degradation is synthetic and seeded by image name, so the
+same command always gives the same files and adding an image changes no other. Folders, as the task's own
 loader expects them:
 
     denoising, deblurring    OUT/{train,val,test}/{input,target}/*.png
@@ -41,10 +41,10 @@ with command_imports(__name__):
     from dgunet.data import images_by_name
     from dgunet.files import in_its_form, normal_form
     from dgunet.metrics import evaluate_pair
-    from dgunet.photographs import SPLITS, Photo, embedded_photos
+    from dgunet.samples import SPLITS, SamplePhoto, sample_photos
     from dgunet.synthesis import (
         Degrade,
-        degrade_picture,
+        degrade_image,
         gaussian_noise,
         motion_blur,
         photo_noise,
@@ -57,17 +57,17 @@ with command_imports(__name__):
 TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
 MANIFEST = "demo.json"
 EXTENT = [5.0, 15.0]  # pixels
-VERSION = 1  # raise it when a change here changes the pictures, so that older folders are recognised as such
+VERSION = 1  # raise it when a change here changes the images, so that older folders are recognised as such
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Clean pictures
+# Clean images
 # ------------------------------------------------------------------------------------------------------------
 
 
-def folder_photos(folder: Path) -> list[Photo]:
-    """The user's pictures in a folder (not below it), naturally sorted."""
-    return [Photo(name, path) for name, path in images_by_name(folder).items()]
+def folder_photos(folder: Path) -> list[SamplePhoto]:
+    """The user's images in a folder (not below it), naturally sorted."""
+    return [SamplePhoto(name, path) for name, path in images_by_name(folder).items()]
 
 
 @dataclass(frozen=True)
@@ -115,28 +115,28 @@ class Screen:
     crop = short_side = None
 
 
-def choose_photos(args) -> dict[str, list[Photo]]:
-    """{"train": [Photo, ...], "val": ..., "test": ...}: embedded ones, or the user's where asked for."""
+def choose_photos(args) -> dict[str, list[SamplePhoto]]:
+    """{"train": [SamplePhoto, ...], "val": ..., "test": ...}: embedded ones, or the user's where asked for."""
     photos = {}
     if args.source is None:
-        photos["train"], photos["val"] = embedded_photos("train"), embedded_photos("val")
+        photos["train"], photos["val"] = sample_photos("train"), sample_photos("val")
     else:
         own = folder_photos(args.source)
         if len(own) <= args.val_count:
             raise UserError(
-                f"--source: {args.source} holds {len(own)} pictures, of which {args.val_count} are held out "
-                "for validation; give more pictures or a smaller --val_count"
+                f"--source: {args.source} holds {len(own)} images, of which {args.val_count} are held out "
+                "for validation; give more images or a smaller --val_count"
             )
         # The last by name: in a numbered series they are the least likely to show a training scene again.
         photos["train"], photos["val"] = own[: -args.val_count], own[-args.val_count :]
     for split, count, first in (("train", args.screens, 0), ("val", -(-args.screens // 10), 10**6)):
         photos[split] = photos[split] + [Screen(f"screen{k}", first + k) for k in range(1, count + 1)]
     own_test = args.test_source is not None
-    photos["test"] = folder_photos(args.test_source) if own_test else embedded_photos("test")
+    photos["test"] = folder_photos(args.test_source) if own_test else sample_photos("test")
     return photos
 
 
-def fingerprints(photos: dict[str, list[Photo]]) -> dict[str, dict[str, str]]:
+def fingerprints(photos: dict[str, list[SamplePhoto]]) -> dict[str, dict[str, str]]:
     """{split: {name: which part of which file}}; a UserError if two splits share a file."""
     prints, split_of = {}, {}
     for split in SPLITS:
@@ -145,7 +145,7 @@ def fingerprints(photos: dict[str, list[Photo]]) -> dict[str, dict[str, str]]:
             digest = photo.digest()
             if split_of.setdefault(digest, split) != split:
                 both = f"both in {split_of[digest]} and in {split}"
-                raise UserError(f"{photo.path} is {both}; the splits need different pictures")
+                raise UserError(f"{photo.path} is {both}; the splits need different images")
             prints[split][photo.name] = f"{digest} crop={photo.crop} short_side={photo.short_side}"
     return prints
 
@@ -174,7 +174,7 @@ def make_degradation(args) -> Degrade | None:
     return {"deraining": rain_streaks, "compressive_sensing": None}[args.task]
 
 
-def split_files(photos: list[Photo], split: str, args) -> Iterator[tuple[str, bytes, float | None]]:
+def split_files(photos: list[SamplePhoto], split: str, args) -> Iterator[tuple[str, bytes, float | None]]:
     """Yield (relative path, PNG bytes, PSNR against the target or None) for every file of a split."""
     degradation = make_degradation(args)
     folder = "test/DEMO" if (args.task, split) == ("deraining", "test") else split
@@ -187,12 +187,12 @@ def split_files(photos: list[Photo], split: str, args) -> Iterator[tuple[str, by
         copies = args.copies if split == "train" else 1
         for copy in range(1, copies + 1):
             name = f"{photo.name}_{copy}.png" if split == "train" else f"{photo.name}.png"
-            degraded = degrade_picture(clean, degradation, args.seed, name)
+            degraded = degrade_image(clean, degradation, args.seed, name)
             yield f"{folder}/target/{name}", target, None
             yield f"{folder}/input/{name}", encode_png(degraded), evaluate_pair(degraded, clean, "train_rgb")[0]
 
 
-def write_into(folder: Path, photos: dict[str, list[Photo]], manifest: dict, args) -> list[str]:
+def write_into(folder: Path, photos: dict[str, list[SamplePhoto]], manifest: dict, args) -> list[str]:
     """Write every split and the manifest into an empty folder; returns the report, one line per split."""
     report, checksums = [], {}
     for split in SPLITS:
@@ -203,7 +203,7 @@ def write_into(folder: Path, photos: dict[str, list[Photo]], manifest: dict, arg
             path.write_bytes(data)
             checksums[relative] = zlib.crc32(data)
             scores += [score] if score is not None else []
-        line = f"  {split:5s} {len(photos[split])} clean pictures"
+        line = f"  {split:5s} {len(photos[split])} clean images"
         different = [score for score in scores if math.isfinite(score)]  # --noise photo leaves some as they are
         if scores:
             line += f", {len(scores)} pairs, input PSNR {np.mean(different or [math.inf]):.2f} dB"
@@ -215,7 +215,7 @@ def write_into(folder: Path, photos: dict[str, list[Photo]], manifest: dict, arg
     return report
 
 
-def write_all(out: Path, photos: dict[str, list[Photo]], manifest: dict, args) -> list[str]:
+def write_all(out: Path, photos: dict[str, list[SamplePhoto]], manifest: dict, args) -> list[str]:
     """Write beside `out` and rename at the end: whatever happens, `out` is complete or not there."""
     part = out.with_name(f".{out.name}.part{os.getpid()}")
     part.mkdir(parents=True)
@@ -237,7 +237,7 @@ def check_existing(out: Path, manifest: dict) -> bool:
         return False
     try:
         old = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        old_files, old_pictures = dict(old["files"]), old["pictures"]
+        old_files, old_images = dict(old["files"]), old.get("images", old.get("pictures"))  # "pictures": its name before 0.3
         old_options = {"--extent": EXTENT, "--screens": 0} | old["options"]  # older folders do not tell them
     except (OSError, ValueError, KeyError, TypeError):
         foreign = f"--out: {out} holds files that this script did not write"
@@ -248,9 +248,9 @@ def check_existing(out: Path, manifest: dict) -> bool:
                 f"--out: {out} was made with {option} {old_options.get(option)} and now it is {value}; "
                 f"choose another --out, or the former {option}"
             )
-    if old_pictures != manifest["pictures"]:
+    if old_images != manifest["images"]:
         raise UserError(
-            f"--out: {out} was made from other pictures (--source, --test_source, --val_count, or another "
+            f"--out: {out} was made from other images (--source, --test_source, --val_count, or another "
             "scikit-image); choose another --out"
         )
     check_files(out, old_files)
@@ -282,10 +282,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--task", required=True, choices=TASKS)
     add("--out", type=Path, help="folder to write; default Datasets/demo/TASK in the repository")
-    add("--source", type=Path, help="folder of your own clean pictures for train and val")
-    add("--test_source", type=Path, help="folder of your own clean pictures for test")
+    add("--source", type=Path, help="folder of your own clean images for train and val")
+    add("--test_source", type=Path, help="folder of your own clean images for test")
     add("--val_count", type=int, help="how many of --source, the last by name, go to val; default 5")
-    add("--copies", type=int, help="degraded versions of each training picture; default 3")
+    add("--copies", type=int, help="degraded versions of each training image; default 3")
     add("--noise", choices=("sensor", "gaussian", "photo"), help="kind of noise, denoising only; default sensor")
     add("--screens", type=int, default=0, help="add so many rendered screens to train, a tenth of them to val")
     add("--sigma", type=float, help="of --noise gaussian, on the scale 0 to 255; default 25")
@@ -305,7 +305,7 @@ def check_args(args):
     if args.sigma is not None and args.noise != "gaussian":
         raise UserError("--sigma needs --noise gaussian")
     if args.task == "compressive_sensing" and args.copies is not None:
-        raise UserError("--copies has no meaning for --task compressive_sensing, whose pictures stay clean")
+        raise UserError("--copies has no meaning for --task compressive_sensing, whose images stay clean")
     if args.val_count is not None and args.source is None:
         raise UserError("--val_count needs --source")
     if args.task == "denoising":
@@ -331,7 +331,7 @@ def check_args(args):
         raise UserError(f"--seed must not be negative, not {args.seed}")
 
 
-def make_manifest(photos: dict[str, list[Photo]], args) -> dict:
+def make_manifest(photos: dict[str, list[SamplePhoto]], args) -> dict:
     """What decides the content of every file; two runs with equal manifests write equal files."""
     options = {"version": VERSION, "--task": args.task}
     if args.task != "compressive_sensing":  # nothing is random there
@@ -340,7 +340,7 @@ def make_manifest(photos: dict[str, list[Photo]], args) -> dict:
         options |= {"--noise": args.noise, "--sigma": args.sigma, "--screens": args.screens}
     if args.task == "deblurring":
         options["--extent"] = args.extent
-    return {"options": options, "pictures": fingerprints(photos)}
+    return {"options": options, "images": fingerprints(photos)}
 
 
 def main(argv=None):

@@ -1,10 +1,10 @@
-"""Pack a training folder into one HDF5 file, from which crops are read without decoding whole pictures.
+"""Pack a training folder into one HDF5 file, from which crops are read without decoding whole images.
 
     python scripts/pack_dataset.py Datasets/GoPro/train            # input/ and target/: writes Datasets/GoPro/train.h5
     python scripts/pack_dataset.py Datasets/train/DIV2K_BSD400 --luma      # compressive sensing: luminance, no pairs
     python Deblurring/train.py TRAINING.TRAIN_DIR Datasets/GoPro/train.h5
 
-Training sees the same samples from either. The pictures are not compressed: the file takes height x width x 3 bytes for
+Training sees the same samples from either. The images are not compressed: the file takes height x width x 3 bytes for
 each (GoPro 12 GB, Rain13K 15 GB). It is written under another name first: an unfinished one is never taken for a whole.
 """
 
@@ -36,51 +36,51 @@ CHUNK = 96
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder with input/ and target/, or with pictures (--luma)")
+    parser.add_argument("source", type=Path, help="folder with input/ and target/, or with images (--luma)")
     parser.add_argument("--out", type=Path, help="file to write (default: SOURCE.h5)")
-    parser.add_argument("--luma", action="store_true", help="pack the luminance of a folder of single pictures")
+    parser.add_argument("--luma", action="store_true", help="pack the luminance of a folder of single images")
     args = parser.parse_args()
     out = args.out or args.source.resolve().with_name(f"{args.source.resolve().name}.h5")
     if out.exists():
         raise UserError(f"{out} exists; remove it, or give another --out")
-    pictures = dict(luma_pictures(args.source) if args.luma else paired_pictures(args.source))
+    images = dict(luma_images(args.source) if args.luma else paired_images(args.source))
     out.parent.mkdir(parents=True, exist_ok=True)
     alone = sole_writer(out.parent, "packing", "wait for its end")
     with alone, replacing(out) as unfinished, h5py.File(unfinished, "w") as file:
-        pack(file, pictures, read_luma if args.luma else read_image)
-    print(f"wrote {out}: {len(pictures)} pictures, {out.stat().st_size / 2**30:.2f} GiB")
+        pack(file, images, read_luma if args.luma else read_image)
+    print(f"wrote {out}: {len(images)} images, {out.stat().st_size / 2**30:.2f} GiB")
 
 
-def paired_pictures(source: Path) -> Iterator[tuple[str, Path]]:
+def paired_images(source: Path) -> Iterator[tuple[str, Path]]:
     for pair in find_pairs(source):
         yield f"input/{pair.name}", pair.input
         yield f"target/{pair.name}", pair.target
 
 
-def luma_pictures(source: Path) -> Iterator[tuple[str, Path]]:
+def luma_images(source: Path) -> Iterator[tuple[str, Path]]:
     for path in list_images(source):
         yield normal_form(path.name), path
 
 
-def pack(file: h5py.File, pictures: dict[str, Path], read):
-    """Write every picture as a dataset of its own, in chunks that random crops touch few of."""
+def pack(file: h5py.File, images: dict[str, Path], read):
+    """Write every image as a dataset of its own, in chunks that random crops touch few of."""
     file.attrs["format"] = PACK_FORMAT
     workers = os.cpu_count()
-    with ThreadPoolExecutor(workers) as pool, progress_bar(total=len(pictures), unit="picture") as bar:
-        names = list(pictures)
-        for start in range(0, len(names), 4 * workers):  # decoded pictures that wait take memory
+    with ThreadPoolExecutor(workers) as pool, progress_bar(total=len(images), unit="image") as bar:
+        names = list(images)
+        for start in range(0, len(names), 4 * workers):  # decoded images that wait take memory
             batch = names[start : start + 4 * workers]
-            for name, picture in zip(batch, pool.map(read, (pictures[n] for n in batch)), strict=True):
-                write(file, name, picture)
+            for name, image in zip(batch, pool.map(read, (images[n] for n in batch)), strict=True):
+                write(file, name, image)
                 bar.update()
 
 
-def write(file: h5py.File, name: str, picture: np.ndarray):
+def write(file: h5py.File, name: str, image: np.ndarray):
     free = shutil.disk_usage(Path(file.filename).parent).free
-    if picture.nbytes * 2 > free:
+    if image.nbytes * 2 > free:
         raise UserError(f"the disk is full: {free / 2**20:.0f} MiB left at {Path(file.filename).parent}")
-    chunks = (min(CHUNK, picture.shape[0]), min(CHUNK, picture.shape[1]), *picture.shape[2:])
-    file.create_dataset(os.fsencode(name), data=picture, chunks=chunks)
+    chunks = (min(CHUNK, image.shape[0]), min(CHUNK, image.shape[1]), *image.shape[2:])
+    file.create_dataset(os.fsencode(name), data=image, chunks=chunks)
 
 
 if __name__ == "__main__":

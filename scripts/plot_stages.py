@@ -1,9 +1,9 @@
-"""Show how a picture is restored: degraded, the estimate after each stage, restored, ground truth.
+"""Show how an image is restored: degraded, the estimate after each stage, restored, ground truth.
 
     python scripts/plot_stages.py --weights W --pair Datasets/demo/denoising/test astronaut --out stages.png
     python scripts/plot_stages.py --weights W --pair Datasets/Set11 barbara --out stages.png
 
-Of compressive sensing, FOLDER holds the pictures, and what is shown as degraded is x_0 = A_adjoint(y).
+Of compressive sensing, FOLDER holds the images, and what is shown as degraded is x_0 = A_adjoint(y).
 """
 
 import argparse
@@ -29,22 +29,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="checkpoint")
     parser.add_argument(
-        "--pair", nargs=2, required=True, metavar=("FOLDER", "NAME"), help="folder with input/, target/, or pictures"
+        "--pair", nargs=2, required=True, metavar=("FOLDER", "NAME"), help="folder with input/, target/, or images"
     )
     parser.add_argument(
         "--crop", nargs=3, type=int, metavar=("TOP", "LEFT", "SIDE"), help="part shown (default: centre)"
     )
-    parser.add_argument("--title", help="above the pictures")
+    parser.add_argument("--title", help="above the images")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     args = parser.parse_args()
 
     model = load_model(args.weights)
-    picture, target = read_pair(model, *args.pair)
-    degraded, *estimates = stages_of(model, picture)
+    image, target = read_pair(model, *args.pair)
+    degraded, *estimates = stages_of(model, image)
     top, left, side = find_window(target.shape[:2], args.crop, usual=160, least=8)
     window = (slice(top, top + side), slice(left, left + side))
     first = "degraded" if model.degradation is None else "$A^T y$"
-    whole = target if isinstance(model.degradation, BlockSampling) else picture
+    whole = target if isinstance(model.degradation, BlockSampling) else image
     tiles = [(first, degraded), *label_stages(estimates), ("ground truth", target)]
     tiles = [(label, image[window], psnr(image, target)) for label, image in tiles]
     draw_stages(whole, (top, left, side, side), tiles, args.out, args.title)
@@ -53,7 +53,7 @@ def main():
 
 
 def read_pair(model: DGUNet, folder: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The degraded and the true picture, (H, W, 3) or (H, W) uint8; of compressive sensing the luminance, twice."""
+    """The degraded and the true image, (H, W, 3) or (H, W) uint8; of compressive sensing the luminance, twice."""
     if isinstance(model.degradation, BlockSampling):
         luma = read_luma(choose(images_by_name(folder), name, folder))
         return luma, luma
@@ -63,19 +63,19 @@ def read_pair(model: DGUNet, folder: str, name: str) -> tuple[np.ndarray, np.nda
 
 
 def find_window(size: tuple[int, int], crop: list[int] | None, usual: int, least: int) -> tuple[int, int, int]:
-    """Top, left and side of the part that is shown of a picture (H, W): as --crop says, or in the middle."""
+    """Top, left and side of the part that is shown of an image (H, W): as --crop says, or in the middle."""
     height, width = size
     side = min(usual, height, width)
     top, left, side = crop or ((height - side) // 2, (width - side) // 2, side)
     if min(top, left) < 0 or side < least or top + side > height or left + side > width:
-        raise UserError(f"the crop does not fit: the picture is {width}x{height}, and a part at least {least} a side")
+        raise UserError(f"the crop does not fit: the image is {width}x{height}, and a part at least {least} a side")
     return top, left, side
 
 
 def choose(found: dict, name: str, folder: str):
     name = normal_form(name)
     if name not in found:
-        raise UserError(f"no picture {name} in {folder}; there are {', '.join(found)}")
+        raise UserError(f"no image {name} in {folder}; there are {', '.join(found)}")
     return found[name]
 
 

@@ -1,4 +1,4 @@
-"""Cut large picture pairs into patches, which training reads many times faster than whole pictures.
+"""Cut large image pairs into patches, which training reads many times faster than whole images.
 
     python scripts/prepare_patches.py sidd --source SIDD_Medium_Srgb/Data --out Datasets/SIDD/train
     python scripts/prepare_patches.py gopro --source Datasets/GoPro/train --out Datasets/GoPro/train_patches
@@ -8,8 +8,8 @@ sidd takes patches at random positions from one folder per scene, as SIDD-Medium
 grid from SOURCE/input and SOURCE/target; they differ in their defaults alone. Either way OUT/input and OUT/target
 hold the same names, and the two patches of a name show the same place.
 
-The positions in a picture depend on --seed and on its name only: the same command always writes the same files, and
-adding a picture changes no other. OUT must be new or empty; nothing is ever deleted or overwritten.
+The positions in an image depend on --seed and on its name only: the same command always writes the same files, and
+adding an image changes no other. OUT must be new or empty; nothing is ever deleted or overwritten.
 """
 
 import argparse
@@ -39,9 +39,9 @@ with command_imports(__name__):
     cv2, natsorted = optional("cv2"), optional("natsort").natsorted
 
 SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)", re.IGNORECASE)
-# Training crops are 256 wide: with an overlap of 256, every crop of the whole picture lies inside some patch.
+# Training crops are 256 wide: with an overlap of 256, every crop of the whole image lies inside some patch.
 GRIDS = {
-    "gopro": {"size": 512, "overlap": 256, "max_side": 800},  # 1280x720 pictures become 4 x 2 patches
+    "gopro": {"size": 512, "overlap": 256, "max_side": 800},  # 1280x720 images become 4 x 2 patches
     "rain": {"size": 512, "overlap": 256, "max_side": 640},  # most of Rain13K is smaller and stays whole
 }
 
@@ -49,7 +49,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 class Cut(NamedTuple):
-    """A pair of pictures and what to take from it: [(file name without ending, box), ...]."""
+    """A pair of images and what to take from it: [(file name without ending, box), ...]."""
 
     pair: Pair
     patches: list[tuple[str, Box]]
@@ -79,7 +79,7 @@ def sidd_pairs(source: Path) -> list[Pair]:
                 continue
             side, number = sides[match[1].upper()], match[2]
             if number in side:
-                raise UserError(f"{side[number]} and {path.name} are the same picture by name; keep one of the two")
+                raise UserError(f"{side[number]} and {path.name} are the same image by name; keep one of the two")
             side[number] = path
         if not any(sides.values()):
             raise UserError(f"no *_NOISY_SRGB_*.PNG in {scene}; complete or move this folder ({hint})")
@@ -96,15 +96,15 @@ def sidd_pairs(source: Path) -> list[Pair]:
 
 
 def random_boxes(height: int, width: int, size: int, count: int, rng: np.random.Generator) -> list[Box]:
-    """``count`` squares anywhere in a picture; the first ones do not depend on how many follow."""
+    """``count`` squares anywhere in an image; the first ones do not depend on how many follow."""
     draw = [rng.integers([height - size + 1, width - size + 1]) for _ in range(count)]
     return [(int(top), int(left), size, size) for top, left in draw]
 
 
 def grid_boxes(height: int, width: int, size: int, overlap: int, max_side: int) -> list[Box]:
-    """Overlapping squares that cover a picture, the last ones flush with its border.
+    """Overlapping squares that cover an image, the last ones flush with its border.
 
-    A picture with no side above ``max_side`` is one box; a side shorter than ``size`` is not cut.
+    An image with no side above ``max_side`` is one box; a side shorter than ``size`` is not cut.
     """
     if max(height, width) <= max_side:
         return [(0, 0, height, width)]
@@ -134,7 +134,7 @@ def plan(args) -> list[Cut]:
             digits = len(str(len(boxes)))
             names = [f"{pair.name}_{k:0{digits}d}" for k in range(1, len(boxes) + 1)]
             if boxes == [(0, 0, height, width)]:
-                names = [pair.name]  # the whole picture keeps its name
+                names = [pair.name]  # the whole image keeps its name
             for name in names:
                 if owner.setdefault(name, pair) is not pair:
                     raise UserError(f"{owner[name].input} and {pair.input} both give a patch {name}.png; rename one")
@@ -143,7 +143,7 @@ def plan(args) -> list[Cut]:
 
 
 def estimate_bytes(cuts: list[Cut], samples: int = 3) -> int:
-    """About how much will be written, from a patch of a few pictures."""
+    """About how much will be written, from a patch of a few images."""
     pixels, encoded = 0, 0
     for k in np.linspace(0, len(cuts) - 1, min(samples, len(cuts))).round().astype(int):
         pair, [(_, (top, left, height, width)), *_] = cuts[k]
@@ -163,12 +163,12 @@ def write_patches(cut: Cut, folder: Path) -> int:
     """Write the patches of one pair; returns the bytes written."""
     written = 0
     for side, path in (("input", cut.pair.input), ("target", cut.pair.target)):
-        picture = read_image(path)
+        image = read_image(path)
         for name, (top, left, height, width) in cut.patches:
             file = folder / side / f"{name}.png"
             # OpenCV's default PNG setting: levels 1 to 3 save 2 to 20 % of the space for two or three times the
             # writing time, and do not read any faster.
-            write_image(file, picture[top : top + height, left : left + width])
+            write_image(file, image[top : top + height, left : left + width])
             written += file.stat().st_size
     return written
 
@@ -234,7 +234,7 @@ def prepare_patches(args):
     total = sum(len(cut.patches) for cut in cuts)
     whole = sum(cut.patches[0][0] == cut.pair.name for cut in cuts)
     free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
-    print(f"{args.source}: {len(cuts)} pairs of pictures" + (f", of which {whole} stay whole" if whole else ""))
+    print(f"{args.source}: {len(cuts)} pairs of images" + (f", of which {whole} stay whole" if whole else ""))
     print(f"{total} pairs of patches will be written to {out}")
     print(f"they will take about {in_words(estimate_bytes(cuts))}; {in_words(free)} are free", flush=True)
     written = write_all(cuts, out, part, args.workers)
@@ -276,19 +276,19 @@ def parse_args(argv=None):
         return add
 
     add = add_task("sidd", "random patches from SIDD-Medium's scenes", "SIDD_Medium_Srgb/Data, a folder per scene", 256)
-    add("--patches", type=at_least(1), default=300, help="patches per pair of pictures; default %(default)s")
+    add("--patches", type=at_least(1), default=300, help="patches per pair of images; default %(default)s")
     add("--seed", type=at_least(0), default=1234, help="of the positions; default %(default)s")
 
     for name, default in GRIDS.items():
-        about = f"a grid of patches from {'GoPro' if name == 'gopro' else 'Rain13K'}'s pictures"
+        about = f"a grid of patches from {'GoPro' if name == 'gopro' else 'Rain13K'}'s images"
         add = add_task(name, about, "folder with input/ and target/", default["size"])
         text = (
             "pixels that neighbours share at least; with the side of the training crops or more (256 in the paper), "
-            "every crop of the whole picture stays possible; default %(default)s"
+            "every crop of the whole image stays possible; default %(default)s"
         )
         add("--overlap", type=at_least(0), default=default["overlap"], help=text)
         text = (
-            "pictures with no side longer than this stay whole; 0 cuts all. A picture counts once per patch "
+            "images with no side longer than this stay whole; 0 cuts all. An image counts once per patch "
             "in an epoch, so large ones weigh more; default %(default)s"
         )
         add("--max_side", type=at_least(0), default=default["max_side"], help=text)

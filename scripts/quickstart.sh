@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to restored photographs: sets up .venv, shows what the networks that come with the repository do, then
-# trains a small one (on the GPU where there is one) and tests it: some minutes on two cores, the first pictures in one.
+# trains a small one (on the GPU where there is one) and tests it: some minutes on two cores, the first images in one.
 # Running it again continues where it stopped, or shows the results again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
@@ -10,21 +10,21 @@ report=()
 visible=${CUDA_VISIBLE_DEVICES-0}
 export CUDA_VISIBLE_DEVICES=${visible%%,*} # one GPU is plenty
 
-# keep WHAT TOLD: for the end, what plot_stages.py has told, its picture on a line of its own.
+# keep WHAT TOLD: for the end, what plot_stages.py has told, its image on a line of its own.
 keep() {
     report+=("$1" "    ${2%, drawn in *}" "    ${2#*, drawn in }")
 }
 
 # shipped TITLE WEIGHTS TASK DATA OPTIONS: draw how a network of pretrained_models/ restores a photograph. DATA is the
-# folder of test pictures that make_demo_data.py writes below Datasets/demo for TASK and OPTIONS.
+# folder of test images that make_demo_data.py writes below Datasets/demo for TASK and OPTIONS.
 shipped() {
-    local title=$1 weights=$2 task=$3 data=Datasets/demo/$4 picture told
-    picture=$results/$(basename "$weights").png
+    local title=$1 weights=$2 task=$3 data=Datasets/demo/$4 image told
+    image=$results/$(basename "$weights").png
     shift 4
     echo; echo "$title ($weights)"
     $python scripts/make_demo_data.py --task "$task" --out "${data%/test*}" "$@" > /dev/null
     told=$($python scripts/plot_stages.py --weights "$weights/weights.safetensors" --pair "$data" cat --title "$title" \
-        --out "$picture")
+        --out "$image")
     echo "$told"
     keep "$title, by the network in $weights" "$told"
 }
@@ -47,13 +47,13 @@ told=$($python scripts/plot_stages.py --weights $weights --pair $data/test astro
     --title "Sensor noise" --out $results/quickstart.png)
 keep "Sensor noise, by the network trained just now, ${weights%/*}" "$told"
 
-echo; echo "== pictures to open; dB are PSNR against the true picture, before -> after, more is better"
+echo; echo "== images to open; dB are PSNR against the true image, before -> after, more is better"
 printf '%s\n' "${report[@]}"
 echo "Each is degraded in its own way: compare before with after, not one with another."
 echo "The network trained just now on all its test photographs (their mean is the last line), restored whole:"
 newest=$(ls -t "$results"/denoising/*/*/settings.json 2> /dev/null | head -n 1 || true) # of several weights' folders
 printf '    %s\n' "$PWD/${newest%/*}"/*.png
-echo "On pictures of your own: $python Denoising/test.py --dataset FOLDER, $python Denoising/test.py --help"
+echo "On images of your own: $python Denoising/test.py --dataset FOLDER, $python Denoising/test.py --help"
 awk -F, 'NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i }
     END { printf "quickstart: noisy %.2f dB -> restored %.2f dB\n", $column["input_psnr"], $column["psnr"] }' \
     $results/denoising.csv

@@ -1,12 +1,12 @@
-"""Score a DGUNet for known blurs on the pictures of Levin et al. beside deepinv's own methods, as in docs/deepinv.md.
+"""Score a DGUNet for known blurs on the images of Levin et al. beside deepinv's own methods, as in docs/deepinv.md.
 
     python scripts/score_known_blur.py --data levin --weights checkpoints/deblurring/known_blur_cpu/model_best.pth \\
         --denoiser denoising_gaussian
 
-The folder holds im1_kernel1_img.png, ..., gt/im1.png and gt/kernel1.png, ...: 4 grey pictures, each photographed with 8
+The folder holds im1_kernel1_img.png, ..., gt/im1.png and gt/kernel1.png, ...: 4 grey images, each photographed with 8
 camera shakes that were measured ("Understanding and evaluating blind deconvolution algorithms", CVPR 2009).
 
-Scored is as the authors do: the photographs lie some pixels beside the pictures, so that what is restored is moved by
+Scored is as the authors do: the photographs lie some pixels beside the images, so that what is restored is moved by
 up to SHIFT pixels, in quarters of one, to where it fits best, and MARGIN pixels on each side do not count.
 """
 
@@ -32,7 +32,7 @@ with command_imports(__name__):
     from dgunet.metrics import evaluate_pair
     from dgunet.transforms import centre, to_uint8, unit_range
 
-MARGIN, SHIFT = 15, 6  # one of the photographs lies 5.25 pixels beside its picture
+MARGIN, SHIFT = 15, 6  # one of the photographs lies 5.25 pixels beside its image
 
 
 def read_grey(path: Path) -> Tensor:
@@ -41,12 +41,12 @@ def read_grey(path: Path) -> Tensor:
 
 
 def read_kernel(path: Path, x: Tensor, y: Tensor) -> Tensor:
-    """(h, w), sum 1, turned by 180 degrees where it explains the photograph y of the picture x so: the files differ."""
+    """(h, w), sum 1, turned by 180 degrees where it explains the photograph y of the image x so: the files differ."""
     kernel = read_grey(path)[0, 0]
     kernel = kernel / kernel.sum()
 
     def likeness(kernel: Tensor) -> float:
-        """The highest correlation of y with the blurred picture, wherever that is moved to."""
+        """The highest correlation of y with the blurred image, wherever that is moved to."""
         spectrum = torch.fft.fft2(x - x.mean()) * torch.fft.fft2(kernel, x.shape[-2:])
         correlation = torch.fft.ifft2(spectrum.conj() * torch.fft.fft2(y - y.mean())).real.max()
         return (correlation / spectrum.abs().square().sum().sqrt()).item()
@@ -55,12 +55,12 @@ def read_kernel(path: Path, x: Tensor, y: Tensor) -> Tensor:
 
 
 def methods(args: argparse.Namespace) -> dict:
-    """By name, functions of a photograph and its kernel that give a picture of the same size."""
+    """By name, functions of a photograph and its kernel that give an image of the same size."""
     deepinv = optional("deepinv")
     from dgunet.integrations.deepinv import Denoiser, Reconstructor
 
     def inside(algorithm):
-        """The photograph is blurred also from beyond its borders: the middle of a picture that is larger."""
+        """The photograph is blurred also from beyond its borders: the middle of an image that is larger."""
 
         def run(y: Tensor, kernel: Tensor) -> Tensor:
             physics = deepinv.physics.Blur(kernel[None, None], padding="valid", use_fft=True)
@@ -85,7 +85,7 @@ def methods(args: argparse.Namespace) -> dict:
 
 
 def aligned_score(restored: Tensor, target: Tensor) -> tuple[float, float]:
-    """PSNR in dB and SSIM of 8-bit pictures, the restored one moved to where its error is least."""
+    """PSNR in dB and SSIM of 8-bit images, the restored one moved to where its error is least."""
     target = target[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
 
     def moved(down: float, right: float) -> Tensor:
@@ -111,11 +111,11 @@ def main():
     parser.add_argument("--denoiser", help="DGUNet for Gaussian noise, the prior of plug-and-play")
     parser.add_argument("--tv", type=float, default=5e-4, help="weight of total variation (default: %(default)s)")
     parser.add_argument("--pnp", type=float, default=0.01, help="noise that DPIR reckons with (default: %(default)s)")
-    parser.add_argument("--pictures", default="*", help="names of the pictures, as in im1_* (default: all)")
+    parser.add_argument("--images", default="*", help="names of the images, as in im1_* (default: all)")
     args = parser.parse_args()
-    photographs = sorted(args.data.glob(f"{args.pictures}_img.png"))
+    photographs = sorted(args.data.glob(f"{args.images}_img.png"))
     if not photographs:
-        raise UserError(f"no {args.pictures}_img.png in {args.data}; --data names the folder of Levin's photographs")
+        raise UserError(f"no {args.images}_img.png in {args.data}; --data names the folder of Levin's photographs")
     scores, seconds, compared = {}, {}, methods(args)
     for path in photographs:
         numbers = re.fullmatch(r"(im\d+)_(kernel\d+)_img", path.stem)

@@ -2,9 +2,9 @@
 
     python scripts/study_sensing.py --train_dir Datasets/train/DIV2K_BSD400    # a core-hour; prints a table
 
-Every run costs as much as four passes of seven stages over a 64x64 crop of each picture: some four minutes of one core
+Every run costs as much as four passes of seven stages over a 64x64 crop of each image: some four minutes of one core
 that computes bfloat16. Fewer stages and smaller crops get as many more steps. The score is the PSNR, averaged over
-pictures held back from training, of their 256x256 centres. A study that was interrupted goes on where it was.
+images held back from training, of their 256x256 centres. A study that was interrupted goes on where it was.
 """
 
 import argparse
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dgunet.errors import UserError, command_imports, run_cli
 
 with command_imports(__name__):
-    from ablation import ended_with_this, of_these_pictures, train
+    from ablation import ended_with_this, of_these_images, train
 
 COMMON = {
     "MODEL.RATIO": 0.25, "MODEL.MATRIX_START": "dct", "MODEL.OVERRIDES": "{stages: 3, rho: 1.0}",
@@ -27,7 +27,7 @@ COMMON = {
 }  # fmt: skip
 # Three stages take 2.9 times less than seven: stages 1 to K-1 have a U-Net each, the last one has none.
 SEVEN, THREE = 4, 12
-# Of each variant: what differs, and how many epochs of one crop from each picture; a list where runs follow each other.
+# Of each variant: what differs, and how many epochs of one crop from each image; a list where runs follow each other.
 VARIANTS = {
     "the recipe: DCT, rho 1, three stages": [({}, THREE)],
     "start: Xavier, rho 0.5 (the original)": [
@@ -50,7 +50,7 @@ VARIANTS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_dir", required=True, help="folder of pictures; the last 20 by name are held back")
+    parser.add_argument("--train_dir", required=True, help="folder of images; the last 20 by name are held back")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/sensing_study"), help="folder for the runs")
     parser.add_argument(
         "--only", nargs="*", metavar="WORDS", help="only variants whose names have one of these in them"
@@ -60,7 +60,7 @@ def main():
     chosen = [name for name in VARIANTS if not args.only or any(words in name for words in args.only)]
     if not chosen:
         raise UserError(f"--only matches none of {'; '.join(VARIANTS)}")
-    of_these_pictures(args.train_dir, args.out)
+    of_these_images(args.train_dir, args.out)
     rows = []
     with ended_with_this():
         for name in chosen:

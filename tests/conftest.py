@@ -48,8 +48,8 @@ def tiny_model() -> Callable[..., DGUNet]:
 
 
 @pytest.fixture(scope="session")
-def picture_pairs() -> Callable[..., Path]:
-    """``picture_pairs(root, count, size)``: noisy and clean PNGs of one name in ``root/input`` and ``root/target``."""
+def image_pairs() -> Callable[..., Path]:
+    """``image_pairs(root, count, size)``: noisy and clean PNGs of one name in ``root/input`` and ``root/target``."""
 
     def write(root: Path, count: int = 4, size: tuple[int, int] = (40, 48), seed: int = 0) -> Path:
         rng = np.random.default_rng(seed)
@@ -58,8 +58,8 @@ def picture_pairs() -> Callable[..., Path]:
         for k in range(1, count + 1):
             clean = cv2.resize(rng.uniform(40, 215, (4, 5, 3)), size[::-1], interpolation=cv2.INTER_CUBIC)
             noisy = clean + rng.normal(0, 20, clean.shape)
-            for side, picture in (("input", noisy), ("target", clean)):
-                assert cv2.imwrite(str(root / side / f"img{k}.png"), picture.clip(0, 255).round().astype(np.uint8))
+            for side, image in (("input", noisy), ("target", clean)):
+                assert cv2.imwrite(str(root / side / f"img{k}.png"), image.clip(0, 255).round().astype(np.uint8))
         return root
 
     return write

@@ -137,7 +137,7 @@ def test_probe(capsys):
         (["forward", "--sizes", "0x8"], "sides are multiples of 8, got 0x8"),
         (["train", "--batch", "0"], "--batch: must be at least 1, not 0"),
         (["data", "--runs", "0"], "--runs: must be at least 1, not 0"),
-        (["data", "--pictures", "nowhere"], "/nowhere/input; check the path"),
+        (["data", "--images", "nowhere"], "/nowhere/input; check the path"),
         (["forward", "--device", "banana"], "cannot use --device banana"),
         (["nothing"], "unknown section nothing"),
     ],

@@ -1,4 +1,4 @@
-"""The command `dgunet` on tiny pictures of every kind, and any picture read and written."""
+"""The command `dgunet` on tiny images of every kind, and any image read and written."""
 
 import base64
 import errno
@@ -20,17 +20,17 @@ import tifffile
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import IFDRational
 
-from dgunet import command, load_model, pictures, pretrained, restore, restoring
+from dgunet import command, images, load_model, pretrained, restore, restoring
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.errors import UserError
-from dgunet.pictures import Picture, comment_of, look_at, read_picture, unlike_noise, write_picture
+from dgunet.photos import Photo, comment_of, look_at, read_photo, unlike_noise, write_photo
 
 ROOT = Path(__file__).resolve().parents[1]
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def colours(height: int = 16, width: int = 24, seed: int = 0, dtype=np.uint8) -> np.ndarray:
-    """A smooth picture, so that JPEG keeps it."""
+    """A smooth image, so that JPEG keeps it."""
     small = np.random.default_rng(seed).uniform(0.2, 0.8, (3, 4, 3))
     return (cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC) * np.iinfo(dtype).max).astype(dtype)
 
@@ -125,25 +125,25 @@ def kinds() -> dict[str, Kind]:
 
 
 @pytest.mark.parametrize("kind", kinds())
-def test_every_kind_of_picture_is_read_and_said(tmp_path, kind):
+def test_every_kind_of_image_is_read_and_said(tmp_path, kind):
     suffix, write, told, loss = kinds()[kind]
     path = tmp_path / f"a{suffix}"
     write(path)
-    picture = read_picture(path)
+    image = read_photo(path)
     expected = colours(dtype=np.uint16 if "16 bits" in told else np.uint8)
     expected = expected[..., 0] if "grey" in told or kind.startswith("fax") else expected
-    assert picture.pixels.shape == expected.shape and picture.pixels.dtype == expected.dtype
-    assert np.abs(picture.pixels.astype(float) - expected).mean() <= loss
-    assert len(picture.notes) == len(told) and all(map(str.__contains__, picture.notes, told))
-    assert (picture.alpha is not None) == ("transparency" in told)
+    assert image.pixels.shape == expected.shape and image.pixels.dtype == expected.dtype
+    assert np.abs(image.pixels.astype(float) - expected).mean() <= loss
+    assert len(image.notes) == len(told) and all(map(str.__contains__, image.notes, told))
+    assert (image.alpha is not None) == ("transparency" in told)
     if kind in ("rgba", "deep_rgba"):
-        np.testing.assert_array_equal(picture.alpha, expected[..., 0])
-    write_picture(tmp_path / "again.png", picture, "of mine")
-    again = read_picture(tmp_path / "again.png")
-    np.testing.assert_array_equal(again.pixels, picture.pixels)
-    assert (again.alpha is None) == (picture.alpha is None)
-    if picture.alpha is not None:
-        np.testing.assert_array_equal(again.alpha, picture.alpha)
+        np.testing.assert_array_equal(image.alpha, expected[..., 0])
+    write_photo(tmp_path / "again.png", image, "of mine")
+    again = read_photo(tmp_path / "again.png")
+    np.testing.assert_array_equal(again.pixels, image.pixels)
+    assert (again.alpha is None) == (image.alpha is None)
+    if image.alpha is not None:
+        np.testing.assert_array_equal(again.alpha, image.alpha)
     assert comment_of(tmp_path / "again.png") == "of mine"
 
 
@@ -161,16 +161,16 @@ def test_turned_upright_once(tmp_path, suffix, orientation):
         tag = [(274, "H", 1, orientation, True)]
         tifffile.imwrite(path, np.ascontiguousarray(stored), extratags=tag, photometric="rgb")
     elif deep:
-        write_picture(path, Picture(np.ascontiguousarray(stored), keep={"exif": exif.tobytes()}), "")
+        write_photo(path, Photo(np.ascontiguousarray(stored), keep={"exif": exif.tobytes()}), "")
     else:
         options = {".jpg": dict(quality=100, subsampling=0), ".webp": dict(lossless=True)}.get(suffix, {})
         Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, **options)
-    picture = read_picture(path)
-    assert picture.pixels.shape == upright.shape
-    assert np.abs(picture.pixels / 255.0 - upright / 255.0).max() < 0.05
-    write_picture(tmp_path / "again.jpg" if suffix == ".jpg" else tmp_path / "again.png", picture, "")
+    image = read_photo(path)
+    assert image.pixels.shape == upright.shape
+    assert np.abs(image.pixels / 255.0 - upright / 255.0).max() < 0.05
+    write_photo(tmp_path / "again.jpg" if suffix == ".jpg" else tmp_path / "again.png", image, "")
     (again,) = tmp_path.glob("again.*")
-    assert read_picture(again).pixels.shape == upright.shape
+    assert read_photo(again).pixels.shape == upright.shape
     written = Image.open(again).getexif()
     assert written.get(0x0112, 1) == 1 and written.get(0x010F) == (None if suffix == ".tif" else "Camera")
 
@@ -178,10 +178,10 @@ def test_turned_upright_once(tmp_path, suffix, orientation):
 @pytest.mark.parametrize("deep", [False, True])
 def test_colour_profile_and_resolution_are_kept(tmp_path, deep):
     pixels = colours(dtype=np.uint16 if deep else np.uint8)
-    write_picture(tmp_path / "a.png", Picture(pixels, keep={"icc_profile": SRGB, "dpi": (300, 300)}), "")
-    picture = read_picture(tmp_path / "a.png")
-    assert picture.keep["icc_profile"] == SRGB and picture.keep["dpi"] == pytest.approx((300, 300), abs=0.1)
-    np.testing.assert_array_equal(picture.pixels, pixels)
+    write_photo(tmp_path / "a.png", Photo(pixels, keep={"icc_profile": SRGB, "dpi": (300, 300)}), "")
+    image = read_photo(tmp_path / "a.png")
+    assert image.keep["icc_profile"] == SRGB and image.keep["dpi"] == pytest.approx((300, 300), abs=0.1)
+    np.testing.assert_array_equal(image.pixels, pixels)
     assert np.array_equal(cv2.imread(str(tmp_path / "a.png"), cv2.IMREAD_UNCHANGED)[..., ::-1], pixels)
 
 
@@ -193,10 +193,10 @@ def test_resolutions_that_no_format_holds_are_left_out(tmp_path, value):
         image.save(tmp_path / "b.tif", tiffinfo=image.tag_v2)
     assert Image.open(tmp_path / "b.tif").info["dpi"] != (300, 300)
     for name, kept in ("a.tif", True), ("b.tif", False):
-        picture = read_picture(tmp_path / name)
-        assert ("dpi" in picture.keep) == kept
-        write_picture(tmp_path / "again.png", picture, "")
-        write_picture(tmp_path / "again.jpg", picture, "")
+        image = read_photo(tmp_path / name)
+        assert ("dpi" in image.keep) == kept
+        write_photo(tmp_path / "again.png", image, "")
+        write_photo(tmp_path / "again.jpg", image, "")
 
 
 def test_converted_colours_keep_the_rest(tmp_path, monkeypatch):
@@ -210,34 +210,34 @@ def test_converted_colours_keep_the_rest(tmp_path, monkeypatch):
     exif[0x0112], exif[0x010F] = 6, "Camera"
     path = tmp_path / "a.jpg"
     Image.fromarray(colours()).convert("CMYK").save(path, exif=exif, dpi=(300, 300), icc_profile=bytes(128))
-    picture = read_picture(path)
-    assert picture.pixels.shape == (24, 16, 3) and picture.keep["dpi"] == (300, 300)
-    assert picture.notes == ["CMYK, now RGB", "turned upright, as its EXIF data says"]
-    write_picture(path, picture, "")
+    image = read_photo(path)
+    assert image.pixels.shape == (24, 16, 3) and image.keep["dpi"] == (300, 300)
+    assert image.notes == ["CMYK, now RGB", "turned upright, as its EXIF data says"]
+    write_photo(path, image, "")
     assert dict(Image.open(path).getexif()) == {0x010F: "Camera"}
 
 
 def test_transparent_value_of_16_bits(tmp_path):
     pixels = colours(dtype=np.uint16)[..., 0]
     Image.fromarray(pixels).save(tmp_path / "a.png", transparency=int(pixels[3, 4]))
-    picture = read_picture(tmp_path / "a.png")
-    np.testing.assert_array_equal(picture.alpha, np.where(pixels == pixels[3, 4], 0, 65535))
-    np.testing.assert_array_equal(picture.pixels, pixels)
-    assert picture.alpha.dtype == np.uint16 and "its transparency is kept as it is" in picture.notes
-    write_picture(tmp_path / "b.png", picture, "")
-    np.testing.assert_array_equal(read_picture(tmp_path / "b.png").alpha, picture.alpha)
+    image = read_photo(tmp_path / "a.png")
+    np.testing.assert_array_equal(image.alpha, np.where(pixels == pixels[3, 4], 0, 65535))
+    np.testing.assert_array_equal(image.pixels, pixels)
+    assert image.alpha.dtype == np.uint16 and "its transparency is kept as it is" in image.notes
+    write_photo(tmp_path / "b.png", image, "")
+    np.testing.assert_array_equal(read_photo(tmp_path / "b.png").alpha, image.alpha)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_jpeg_2000_of_16_bits_is_reduced_and_said(tmp_path, dtype):
     assert cv2.imwrite(str(tmp_path / "a.jp2"), colours(64, 96, dtype=dtype))
-    picture = read_picture(tmp_path / "a.jp2")
-    assert picture.pixels.dtype == np.uint8 and picture.notes == (["16 bits, now 8"] if dtype == np.uint16 else [])
+    image = read_photo(tmp_path / "a.jp2")
+    assert image.pixels.dtype == np.uint8 and image.notes == (["16 bits, now 8"] if dtype == np.uint16 else [])
 
 
 def test_profile_of_other_colours_is_not_kept(tmp_path):
     save(tmp_path / "grey.png", colours()[..., 0], icc_profile=SRGB)
-    assert "icc_profile" not in read_picture(tmp_path / "grey.png").keep
+    assert "icc_profile" not in read_photo(tmp_path / "grey.png").keep
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_profile_of_other_colours_is_not_kept(tmp_path):
         ("a.heic", b"\0\0\0\x18ftypheic" + bytes(99), "HEIC.*export it as JPEG"),
         ("a.nef", b"MM\0*" + bytes(99), "raw file; develop it"),
         ("a.png", b"", "is empty"),
-        ("a.jpg", b"hello", "no picture that can be read"),
+        ("a.jpg", b"hello", "no image that can be read"),
         ("a.tif", None, "floating-point"),
         ("cut.png", b"cut", "may be damaged"),
     ],
@@ -258,7 +258,7 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path, name, content, told):
     else:
         path.write_bytes(content if content != b"cut" else save(tmp_path / "whole.png").read_bytes()[:300])
     with pytest.raises(UserError, match=told) as error:
-        read_picture(path)
+        read_photo(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
@@ -301,20 +301,18 @@ def test_tiff_is_what_its_tags_say(tmp_path, name, dtype):
     order = options.get("byteorder", "<")
     tifffile.imwrite(tmp_path / "a.tif", planes.squeeze().astype(planes.dtype.newbyteorder(order)), **options)
     assert look_at(tmp_path / "a.tif") == (37, 50, "TIFF")
-    picture = read_picture(tmp_path / "a.tif")
-    assert picture.pixels.dtype == dtype and picture.pixels.shape == truth.shape
-    assert np.abs(picture.pixels.astype(int) - truth).max() <= (
-        6 if "assocalpha" in extra else 0
-    )  # what is left of them
+    image = read_photo(tmp_path / "a.tif")
+    assert image.pixels.dtype == dtype and image.pixels.shape == truth.shape
+    assert np.abs(image.pixels.astype(int) - truth).max() <= (6 if "assocalpha" in extra else 0)  # what is left of them
     transparent = set(extra) & {"assocalpha", "unassalpha"}
-    assert (picture.alpha is not None) == bool(transparent)
+    assert (image.alpha is not None) == bool(transparent)
     if transparent:
-        np.testing.assert_array_equal(picture.alpha, (ramp * most).astype(dtype))
-    assert any("further channel" in note for note in picture.notes) == ("unspecified" in extra)
-    write_picture(tmp_path / "again.png", picture, "")
+        np.testing.assert_array_equal(image.alpha, (ramp * most).astype(dtype))
+    assert any("further channel" in note for note in image.notes) == ("unspecified" in extra)
+    write_photo(tmp_path / "again.png", image, "")
     again = cv2.imread(str(tmp_path / "again.png"), cv2.IMREAD_UNCHANGED)
     again = again[..., 2::-1] if again.ndim == 3 else again
-    np.testing.assert_array_equal(again if truth.ndim == again.ndim else again[..., 0], picture.pixels)
+    np.testing.assert_array_equal(again if truth.ndim == again.ndim else again[..., 0], image.pixels)
 
 
 @pytest.mark.parametrize("photometric", ["rgb", "minisblack", "miniswhite"])
@@ -333,9 +331,9 @@ def test_tiff_of_12_bits_is_scaled_to_16(tmp_path, photometric):
             PhotometricInterpretation=dict(rgb=2, minisblack=1, miniswhite=0)[photometric],
         ).items():
             tags[name].overwrite(value)
-    picture = read_picture(tmp_path / "a.tif")
-    assert picture.pixels.dtype == np.uint16 and np.abs(picture.pixels.astype(int) - truth).max() <= 16
-    assert picture.notes[0] == "12 bits, now 16"
+    image = read_photo(tmp_path / "a.tif")
+    assert image.pixels.dtype == np.uint16 and np.abs(image.pixels.astype(int) - truth).max() <= 16
+    assert image.notes[0] == "12 bits, now 16"
 
 
 def test_tags_beside_the_image_do_not_matter(tmp_path):
@@ -343,13 +341,13 @@ def test_tags_beside_the_image_do_not_matter(tmp_path):
     odd = [(282, 2, 6, "72dpi", True), (283, 2, 6, "72dpi", True), (274, 2, 2, "x", True), (296, 5, 1, (1, 2), True)]
     for k in range(len(odd)):
         tifffile.imwrite(tmp_path / "a.tif", colours(), photometric="rgb", extratags=[odd[k]])
-        np.testing.assert_array_equal(read_picture(tmp_path / "a.tif").pixels, colours())
+        np.testing.assert_array_equal(read_photo(tmp_path / "a.tif").pixels, colours())
 
 
 def test_12_bits_in_16_are_told(tmp_path):
     for name in "a.tif", "a.png":
         cv2.imwrite(str(tmp_path / name), colours(dtype=np.uint16) >> 4)
-        (told,) = [note for note in read_picture(tmp_path / name).notes if "far too dark" in note]
+        (told,) = [note for note in read_photo(tmp_path / name).notes if "far too dark" in note]
         assert "4095" in told and "12 bits" in told
 
 
@@ -378,7 +376,7 @@ def test_tiff_that_is_not_understood_is_refused(tmp_path, dtype, channels, optio
     photometric = "minisblack" if channels == 1 else "rgb"
     tifffile.imwrite(tmp_path / "a.tif", pixels, **(dict(photometric=photometric) | options))
     with pytest.raises(UserError, match=told) as error:
-        read_picture(tmp_path / "a.tif")
+        read_photo(tmp_path / "a.tif")
     assert str(tmp_path / "a.tif") in str(error.value)
 
 
@@ -412,20 +410,20 @@ def test_exif_that_pillow_cannot_write_is_kept(tmp_path, name, suffix):
     if "outside" in name:
         data = data.replace(struct.pack("<HHI", 271, 2, 4), struct.pack("<HHI", 271, 2, 4000))
     path = save(tmp_path / f"a{suffix}", exif=data)
-    picture = read_picture(path)
-    assert picture.pixels.shape == (24, 16, 3) and picture.notes == ["turned upright, as its EXIF data says"]
+    image = read_photo(path)
+    assert image.pixels.shape == (24, 16, 3) and image.notes == ["turned upright, as its EXIF data says"]
     again = tmp_path / ("again.jpg" if suffix == ".jpg" else "again.png")
-    write_picture(again, picture, "")
+    write_photo(again, image, "")
     with Image.open(again) as image:
         assert image.size == (16, 24) and image.getexif().get(0x0112, 1) == 1
         written = image.info["exif"]
     assert struct.pack("<H", ODD_TAGS[name][0]) in written and ODD_TAGS[name][3] in written
-    assert read_picture(again).pixels.shape == (24, 16, 3)
+    assert read_photo(again).pixels.shape == (24, 16, 3)
 
 
 def test_exif_that_is_none_is_told(tmp_path):
-    picture = read_picture(save(tmp_path / "a.jpg", exif=b"Exif\0\0garbage"))
-    assert "exif" not in picture.keep and ["EXIF" in note for note in picture.notes] == [True]
+    image = read_photo(save(tmp_path / "a.jpg", exif=b"Exif\0\0garbage"))
+    assert "exif" not in image.keep and ["EXIF" in note for note in image.notes] == [True]
 
 
 # 8x8 pixels of 10 bits, which Pillow does not write
@@ -475,7 +473,7 @@ def dropped() -> dict[str, tuple[str, Callable[[Path], None], list[str]]]:
 def test_what_is_not_kept_is_told(tmp_path, name):
     suffix, write, told = dropped()[name]
     write(tmp_path / f"a{suffix}")
-    notes = read_picture(tmp_path / f"a{suffix}").notes
+    notes = read_photo(tmp_path / f"a{suffix}").notes
     assert len(notes) == len(told) and all(map(str.__contains__, notes, told)), notes
 
 
@@ -501,7 +499,7 @@ BOX = b"\0\0\0\x18ftyp"
 )
 def test_a_file_is_what_its_bytes_say(tmp_path, content, told):
     (tmp_path / "a.JPG").write_bytes(content)
-    for read in read_picture, look_at:
+    for read in read_photo, look_at:
         with pytest.raises(UserError, match=told) as error:
             read(tmp_path / "a.JPG")
         assert str(error.value).startswith(str(tmp_path / "a.JPG"))
@@ -512,24 +510,24 @@ def test_heic_of_another_name_is_given_to_pillow_heif(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=lambda: asked.append(1)))
     (tmp_path / "a.JPG").write_bytes(BOX + b"heic\0\0\0\0mif1heic" + bytes(99))
     with pytest.raises(UserError, match="HEIC"):
-        read_picture(tmp_path / "a.JPG")
+        read_photo(tmp_path / "a.JPG")
     assert asked
 
 
 def test_a_jpeg_named_as_a_raw_file_is_read(tmp_path):
     shutil.copy(save(tmp_path / "a.jpg"), tmp_path / "a.dng")
-    assert read_picture(tmp_path / "a.dng").pixels.shape == (16, 24, 3)
+    assert read_photo(tmp_path / "a.dng").pixels.shape == (16, 24, 3)
 
 
 def test_the_preview_in_a_raw_file_is_not_taken_for_it(tmp_path):
     shutil.copy(save(tmp_path / "a.tif"), tmp_path / "a.nef")
     with pytest.raises(UserError, match="raw file"):
-        read_picture(tmp_path / "a.nef")
+        read_photo(tmp_path / "a.nef")
 
 
 def test_what_jpeg_cannot_hold_is_told(tmp_path):
     with pytest.raises(UserError, match="a.jpg cannot be written in its format"):
-        write_picture(tmp_path / "a.jpg", Picture(np.zeros((1, 66000, 3), np.uint8)), "")
+        write_photo(tmp_path / "a.jpg", Photo(np.zeros((1, 66000, 3), np.uint8)), "")
     assert not list(tmp_path.iterdir())
 
 
@@ -540,16 +538,16 @@ def test_scans_larger_than_pillow_opens_by_itself(tmp_path, monkeypatch, suffix,
     path = tmp_path / f"a{suffix}"
     Image.fromarray(colours()).convert(mode).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert read_picture(path).pixels.shape[:2] == (16, 24) and Image.MAX_IMAGE_PIXELS == 10
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
+    assert read_photo(path).pixels.shape[:2] == (16, 24) and Image.MAX_IMAGE_PIXELS == 10
+    monkeypatch.setattr(images, "MAX_PIXELS", 10)
     with pytest.raises(UserError, match="24x16 pixels, more than can be read"):
-        read_picture(path)
+        read_photo(path)
 
 
 def test_reads_that_overlap_leave_the_limit_of_pillow(tmp_path, monkeypatch):
     """It is one for the process, and another thread may rely on it at any time."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    one, two = pictures._opened(save(tmp_path / "a.png")), pictures._opened(save(tmp_path / "b.tif"))
+    one, two = images._opened(save(tmp_path / "a.png")), images._opened(save(tmp_path / "b.tif"))
     one.__enter__()
     assert Image.MAX_IMAGE_PIXELS == 10
     two.__enter__()
@@ -584,7 +582,7 @@ def test_folders_and_files_of_every_kind(dgunet, weights):
     model = load_model(weights)
     for name in ("deep_tif", "rgba", "plain", "grey_16"):
         (path,) = Path("photos").glob(f"{name}.*")
-        degraded, restored = read_picture(path), read_picture(f"restored/here/{name}.png")
+        degraded, restored = read_photo(path), read_photo(f"restored/here/{name}.png")
         scale = np.iinfo(degraded.pixels.dtype).max
         y = degraded.pixels.astype(np.float32) / scale
         x = restore(model, np.dstack([y] * 3)).mean(axis=2) if y.ndim == 2 else restore(model, y)
@@ -630,7 +628,7 @@ def test_photographs_are_never_written_to(dgunet):
     assert {name: Path("a", name).read_bytes() for name in files("a")} == before
 
 
-def test_results_of_other_pictures_weights_and_settings_are_not_taken_for_done(dgunet, tiny_model):
+def test_results_of_other_images_weights_and_settings_are_not_taken_for_done(dgunet, tiny_model):
     save("a/x.png")
     save("b/x.png", colours(seed=1))
     assert dgunet("denoise", "a/x.png", "--out", "out").status == 0
@@ -650,7 +648,7 @@ def test_results_of_other_pictures_weights_and_settings_are_not_taken_for_done(d
     assert "1 done before" in dgunet("denoise", "b/x.png", "--out", "out").out
 
 
-def test_one_bad_picture_costs_no_other(dgunet):
+def test_one_bad_image_costs_no_other(dgunet):
     save("a/1.png")
     save("a/2.jpg").write_bytes(save("a/2.jpg").read_bytes()[:400])
     Path("a/3.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
@@ -660,7 +658,7 @@ def test_one_bad_picture_costs_no_other(dgunet):
     assert done.status == 2 and files("out") == ["a/1.png", "a/4.png"]
     told = done.err.splitlines()
     assert len(told) == 5 and told[-1] == "error: 2 restored, in out; 4 not restored, for the reasons above"
-    for name, reason in ("a/2.jpg", "damaged"), ("3.heic", "HEIC"), ("missing.png", "no such"), ("none", "no pictures"):
+    for name, reason in ("a/2.jpg", "damaged"), ("3.heic", "HEIC"), ("missing.png", "no such"), ("none", "no images"):
         assert any(name in line and reason in line for line in told)
     assert dgunet("denoise", "none", "--out", "new").status == 2 and not Path("new").exists()
 
@@ -725,7 +723,7 @@ def test_figures_replace_nothing_else(dgunet):
 
 
 @pytest.mark.parametrize("name", ["$\\alpha^$.png", b"caf\xe9.png", "two\nlines.png"])
-def test_figure_of_a_picture_of_any_name(dgunet, name):
+def test_figure_of_a_image_of_any_name(dgunet, name):
     save(os.fsdecode(name))
     done = dgunet("denoise", os.fsdecode(name), "--out", "out", "--stages")
     assert done.status == 0, done.err
@@ -788,7 +786,7 @@ def test_tiles(dgunet, weights, monkeypatch):
     save("x.png", pixels)
     assert dgunet("denoise", "x.png", "--out", "tiled", "--tile", "32").status == 0
     expected = restore(load_model(weights), pixels, tile=32)
-    assert np.abs(read_picture("tiled/x.png").pixels.astype(int) - expected).max() <= 1
+    assert np.abs(read_photo("tiled/x.png").pixels.astype(int) - expected).max() <= 1
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
     done = dgunet("denoise", "x.png", "--out", "auto")
     assert "in tiles" in done.out and "of 128 pixels" in done.out and "UserWarning" not in done.err
@@ -814,7 +812,7 @@ def test_time_is_told_before_a_long_run(dgunet, monkeypatch):
     assert "this takes about" not in dgunet("denoise", "x.png", "--out", "a").out
     monkeypatch.setattr(restoring, "LONG", 0)
     told = dgunet("denoise", "x.png", "--out", "b").out
-    assert "this takes about" in told and "seconds: 1 picture, 0.0 megapixels, on cpu" in told
+    assert "this takes about" in told and "seconds: 1 image, 0.0 megapixels, on cpu" in told
     durations = [restoring._duration(seconds) for seconds in (71, 600, 7200)]
     assert durations == ["71 seconds", "10 minutes", "2.0 hours"]
 
@@ -889,7 +887,7 @@ def test_modules_of_their_own_are_imported_when_used(dgunet, monkeypatch):
 
 
 def test_real_command_line(run_command, weights, tmp_path):
-    """As a process: help without PyTorch, then a picture."""
+    """As a process: help without PyTorch, then an image."""
     code = "import sys; from dgunet.command import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
     told = run_command(["-c", code]).stdout
     assert "denoise" in told and told.endswith("False\n")

@@ -340,7 +340,7 @@ def test_text_that_no_path_can_hold(key):
     [
         (["GPU", "[0, 0]"], "GPU lists one twice"),
         (["GPU", "[-1]"], "GPU must be from 0"),
-        (["TRAINING.VAL_PS", "7"], "0 (whole pictures) or at least 8"),
+        (["TRAINING.VAL_PS", "7"], "0 (whole images) or at least 8"),
         (["OPTIM.LR_INITIAL", "1e-7"], "OPTIM.LR_MIN 1e-06 is above OPTIM.LR_INITIAL 1e-07"),
         (["OPTIM.LR_MILESTONES", "[60, 0]"], "OPTIM.LR_MILESTONES must be from 1"),
         (["MODEL.OVERRIDES", "{stages: 1000000000}"], "MODEL.OVERRIDES.stages must be from 1 to 100, got 1000000000"),
@@ -416,9 +416,9 @@ def damage(text: str, rng: random.Random) -> str:
     return text
 
 
-def test_fuzz(tmp_path, picture_pairs, fuzz, capsys, monkeypatch):
+def test_fuzz(tmp_path, image_pairs, fuzz, capsys, monkeypatch):
     """A config is either refused in one line or one that a dry run accepts."""
-    picture_pairs(tmp_path / "pairs", count=4, size=(40, 48))
+    image_pairs(tmp_path / "pairs", count=4, size=(40, 48))
     (tmp_path / "weights.pth").write_bytes(b"no weights")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
@@ -517,7 +517,7 @@ def test_a_complete_config_is_one_of_its_task(monkeypatch, tmp_path, path):
     assert parsed(monkeypatch, task, "--config", tmp_path / "config.yaml") == cfg
 
 
-def test_dry_run_with_components_of_pictures_that_are_not_there(tmp_path, monkeypatch, capsys):
+def test_dry_run_with_components_of_images_that_are_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text("MODEL: {NAME: compressive_sensing_dgunet, MATRIX_START: pca}")
     words = ["TRAINING.TRAIN_DIR", "nowhere", "DEVICE", "cpu"]

@@ -21,7 +21,7 @@ from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.data import find_pairs, image_size, open_image, read_image
 from dgunet.degradations import sampling_operator
 from dgunet.errors import run_cli
-from dgunet.pictures import read_picture, write_picture
+from dgunet.photos import read_photo, write_photo
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTREMES = (0, 1, 2, 255, 65535, 100_000, 2**31 - 1, 2**31, 2**32 - 1)
@@ -57,10 +57,10 @@ def damage(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(broken)
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------ images
 
 
-def smooth_picture() -> np.ndarray:
+def smooth_image() -> np.ndarray:
     rng = np.random.default_rng(0)
     return cv2.resize(rng.integers(0, 256, (4, 5, 3)).astype(np.uint8), (31, 22), interpolation=cv2.INTER_CUBIC)
 
@@ -69,11 +69,11 @@ def encoded(kind: str, mode: str = "RGB", turn: int = 1, **options) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = turn
     file = io.BytesIO()
-    Image.fromarray(smooth_picture()).convert(mode).save(file, kind, exif=exif, **options)
+    Image.fromarray(smooth_image()).convert(mode).save(file, kind, exif=exif, **options)
     return file.getvalue()
 
 
-PICTURES = {
+IMAGES = {
     "png": dict(kind="PNG"),
     "png turned": dict(kind="PNG", turn=6),
     "png palette": dict(kind="PNG", mode="P"),
@@ -108,30 +108,30 @@ def with_checksums(png: bytes) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@pytest.mark.parametrize("name", PICTURES)
-def test_damaged_pictures(tmp_path, name, fuzz):
-    whole = encoded(**PICTURES[name])
+@pytest.mark.parametrize("name", IMAGES)
+def test_damaged_images(tmp_path, name, fuzz):
+    whole = encoded(**IMAGES[name])
     path = tmp_path / "a.png"
     path.write_bytes(whole)
     expected = told(read_image, path, grey=True)
-    assert (expected is None) == (PICTURES[name].get("mode") in ("RGBA", "CMYK"))
+    assert (expected is None) == (IMAGES[name].get("mode") in ("RGBA", "CMYK"))
     rng = np.random.default_rng(list(name.encode()))
     for _ in range(20 * fuzz):
         content = damage(whole, rng)
         mended = name.startswith("png") and rng.random() < 0.5
         path.write_bytes(with_checksums(content) if mended else content)
-        picture, size = told(read_image, path, grey=True), told(image_size, path)
-        if picture is not None:
-            assert picture.dtype == np.uint8 and picture.shape[2:] in ((), (3,)) and picture.flags.c_contiguous
-            assert size in (None, picture.shape[:2])  # None: a grey one
-            assert picture.ndim == 2 or size is not None
+        image, size = told(read_image, path, grey=True), told(image_size, path)
+        if image is not None:
+            assert image.dtype == np.uint8 and image.shape[2:] in ((), (3,)) and image.flags.c_contiguous
+            assert size in (None, image.shape[:2])  # None: a grey one
+            assert image.ndim == 2 or size is not None
             if name.startswith("png") and not mended:  # the others have no checksums
-                assert np.array_equal(picture, expected)
+                assert np.array_equal(image, expected)
 
 
 def deep_tiff(**options) -> bytes:
     file = io.BytesIO()
-    planes = smooth_picture().astype(np.uint16) * 257
+    planes = smooth_image().astype(np.uint16) * 257
     if options.get("planarconfig") == "separate":
         planes = np.ascontiguousarray(planes.transpose(2, 0, 1))
     tifffile.imwrite(file, planes, photometric="rgb", **options)
@@ -154,16 +154,16 @@ PHOTOGRAPHS = {
 def test_damaged_photographs(tmp_path, name, fuzz):
     whole, path = PHOTOGRAPHS[name](), tmp_path / "a"
     path.write_bytes(whole)
-    assert told(read_picture, path) is not None
+    assert told(read_photo, path) is not None
     rng = np.random.default_rng(list(name.encode()))
     for _ in range(20 * fuzz):
         content = damage(whole, rng)
         path.write_bytes(with_checksums(content) if name == "png" else content)
-        picture = told(read_picture, path)
-        if picture is not None:
-            assert picture.pixels.dtype in (np.uint8, np.uint16) and picture.pixels.shape[2:] in ((), (3,))
-            assert picture.alpha is None or picture.alpha.shape == picture.pixels.shape[:2]
-            told(write_picture, tmp_path / "again.png", picture, "")
+        image = told(read_photo, path)
+        if image is not None:
+            assert image.pixels.dtype in (np.uint8, np.uint16) and image.pixels.shape[2:] in ((), (3,))
+            assert image.alpha is None or image.alpha.shape == image.pixels.shape[:2]
+            told(write_photo, tmp_path / "again.png", image, "")
 
 
 # -------------------------------------------------------------------------------------------------------- packed files
@@ -172,9 +172,9 @@ def test_damaged_photographs(tmp_path, name, fuzz):
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("packed") / "all.h5"
-    pictures = {f"{side}/{k}.png": smooth_picture()[: 20 + k] for side in ("input", "target") for k in range(3)}
+    images = {f"{side}/{k}.png": smooth_image()[: 20 + k] for side in ("input", "target") for k in range(3)}
     with pack_dataset.h5py.File(path, "w") as file:
-        pack_dataset.pack(file, pictures, lambda picture: picture)
+        pack_dataset.pack(file, images, lambda image: image)
     return path
 
 
@@ -187,8 +187,8 @@ def test_damaged_packed_files(tmp_path, packed, fuzz):
     rng = np.random.default_rng(1)
     for _ in range(60 * fuzz):
         path.write_bytes(damage(whole, rng))
-        for picture in told(crops, path) or []:
-            assert picture.dtype == np.uint8 and picture.shape == (16, 16, 3)
+        for image in told(crops, path) or []:
+            assert image.dtype == np.uint8 and image.shape == (16, 16, 3)
         data._close_packed_files()
 
 

@@ -1,4 +1,4 @@
-"""Pictures on disk: what is read, what is refused, and which crops training sees."""
+"""Images on disk: what is read, what is refused, and which crops training sees."""
 
 import collections
 import contextlib
@@ -53,11 +53,11 @@ from dgunet.synthesis import find_degradation
 from dgunet.transforms import dihedral, pad_to, undo_dihedral, unit_range
 
 
-def random_picture(height=40, width=48, seed=0) -> np.ndarray:
+def random_image(height=40, width=48, seed=0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-def smooth_picture(height=40, width=64) -> np.ndarray:
+def smooth_image(height=40, width=64) -> np.ndarray:
     """Dark left, bright right; red grows downwards: every turn of it looks different."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([255 * y / height, 255 * x / width, 0 * x], axis=-1).astype(np.uint8)
@@ -74,34 +74,34 @@ def refusal(call, *args) -> str:
 
 
 @pytest.mark.parametrize("ending", [".png", ".bmp", ".tif"])
-def test_written_picture_comes_back(tmp_path, ending):
+def test_written_image_comes_back(tmp_path, ending):
     path = tmp_path / "new folder" / f"a{ending}"
-    write_image(path, random_picture())
-    assert np.array_equal(read_image(path), random_picture())
-    assert np.array_equal(np.asarray(Image.open(path)), random_picture())  # RGB to others, too
+    write_image(path, random_image())
+    assert np.array_equal(read_image(path), random_image())
+    assert np.array_equal(np.asarray(Image.open(path)), random_image())  # RGB to others, too
     assert image_size(path) == (40, 48)
 
 
-def test_palette_picture_is_read_as_rgb(tmp_path):
-    picture = np.zeros((8, 8, 3), np.uint8)
-    picture[:4] = 255, 0, 10
-    Image.fromarray(picture).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.png")
-    assert np.array_equal(read_image(tmp_path / "a.png"), picture)
+def test_palette_image_is_read_as_rgb(tmp_path):
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:4] = 255, 0, 10
+    Image.fromarray(image).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), image)
 
 
 def test_path_that_is_not_ascii(tmp_path):
-    write_image(tmp_path / "Bühne 1 雨.png", random_picture())
-    assert np.array_equal(read_image(tmp_path / "Bühne 1 雨.png"), random_picture())
+    write_image(tmp_path / "Bühne 1 雨.png", random_image())
+    assert np.array_equal(read_image(tmp_path / "Bühne 1 雨.png"), random_image())
 
 
 def save_unsuitable(path: Path, kind: str):
-    picture = Image.fromarray(random_picture())
+    image = Image.fromarray(random_image())
     if kind == "16 bits":
-        cv2.imwrite(str(path), random_picture().astype(np.uint16) * 257)
+        cv2.imwrite(str(path), random_image().astype(np.uint16) * 257)
     elif kind == "32 bits":
-        cv2.imwrite(str(path), random_picture().astype(np.float32))
+        cv2.imwrite(str(path), random_image().astype(np.float32))
     else:
-        picture.convert(kind).save(path)
+        image.convert(kind).save(path)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def save_unsuitable(path: Path, kind: str):
         ("a.jpg", "CMYK", "is CMYK"),
     ],
 )
-def test_picture_of_another_kind(tmp_path, name, kind, message):
+def test_image_of_another_kind(tmp_path, name, kind, message):
     save_unsuitable(tmp_path / name, kind)
     found = refusal(read_image, tmp_path / name)
     assert found.startswith(f"{tmp_path / name} {message}, but 8-bit RGB is needed; convert it")
@@ -126,20 +126,20 @@ def test_picture_of_another_kind(tmp_path, name, kind, message):
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
 @pytest.mark.parametrize("share", [0, 0.02, 0.5])
-def test_damaged_picture(tmp_path, ending, share):
+def test_damaged_image(tmp_path, ending, share):
     path = tmp_path / f"a{ending}"
-    write_image(path, random_picture())
+    write_image(path, random_image())
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    assert refusal(read_image, path) == f"{path} is not a picture that can be read, or is damaged; replace or remove it"
+    assert refusal(read_image, path) == f"{path} is not an image that can be read, or is damaged; replace or remove it"
 
 
-def test_text_named_like_a_picture(tmp_path):
-    (tmp_path / "a.png").write_text("no picture")
+def test_text_named_like_a_image(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
     for call in (read_image, image_size):
         assert str(tmp_path / "a.png") in refusal(call, tmp_path / "a.png")
 
 
-def test_missing_picture(tmp_path):
+def test_missing_image(tmp_path):
     assert refusal(read_image, tmp_path / "a.png") == f"cannot read {tmp_path / 'a.png'}: No such file or directory"
     assert str(tmp_path / "a.png") in refusal(image_size, tmp_path / "a.png")
 
@@ -149,7 +149,7 @@ def test_missing_picture(tmp_path):
     "kind", ["JPEG", "MPO", "PNG", "PNG, exif at the end", "PNG palette", "WEBP", "TIFF", "TIFF LZW"]
 )
 def test_photograph_is_turned_upright(tmp_path, kind, orientation):
-    upright = smooth_picture()
+    upright = smooth_image()
     # as a camera held otherwise stores it: the inverse of what the tag asks for
     inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of PIL's transpositions
     stored = Image.fromarray(upright)
@@ -169,10 +169,10 @@ def test_photograph_is_turned_upright(tmp_path, kind, orientation):
         start = content.index(b"eXIf") - 4
         end = start + 12 + int.from_bytes(content[start : start + 4], "big")
         path.write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])
-    picture = read_image(path)
-    assert image_size(path) == picture.shape[:2] == (40, 64)
-    assert np.abs(picture.astype(int) - upright).mean() < (12 if kind == "PNG palette" else 3)
-    assert np.array_equal(read_luma(path), cv2.cvtColor(picture, cv2.COLOR_RGB2YCrCb)[:, :, 0])
+    image = read_image(path)
+    assert image_size(path) == image.shape[:2] == (40, 64)
+    assert np.abs(image.astype(int) - upright).mean() < (12 if kind == "PNG palette" else 3)
+    assert np.array_equal(read_luma(path), cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[:, :, 0])
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
@@ -184,17 +184,17 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
      ("a.jfif", "JPEG"), ("a.dib", "BMP"), ("png.jpg", "PNG"), ("jpeg.png", "JPEG"), ("ppm.png", "PPM"),
      ("tiff.bmp", "TIFF"), ("avif.jpg", "AVIF"), ("png.dng", "PNG")],
 )  # fmt: skip
-def test_picture_is_what_its_bytes_say_in_every_format_that_can_be_read(tmp_path, name, kind):
+def test_image_is_what_its_bytes_say_in_every_format_that_can_be_read(tmp_path, name, kind):
     """Of a folder for training, too, whatever the suffix."""
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow reads no AVIF")
     for side in ("input", "target"):
         (tmp_path / side).mkdir()
-        Image.fromarray(smooth_picture()).save(tmp_path / side / name, kind)
+        Image.fromarray(smooth_image()).save(tmp_path / side / name, kind)
     (pair,) = find_pairs(tmp_path)
-    picture = read_image(pair.input)
-    assert picture.dtype == np.uint8 and image_size(pair.input) == picture.shape[:2] == (40, 64)
-    worst = np.abs(picture.astype(int) - smooth_picture()).max()
+    image = read_image(pair.input)
+    assert image.dtype == np.uint8 and image_size(pair.input) == image.shape[:2] == (40, 64)
+    worst = np.abs(image.astype(int) - smooth_image()).max()
     assert worst <= {"JPEG": 12, "GIF": 20, "AVIF": 12}.get(kind, 0)
 
 
@@ -203,25 +203,25 @@ def test_turned_avif_is_read_upright(tmp_path):
         pytest.skip("this Pillow reads no AVIF")
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.rot90(smooth_picture())).save(tmp_path / "a.avif", exif=exif)
+    Image.fromarray(np.rot90(smooth_image())).save(tmp_path / "a.avif", exif=exif)
     assert image_size(tmp_path / "a.avif") == (40, 64)
-    assert np.abs(read_image(tmp_path / "a.avif").astype(int) - smooth_picture()).mean() < 3
+    assert np.abs(read_image(tmp_path / "a.avif").astype(int) - smooth_image()).mean() < 3
 
 
 def save_other(path: Path, kind: str):
     """What is an image by its name or bytes, and cannot be trained on as it is."""
-    picture, deep = Image.fromarray(smooth_picture()), smooth_picture().astype(np.uint16) * 4
+    image, deep = Image.fromarray(smooth_image()), smooth_image().astype(np.uint16) * 4
     if kind == "deep":
         if not (cv2.haveImageWriter(path.name) and (path.suffix != ".avif" or features.check("avif"))):
             pytest.skip("nothing here writes it")
         options = [cv2.IMWRITE_AVIF_DEPTH, 10] if path.suffix == ".avif" else []
         path.write_bytes(cv2.imencode(path.suffix, deep, options)[1].tobytes())
     elif kind == "animated":
-        picture.save(path, save_all=True, append_images=[Image.fromarray(255 - smooth_picture())])
+        image.save(path, save_all=True, append_images=[Image.fromarray(255 - smooth_image())])
     elif kind in ("RGBA", "L", "LA"):
-        picture.convert(kind).save(path)
+        image.convert(kind).save(path)
     elif isinstance(kind, dict):
-        picture.save(path, "TIFF", tiffinfo=kind)
+        image.save(path, "TIFF", tiffinfo=kind)
     else:
         path.write_bytes(kind)
 
@@ -263,9 +263,9 @@ def impatient():
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes with names")
-def test_pipe_named_like_a_picture(tmp_path, impatient):
+def test_pipe_named_like_a_image(tmp_path, impatient):
     """Opening one would wait until someone writes to it."""
-    write_image(tmp_path / "folder" / "b.png", random_picture())
+    write_image(tmp_path / "folder" / "b.png", random_image())
     os.mkfifo(tmp_path / "a.png")
     os.symlink(tmp_path / "a.png", tmp_path / "folder" / "a.png")
     for call in (read_image, image_size, read_luma):
@@ -278,10 +278,10 @@ def test_pipe_named_like_a_picture(tmp_path, impatient):
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_picture_of_another_size_than_its_header_says(tmp_path, monkeypatch, change):
+def test_image_of_another_size_than_its_header_says(tmp_path, monkeypatch, change):
     """Training has planned its crops by the header."""
     path = tmp_path / "a.bmp"
-    write_image(path, random_picture(8, 8))
+    write_image(path, random_image(8, 8))
     decode = cv2.imdecode
     monkeypatch.setattr(cv2, "imdecode", lambda *args: cv2.resize(decode(*args), (8, 8 + change)))
     assert "damaged" in refusal(read_image, path)
@@ -294,7 +294,7 @@ def test_picture_of_another_size_than_its_header_says(tmp_path, monkeypatch, cha
 )
 def test_absurd_size_in_the_header(tmp_path, capfd, ending, side):
     path = tmp_path / f"a{ending}"
-    write_image(path, random_picture(8, 8))
+    write_image(path, random_image(8, 8))
     content = bytearray(path.read_bytes())
     if ending == ".png":
         struct.pack_into(">II", content, 16, side, side)
@@ -335,7 +335,7 @@ def test_advice_to_convert_works(tmp_path, monkeypatch):
         converted = read_image(folder / f"{name[0]}_rgb.png")
         assert converted.shape == (40, 48, 3)
         if kind in ("16 bits", "RGBA"):
-            assert np.abs(converted[..., :: -1 if kind == "16 bits" else 1].astype(int) - random_picture()).max() <= 1
+            assert np.abs(converted[..., :: -1 if kind == "16 bits" else 1].astype(int) - random_image()).max() <= 1
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -355,29 +355,29 @@ def disk_of(size: int):
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])
 @pytest.mark.parametrize("size", [0, 3000])
-def test_full_disk_leaves_no_half_picture(tmp_path, ending, size):
+def test_full_disk_leaves_no_half_image(tmp_path, ending, size):
     path = tmp_path / f"a{ending}"
     with disk_of(size), pytest.raises(OSError) as error:
-        write_image(path, random_picture())
+        write_image(path, random_image())
     assert error.value.filename == str(path) and explain(error.value).startswith(f"{path}: ")
     assert not list(tmp_path.iterdir())
-    write_image(path, random_picture(seed=1))
+    write_image(path, random_image(seed=1))
     with disk_of(size), pytest.raises(OSError):
-        write_image(path, random_picture())
-    assert np.array_equal(read_image(path), random_picture(seed=1)) and len(list(tmp_path.iterdir())) == 1
+        write_image(path, random_image())
+    assert np.array_equal(read_image(path), random_image(seed=1)) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError) as error:
-        write_image(tmp_path / "file" / "a.png", random_picture())
+        write_image(tmp_path / "file" / "a.png", random_image())
     assert explain(error.value).startswith(f"{tmp_path / 'file'}")
-    assert "give it an ending" in refusal(write_image, tmp_path / "a", random_picture())
-    assert "17000x1 pixels cannot be written" in refusal(write_image, tmp_path / "a.webp", random_picture(1, 17000))
+    assert "give it an ending" in refusal(write_image, tmp_path / "a", random_image())
+    assert "17000x1 pixels cannot be written" in refusal(write_image, tmp_path / "a.webp", random_image(1, 17000))
 
 
-def test_names_that_are_not_utf8(tmp_path, picture_pairs, monkeypatch):
-    picture_pairs(tmp_path / "pairs", count=2, size=(40, 40))
+def test_names_that_are_not_utf8(tmp_path, image_pairs, monkeypatch):
+    image_pairs(tmp_path / "pairs", count=2, size=(40, 40))
     name = os.fsdecode(b"img\xff")
     try:
         for side in ("input", "target"):
@@ -396,16 +396,16 @@ def test_names_that_are_not_utf8(tmp_path, picture_pairs, monkeypatch):
     assert not changed_items(packed, fingerprint(pairs))
 
     sheet = ScoreSheet(tmp_path / "scores", "train_rgb", {}, {name: "its fingerprint"})
-    picture = read_image(pairs[1].input)
-    sheet.add(name, picture, picture // 2, picture)
+    image = read_image(pairs[1].input)
+    sheet.add(name, image, image // 2, image)
     assert sheet.finish("set").images == 1
     assert ScoreSheet(tmp_path / "scores", "train_rgb", {}, {name: "its fingerprint"}).done(name)
 
 
 @pytest.mark.parametrize("kind", ["plain", "interlaced", "transparent colour", "palette"])
 def test_every_kind_of_rgb_png(tmp_path, kind):
-    path, picture = tmp_path / "a.png", smooth_picture(50, 70)
-    image = Image.fromarray(picture)
+    path, image = tmp_path / "a.png", smooth_image(50, 70)
+    image = Image.fromarray(image)
     if kind == "palette":
         image = image.convert("P", palette=Image.Palette.ADAPTIVE)
     if kind == "transparent colour":
@@ -413,27 +413,24 @@ def test_every_kind_of_rgb_png(tmp_path, kind):
     else:
         image.save(path)
     if kind == "interlaced":
-        path.write_bytes(interlaced_png(picture))
+        path.write_bytes(interlaced_png(image))
     if kind == "transparent colour":
         assert "transparency" in refusal(read_image, path)
         return
     assert np.array_equal(read_image(path), np.asarray(image.convert("RGB")))
 
 
-def interlaced_png(picture: np.ndarray) -> bytes:
+def interlaced_png(image: np.ndarray) -> bytes:
     """Adam7, which no encoder at hand writes: seven passes of unfiltered rows."""
     passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
     rows = b"".join(
-        b"\0" + row.tobytes()
-        for top, left, down, right in passes
-        for row in picture[top::down, left::right]
-        if row.size
+        b"\0" + row.tobytes() for top, left, down, right in passes for row in image[top::down, left::right] if row.size
     )
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", picture.shape[1], picture.shape[0], 8, 2, 0, 0, 1)
+    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 2, 0, 0, 1)
     end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
 
@@ -441,25 +438,25 @@ def interlaced_png(picture: np.ndarray) -> bytes:
 # ------------------------------------------------------------------------------------------------------------- pairing
 
 
-def test_pairs_are_naturally_sorted(tmp_path, picture_pairs):
-    pairs = find_pairs(picture_pairs(tmp_path, count=11))
+def test_pairs_are_naturally_sorted(tmp_path, image_pairs):
+    pairs = find_pairs(image_pairs(tmp_path, count=11))
     assert [pair.name for pair in pairs] == [f"img{k}" for k in range(1, 12)]
     assert all((p.input.parent.name, p.target.parent.name) == ("input", "target") for p in pairs)
     assert all(p.input.name == p.target.name for p in pairs)
 
 
-def test_partners_may_differ_in_format_and_other_files_are_ignored(tmp_path, picture_pairs):
-    picture_pairs(tmp_path, count=2)
+def test_partners_may_differ_in_format_and_other_files_are_ignored(tmp_path, image_pairs):
+    image_pairs(tmp_path, count=2)
     (tmp_path / "target" / "img1.png").rename(tmp_path / "target" / "img1.PNG")
-    write_image(tmp_path / "target" / "img2.bmp", random_picture())
+    write_image(tmp_path / "target" / "img2.bmp", random_image())
     (tmp_path / "target" / "img2.png").unlink()
-    (tmp_path / "input" / "notes.txt").write_text("no picture")
-    (tmp_path / "input" / ".hidden.png").write_text("no picture")
+    (tmp_path / "input" / "notes.txt").write_text("no image")
+    (tmp_path / "input" / ".hidden.png").write_text("no image")
     assert [p.target.name for p in find_pairs(tmp_path)] == ["img1.PNG", "img2.bmp"]
 
 
-def test_what_is_no_image_is_told_once(tmp_path, picture_pairs, capsys):
-    picture_pairs(tmp_path, count=2)
+def test_what_is_no_image_is_told_once(tmp_path, image_pairs, capsys):
+    image_pairs(tmp_path, count=2)
     for name in ("Thumbs.db", "desktop.ini", ".DS_Store", ".hidden.png", ".lock"):
         (tmp_path / "input" / name).write_text("")
     find_pairs(tmp_path)
@@ -479,9 +476,9 @@ def in_form(form: str, name: str = "caf\u00e9 \u1e69") -> str:
 
 
 @pytest.fixture
-def forms(tmp_path, picture_pairs) -> Path:
+def forms(tmp_path, image_pairs) -> Path:
     """Two pairs, the first of whose names have other Unicode forms in ``input`` and ``target``."""
-    picture_pairs(tmp_path / "pairs", count=2)
+    image_pairs(tmp_path / "pairs", count=2)
     for side, form in (("input", "NFD"), ("target", "NFC")):
         (tmp_path / f"pairs/{side}/img1.png").rename(tmp_path / f"pairs/{side}/{in_form(form)}.png")
     if in_form("NFD") + ".png" not in os.listdir(tmp_path / "pairs/input"):
@@ -528,8 +525,8 @@ def test_two_files_whose_names_differ_in_unicode_form_alone(forms):
 
 
 @pytest.mark.parametrize(("side", "other"), [("input", "target"), ("target", "input")])
-def test_missing_partner(tmp_path, picture_pairs, side, other):
-    picture_pairs(tmp_path, count=4)
+def test_missing_partner(tmp_path, image_pairs, side, other):
+    image_pairs(tmp_path, count=4)
     (tmp_path / other / "img2.png").unlink()
     message = refusal(find_pairs, tmp_path)
     assert message.startswith(f"{tmp_path / side / 'img2.png'} has no partner of the same name in {tmp_path / other}")
@@ -538,32 +535,32 @@ def test_missing_partner(tmp_path, picture_pairs, side, other):
     assert "(and 1 more like it)" in refusal(find_pairs, tmp_path)
 
 
-def test_partner_of_another_size(tmp_path, picture_pairs):
-    picture_pairs(tmp_path, count=3, size=(40, 48))
-    write_image(tmp_path / "target" / "img2.png", random_picture(48, 40))
+def test_partner_of_another_size(tmp_path, image_pairs):
+    image_pairs(tmp_path, count=3, size=(40, 48))
+    write_image(tmp_path / "target" / "img2.png", random_image(48, 40))
     message = refusal(find_pairs, tmp_path)
     assert f"{tmp_path / 'input' / 'img2.png'} is 48x40 but {tmp_path / 'target' / 'img2.png'} is 40x48" in message
     assert len(find_pairs(tmp_path, check_sizes=False)) == 3
 
 
-def test_unreadable_partner(tmp_path, picture_pairs):
-    picture_pairs(tmp_path, count=3)
+def test_unreadable_partner(tmp_path, image_pairs):
+    image_pairs(tmp_path, count=3)
     (tmp_path / "target" / "img3.png").write_bytes(b"")
     assert str(tmp_path / "target" / "img3.png") in refusal(find_pairs, tmp_path)
 
 
-def test_empty_and_missing_folders(tmp_path, picture_pairs):
+def test_empty_and_missing_folders(tmp_path, image_pairs):
     assert f"no folder {tmp_path / 'input'}" in refusal(find_pairs, tmp_path)
     (tmp_path / "input").mkdir()
-    assert f"no pictures in {tmp_path / 'input'}" in refusal(find_pairs, tmp_path)
-    write_image(tmp_path / "input" / "a.png", random_picture())
+    assert f"no images in {tmp_path / 'input'}" in refusal(find_pairs, tmp_path)
+    write_image(tmp_path / "input" / "a.png", random_image())
     assert f"no folder {tmp_path / 'target'}" in refusal(find_pairs, tmp_path)
     assert f"no folder {tmp_path / 'none'}" in refusal(list_images, tmp_path / "none")
 
 
-def test_two_pictures_of_one_name(tmp_path, picture_pairs):
-    picture_pairs(tmp_path, count=2)
-    write_image(tmp_path / "input" / "img1.bmp", random_picture())
+def test_two_images_of_one_name(tmp_path, image_pairs):
+    image_pairs(tmp_path, count=2)
+    write_image(tmp_path / "input" / "img1.bmp", random_image())
     message = refusal(find_pairs, tmp_path)
     assert "img1.bmp" in message
     assert "img1.png" in message
@@ -584,8 +581,8 @@ def test_holding_back_what_cannot_be(items, count):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_excluded_pictures_are_left_out(tmp_path, picture_pairs, packed):
-    folder = picture_pairs(tmp_path / "pairs", count=4)
+def test_excluded_images_are_left_out(tmp_path, image_pairs, packed):
+    folder = image_pairs(tmp_path / "pairs", count=4)
     listing = tmp_path / "names.txt"
     listing.write_text("img2.jpg\n img4 \nabsent.png\n\nimg\n")
     if packed:
@@ -602,15 +599,15 @@ def test_excluding_everything_or_nothing_or_by_no_list(tmp_path):
     listing.write_bytes(b"\xff\xfe")
     assert f"cannot read {listing}" in refusal(exclude, [Path("a.png")], listing)
     listing.write_text("a")
-    assert "names all of the 1 pictures" in refusal(exclude, [Path("a.png")], listing)
+    assert "names all of the 1 images" in refusal(exclude, [Path("a.png")], listing)
     listing.write_text("a\n", "utf-8-sig")  # as Windows' Notepad may write it
     parts = [Path(name) for name in ("a.png", "a_3.png", "aa_3.png", "a_b.png")]
     assert [path.name for path in exclude(parts, listing)] == ["aa_3.png", "a_b.png"]
-    assert "names none of the 1 pictures, as bsd_a.png" in refusal(exclude, [Path("bsd_a.png")], listing)
+    assert "names none of the 1 images, as bsd_a.png" in refusal(exclude, [Path("bsd_a.png")], listing)
 
 
-def test_fingerprint_knows_training_data(tmp_path, picture_pairs):
-    folder = picture_pairs(tmp_path / "pairs", count=5)
+def test_fingerprint_knows_training_data(tmp_path, image_pairs):
+    folder = image_pairs(tmp_path / "pairs", count=5)
     before = fingerprint(find_pairs(folder))
     assert not changed_items(find_pairs(folder), before)
     folder = folder.rename(tmp_path / "moved")
@@ -623,10 +620,10 @@ def test_fingerprint_knows_training_data(tmp_path, picture_pairs):
     assert (
         changed_items(find_pairs(folder), before) == "2 new (input/img9, ...), 1 of another size (input/img3), 2 gone"
     )
-    pictures = fingerprint(find_images(folder / "input"))
-    assert not changed_items(find_images(folder / "input"), pictures)
+    images = fingerprint(find_images(folder / "input"))
+    assert not changed_items(find_images(folder / "input"), images)
     (folder / "input/img4.png").unlink()
-    assert changed_items(find_images(folder / "input"), pictures) == "1 gone"
+    assert changed_items(find_images(folder / "input"), images) == "1 gone"
 
 
 # ------------------------------------------------------------------------------------------------------ training crops
@@ -636,9 +633,9 @@ def test_fingerprint_knows_training_data(tmp_path, picture_pairs):
 def shifted(tmp_path) -> Path:
     """Three pairs whose target is the input plus 16."""
     for k in range(3):
-        picture = np.random.default_rng(k).integers(0, 200, (40, 56, 3)).astype(np.uint8)
-        write_image(tmp_path / "input" / f"{k}.png", picture)
-        write_image(tmp_path / "target" / f"{k}.png", picture + 16)
+        image = np.random.default_rng(k).integers(0, 200, (40, 56, 3)).astype(np.uint8)
+        write_image(tmp_path / "input" / f"{k}.png", image)
+        write_image(tmp_path / "target" / f"{k}.png", image + 16)
     return tmp_path
 
 
@@ -666,30 +663,30 @@ def test_crops_are_aligned(shifted, flip):
 def test_crops_are_taken_from_everywhere(tmp_path):
     # the value of a pixel says where it is
     y, x = np.mgrid[0:20, 0:24]
-    picture = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
+    image = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
     for side in ("input", "target"):
-        write_image(tmp_path / side / "a.png", picture)
+        write_image(tmp_path / side / "a.png", image)
     patches = PairedPatches(tmp_path, 16, flip=False)
     corners = {tuple(patches[epoch, 0][0][:2, 0, 0].tolist()) for epoch in range(600)}
     assert corners == {(top, left) for top in range(5) for left in range(9)}
 
 
 @pytest.mark.parametrize("size", [(10, 12), (5, 40), (40, 5), (1, 1)])
-def test_small_pictures_are_extended(tmp_path, size):
-    picture = random_picture(*size)
+def test_small_images_are_extended(tmp_path, size):
+    image = random_image(*size)
     for side in ("input", "target"):
-        write_image(tmp_path / side / "a.png", picture)
+        write_image(tmp_path / side / "a.png", image)
     degraded, target = PairedPatches(tmp_path, 16, flip=False)[1, 0]
     assert degraded.shape == (3, 16, 16)
     assert torch.equal(degraded, target)
-    present = {tuple(pixel) for pixel in picture.reshape(-1, 3)}
+    present = {tuple(pixel) for pixel in image.reshape(-1, 3)}
     assert {tuple(pixel) for pixel in degraded.permute(1, 2, 0).reshape(-1, 3).numpy()} <= present
 
 
 def test_repeat(shifted):
     patches = PairedPatches(shifted, 16, repeat=4)
     assert len(patches) == 12
-    once, again = patches[1, 0][0], patches[1, 3][0]  # the same picture, another crop
+    once, again = patches[1, 0][0], patches[1, 3][0]  # the same image, another crop
     assert not torch.equal(once, again)
     whole = [PairedPatches(shifted, 64, repeat=4, flip=False)[1, k][0] for k in (0, 3, 1)]
     assert torch.equal(whole[0], whole[1])
@@ -754,9 +751,9 @@ def pack(*arguments) -> subprocess.CompletedProcess:
 def packed(shifted) -> Path:
     """The same pairs, of several sizes, in one file."""
     for side in ("input", "target"):
-        write_image(shifted / side / "large.png", random_picture(300, 250, seed=len(side)))
-        write_image(shifted / side / "small.png", random_picture(10, 12, seed=len(side)))
-        write_image(shifted / side / "small (1).png", random_picture(16, 24, seed=len(side)))  # sorts after small
+        write_image(shifted / side / "large.png", random_image(300, 250, seed=len(side)))
+        write_image(shifted / side / "small.png", random_image(10, 12, seed=len(side)))
+        write_image(shifted / side / "small (1).png", random_image(16, 24, seed=len(side)))  # sorts after small
     done = pack(shifted, "--out", shifted / "all.h5")
     assert done.returncode == 0, done.stderr
     return shifted / "all.h5"
@@ -799,7 +796,7 @@ def test_unsuitable_pairs_in_a_packed_file(packed, tmp_path):
         (lambda file: [file.pop("input/0"), file.create_dataset("input/0", data=np.zeros((40, 56, 3)))], "is damaged"),
         (lambda file: [file.pop("input/0"), file.create_group("input/0")], "is damaged; pack the folder again"),
         (lambda file: file.pop("target"), "is damaged; pack the folder again"),
-        (lambda file: [file["input"].clear(), file["target"].clear()], "no pictures in"),
+        (lambda file: [file["input"].clear(), file["target"].clear()], "no images in"),
     ]
     for number, (change, message) in enumerate(cases):
         path = Path(shutil.copy(packed, tmp_path / f"{number}.h5"))
@@ -814,7 +811,7 @@ def test_packing_refuses(packed, tmp_path):
     with sole_writer(packed.parent, "packing"):
         second = pack(packed.parent, "--out", packed.with_name("second.h5"))
     assert second.returncode == 2 and "another packing is writing to" in second.stderr
-    (tmp_path / "target" / "small.png").write_bytes(b"no picture")
+    (tmp_path / "target" / "small.png").write_bytes(b"no image")
     failed = pack(tmp_path, "--out", tmp_path / "other.h5")
     assert failed.returncode == 2 and str(tmp_path / "target" / "small.png") in failed.stderr
     assert not list(tmp_path.glob("*other.h5*"))  # nothing half-written is left
@@ -826,19 +823,19 @@ def test_unsuitable_packed_file(packed, tmp_path):
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file["input"] = 1
     assert "was not written by scripts/pack_dataset.py" in refusal(find_pairs, tmp_path / "foreign.h5")
-    assert "holds picture pairs" in refusal(find_images, packed)
+    assert "holds image pairs" in refusal(find_images, packed)
 
 
 def test_packed_luminance(tmp_path):
-    write_image(tmp_path / "photos" / "a.png", random_picture(80, 100))
-    write_image(tmp_path / "photos" / "b.jpg", smooth_picture(64, 64)[:, :, 0])
+    write_image(tmp_path / "photos" / "a.png", random_image(80, 100))
+    write_image(tmp_path / "photos" / "b.jpg", smooth_image(64, 64)[:, :, 0])
     done = pack(tmp_path / "photos", "--luma")
     assert done.returncode == 0, done.stderr
     folder, file = (find_images(root) for root in (tmp_path / "photos", tmp_path / "photos.h5"))
     for k in range(2):
         assert torch.equal(LumaPatches(folder, 32, 1)[3, k][0], LumaPatches(file, 32, 1)[3, k][0])
         assert torch.equal(*(Centres(items, 64, luma=True, multiple=32, area=256)[k][0] for items in (folder, file)))
-    assert "holds single pictures" in refusal(find_pairs, tmp_path / "photos.h5")
+    assert "holds single images" in refusal(find_pairs, tmp_path / "photos.h5")
 
 
 # -------------------------------------------------------------------------------------------------- flips and padding
@@ -877,7 +874,7 @@ def test_unit_range():
 def test_centres(tmp_path):
     for name, size in (("a", (41, 50)), ("b", (20, 64)), ("c", (13, 9))):
         for side in ("input", "target"):
-            write_image(tmp_path / side / f"{name}.png", random_picture(*size, seed=len(side)))
+            write_image(tmp_path / side / f"{name}.png", random_image(*size, seed=len(side)))
     centres = Centres(tmp_path, 32)
     assert centres.sizes == {(32, 32), (16, 32), (8, 8)}
     assert len(centres) == 3
@@ -891,16 +888,16 @@ def test_centres(tmp_path):
 
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".tif", ".bmp"])
 def test_sizes_for_validation_come_from_headers(tmp_path, monkeypatch, ending):
-    """Also of grey pictures: no picture is decoded before it is needed."""
-    write_image(tmp_path / f"colour{ending}", random_picture(70, 100))
-    write_image(tmp_path / f"grey{ending}", random_picture(64, 99)[:, :, 0])
+    """Also of grey images: no image is decoded before it is needed."""
+    write_image(tmp_path / f"colour{ending}", random_image(70, 100))
+    write_image(tmp_path / f"grey{ending}", random_image(64, 99)[:, :, 0])
     monkeypatch.setattr(data, "_decode", None)
     assert Centres(list_images(tmp_path), 32, luma=True, multiple=32, area=256).sizes == {(6, 32, 32)}
 
 
 @pytest.mark.parametrize("patch", [0, 32])
-def test_picture_too_small_for_validation(tmp_path, picture_pairs, patch):
-    picture_pairs(tmp_path, count=1, size=(7, 40))
+def test_image_too_small_for_validation(tmp_path, image_pairs, patch):
+    image_pairs(tmp_path, count=1, size=(7, 40))
     assert str(tmp_path / "input" / "img1.png") in refusal(Centres, tmp_path, patch)
 
 
@@ -951,7 +948,7 @@ def test_start_skips_what_is_done():
     assert batches(24, 4, start=6) == []
 
 
-def test_few_pictures_fill_one_batch(shifted):
+def test_few_images_fill_one_batch(shifted):
     found = batches(3, 8)
     assert len(found) == 1
     assert len({index for _, index in found[0]}) == 8  # eight different crops
@@ -961,18 +958,18 @@ def test_few_pictures_fill_one_batch(shifted):
     assert collections.Counter(index % 3 for _, index in found[0]).most_common()[-1][1] >= 2
 
 
-def test_clean_pictures_are_degraded_on_the_way(tmp_path, picture_pairs):
+def test_clean_images_are_degraded_on_the_way(tmp_path, image_pairs):
     """The same sample for the same key, another degradation in another epoch, aligned with its target."""
-    pictures = list_images(picture_pairs(tmp_path, size=(80, 90)) / "target")
+    images = list_images(image_pairs(tmp_path, size=(80, 90)) / "target")
     degrade = find_degradation("added_rain", {"brightness": [0.3, 0.8]})
-    sets = [SyntheticPatches(pictures, degrade, 32, seed=5) for _ in range(2)]
+    sets = [SyntheticPatches(images, degrade, 32, seed=5) for _ in range(2)]
     (rainy, clean), (again, _), (other, _) = sets[0][1, 2], sets[1][1, 2], sets[0][2, 2]
     assert rainy.shape == clean.shape == (3, 32, 32) and clean.dtype == torch.uint8
     assert torch.equal(rainy, again) and not torch.equal(rainy, other)
     streaks = (rainy - unit_range(clean))[:, rainy.amax(dim=0) < 1]  # where nothing is clipped
     assert streaks.min() > -1e-6 and streaks.max() > 0.1
     assert torch.allclose(streaks[0], streaks[1], atol=1e-6)  # grey: the crops are aligned
-    centres = Centres(pictures, 32, degrade=degrade)
+    centres = Centres(images, 32, degrade=degrade)
     assert torch.equal(centres[0][0], centres[0][0]) and not torch.equal(centres[0][0], centres[1][0])
     assert torch.equal(centres[0][1], Centres(find_pairs(tmp_path), 32)[0][1])
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     down, right = np.mgrid[0:1:64j, 0:1:96j]
     return (255 * np.stack([down, right, 0.5 * (down + right)], axis=-1)).astype(np.uint8)
 
@@ -41,26 +41,24 @@ def saved(path: Path, image: np.ndarray, **options) -> Path:
     return path
 
 
-# Pictures of visitors
+# Images of visitors
 
 
-def test_reads_what_cameras_and_scanners_write(tmp_path, picture):
+def test_reads_what_cameras_and_scanners_write(tmp_path, image):
     exif = Image.Exif()
     exif[0x0112] = 6  # held upright
-    turned, told = demo.read_picture(saved(tmp_path / "turned.png", picture, exif=exif), 10**6)
-    assert np.array_equal(turned, np.rot90(picture, -1)) and told == ""
-    deep = saved(tmp_path / "deep.png", picture[..., 0].astype(np.uint16) * 257)
-    read, told = demo.read_picture(deep, 10**6)
-    assert (
-        np.array_equal(read, np.repeat(picture[..., :1], 3, axis=2)) and told == "Your picture was rounded to 8 bits."
-    )
-    clear = saved(tmp_path / "clear.png", np.dstack([picture, np.zeros((64, 96), np.uint8)]))
-    read, told = demo.read_picture(clear, 10**6)
+    turned, told = demo.read_photo(saved(tmp_path / "turned.png", image, exif=exif), 10**6)
+    assert np.array_equal(turned, np.rot90(image, -1)) and told == ""
+    deep = saved(tmp_path / "deep.png", image[..., 0].astype(np.uint16) * 257)
+    read, told = demo.read_photo(deep, 10**6)
+    assert np.array_equal(read, np.repeat(image[..., :1], 3, axis=2)) and told == "Your image was rounded to 8 bits."
+    clear = saved(tmp_path / "clear.png", np.dstack([image, np.zeros((64, 96), np.uint8)]))
+    read, told = demo.read_photo(clear, 10**6)
     assert (read == 255).all() and "white" in told
 
 
-def test_scales_large_pictures_down_and_says_so(tmp_path, picture):
-    read, told = demo.read_picture(saved(tmp_path / "a.png", picture), 64 * 96 // 4)
+def test_scales_large_images_down_and_says_so(tmp_path, image):
+    read, told = demo.read_photo(saved(tmp_path / "a.png", image), 64 * 96 // 4)
     assert read.shape == (32, 48, 3) and "scaled from 96x64 to 48x32" in told
 
 
@@ -96,7 +94,7 @@ def bomb(width: int, height: int) -> bytes:
     "content, told",
     [
         (b"", "^This file is empty"),
-        (b"no picture", "^This file is no picture"),
+        (b"no image", "^This file is no image"),
         (bomb(1, 1), "at least 32x32"),
         (bomb(9_000, 9_000), "9000x9000"),
         (bomb(90_000, 90_000), "more than can be read"),
@@ -106,40 +104,40 @@ def bomb(width: int, height: int) -> bytes:
 def test_bad_files_get_a_sentence(tmp_path, content, told):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(UserError, match=told):
-        demo.read_picture(tmp_path / "a.png", 10**6)
+        demo.read_photo(tmp_path / "a.png", 10**6)
 
 
 # What is computed
 
 
-def test_every_task_degrades_by_its_strength(picture):
+def test_every_task_degrades_by_its_strength(image):
     for name, task in demo.TASKS.items():
         for way in task.ways:
             _, low, high, usual = task.strength
-            weak, strong, again = (demo.degrade(name, picture, way, s, seed=1) for s in (max(low, 1), high, high))
-            assert strong.shape == picture.shape and strong.dtype == np.uint8 and np.array_equal(strong, again)
-            assert low <= usual <= high and demo.psnr(strong, picture) < np.inf
+            weak, strong, again = (demo.degrade(name, image, way, s, seed=1) for s in (max(low, 1), high, high))
+            assert strong.shape == image.shape and strong.dtype == np.uint8 and np.array_equal(strong, again)
+            assert low <= usual <= high and demo.psnr(strong, image) < np.inf
             assert np.array_equal(weak, strong) == (way == "camera noise at high ISO")
-    assert demo.degrade("denoising", picture, demo.AS_IT_IS, 25, 0) is picture
-    assert demo.degrade("compressive_sensing", picture, None, 0, 0).shape == (64, 96)
+    assert demo.degrade("denoising", image, demo.AS_IT_IS, 25, 0) is image
+    assert demo.degrade("compressive_sensing", image, None, 0, 0).shape == (64, 96)
 
 
-def test_stages_are_those_of_the_network(tiny_model, picture):
+def test_stages_are_those_of_the_network(tiny_model, image):
     model = tiny_model(stages=3)
     told = []
-    stages = stages_of(model, picture[:50, :70], told=lambda done, doing: told.append((round(done, 2), doing)))
-    assert len(stages) == 4 and np.array_equal(stages[0], picture[:50, :70])
+    stages = stages_of(model, image[:50, :70], told=lambda done, doing: told.append((round(done, 2), doing)))
+    assert len(stages) == 4 and np.array_equal(stages[0], image[:50, :70])
     assert told == [(0, "stage 1 of 3"), (0.33, "stage 2 of 3"), (0.67, "stage 3 of 3")]
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+    x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         estimates = model(x)[::-1]
-    for stage, estimate in zip(stages_of(model, picture, bf16=True)[1:], estimates, strict=True):
+    for stage, estimate in zip(stages_of(model, image, bf16=True)[1:], estimates, strict=True):
         expected = to_uint8(estimate[0].permute(1, 2, 0).numpy())
         assert abs(stage.astype(int) - expected).mean() < 0.6  # in bfloat16, where that is fast
 
 
-def test_large_pictures_are_restored_in_tiles_of_whole_blocks(tiny_model, picture):
-    luma = np.tile(picture[..., 1], (3, 3))[:150, :250]
+def test_large_images_are_restored_in_tiles_of_whole_blocks(tiny_model, image):
+    luma = np.tile(image[..., 1], (3, 3))[:150, :250]
     model = tiny_model("compressive_sensing_dgunet", ratio=0.5, stages=2)
     told = []
     stages = stages_of(model, luma, tile=128, overlap=64, told=lambda done, doing: told.append(doing))
@@ -148,7 +146,7 @@ def test_large_pictures_are_restored_in_tiles_of_whole_blocks(tiny_model, pictur
     assert abs(stages[0].astype(int) - demo.start_of(model.degradation, luma)).max() <= 1
 
 
-def test_network_for_all_ratios_has_a_slider(tmp_path, picture, tiny_model):
+def test_network_for_all_ratios_has_a_slider(tmp_path, image, tiny_model):
     small = dict(stages=1, growth=4, final_growth=4)
     networks = [
         demo.Network(name, "compressive_sensing", saved_network(tmp_path / f"{name}.pth", model))
@@ -164,19 +162,19 @@ def test_network_for_all_ratios_has_a_slider(tmp_path, picture, tiny_model):
     assert ends == [(1, 50, 25, True), (4, 10, 10, True), (0, 100, 0, False)]
     starts = {}
     for label, percent in (("1 to 50 %", 1), ("1 to 50 %", 17), ("25 %", 0)):
-        start, text = tab.look(picture, None, 0, 0, label, percent)[:2]
-        found = tab.restore(picture, None, 0, 0, label, percent, lambda *_, **__: None)[-1]
+        start, text = tab.look(image, None, 0, 0, label, percent)[:2]
+        found = tab.restore(image, None, 0, 0, label, percent, lambda *_, **__: None)[-1]
         rows = rows_of((percent or 25) / 100, 32)
         assert f"of {rows} measurements" in text and np.array_equal(start[1], found.stages[0])
         starts[label, percent] = found.stages
     assert len({stages[-1].tobytes() for stages in starts.values()}) == len(starts)
 
 
-def test_tells_of_other_noise_than_the_network_is_for(picture):
+def test_tells_of_other_noise_than_the_network_is_for(image):
     network = demo.Network("n", "denoising", Path("n"), noise_sigma=(25, 25))
-    assert "trained for 25: it blurs" in demo._unlike(network, picture, 5)
-    assert "it leaves some" in demo._unlike(network, picture, 50) and demo._unlike(network, picture, 25) == ""
-    assert "it blurs" in demo._unlike(network, picture)  # which has none
+    assert "trained for 25: it blurs" in demo._unlike(network, image, 5)
+    assert "it leaves some" in demo._unlike(network, image, 50) and demo._unlike(network, image, 25) == ""
+    assert "it blurs" in demo._unlike(network, image)  # which has none
 
 
 def test_networks_of_one_name_are_all_to_choose_from():
@@ -250,12 +248,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
-def test_a_visit(tmp_path, tiny_model, picture):
+def test_a_visit(tmp_path, tiny_model, image):
     pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api")
     weights = saved_network(tmp_path / "tiny.pth", tiny_model(stages=3))
-    saved(tmp_path / "photo.png", picture)
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    saved(tmp_path / "photo.png", image)
+    (tmp_path / "broken.png").write_bytes(b"no image")
     places = {name: tmp_path / name for name in ("HOME", "TMPDIR", "cwd")}
     for place in places.values():
         place.mkdir()
@@ -291,16 +289,16 @@ def visit(page, url: str, folder: Path):
             place.get_by_text(word).first.wait_for()
 
     says(seen["denoising"], "with Gaussian noise", "Restore")
-    # A file that is none, then a picture.
+    # A file that is none, then an image.
     own = page.locator("#denoising_own")
     own.locator("input[type=file]").set_input_files(folder / "broken.png")
-    says(page.locator("#denoising_note"), "This file is no picture that can be read")
+    says(page.locator("#denoising_note"), "This file is no image that can be read")
     own.get_by_label("Clear").click()
     own.get_by_text("Click to Upload").wait_for()
     own.locator("input[type=file]").set_input_files(folder / "photo.png")
     page.wait_for_function("document.querySelector('#denoising_viewer img').naturalWidth == 96")
     page.get_by_text("nothing: take it as it is").first.click()
-    says(seen["denoising"], "The picture as it is.")
+    says(seen["denoising"], "The image as it is.")
     page.get_by_text("Gaussian noise", exact=True).first.click()
     says(seen["denoising"], "Left the original, right with Gaussian noise")
     page.get_by_role("button", name="Restore").first.click()

@@ -15,7 +15,7 @@ from dgunet import synthesis
 from dgunet.data import read_image
 from dgunet.errors import UserError
 from dgunet.metrics import evaluate_pair
-from dgunet.photographs import EMBEDDED, SPLITS, embedded_photos
+from dgunet.samples import EMBEDDED, SPLITS, sample_photos
 
 pytest.importorskip("skimage")
 
@@ -44,7 +44,7 @@ def contents(folder):
 
 def photo(name):
     split = next(split for split, photos in EMBEDDED.items() if name in photos)
-    return next(p for p in embedded_photos(split) if p.name == name).load()
+    return next(p for p in sample_photos(split) if p.name == name).load()
 
 
 def psnr(a, b):
@@ -62,7 +62,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def own(tmp_path):
-    """A user's folder with seven small pictures, of several formats, one of them grey."""
+    """A user's folder with seven small images, of several formats, one of them grey."""
     folder = tmp_path / "own"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -117,7 +117,7 @@ def test_motion_kernel_keeps_light_and_place(seed):
     assert abs(kernel.sum(1) @ place) < 1e-3 and abs(kernel.sum(0) @ place) < 1e-3
 
 
-def test_motion_blur_of_a_flat_picture_changes_nothing():
+def test_motion_blur_of_a_flat_image_changes_nothing():
     flat = np.full((40, 50, 3), 0.6, np.float32)
     assert np.allclose(synthesis.motion_blur(flat, np.random.default_rng(0)), flat, atol=1e-4)
 
@@ -135,8 +135,8 @@ def test_added_rain_is_grey_and_only_added():
     black = np.zeros((80, 90, 3), np.float32)
     streaks = synthesis.added_rain(black, np.random.default_rng(0))
     assert np.array_equal(streaks[..., 0], streaks[..., 2]) and 0.1 < streaks.max() <= 0.8
-    picture = rng.random(black.shape, dtype=np.float32)
-    assert np.allclose(synthesis.added_rain(picture, np.random.default_rng(0)), (picture + streaks).clip(0, 1))
+    image = rng.random(black.shape, dtype=np.float32)
+    assert np.allclose(synthesis.added_rain(image, np.random.default_rng(0)), (image + streaks).clip(0, 1))
 
 
 def test_noise_of_a_range_and_without_bounds():
@@ -214,7 +214,7 @@ def test_pairs_lie_where_the_task_looks_for_them(made, task):
     assert {p.name for p in made[task].iterdir()} == {*SPLITS, demo.MANIFEST}
 
 
-def test_compressive_sensing_gets_clean_pictures(made):
+def test_compressive_sensing_gets_clean_images(made):
     for split in SPLITS:
         folder = made["compressive_sensing"] / split
         assert {p.stem for p in folder.iterdir()} == set(EMBEDDED[split])
@@ -240,7 +240,7 @@ def test_the_same_command_writes_the_same_bytes(made, tmp_path):
     assert contents(tmp_path / "again") == contents(made["deblurring"])
 
 
-def test_copies_and_other_pictures_do_not_change_a_picture(own, tmp_path):
+def test_copies_and_other_images_do_not_change_a_image(own, tmp_path):
     run("denoising", tmp_path / "a", "--source", own, "--val_count", 1)
     (own / "p6.jpg").unlink()
     run("denoising", tmp_path / "b", "--source", own, "--val_count", 1, "--copies", 2)
@@ -254,13 +254,13 @@ def test_copies_and_other_pictures_do_not_change_a_picture(own, tmp_path):
 def test_noise_without_bounds_is_clipped_not_wrapped():
     ramp = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 64, 0).repeat(3, 2)
     degrade = partial(synthesis.gaussian_noise, sigma=40.0, clip=False)
-    noisy = synthesis.degrade_picture(ramp, degrade, 0, "a").astype(int)
+    noisy = synthesis.degrade_image(ramp, degrade, 0, "a").astype(int)
     assert noisy[:, :2].max() < 200 and noisy[:, -2:].min() > 55
     beyond = np.array([[[-0.5, 0.5, 1.5]]], np.float32).repeat(16, 0).repeat(16, 1)
     assert np.abs(synthesis.as_jpeg(beyond, 95)[..., [0, 2]] - [0, 1]).max() < 0.15
 
 
-def test_names_of_pictures_have_one_unicode_form(own, tmp_path, capsys):
+def test_names_of_images_have_one_unicode_form(own, tmp_path, capsys):
     nfc, nfd = "caf\u00e9", "cafe\u0301"
     (own / "p6.jpg").rename(own / f"{nfd}.jpg")
     run("denoising", tmp_path / "a", "--source", own, "--val_count", 1)
@@ -271,7 +271,7 @@ def test_names_of_pictures_have_one_unicode_form(own, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_own_pictures_are_split_by_natural_order(own, tmp_path, capsys):
+def test_own_images_are_split_by_natural_order(own, tmp_path, capsys):
     own_test = tmp_path / "own_test"
     own_test.mkdir()
     cv2.imwrite(str(own_test / "mine.jpeg"), np.full((64, 40, 3), 90, np.uint8))
@@ -357,13 +357,13 @@ def test_added_changed_and_lost_files_are_noticed(own, tmp_path):
     (out / "train/p5.png").unlink()
     with pytest.raises(UserError, match=r"p5\.png was removed"):
         run("compressive_sensing", out, "--source", own)
-    with pytest.raises(UserError, match="was made from other pictures"):
+    with pytest.raises(UserError, match="was made from other images"):
         run("compressive_sensing", out)
 
 
 def test_a_failure_half_way_leaves_nothing(own, tmp_path, monkeypatch):
-    (own / "p9.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"p9\.png is not a picture"):
+    (own / "p9.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"p9\.png is not an image"):
         run("denoising", tmp_path / "out", "--source", own)
     monkeypatch.setattr(demo, "encode_png", lambda image: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -371,7 +371,7 @@ def test_a_failure_half_way_leaves_nothing(own, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["own"]
 
 
-def test_pictures_that_cannot_be_used(own, tmp_path):
+def test_images_that_cannot_be_used(own, tmp_path):
     def refuse(name, image, line):
         cv2.imwrite(str(own / name), image)
         with pytest.raises(UserError, match=line):
@@ -400,7 +400,7 @@ def test_pictures_that_cannot_be_used(own, tmp_path):
         ("--task denoising --seed -1", "--seed must not be negative"),
         ("--task compressive_sensing --copies 2", "--copies has no meaning"),
         ("--task denoising --source nowhere", "no folder .*nowhere; check the path"),
-        ("--task denoising --source .", "no pictures in"),
+        ("--task denoising --source .", "no images in"),
     ],
 )
 def test_mistakes_are_one_line(options, line, tmp_path, monkeypatch):
@@ -411,7 +411,7 @@ def test_mistakes_are_one_line(options, line, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_too_few_pictures(own, tmp_path):
+def test_too_few_images(own, tmp_path):
     with pytest.raises(UserError, match="smaller --val_count"):
         run("denoising", tmp_path / "out", "--source", own, "--val_count", 7)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from benchmarks import read_dnd, read_dnd_picture, read_sidd
+from benchmarks import read_dnd, read_dnd_image, read_sidd
 from conftest import run_script
 from test_evaluation import command
 
@@ -55,8 +55,8 @@ def results(folder) -> list[dict]:
 # --------------------------------------------------------------------- mix-up
 
 
-def test_mixup_starts_in_its_epoch_and_blends_two_samples(tmp_path, picture_pairs):
-    picture_pairs(tmp_path, count=4, size=(40, 40))
+def test_mixup_starts_in_its_epoch_and_blends_two_samples(tmp_path, image_pairs):
+    image_pairs(tmp_path, count=4, size=(40, 40))
     plain, mixed = MixupPatches(tmp_path, 16, mixup=0), MixupPatches(tmp_path, 16, mixup=0.6, mixup_from=6)
     for a, b in zip(plain[5, 1], mixed[5, 1], strict=True):
         assert torch.equal(a, b)
@@ -79,8 +79,8 @@ def test_mixup_starts_in_its_epoch_and_blends_two_samples(tmp_path, picture_pair
     assert blended >= 2  # a sample may draw itself as its partner
 
 
-def test_mixup_shares_follow_the_beta_distribution(tmp_path, picture_pairs):
-    picture_pairs(tmp_path, count=2, size=(16, 16))
+def test_mixup_shares_follow_the_beta_distribution(tmp_path, image_pairs):
+    image_pairs(tmp_path, count=2, size=(16, 16))
     data = MixupPatches(tmp_path, 16, mixup=0.6, mixup_from=1)
     shares = [float(data.generator(1, index, stream=1).beta(0.6, 0.6)) for index in range(4000)]
     assert np.mean(shares) == pytest.approx(0.5, abs=0.03)
@@ -147,11 +147,11 @@ def test_sidd_mistakes(tmp_path, weights, sidd_blocks):
 
 @pytest.fixture
 def dnd(tmp_path):
-    """Two pictures with three boxes each, as DND comes: info.mat with references, pictures with MATLAB's axes."""
+    """Two images with three boxes each, as DND comes: info.mat with references, images with MATLAB's axes."""
     folder = tmp_path / "Datasets" / "DND" / "test"
     (folder / "images_srgb").mkdir(parents=True)
     rng = np.random.default_rng(1)
-    pictures = rng.random((2, 48, 64, 3), dtype=np.float32)
+    images = rng.random((2, 48, 64, 3), dtype=np.float32)
     boxes = np.array([[1, 1, 16, 24], [17, 9, 48, 64], [5, 3, 20, 22]], dtype=np.float64)  # 1-based, inclusive
     with h5py.File(folder / "info.mat", "w") as file:
         info = file.create_group("info")
@@ -160,18 +160,18 @@ def dnd(tmp_path):
             info[f"boxes{i}"] = boxes.T
             references[0, i] = info[f"boxes{i}"].ref
         info.create_dataset("boundingboxes", data=references, dtype=h5py.ref_dtype)
-    for i, picture in enumerate(pictures, start=1):
-        write_mat(folder / "images_srgb" / f"{i:04d}.mat", "InoisySRGB", picture, "v7.3")
-    return folder, pictures, boxes.astype(int)
+    for i, image in enumerate(images, start=1):
+        write_mat(folder / "images_srgb" / f"{i:04d}.mat", "InoisySRGB", image, "v7.3")
+    return folder, images, boxes.astype(int)
 
 
 def test_dnd(tmp_path, weights, dnd):
-    folder, pictures, boxes = dnd
-    for (name, picture_boxes), number in zip(read_dnd(folder).items(), (1, 2), strict=True):
+    folder, images, boxes = dnd
+    for (name, image_boxes), number in zip(read_dnd(folder).items(), (1, 2), strict=True):
         assert name == f"{number:04d}.mat"
-        picture = read_dnd_picture(folder / "images_srgb" / name, picture_boxes)
-        np.testing.assert_array_equal(picture, pictures[number - 1])
-        np.testing.assert_array_equal(picture_boxes, boxes)
+        image = read_dnd_image(folder / "images_srgb" / name, image_boxes)
+        np.testing.assert_array_equal(image, images[number - 1])
+        np.testing.assert_array_equal(image_boxes, boxes)
     run_test(weights, "--dataset", "DND", cwd=tmp_path)
     model = load_model(weights)
     for number in (1, 2):
@@ -181,31 +181,31 @@ def test_dnd(tmp_path, weights, dnd):
         top, left, bottom, right = boxes[1]
         crop = mat["Idenoised"][0, 1]
         assert crop.shape == (32, 56, 3) and crop.dtype == np.float32
-        expected = restore(model, pictures[number - 1][top - 1 : bottom, left - 1 : right], self_ensemble=True)
+        expected = restore(model, images[number - 1][top - 1 : bottom, left - 1 : right], self_ensemble=True)
         np.testing.assert_allclose(crop, expected, atol=1e-6)
     assert not (tmp_path / "results/denoising.csv").exists()  # DND is scored by its server
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
         (b"cut", "is not a MATLAB file, or is damaged"),
         (None, "see Denoising/README.md"),
         (np.zeros((40, 64, 3), np.float32), "smaller than its boxes"),
-        (np.zeros((48, 64), np.float32), "should hold a picture (H, W, 3) of floats, got float32 (48, 64)"),
+        (np.zeros((48, 64), np.float32), "should hold an image (H, W, 3) of floats, got float32 (48, 64)"),
         (np.zeros((48, 64, 3), np.uint8), "of floats, got uint8"),
     ],
     ids=["damaged", "missing", "small", "grey", "bytes"],
 )
-def test_dnd_picture_that_cannot_be_read_does_not_cost_the_others(
-    tmp_path, weights, dnd, picture, message, monkeypatch, capsys
+def test_dnd_image_that_cannot_be_read_does_not_cost_the_others(
+    tmp_path, weights, dnd, image, message, monkeypatch, capsys
 ):
     path = dnd[0] / "images_srgb" / "0001.mat"
     path.unlink()
-    if isinstance(picture, bytes):
-        path.write_bytes(picture)
-    elif picture is not None:
-        write_mat(path, "InoisySRGB", picture, "v7.3")
+    if isinstance(image, bytes):
+        path.write_bytes(image)
+    elif image is not None:
+        write_mat(path, "InoisySRGB", image, "v7.3")
     monkeypatch.chdir(tmp_path)
     words = ["--weights", str(weights), "--dataset", "DND", "--no-self_ensemble", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["test.py", *words])
@@ -233,10 +233,10 @@ def test_dnd_boxes_that_are_none(tmp_path, boxes):
 # --------------------------------------------------------------------- folders
 
 
-def test_folder_of_pairs(tmp_path, weights, picture_pairs):
-    picture_pairs(tmp_path / "set", count=3, size=(37, 53))
+def test_folder_of_pairs(tmp_path, weights, image_pairs):
+    image_pairs(tmp_path / "set", count=3, size=(37, 53))
     done = run_test(weights, "--dataset", "set", "--save_images", "--tile", "32", "--tile_overlap", "8", cwd=tmp_path)
-    assert "pictures and scores" in done.stdout
+    assert "images and scores" in done.stdout
     (row,) = results(tmp_path)
     assert row["images"] == "3" and float(row["input_psnr"]) > 10 and "tile=32" in row["settings"]
     for path in sorted((tmp_path / "set/input").iterdir()):
@@ -247,10 +247,10 @@ def test_folder_of_pairs(tmp_path, weights, picture_pairs):
     assert len(results(tmp_path)) == 2  # appended
 
 
-def test_folder_of_pictures_alone(tmp_path, weights):
+def test_folder_of_images_alone(tmp_path, weights):
     (tmp_path / "photos").mkdir()
-    picture = np.random.default_rng(0).integers(0, 256, (21, 30, 3), dtype=np.uint8)
-    cv2.imwrite(str(tmp_path / "photos" / "one.png"), picture)
+    image = np.random.default_rng(0).integers(0, 256, (21, 30, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "photos" / "one.png"), image)
     run_test(weights, "--dataset", "photos", cwd=tmp_path)
     assert read_image(out(tmp_path, weights) / f"{tmp_path.name}_photos/one.png").shape == (21, 30, 3)
     assert not (tmp_path / "results/denoising.csv").exists()
@@ -269,8 +269,8 @@ def write(path: Path, image: np.ndarray):
         (np.zeros((20, 20, 3), np.uint16), "has 16 bits per channel"),
     ],
 )
-def test_unsuitable_picture_is_reported_and_the_others_are_scored(tmp_path, weights, picture_pairs, image, message):
-    picture_pairs(tmp_path / "set", count=2, size=(24, 24))
+def test_unsuitable_image_is_reported_and_the_others_are_scored(tmp_path, weights, image_pairs, image, message):
+    image_pairs(tmp_path / "set", count=2, size=(24, 24))
     for side in ("input", "target"):
         write(tmp_path / "set" / side / "unsuitable.png", image)
     done = run_test(weights, "--dataset", "set", cwd=tmp_path, check=2)
@@ -278,11 +278,11 @@ def test_unsuitable_picture_is_reported_and_the_others_are_scored(tmp_path, weig
     assert results(tmp_path)[0]["images"] == "2"
 
 
-def test_data_mistakes(tmp_path, weights, picture_pairs):
+def test_data_mistakes(tmp_path, weights, image_pairs):
     assert "no folder" in run_test(weights, "--dataset", "nowhere", cwd=tmp_path, check=2).stderr
     (tmp_path / "empty").mkdir()
-    assert "no pictures in" in run_test(weights, "--dataset", "empty", cwd=tmp_path, check=2).stderr
-    picture_pairs(tmp_path / "set", count=2, size=(24, 24))
+    assert "no images in" in run_test(weights, "--dataset", "empty", cwd=tmp_path, check=2).stderr
+    image_pairs(tmp_path / "set", count=2, size=(24, 24))
     write(tmp_path / "set/input/alone.png", np.zeros((24, 24, 3), np.uint8))
     error = run_test(weights, "--dataset", "set", cwd=tmp_path, check=2).stderr
     assert "alone.png has no partner" in error and error.strip().count("\n") == 0
@@ -303,8 +303,8 @@ def test_weight_mistakes(tmp_path):
         assert message in error and error.strip().count("\n") == 0
 
 
-def test_interrupted_test_goes_on_where_it_was(tmp_path, weights, picture_pairs):
-    picture_pairs(tmp_path / "set", count=3, size=(24, 24))
+def test_interrupted_test_goes_on_where_it_was(tmp_path, weights, image_pairs):
+    image_pairs(tmp_path / "set", count=3, size=(24, 24))
     run_test(weights, "--dataset", "set", "--save_images", cwd=tmp_path)
     folder = out(tmp_path, weights) / f"{tmp_path.name}_set"
     complete = (folder / "scores.csv").read_text()
@@ -314,8 +314,8 @@ def test_interrupted_test_goes_on_where_it_was(tmp_path, weights, picture_pairs)
     for k in (2, 3):
         (folder / f"img{k}.png").unlink()
     done = run_test(weights, "--dataset", "set", "--save_images", cwd=tmp_path)
-    assert "2 of 3 pictures are done already" in done.stdout
-    assert stamp == (folder / "img1.png").stat().st_mtime_ns  # done pictures are not restored again
+    assert "2 of 3 images are done already" in done.stdout
+    assert stamp == (folder / "img1.png").stat().st_mtime_ns  # done images are not restored again
     assert (folder / "img2.png").exists() and (folder / "img3.png").exists()
     assert (folder / "scores.csv").read_text() == complete
     assert results(tmp_path)[0]["psnr"] == results(tmp_path)[1]["psnr"]
@@ -323,8 +323,8 @@ def test_interrupted_test_goes_on_where_it_was(tmp_path, weights, picture_pairs)
     assert "done already" not in done.stdout  # other settings, other scores
 
 
-def test_score_only(tmp_path, weights, picture_pairs):
-    picture_pairs(tmp_path / "set", count=2, size=(24, 24))
+def test_score_only(tmp_path, weights, image_pairs):
+    image_pairs(tmp_path / "set", count=2, size=(24, 24))
     run_test(weights, "--dataset", "set", "--save_images", cwd=tmp_path)
     restored = out(tmp_path, weights)
     words = [ROOT / "Denoising" / "test.py", "--score_only", restored, "--dataset", "set"]
@@ -339,19 +339,19 @@ def test_score_only(tmp_path, weights, picture_pairs):
     assert results(tmp_path)[2]["dataset"] == f"{tmp_path.name}_set (incomplete: 1 of 2)"
 
 
-def test_folders_of_one_name_and_changed_pictures_are_told_apart(tmp_path, weights, picture_pairs):
+def test_folders_of_one_name_and_changed_images_are_told_apart(tmp_path, weights, image_pairs):
     for seed, name in enumerate(("a", "b")):
-        picture_pairs(tmp_path / name / "test", count=2, size=(24, 24), seed=seed)
+        image_pairs(tmp_path / name / "test", count=2, size=(24, 24), seed=seed)
     run_test(weights, "--dataset", "a/test", "b/test", cwd=tmp_path)
     first, second = results(tmp_path)
     assert (first["dataset"], second["dataset"]) == ("a_test", "b_test") and first["psnr"] != second["psnr"]
-    picture_pairs(tmp_path / "a" / "test", count=1, size=(24, 24), seed=7)
+    image_pairs(tmp_path / "a" / "test", count=1, size=(24, 24), seed=7)
     done = run_test(weights, "--dataset", "a/test", cwd=tmp_path)
-    assert "1 of 2 pictures are done already" in done.stdout and results(tmp_path)[2]["psnr"] != first["psnr"]
+    assert "1 of 2 images are done already" in done.stdout and results(tmp_path)[2]["psnr"] != first["psnr"]
 
 
-def test_a_missing_data_set_does_not_cost_the_others(tmp_path, weights, picture_pairs):
-    picture_pairs(tmp_path / "set", count=2, size=(24, 24))
+def test_a_missing_data_set_does_not_cost_the_others(tmp_path, weights, image_pairs):
+    image_pairs(tmp_path / "set", count=2, size=(24, 24))
     done = run_test(weights, "--dataset", "SIDD", "set", cwd=tmp_path, check=2)
     assert "SIDD: no " in done.stderr and results(tmp_path)[0]["dataset"] == f"{tmp_path.name}_set"
 

@@ -358,7 +358,7 @@ def test_tar_that_leaves_its_folder(drive, kind):
         ("dnd", CONTENTS["dnd"][0][:-1], "DND has 50 files instead of 51"),
         ("sidd-train", CONTENTS["sidd-train"][0][:-1], "has no partner 0002_NOISY_SRGB_010.PNG"),
         ("weights", ["readme.txt"], "weights.zip has 0 files instead of some"),
-        ("bsd400", CONTENTS["bsd400"][0][:-1], "BSD400 has 4 pictures instead of 5"),
+        ("bsd400", CONTENTS["bsd400"][0][:-1], "BSD400 has 4 images instead of 5"),
     ],
 )
 def test_archive_with_other_content(drive, name, content, message):
@@ -420,30 +420,30 @@ def test_beside_what_is_there(drive):
     assert len(files(Path("Datasets/train"))) == 9 and len(files(Path("Datasets/GoPro"))) == 7
 
 
-def test_pictures_are_counted_against_their_marker(drive):
+def test_images_are_counted_against_their_marker(drive):
     script.main(["bsd400", "div2k"])
     Path("Datasets/train/DIV2K_BSD400/div2k_0003.png").unlink()
     script.main(["bsd400", "div2k"])
     assert len(drive.calls) == 3 and Path("Datasets/train/DIV2K_BSD400/div2k_0003.png").exists()
 
 
-def test_compressive_sensing_has_the_originals_pictures(drive):
+def test_compressive_sensing_has_the_originals_images(drive):
     """Its archives may also be folders on the drive."""
     drive.serve("set11-bsd68", {f"Set/{name}": b"1" for name in ("Set11/a.tif", "Set11/b.tif", "BSD68/1.png")})
-    assert "BSD68 has 1 pictures instead of 3" in fails("compressive_sensing")
+    assert "BSD68 has 1 images instead of 3" in fails("compressive_sensing")
     drive.serve("set11-bsd68", {name: b"1" for name in CONTENTS["set11-bsd68"][0]})
     shutil.rmtree("Datasets/downloads")
     script.main(["compressive_sensing"])
     assert len(files(Path("Datasets/train"))) == 4 and len(files(Path("Datasets/BSD68"))) == 3
 
 
-def test_the_same_pictures_do_not_come_twice(drive):
-    assert fails("div2k-bsd400", "bsd400") == "div2k-bsd400 has the pictures of bsd400 too; keep to one of them"
+def test_the_same_images_do_not_come_twice(drive):
+    assert fails("div2k-bsd400", "bsd400") == "div2k-bsd400 has the images of bsd400 too; keep to one of them"
     script.main(["div2k"])
-    assert "has pictures of div2k, as div2k-bsd400 has" in fails("compressive_sensing")
+    assert "has images of div2k, as div2k-bsd400 has" in fails("compressive_sensing")
     shutil.rmtree("Datasets/train")
     script.main(["compressive_sensing"])
-    assert "has pictures of div2k-bsd400, as bsd400 has" in fails("bsd400")
+    assert "has images of div2k-bsd400, as bsd400 has" in fails("bsd400")
 
 
 def test_root_behind_a_link(drive):

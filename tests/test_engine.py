@@ -1,4 +1,4 @@
-"""The training engine, mostly through the real command line on tiny pictures."""
+"""The training engine, mostly through the real command line on tiny images."""
 
 import csv
 import errno
@@ -44,9 +44,9 @@ OVERRIDES = {"width": 8, "growth": 4, "final_growth": 4, "stages": 3}
 
 
 @pytest.fixture
-def folders(tmp_path, picture_pairs):
-    picture_pairs(tmp_path / "train", count=8, size=(40, 48))
-    picture_pairs(tmp_path / "val", count=2, size=(32, 32))
+def folders(tmp_path, image_pairs):
+    image_pairs(tmp_path / "train", count=8, size=(40, 48))
+    image_pairs(tmp_path / "val", count=2, size=(32, 32))
     return tmp_path
 
 
@@ -109,8 +109,8 @@ def batch(trainer, count: int = 2):
 def test_run_writes_everything_and_says_what_it_does(folders):
     done = train(folders)
     for words in (
-        "8 pictures of",
-        "2 pictures of",
+        "8 images of",
+        "2 images of",
         "denoising_dgunet",
         "parameters",
         "2 epochs of 4 steps",
@@ -463,7 +463,7 @@ def test_clamping_of_the_estimates(folders, clamp):
 
 
 def test_curves_of_one_epoch(folders, monkeypatch):
-    """A single point is inside the picture, with ticks and a value that can be read."""
+    """A single point is inside the image, with ticks and a value that can be read."""
     figures = []
     write = FigureCanvasAgg.print_png
     monkeypatch.setattr(
@@ -812,15 +812,15 @@ def test_best_score_survives_resuming(folders):
     assert read_checkpoint(latest)["best"]["psnr"] == 99.0
 
 
-@pytest.mark.parametrize("change", ["pictures", "size"])
-def test_best_score_of_another_validation_is_forgotten(folders, picture_pairs, change):
+@pytest.mark.parametrize("change", ["images", "size"])
+def test_best_score_of_another_validation_is_forgotten(folders, image_pairs, change):
     """It would keep model_best.pth from ever being written again."""
     train(folders, OPTIM__NUM_EPOCHS=1)
     latest = folders / "runs/run/model_latest.pth"
     save_checkpoint(read_checkpoint(latest) | {"best": {"psnr": 99.0, "epoch": 1}}, latest)
-    if change == "pictures":
-        picture_pairs(folders / "val", count=3, size=(32, 32))
-    done = train(folders, TRAINING__RESUME=True, TRAINING__VAL_PS=32 if change == "pictures" else 24)
+    if change == "images":
+        image_pairs(folders / "val", count=3, size=(32, 32))
+    done = train(folders, TRAINING__RESUME=True, TRAINING__VAL_PS=32 if change == "images" else 24)
     assert "the best score begins anew" in done.stdout
     assert read_checkpoint(latest)["best"]["epoch"] == read_checkpoint(latest.with_name("model_best.pth"))["epoch"] == 2
 
@@ -1083,8 +1083,8 @@ def test_mistakes_are_one_line(folders, words, message):
 
 
 @pytest.mark.parametrize("side", ["train", "val"])
-def test_unsuitable_picture_in_a_loading_process_is_one_line(folders, side):
-    """16 bits do not show in the header. The process that loads the picture ends the run, and the run its processes."""
+def test_unsuitable_image_in_a_loading_process_is_one_line(folders, side):
+    """16 bits do not show in the header. The process that loads the image ends the run, and the run its processes."""
     cv2.imwrite(str(folders / side / "input" / "img1.png"), np.zeros((40, 48, 3), np.uint16))
     cv2.imwrite(str(folders / side / "target" / "img1.png"), np.zeros((40, 48, 3), np.uint16))
     done = train(folders, check=2, timeout=50, TRAINING__WORKERS=1)
@@ -1198,9 +1198,9 @@ def stop(trainer: Trainer) -> int:
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_signal_stops_a_validation_which_is_then_done_again(folders, picture_pairs, no_curves, epoch):
+def test_signal_stops_a_validation_which_is_then_done_again(folders, image_pairs, no_curves, epoch):
     """After the batch under way; the last one of the run as well. What comes of it is what would have come."""
-    picture_pairs(folders / "val", count=3, size=(32, 32))
+    image_pairs(folders / "val", count=3, size=(32, 32))
     settings = dict(OPTIM__EMA_DECAY=0.9, TRAINING__VAL_TIMES=2)
     make_trainer(folders, session="whole", **settings).fit()
     trainer, looked_at = make_trainer(folders, **settings), []
@@ -1295,7 +1295,7 @@ def test_images_that_are_restored_exactly_are_counted_and_left_out_of_the_mean(
 
 
 def test_validation_takes_as_many_pixels_at_once_as_training(folders):
-    """That fits into the memory. The training pass has 32x32 pixels of each picture, validation 16x16."""
+    """That fits into the memory. The training pass has 32x32 pixels of each image, validation 16x16."""
     trainer = make_trainer(folders, OPTIM__BATCH_SIZE=12, OPTIM__ACCUMULATE=2)
     trainer.val_set.sizes = {(16, 16)}
     assert trainer._validation_batch() == 6 * 4
@@ -1320,16 +1320,16 @@ def test_mistake_in_a_started_process_is_one_line(folders):
     assert "multiple of 2 processes" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_trains_on_clean_pictures_with_synthetic_noise(folders):
+def test_trains_on_clean_images_with_synthetic_noise(folders):
     changed = dict(TRAINING__TRAIN_DIR=folders / "train/target", SYNTHESIS__NAME="gaussian_noise", AUGMENT__MIXUP=0)
     done = train(
         folders, TRAINING__VAL_DIR="", TRAINING__VAL_HOLD_BACK=2, SYNTHESIS__OPTIONS__sigma="[0, 50]", **changed
     )
-    assert "7 pictures of" in done.stdout and "1 pictures of" in done.stdout
+    assert "7 images of" in done.stdout and "1 images of" in done.stdout
     assert float(history(folders)[-1]["psnr"]) > 10
     listing = folders / "names.txt"
     listing.write_text("img1.png\nimg2\n")
     fewer = train(folders, "fewer", OPTIM__NUM_EPOCHS=1, TRAINING__EXCLUDE=listing, TRAINING__VAL_DIR="", **changed)
-    assert "5 pictures of" in fewer.stdout and "1 pictures of" in fewer.stdout
+    assert "5 images of" in fewer.stdout and "1 images of" in fewer.stdout
     failed = train(folders, check=2, SYNTHESIS__OPTIONS__sigma=5, **changed | {"SYNTHESIS__NAME": "fog"})
     assert "SYNTHESIS.NAME" in failed.stderr

@@ -25,7 +25,7 @@ from dgunet import DGUNet, UserError, create_model, evaluation, inference, load_
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.data import find_pairs, read_image, write_image
 from dgunet.errors import run_cli
-from dgunet.evaluation import PictureSet, Result, Sample, ScoreSheet, evaluate
+from dgunet.evaluation import ImageSet, Result, Sample, ScoreSheet, evaluate
 from dgunet.hardware import pick_device
 from dgunet.metrics import PROTOCOLS, evaluate_pair
 from dgunet.testing import append_results, average, find_folder, noise_level
@@ -91,12 +91,12 @@ def one_line(done: SimpleNamespace) -> str:
 # ------------------------------------------------------------------------------------------------------------- locking
 
 
-def test_two_tests_at_once_do_not_mix_and_a_killed_one_goes_on_at_once(test, picture_pairs, monkeypatch):
-    picture_pairs(Path("set"), count=3, size=(16, 16))
+def test_two_tests_at_once_do_not_mix_and_a_killed_one_goes_on_at_once(test, image_pairs, monkeypatch):
+    image_pairs(Path("set"), count=3, size=(16, 16))
     save_checkpoint(tiny_weights("denoising"), "tiny.pth")
     ready, started = os.pipe()
     child = os.fork()
-    if child == 0:  # a test that restores two pictures and is then still busy
+    if child == 0:  # a test that restores two images and is then still busy
         try:
             restore, calls = evaluation.restore, []
 
@@ -116,13 +116,13 @@ def test_two_tests_at_once_do_not_mix_and_a_killed_one_goes_on_at_once(test, pic
         assert os.read(ready, 1) == b"x"
         assert "another test is writing to" in one_line(test("--dataset", "set"))
         assert rows() == []
-        picture_pairs(Path("other"), count=1, size=(16, 16))
+        image_pairs(Path("other"), count=1, size=(16, 16))
         assert test("--dataset", "other").status == 0  # another folder is free
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     done = test("--dataset", "set")
-    assert done.status == 0 and "2 of 3 pictures are done already" in done.out
+    assert done.status == 0 and "2 of 3 images are done already" in done.out
     assert rows()[-1]["images"] == "3"
     assert test("--dataset", "set").status == 0  # one that has ended leaves no lock
 
@@ -155,8 +155,8 @@ def test_rows_of_results_are_whole(tmp_path):
 # ----------------------------------------------------------------------------------------- what a second call continues
 
 
-def test_weights_replaced_while_the_test_starts_are_not_scored_under_the_old_name(test, picture_pairs, monkeypatch):
-    picture_pairs(Path("set"), count=2, size=(16, 16))
+def test_weights_replaced_while_the_test_starts_are_not_scored_under_the_old_name(test, image_pairs, monkeypatch):
+    image_pairs(Path("set"), count=2, size=(16, 16))
     load_model = testing.load_model
 
     def replaced(*args, **options):
@@ -171,11 +171,11 @@ def test_weights_replaced_while_the_test_starts_are_not_scored_under_the_old_nam
     assert "done already" not in done.out
     first, second = rows()
     assert first["psnr"] != second["psnr"]
-    assert "2 of 2 pictures are done already" in test("--dataset", "set").out
+    assert "2 of 2 images are done already" in test("--dataset", "set").out
 
 
-def test_only_pictures_that_changed_are_restored_again(test, picture_pairs):
-    picture_pairs(Path("set"), count=3, size=(16, 16))
+def test_only_images_that_changed_are_restored_again(test, image_pairs):
+    image_pairs(Path("set"), count=3, size=(16, 16))
     for side in ("input", "target"):
         os.rename(f"set/{side}/img3.png", f"set/{side}.png")
     test("--dataset", "set", "--save_images")
@@ -184,27 +184,27 @@ def test_only_pictures_that_changed_are_restored_again(test, picture_pairs):
     for side in ("input", "target"):  # one is added
         os.rename(f"set/{side}.png", f"set/{side}/img3.png")
     done = test("--dataset", "set", "--save_images")
-    assert "2 of 3 pictures are done already" in done.out and rows()[-1]["images"] == "3"
+    assert "2 of 3 images are done already" in done.out and rows()[-1]["images"] == "3"
     # another changes
     cv2.imwrite("set/input/img2.png", 255 - cv2.imread("set/input/img2.png"))
     done = test("--dataset", "set", "--save_images")
-    assert "2 of 3 pictures are done already" in done.out and rows()[-1]["psnr"] != rows()[-2]["psnr"]
+    assert "2 of 3 images are done already" in done.out and rows()[-1]["psnr"] != rows()[-2]["psnr"]
     now = {path.stem: path.stat().st_mtime_ns for path in Path("results").rglob("*.png")}
     assert now["img1"] == written["img1"] and now["img2"] > written["img2"]
     # one goes: the mean is that of the others
     for side in ("input", "target"):
         os.remove(f"set/{side}/img2.png")
     done = test("--dataset", "set", "--save_images")
-    assert "2 of 2 pictures are done already" in done.out and rows()[-1]["dataset"].endswith("set")
+    assert "2 of 2 images are done already" in done.out and rows()[-1]["dataset"].endswith("set")
     with open(sheet(), newline="") as file:
         kept = list(csv.DictReader(file))
     assert [row["name"] for row in kept] == ["img1", "img3"]
     assert float(rows()[-1]["psnr"]) == pytest.approx(np.mean([float(row["psnr"]) for row in kept]), abs=1e-4)
 
 
-def test_pictures_of_other_settings_do_not_stay(test, picture_pairs):
+def test_images_of_other_settings_do_not_stay(test, image_pairs):
     """Neither beside the scores of these settings, nor as theirs."""
-    picture_pairs(Path("set"), count=2, size=(16, 16))
+    image_pairs(Path("set"), count=2, size=(16, 16))
     test("--dataset", "set", "--save_images")
     first = {path.name: path.read_bytes() for path in Path("results").rglob("*.png")}
     assert test("--dataset", "set", "--self_ensemble").status == 0 and len(first) == 2
@@ -216,8 +216,8 @@ def test_pictures_of_other_settings_do_not_stay(test, picture_pairs):
 
 @pytest.mark.parametrize("name", ["scores.csv", "settings.json"])
 @pytest.mark.parametrize("content", [b"", b"\0\xff\n,,\n", b"name,psnr\nimg1,x\n", b'{"a": [', b'"' * 200_000])
-def test_damaged_records_are_begun_anew(test, picture_pairs, name, content):
-    picture_pairs(Path("set"), count=2, size=(16, 16))
+def test_damaged_records_are_begun_anew(test, image_pairs, name, content):
+    image_pairs(Path("set"), count=2, size=(16, 16))
     test("--dataset", "set")
     sheet(name).write_bytes(content)
     done = test("--dataset", "set")
@@ -240,8 +240,8 @@ def test_killed_while_the_sheet_is_begun_anew(tmp_path, monkeypatch):
     assert not ScoreSheet(tmp_path, "train_rgb", {"bf16": True}, {"img": "its fingerprint"}).done("img")
 
 
-def test_weights_of_one_name_do_not_share_a_folder(test, picture_pairs):
-    picture_pairs(Path("set"), count=2, size=(16, 16))
+def test_weights_of_one_name_do_not_share_a_folder(test, image_pairs):
+    image_pairs(Path("set"), count=2, size=(16, 16))
     written = {}
     for seed, name in enumerate("AB"):
         os.makedirs(f"{name}/DGUNet")
@@ -255,7 +255,7 @@ def test_weights_of_one_name_do_not_share_a_folder(test, picture_pairs):
         assert {path.name: path.read_bytes() for path in folder.rglob("*.png")} == images
     for name in "AB":
         assert (
-            "2 of 2 pictures are done already"
+            "2 of 2 images are done already"
             in test("--dataset", "set", "--save_images", weights=f"{name}/DGUNet/model_best.pth").out
         )
     assert len(list(Path("results/denoising").iterdir())) == 2
@@ -263,10 +263,10 @@ def test_weights_of_one_name_do_not_share_a_folder(test, picture_pairs):
     assert Path("results/denoising/denoising_gaussian").is_dir()
 
 
-def test_scores_of_another_version_of_the_protocol_are_not_done(test, picture_pairs, monkeypatch):
-    picture_pairs(Path("set"), count=2, size=(16, 16))
+def test_scores_of_another_version_of_the_protocol_are_not_done(test, image_pairs, monkeypatch):
+    image_pairs(Path("set"), count=2, size=(16, 16))
     test("--dataset", "set")
-    assert "2 of 2 pictures are done already" in test("--dataset", "set").out
+    assert "2 of 2 images are done already" in test("--dataset", "set").out
     old = PROTOCOLS["sidd_unit_range"]
 
     def mended(restored, target):
@@ -297,18 +297,18 @@ def little_memory(monkeypatch):
     return limit
 
 
-def test_scores_are_of_whole_pictures_whatever_the_memory(test, picture_pairs, little_memory):
-    picture_pairs(Path("set"), count=2, size=(16, 16))
+def test_scores_are_of_whole_images_whatever_the_memory(test, image_pairs, little_memory):
+    image_pairs(Path("set"), count=2, size=(16, 16))
     cv2.imwrite("set/input/img2.png", np.zeros((200, 240, 3), np.uint8))
     cv2.imwrite("set/target/img2.png", np.full((200, 240, 3), 9, np.uint8))
     assert test("--dataset", "set").status == 0
-    assert "2 of 2 pictures are done already" in test("--dataset", "set", "--tile", "whole").out, "the same scores"
+    assert "2 of 2 images are done already" in test("--dataset", "set", "--tile", "whole").out, "the same scores"
     assert all("tile=whole" in row["settings"] for row in rows()) and rows()[0]["psnr"] == rows()[1]["psnr"]
 
     little_memory(100 * 100)
-    picture_pairs(Path("set"), count=1, size=(16, 16), seed=1)  # another first picture: the second is done
+    image_pairs(Path("set"), count=1, size=(16, 16), seed=1)  # another first image: the second is done
     done = test("--dataset", "set")
-    assert done.status == 0 and "1 of 2 pictures are done already" in done.out
+    assert done.status == 0 and "1 of 2 images are done already" in done.out
     os.utime("set/input/img2.png", ns=(1, 1))
     done = test("--dataset", "set")
     assert done.status == 2 and "Traceback" not in done.err and rows()[-1]["images"] == "1"
@@ -326,7 +326,7 @@ def test_scores_are_of_whole_pictures_whatever_the_memory(test, picture_pairs, l
     assert rows()[-1]["psnr"] == rows()[-2]["psnr"] != rows()[0]["psnr"]
 
 
-def test_pictures_that_are_not_scored_are_restored_in_tiles_where_memory_is_short(test, little_memory):
+def test_images_that_are_not_scored_are_restored_in_tiles_where_memory_is_short(test, little_memory):
     os.mkdir("photos")
     cv2.imwrite("photos/a.png", np.random.default_rng(0).integers(0, 256, (140, 150, 3), dtype=np.uint8))
     little_memory(100 * 100)
@@ -343,8 +343,8 @@ def test_pictures_that_are_not_scored_are_restored_in_tiles_where_memory_is_shor
      RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")],
     ids=str,
 )  # fmt: skip
-def test_out_of_memory_names_the_option(test, picture_pairs, monkeypatch, error):
-    picture_pairs(Path("set"), count=2, size=(16, 16))
+def test_out_of_memory_names_the_option(test, image_pairs, monkeypatch, error):
+    image_pairs(Path("set"), count=2, size=(16, 16))
     whole = evaluation.restore
 
     def short(model, image, **options):
@@ -360,9 +360,9 @@ def test_out_of_memory_names_the_option(test, picture_pairs, monkeypatch, error)
     assert "img2.png" in done.err and "--tile 512" in done.err
 
 
-def test_time_of_an_image_is_that_of_restoring_it(tmp_path, picture_pairs, monkeypatch):
+def test_time_of_an_image_is_that_of_restoring_it(tmp_path, image_pairs, monkeypatch):
     """Not of reading, scoring and writing it, nor of what was done before."""
-    picture_pairs(tmp_path / "set", count=2, size=(16, 16))
+    image_pairs(tmp_path / "set", count=2, size=(16, 16))
     for module, name in ((evaluation, "read_image"), (evaluation, "write_image"), (evaluation, "evaluate_pair")):
         slow = partial(lambda do, *args, **options: (time.sleep(0.1), do(*args, **options))[1], getattr(module, name))
         monkeypatch.setattr(module, name, slow)
@@ -390,9 +390,9 @@ def restore_nothing(model, y):
 # ------------------------------------------------------------------------------------------------- what is not a number
 
 
-def test_pictures_that_equal_their_targets_are_counted_not_averaged(test, picture_pairs):
+def test_images_that_equal_their_targets_are_counted_not_averaged(test, image_pairs):
     """Their PSNR is infinite, and one of them alone would make the mean so."""
-    picture_pairs(Path("set"), count=3, size=(16, 16))
+    image_pairs(Path("set"), count=3, size=(16, 16))
     os.makedirs("restored/set")
     for k in (1, 2, 3):
         image = cv2.imread(f"set/target/img{k}.png")
@@ -410,7 +410,7 @@ def test_pictures_that_equal_their_targets_are_counted_not_averaged(test, pictur
     assert math.isnan(float(row["seconds_per_image"]))
 
     shutil.copytree("set/target", "restored/other")
-    picture_pairs(Path("other"), count=3, size=(16, 16))
+    image_pairs(Path("other"), count=3, size=(16, 16))
     for k in (1, 2):
         shutil.copy(f"other/target/img{k}.png", f"other/input/img{k}.png")
     done = test("--score_only", "restored", "--dataset", "other", task="deraining", weights=None)
@@ -423,7 +423,7 @@ def test_pictures_that_equal_their_targets_are_counted_not_averaged(test, pictur
 
 @pytest.fixture
 def broken_on_white(monkeypatch):
-    """The network's second stage gives NaN for white pictures; calling this ends it."""
+    """The network's second stage gives NaN for white images; calling this ends it."""
     forward = DGUNet.forward
 
     def broken(self, y):
@@ -436,8 +436,8 @@ def broken_on_white(monkeypatch):
     return lambda: monkeypatch.setattr(DGUNet, "forward", forward)
 
 
-def test_nan_is_refused_and_the_other_pictures_are_kept(test, picture_pairs, broken_on_white):
-    picture_pairs(Path("set"), count=3, size=(16, 16))
+def test_nan_is_refused_and_the_other_images_are_kept(test, image_pairs, broken_on_white):
+    image_pairs(Path("set"), count=3, size=(16, 16))
     cv2.imwrite("set/input/img2.png", np.full((16, 16, 3), 255, np.uint8))
     done = test("--dataset", "set", "--save_images")
     assert done.status == 2 and "1 not tested" in done.err and "Traceback" not in done.err
@@ -448,10 +448,10 @@ def test_nan_is_refused_and_the_other_pictures_are_kept(test, picture_pairs, bro
     assert row["dataset"].endswith("set (incomplete: 2 of 3)") and "nan" not in row["psnr"]
     broken_on_white()
     done = test("--dataset", "set", "--save_images")
-    assert done.status == 0 and "2 of 3 pictures are done already" in done.out and rows()[-1]["images"] == "3"
+    assert done.status == 0 and "2 of 3 images are done already" in done.out and rows()[-1]["images"] == "3"
 
 
-def test_nan_in_pictures_alone(test, broken_on_white):
+def test_nan_in_images_alone(test, broken_on_white):
     os.mkdir("photos")
     cv2.imwrite("photos/white.png", np.full((16, 16, 3), 255, np.uint8))
     cv2.imwrite("photos/grey.png", np.full((16, 16, 3), 99, np.uint8))
@@ -474,7 +474,7 @@ def test_nan_in_sidd(test, broken_on_white):
     noisy[1, 1] = 255
     write_sidd(noisy, blocks)
     done = test("--dataset", "SIDD")
-    assert done.status == 2 and "SIDD's picture 0002: stage 2 of the network gave NaN" in done.err
+    assert done.status == 2 and "SIDD's image 0002: stage 2 of the network gave NaN" in done.err
     assert rows()[0]["dataset"] == "SIDD (incomplete: 4 of 6)" and "39.88" not in done.out
     assert not list(Path("results").rglob("Idenoised.mat"))
     broken_on_white()
@@ -498,8 +498,8 @@ def test_nan_in_compressive_sensing(test, monkeypatch):
     assert rows("compressive_sensing") == []
 
 
-def test_disturbed_measurements_do_not_stand_beside_the_papers(test, picture_pairs):
-    picture_pairs(Path("pairs"), count=2, size=(40, 48))
+def test_disturbed_measurements_do_not_stand_beside_the_papers(test, image_pairs):
+    image_pairs(Path("pairs"), count=2, size=(40, 48))
     os.renames("pairs/target", "Datasets/Set11")
     words = ["--dataset", "Set11"]
     assert "36.11" in test(*words, task="compressive_sensing").out
@@ -520,11 +520,11 @@ def test_average_is_of_the_sets_means_whatever_their_sizes():
     assert (mean.ssim, mean.input_ssim) == pytest.approx((0.85, 0.3))
 
 
-def test_incomplete_scores_are_marked_and_enter_no_average(test, picture_pairs):
+def test_incomplete_scores_are_marked_and_enter_no_average(test, image_pairs):
     names = ["Test100", "Rain100H", "Rain100L", "Test2800", "Test1200"]
     for count, name in enumerate(names, start=1):
-        picture_pairs(Path("Datasets/test") / name, count=count, size=(16, 16))
-        picture_pairs(Path("other") / name, count=count, size=(16, 16), seed=1)
+        image_pairs(Path("Datasets/test") / name, count=count, size=(16, 16))
+        image_pairs(Path("other") / name, count=count, size=(16, 16), seed=1)
         os.rename(f"other/{name}/input", f"restored_{name}")
     os.mkdir("restored")
     for name in names:
@@ -546,7 +546,7 @@ def test_incomplete_scores_are_marked_and_enter_no_average(test, picture_pairs):
     assert later == ["Test100", "Rain100H", "Rain100L (incomplete: 2 of 3)", "Test2800", "Test1200"]
 
 
-def test_score_only_of_blocks_and_of_measured_pictures(test):
+def test_score_only_of_blocks_and_of_measured_images(test):
     blocks = np.random.default_rng(0).integers(0, 256, (1, 2, 16, 16, 3), dtype=np.uint8)
     write_sidd(blocks, blocks // 2)
     assert test("--dataset", "SIDD", "--save_images").status == 0
@@ -564,16 +564,16 @@ def test_score_only_of_blocks_and_of_measured_pictures(test):
     assert float(row["psnr"]) == pytest.approx(20 * math.log10(255 / 9), abs=1e-3) and row["input_psnr"] == "nan"
 
 
-def test_score_only_without_the_folder_says_so_once(test, picture_pairs):
-    picture_pairs(Path("set"), count=3, size=(16, 16))
+def test_score_only_without_the_folder_says_so_once(test, image_pairs):
+    image_pairs(Path("set"), count=3, size=(16, 16))
     os.mkdir("restored")
-    assert "no pictures in" in one_line(test("--score_only", "restored", "--dataset", "set", weights=None))
+    assert "no images in" in one_line(test("--score_only", "restored", "--dataset", "set", weights=None))
 
 
 # ---------------------------------------------------------------------------------------------- what --dataset may name
 
 
-def test_a_single_picture_is_restored(test):
+def test_a_single_image_is_restored(test):
     os.mkdir("holiday")
     for name in ("beach.jpg", "town.png"):
         cv2.imwrite(f"holiday/{name}", np.full((13, 21, 3), 99, np.uint8))
@@ -583,19 +583,19 @@ def test_a_single_picture_is_restored(test):
     assert written.name == "beach.png" and cv2.imread(str(written)).shape == (13, 21, 3)
     assert test("--dataset", "holiday/beach.jpg", "holiday/town.png").status == 0
     assert {path.name for path in Path("results").rglob("*.png")} == {"beach.png", "town.png"}
-    Path("notes.txt").write_text("no picture")
-    assert "neither a folder nor a picture" in one_line(test("--dataset", "notes.txt"))
+    Path("notes.txt").write_text("no image")
+    assert "neither a folder nor an image" in one_line(test("--dataset", "notes.txt"))
     done = test("--score_only", "holiday", "--dataset", "holiday/beach.jpg", weights=None)
     assert "nothing to score against" in one_line(done)
 
 
-def test_a_single_picture_is_measured_and_reconstructed(test):
+def test_a_single_image_is_measured_and_reconstructed(test):
     cv2.imwrite("photo.png", np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8))
     assert test("--dataset", "photo.png", task="compressive_sensing").status == 0
     assert rows("compressive_sensing")[0]["images"] == "1"
 
 
-def test_pictures_of_one_name_do_not_overwrite_each_other(test):
+def test_images_of_one_name_do_not_overwrite_each_other(test):
     os.mkdir("photos")
     for name in ("a.png", "a.jpg"):
         cv2.imwrite(f"photos/{name}", np.full((16, 16, 3), 99, np.uint8))
@@ -604,9 +604,9 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(test):
         assert "have the same name; keep one" in one_line(test("--dataset", "photos", task=task))
 
 
-def test_folders_of_one_label_do_not_overwrite_each_other(test, picture_pairs):
+def test_folders_of_one_label_do_not_overwrite_each_other(test, image_pairs):
     for root in ("one", "two"):
-        picture_pairs(Path(root) / "a/test", count=1, size=(16, 16))
+        image_pairs(Path(root) / "a/test", count=1, size=(16, 16))
     error = one_line(test("--dataset", "one/a/test", "two/a/test"))
     assert "two/a/test" in error or "one/a/test" in error
     assert test("--dataset", "one/a/test", "one/a/test").status == 0  # named twice, tested once
@@ -621,8 +621,8 @@ def test_label_is_a_folder_below_the_results(dataset, label):
     assert list(testing._tests([dataset], {"SIDD": None}, {"": None})) == [label]
 
 
-def test_published_sets_are_found_in_upper_and_lower_case(test, picture_pairs):
-    picture_pairs(Path("data/TEST/rain100l"), count=1, size=(16, 16))
+def test_published_sets_are_found_in_upper_and_lower_case(test, image_pairs):
+    image_pairs(Path("data/TEST/rain100l"), count=1, size=(16, 16))
     for name in ("Rain100L", "RAIN100L"):
         assert test("--data_root", "data", "--dataset", name, task="deraining").status == 0
         assert rows("deraining")[-1]["dataset"] == "Rain100L"
@@ -642,13 +642,13 @@ def test_find_folder(tmp_path):
     assert find_folder(tmp_path / "nowhere", "Set11") == tmp_path / "nowhere/Set11"
 
 
-def test_data_root_mistakes(test, picture_pairs):
-    picture_pairs(Path("data/Rain100L"), count=1, size=(16, 16))
+def test_data_root_mistakes(test, image_pairs):
+    image_pairs(Path("data/Rain100L"), count=1, size=(16, 16))
     for root in ("nowhere", "data/Rain100L", "data"):
         error = one_line(test("--data_root", root, "--dataset", "Rain100L", task="deraining"))
         assert "--data_root names the folder that holds test/Rain100L" in error
     error = one_line(test("--dataset", "Rain1000L", task="deraining"))
-    assert "no folder or picture" in error and "Rain100H, Rain100L" in error
+    assert "no folder or image" in error and "Rain100H, Rain100L" in error
 
 
 def test_reproduce_finds_its_folders_whatever_their_case(tmp_path):
@@ -664,7 +664,7 @@ def test_reproduce_finds_its_folders_whatever_their_case(tmp_path):
     assert done.stdout.split() == [str(tmp_path / "set11"), str(tmp_path / "Bsd68")]
 
 
-def test_reproduce_tells_what_it_leaves_out(tmp_path, picture_pairs):
+def test_reproduce_tells_what_it_leaves_out(tmp_path, image_pairs):
     """In a repository of links, so that nothing is written into this one."""
     repository = tmp_path / "repository"
     for path in ("Denoising", "dgunet", "requirements.txt"):
@@ -677,7 +677,7 @@ def test_reproduce_tells_what_it_leaves_out(tmp_path, picture_pairs):
     (repository / "scripts").mkdir()
     for name in ("reproduce.sh", "setup_venv.sh"):
         shutil.copy(ROOT / "scripts" / name, repository / "scripts")
-    picture_pairs(tmp_path / "data/nam25", count=1, size=(32, 40))
+    image_pairs(tmp_path / "data/nam25", count=1, size=(32, 40))
     words = ["bash", repository / "scripts/reproduce.sh", tmp_path / "data"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -687,10 +687,10 @@ def test_reproduce_tells_what_it_leaves_out(tmp_path, picture_pairs):
     assert missing == f"left out, for they are not in {tmp_path / 'data'}: {sets}"
 
 
-def test_data_set_is_found_in_any_unicode_form(test, picture_pairs):
-    """And so are its restored pictures; its results have one name."""
+def test_data_set_is_found_in_any_unicode_form(test, image_pairs):
+    """And so are its restored images; its results have one name."""
     nfc, nfd = "caf\u00e9", "cafe\u0301"
-    picture_pairs(Path("photos") / nfd, count=1, size=(16, 16))
+    image_pairs(Path("photos") / nfd, count=1, size=(16, 16))
     if os.listdir("photos") != [nfd]:
         pytest.skip("this disk has one Unicode form only")
     os.rename(f"photos/{nfd}/input/img1.png", f"photos/{nfd}/input/{nfc}.png")
@@ -699,7 +699,7 @@ def test_data_set_is_found_in_any_unicode_form(test, picture_pairs):
     again = test("--dataset", f"photos/{nfc}", "--save_images")
     both = test("--dataset", f"photos/{nfc}", f"photos/{nfd}")
     assert (first.status, again.status, both.status) == (0, 0, 0)
-    assert "1 of 1 pictures are done already" in again.out and "1 of 1 pictures are done already" in both.out
+    assert "1 of 1 images are done already" in again.out and "1 of 1 images are done already" in both.out
     assert [row["dataset"] for row in rows()] == [f"photos_{nfc}"] * 3
     (written,) = Path("results").rglob("*.png")
     assert written.name == f"{nfc}.png" and written.parent.name == f"photos_{nfc}"
@@ -714,10 +714,10 @@ def test_data_set_is_found_in_any_unicode_form(test, picture_pairs):
 
 
 @pytest.mark.parametrize("task", FOLDERS)
-def test_bf16_and_compile_are_options_of_every_task(test, picture_pairs, monkeypatch, task):
+def test_bf16_and_compile_are_options_of_every_task(test, image_pairs, monkeypatch, task):
     compiled = []
     monkeypatch.setattr(DGUNet, "compile", lambda self, **options: compiled.append(self))
-    picture_pairs(Path("set"), count=2, size=(24, 32))
+    image_pairs(Path("set"), count=2, size=(24, 32))
     dataset = "set/target" if task == "compressive_sensing" else "set"
     for words in ((), ("--compile",), ("--bf16",)):
         done = test("--dataset", dataset, *words, task=task)
@@ -730,7 +730,7 @@ def test_bf16_and_compile_are_options_of_every_task(test, picture_pairs, monkeyp
     assert len(compiled) == 1
 
 
-def test_compiled_network_is_not_compiled_for_every_size(test, picture_pairs, monkeypatch):
+def test_compiled_network_is_not_compiled_for_every_size(test, image_pairs, monkeypatch):
     """Once for the first size, and once more for all others (large enough: see test_model.py)."""
     graphs = []
 
@@ -745,7 +745,7 @@ def test_compiled_network_is_not_compiled_for_every_size(test, picture_pairs, mo
     model = create_model("denoising_dgunet", width=8, stages=1)
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, "small.pth")
     for k, size in enumerate([(96, 96), (104, 120), (120, 96), (96, 128), (88, 104)]):
-        picture_pairs(Path(f"part{k}"), count=1, size=size, seed=k)
+        image_pairs(Path(f"part{k}"), count=1, size=size, seed=k)
         for side in ("input", "target"):
             os.makedirs(f"set/{side}", exist_ok=True)
             os.rename(f"part{k}/{side}/img1.png", f"set/{side}/{k}.png")
@@ -755,14 +755,14 @@ def test_compiled_network_is_not_compiled_for_every_size(test, picture_pairs, mo
     assert compiled == pytest.approx(plain, abs=2e-3) and len(graphs) == 2
 
 
-def test_failing_compiler_is_told_in_one_line(test, picture_pairs, monkeypatch):
+def test_failing_compiler_is_told_in_one_line(test, image_pairs, monkeypatch):
     def fails(graph, _):
         raise RuntimeError("no C++ compiler\nand much more")
 
     torch._dynamo.reset()
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend=fails, **options))
-    picture_pairs(Path("set"), count=2, size=(16, 16))
+    image_pairs(Path("set"), count=2, size=(16, 16))
     error = one_line(test("--dataset", "set", "--compile"))
     assert "--compile" in error and "no C++ compiler" in error
 
@@ -776,8 +776,8 @@ def noisy_set(root: Path, sigma: float, count: int = 2):
     for k in range(count):
         for side, strength in (("input", sigma), ("target", 0)):
             (root / side).mkdir(parents=True, exist_ok=True)
-            picture = photograph + rng.normal(0, strength, photograph.shape)
-            cv2.imwrite(str(root / side / f"{k}.png"), picture.clip(0, 255).round().astype(np.uint8))
+            image = photograph + rng.normal(0, strength, photograph.shape)
+            cv2.imwrite(str(root / side / f"{k}.png"), image.clip(0, 255).round().astype(np.uint8))
 
 
 @pytest.mark.parametrize("sigma", [5, 25, 50])
@@ -812,7 +812,7 @@ def test_noise_level(sigma):
 
 
 def test_gaussian_noise_is_that_of_the_literature():
-    """As KAIR adds it: seed 0 for each picture, floats, not clipped, not rounded."""
+    """As KAIR adds it: seed 0 for each image, floats, not clipped, not rounded."""
     clean = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     for _ in range(2):
         np.random.seed(0)
@@ -838,9 +838,9 @@ def test_weights_are_tested_on_the_noise_that_they_are_for(noise, expected):
     assert testing._default(command("denoising").BENCHMARKS, noise) == expected
 
 
-def test_gaussian_sets(test, picture_pairs):
+def test_gaussian_sets(test, image_pairs):
     for name in ("cbsd68", "KODAK24"):
-        picture_pairs(Path("pairs"), count=2, size=(21, 30), seed=len(name))
+        image_pairs(Path("pairs"), count=2, size=(21, 30), seed=len(name))
         os.renames("pairs/target", f"Datasets/{name}")
     save_checkpoint(tiny_weights("denoising") | {"noise_sigma": [20, 25]}, "gaussian.pth")
     assert test(weights="gaussian.pth").status == 0
@@ -858,25 +858,25 @@ def test_gaussian_sets(test, picture_pairs):
         )
     measured = [float(table[0][key]) for key in ("psnr", "ssim", "input_psnr", "input_ssim")]
     assert measured == pytest.approx(np.mean(scores, axis=0), abs=1e-4)
-    assert "2 of 2 pictures are done already" in test("--dataset", "kodak24_25", weights="gaussian.pth").out
+    assert "2 of 2 images are done already" in test("--dataset", "kodak24_25", weights="gaussian.pth").out
 
 
-def test_real_noise_of_cc15(test, picture_pairs):
-    picture_pairs(Path("Datasets/cc15"), count=2, size=(21, 30))
+def test_real_noise_of_cc15(test, image_pairs):
+    image_pairs(Path("Datasets/cc15"), count=2, size=(21, 30))
     assert test("--dataset", "CC15").status == 0
     (row,) = rows()
     assert (row["dataset"], row["protocol"], row["images"]) == ("CC15", "gaussian_rgb", "2")
 
 
-def test_noise_on_clean_pictures_of_ones_own(test, picture_pairs):
-    picture_pairs(Path("set"), count=2, size=(21, 30))
+def test_noise_on_clean_images_of_ones_own(test, image_pairs):
+    image_pairs(Path("set"), count=2, size=(21, 30))
     assert test("--dataset", "set/target", "--sigma", "7.5", "100").status == 0
     weak, strong = rows()
     assert (weak["dataset"], strong["dataset"]) == ("set_target_7.5", "set_target_100")
     assert float(weak["input_psnr"]) == pytest.approx(-20 * math.log10(7.5 / 255), abs=0.5)
     assert float(strong["input_psnr"]) < 12
     for words in ((), ("--dataset", "set/target", "sidd")):
-        assert "clean pictures of your own" in one_line(test("--sigma", "25", *words))
+        assert "clean images of your own" in one_line(test("--sigma", "25", *words))
     for sigma in ("0", "nan", "101", "strong"):
         done = test("--dataset", "set/target", "--sigma", sigma)
         assert done.status == 2 and "--sigma" in done.err.splitlines()[-1]
@@ -885,10 +885,10 @@ def test_noise_on_clean_pictures_of_ones_own(test, picture_pairs):
 # --------------------------------------------------------------------------------------------------------- from Python
 
 
-def test_evaluate_from_python(tmp_path, tiny_model, picture_pairs, monkeypatch):
-    """Without a command line, and without files unless asked for: the rows and means of the pictures as they are."""
+def test_evaluate_from_python(tmp_path, tiny_model, image_pairs, monkeypatch):
+    """Without a command line, and without files unless asked for: the rows and means of the images as they are."""
     monkeypatch.chdir(tmp_path)
-    picture_pairs(Path("set"), count=3, size=(21, 30))
+    image_pairs(Path("set"), count=3, size=(21, 30))
     model, before = tiny_model(stages=2), torch.backends.cudnn.allow_tf32
     result = evaluate(model, "set", "rgb_matlab", self_ensemble=True)
     assert os.listdir() == ["set"] and torch.backends.cudnn.allow_tf32 == before
@@ -905,12 +905,12 @@ def test_evaluate_from_python(tmp_path, tiny_model, picture_pairs, monkeypatch):
     for _ in range(2):
         again = evaluate(model, "set", "rgb_matlab", "out", self_ensemble=True, say=told.append)
         assert again.rows == result.rows and len(list(Path("out").glob("*.png"))) == 3
-    assert told == ["set: 3 of 3 pictures are done already"]
+    assert told == ["set: 3 of 3 images are done already"]
     blur = evaluate(lambda sample, y: (cv2.blur(y, (3, 3)), y), "set", "rgb_matlab", "blurred")
     assert blur.psnr > blur.input_psnr == result.input_psnr and len(list(Path("blurred").glob("*.png"))) == 3
 
 
-def test_evaluate_begins_anew_where_it_cannot_know_what_is_computed(tmp_path, tiny_model, picture_pairs):
+def test_evaluate_begins_anew_where_it_cannot_know_what_is_computed(tmp_path, tiny_model, image_pairs):
     class Darken:
         image_to_image = True
 
@@ -925,7 +925,7 @@ def test_evaluate_begins_anew_where_it_cannot_know_what_is_computed(tmp_path, ti
     def black(model, y):
         return np.zeros_like(y), y
 
-    picture_pairs(tmp_path / "set", count=1, size=(16, 16))
+    image_pairs(tmp_path / "set", count=1, size=(16, 16))
     model = tiny_model(stages=2, degradation=Darken(0.5))
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -952,11 +952,11 @@ def test_evaluate_begins_anew_where_it_cannot_know_what_is_computed(tmp_path, ti
     assert evaluate(model.bfloat16(), tmp_path / "set", "train_rgb", tmp_path / "other").images == 1
 
 
-def test_evaluate_tells_what_it_could_not_test(tmp_path, tiny_model, picture_pairs):
-    picture_pairs(tmp_path, count=2, size=(16, 16))
-    (tmp_path / "input/img2.png").write_bytes(b"no picture")
+def test_evaluate_tells_what_it_could_not_test(tmp_path, tiny_model, image_pairs):
+    image_pairs(tmp_path, count=2, size=(16, 16))
+    (tmp_path / "input/img2.png").write_bytes(b"no image")
     result = evaluate(tiny_model(stages=2), tmp_path, "sidd_unit_range")
-    assert (result.images, result.missing) == (1, 1) and "img2.png is not a picture" in result.failures[0]
+    assert (result.images, result.missing) == (1, 1) and "img2.png is not an image" in result.failures[0]
     small = evaluate(tiny_model(stages=2), tmp_path, "deraining_y")
     assert small.images == 1
     photos = evaluate(tiny_model(stages=2), tmp_path / "target", None)
@@ -965,7 +965,7 @@ def test_evaluate_tells_what_it_could_not_test(tmp_path, tiny_model, picture_pai
         evaluate(tiny_model(stages=2), tmp_path, "psnr")
 
 
-def test_sample_of_several_pictures(tmp_path, tiny_model):
+def test_sample_of_several_images(tmp_path, tiny_model):
     """Of one size or of several: each is scored and written under its own name."""
     rng = np.random.default_rng(0)
     stack = rng.integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
@@ -973,12 +973,12 @@ def test_sample_of_several_pictures(tmp_path, tiny_model):
     model = tiny_model(stages=2)
     for given in (stack, crops):
         names = tuple(f"block{k}" for k in range(len(given)))
-        data = PictureSet([Sample("picture", (tmp_path / "file.mat",), lambda given=given: (given, given[:]), names)])
+        data = ImageSet([Sample("image", (tmp_path / "file.mat",), lambda given=given: (given, given[:]), names)])
         out = tmp_path / str(len(given))
         result = evaluate(model, data, "sidd_unit_range", out, save_images=True)
         assert [row.name for row in result.rows] == list(names) and result.input_psnr == math.inf
-        for name, picture in zip(names, given, strict=True):
-            restored = restore(model, unit_range(picture))
+        for name, image in zip(names, given, strict=True):
+            restored = restore(model, unit_range(image))
             assert np.abs(read_image(out / f"{name}.png").astype(int) - to_uint8(restored)).max() <= 1
 
 
@@ -1018,14 +1018,14 @@ def test_device_that_is_there():
 # --------------------------------------------------------------------------------------------------------------- faults
 
 
-def test_random_faults_of_inputs_end_in_one_line(test, picture_pairs, fuzz, tmp_path_factory, monkeypatch):
-    """Pictures that are damaged, missing, of other sizes and kinds, oddly named; options that do not fit."""
+def test_random_faults_of_inputs_end_in_one_line(test, image_pairs, fuzz, tmp_path_factory, monkeypatch):
+    """Images that are damaged, missing, of other sizes and kinds, oddly named; options that do not fit."""
     outcomes = {0: 0, 2: 0}
     for trial in range(12 * fuzz):
         rng = np.random.default_rng([10, trial])
         monkeypatch.chdir(tmp_path_factory.mktemp("fuzz"))
         task = str(rng.choice(list(FOLDERS)))
-        picture_pairs(Path("set"), count=int(rng.integers(1, 4)), size=tuple(rng.integers(9, 40, 2)), seed=trial)
+        image_pairs(Path("set"), count=int(rng.integers(1, 4)), size=tuple(rng.integers(9, 40, 2)), seed=trial)
         for _ in range(int(rng.integers(0, 3))):
             spoil(rng, Path("set"))
         words = [str(word) for choices in OPTIONS for word in choices[int(rng.integers(len(choices)))]]
@@ -1061,7 +1061,7 @@ OPTIONS = [
 
 
 def spoil(rng: np.random.Generator, root: Path):
-    """One random fault of a picture file."""
+    """One random fault of an image file."""
     paths = sorted(path for path in root.glob("*/*") if path.is_file())
     if not paths:
         return
@@ -1099,8 +1099,8 @@ def spoil(rng: np.random.Generator, root: Path):
 # ------------------------------------------------------------------------------------------------- further metrics
 
 
-def test_further_metrics_are_columns_and_a_picture_without_one_is_scored_anew(tmp_path, picture_pairs):
-    picture_pairs(tmp_path / "set", count=3, size=(16, 20))
+def test_further_metrics_are_columns_and_a_image_without_one_is_scored_anew(tmp_path, image_pairs):
+    image_pairs(tmp_path / "set", count=3, size=(16, 20))
     restored = []
 
     class Identity(torch.nn.Module):
@@ -1134,10 +1134,10 @@ def test_further_metrics_are_columns_and_a_picture_without_one_is_scored_anew(tm
     assert score(constant=lambda x, target: 7.0)[0].metrics == {"constant": 7.0}
 
     def fails(x, target):
-        raise ValueError("cannot score this picture")
+        raise ValueError("cannot score this image")
 
     result = score(fails=fails)[0]
-    assert result.missing == len(result.failures) == 3 and "cannot score this picture" in result.failures[0]
+    assert result.missing == len(result.failures) == 3 and "cannot score this image" in result.failures[0]
     with pytest.raises(UserError, match="targets"):
         evaluate(Identity(), tmp_path / "set/input", "rgb_matlab", metrics={"difference": difference})
 
@@ -1184,9 +1184,9 @@ def test_results_are_appended_to_tables_of_before(tmp_path):
     assert table.read_bytes() == before
 
 
-def test_metrics_of_pyiqa(test, picture_pairs, monkeypatch):
+def test_metrics_of_pyiqa(test, image_pairs, monkeypatch):
     pyiqa = pytest.importorskip("pyiqa")
-    picture_pairs(Path("set"), count=2, size=(40, 48))
+    image_pairs(Path("set"), count=2, size=(40, 48))
     assert test("--dataset", "set", "--metrics", "gmsd", "psnr").status == 0
     (row,) = rows()
     assert 0 < float(row["gmsd"]) < 1 and float(row["pyiqa_psnr"]) == pytest.approx(float(row["psnr"]), abs=0.01)

@@ -184,9 +184,9 @@ def test_restore_is_that_of_the_cpu(tiny_model, restoring):
 
 
 @pytest.fixture
-def folders(tmp_path, picture_pairs):
-    picture_pairs(tmp_path / "train", count=8, size=(40, 48))
-    picture_pairs(tmp_path / "val", count=2, size=(32, 32))
+def folders(tmp_path, image_pairs):
+    image_pairs(tmp_path / "train", count=8, size=(40, 48))
+    image_pairs(tmp_path / "val", count=2, size=(32, 32))
     return tmp_path
 
 

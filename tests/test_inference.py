@@ -52,12 +52,12 @@ class Pooling(Local):
         return [0.5 * x + 0.5 * F.interpolate(F.avg_pool2d(x, 8), scale_factor=8)]
 
 
-def picture(height, width, channels=3, seed=0) -> np.ndarray:
+def random_image(height, width, channels=3, seed=0) -> np.ndarray:
     return np.random.default_rng(seed).random((height, width, channels)).astype(np.float32)
 
 
 def directly(model, image: np.ndarray) -> np.ndarray:
-    """The network's result, not clamped, for a (H, W, C) float picture with sides that are multiples of 8."""
+    """The network's result, not clamped, for a (H, W, C) float image with sides that are multiples of 8."""
     with torch.no_grad():
         x = torch.from_numpy(image.transpose(2, 0, 1))[None]
         return model(x)[0][0].numpy().transpose(1, 2, 0)
@@ -74,7 +74,7 @@ def refusal(*args, **options) -> str:
 
 
 def test_equals_the_network_on_multiples_of_8(model):
-    image = picture(24, 40)
+    image = random_image(24, 40)
     restored = restore(model, image)
     np.testing.assert_allclose(restored, directly(model, image).clip(0, 1), atol=1e-6)
     assert np.abs(restored - image).mean() > 0.01
@@ -92,7 +92,7 @@ TYPES = [
 @pytest.mark.parametrize(("dtype", "scale", "rounding"), TYPES)
 @pytest.mark.parametrize("shape", [(13, 20, 3), (2, 13, 20, 3)])
 def test_arrays(model, dtype, scale, rounding, shape):
-    image = (picture(1, 1, int(np.prod(shape))).reshape(shape) * scale).astype(dtype)
+    image = (random_image(1, 1, int(np.prod(shape))).reshape(shape) * scale).astype(dtype)
     before = image.copy()
     restored = restore(model, image)
     assert (type(restored), restored.dtype, restored.shape) == (np.ndarray, np.dtype(dtype), shape)
@@ -116,7 +116,7 @@ TENSOR_TYPES = [
 @pytest.mark.parametrize(("dtype", "scale", "rounding"), TENSOR_TYPES)
 @pytest.mark.parametrize("shape", [(3, 13, 20), (2, 3, 13, 20)])
 def test_tensors(model, dtype, scale, rounding, shape):
-    image = torch.from_numpy(picture(1, 1, int(np.prod(shape))).reshape(shape) * scale).to(dtype)
+    image = torch.from_numpy(random_image(1, 1, int(np.prod(shape))).reshape(shape) * scale).to(dtype)
     before = image.clone()
     restored = restore(model, image)
     assert (type(restored), restored.dtype, restored.shape) == (torch.Tensor, dtype, torch.Size(shape))
@@ -126,7 +126,7 @@ def test_tensors(model, dtype, scale, rounding, shape):
 
 
 def test_array_and_tensor_agree(model):
-    image = picture(13, 20)
+    image = random_image(13, 20)
     restored = restore(model, torch.from_numpy(image.transpose(2, 0, 1).copy()))
     np.testing.assert_allclose(restore(model, image), restored.permute(1, 2, 0).numpy(), atol=1e-6)
 
@@ -143,9 +143,9 @@ def test_tensor_that_requires_gradients(model):
 
 
 @pytest.mark.parametrize("shape", [(13, 20), (13, 20, 1), (2, 13, 20, 1)])
-def test_grey_pictures_of_a_grey_model(tiny_model, shape):
+def test_grey_images_of_a_grey_model(tiny_model, shape):
     grey_model = tiny_model(channels=1, stages=2)
-    image = picture(1, 1, int(np.prod(shape))).reshape(shape)
+    image = random_image(1, 1, int(np.prod(shape))).reshape(shape)
     restored = restore(grey_model, image)
     assert restored.shape == shape
     flat = restored.reshape(-1, 13, 20)[0]
@@ -155,8 +155,8 @@ def test_grey_pictures_of_a_grey_model(tiny_model, shape):
 
 
 @pytest.mark.parametrize("kind", [list, tuple])
-def test_pictures_of_several_sizes_and_types(model, kind):
-    images = kind([picture(13, 20), (picture(24, 16) * 255).astype(np.uint8), torch.rand(3, 9, 9)])
+def test_images_of_several_sizes_and_types(model, kind):
+    images = kind([random_image(13, 20), (random_image(24, 16) * 255).astype(np.uint8), torch.rand(3, 9, 9)])
     restored = restore(model, images)
     assert type(restored) is kind
     for one, image in zip(restored, images, strict=True):
@@ -165,7 +165,7 @@ def test_pictures_of_several_sizes_and_types(model, kind):
 
 
 def test_views_and_read_only_arrays(model):
-    image = picture(20, 26)
+    image = random_image(20, 26)
     image.setflags(write=False)
     np.testing.assert_array_equal(restore(model, image[::-1, ::2]), restore(model, image[::-1, ::2].copy()))
 
@@ -173,9 +173,9 @@ def test_views_and_read_only_arrays(model):
 def test_result_is_within_the_range(model):
     with torch.no_grad():
         model.last.proximal.image_conv.weight.mul_(100)
-    restored = restore(model, picture(16, 16))
+    restored = restore(model, random_image(16, 16))
     assert (restored.min(), restored.max()) == (0, 1)
-    restored = restore(model, (picture(16, 16) * 255).astype(np.uint8))
+    restored = restore(model, (random_image(16, 16) * 255).astype(np.uint8))
     assert (restored.min(), restored.max()) == (0, 255)
 
 
@@ -190,7 +190,7 @@ def test_modes_of_its_parts_are_kept(tiny_model):
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_of_the_model_is_kept(model, training):
     model.train(training)
-    restore(model, picture(8, 8))
+    restore(model, random_image(8, 8))
     refusal(model, np.full((8, 8, 3), np.nan))
     assert model.training == training
 
@@ -242,8 +242,8 @@ class Mode(nn.Module):
 def test_threads_leave_the_mode_as_it_was(tiny_model, count):
     model = tiny_model(stages=2).train()
     model.degradation = Mode().train()
-    expected, found = restore(model, picture(16, 16), tile=None), []
-    overlapping([lambda: found.append(restore(model, picture(16, 16), tile=None))] * count, model.last)
+    expected, found = restore(model, random_image(16, 16), tile=None), []
+    overlapping([lambda: found.append(restore(model, random_image(16, 16), tile=None))] * count, model.last)
     assert len(found) == count and all(np.array_equal(one, expected) for one in found)
     assert all(part.training for part in model.modules())
 
@@ -252,7 +252,7 @@ def test_a_network_in_training_is_not_disturbed(tiny_model):
     """What another thread trains sees training mode all the time."""
     model, seen = tiny_model(stages=2).train(), []
     hook = model.last.register_forward_pre_hook(lambda *_: seen.append({part.training for part in model.modules()}))
-    restore(model, picture(16, 16))
+    restore(model, random_image(16, 16))
     hook.remove()
     assert seen == [{True}]
 
@@ -261,8 +261,8 @@ def test_a_network_in_training_is_not_disturbed(tiny_model):
 def test_parts_that_mind_the_mode_are_in_evaluation_mode(tiny_model, put_in):
     model = tiny_model(stages=1)
     model.last.degradation.A = put_in
-    expected = restore(model.eval(), picture(16, 16))
-    assert np.array_equal(restore(model.train(), picture(16, 16)), expected)
+    expected = restore(model.eval(), random_image(16, 16))
+    assert np.array_equal(restore(model.train(), random_image(16, 16)), expected)
     assert all(part.training for part in model.modules())
 
 
@@ -301,7 +301,7 @@ def extended(image: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (37, 53), (1, 400), (400, 1), (4, 9), (8, 8), (16, 20)])
 def test_any_size(model, size):
-    image = picture(*size)
+    image = random_image(*size)
     expected = directly(model, extended(image))[: size[0], : size[1]].clip(0, 1)
     np.testing.assert_allclose(restore(model, image), expected, atol=1e-6)
     as_bytes = restore(model, (image * 255).astype(np.uint8))
@@ -333,7 +333,7 @@ UNDO = [
 
 
 def test_self_ensemble_is_the_mean_over_eight(model):
-    image = picture(16, 24)
+    image = random_image(16, 24)
     parts = [undo(directly(model, turn(image).copy())) for turn, undo in zip(TURNS, UNDO, strict=True)]
     restored = restore(model, image, self_ensemble=True)
     np.testing.assert_allclose(restored, np.mean(parts, axis=0).clip(0, 1), atol=1e-5)
@@ -341,7 +341,7 @@ def test_self_ensemble_is_the_mean_over_eight(model):
 
 
 def test_self_ensemble_commutes_with_turns(model):
-    image = picture(16, 24)
+    image = random_image(16, 24)
     restored = restore(model, image, self_ensemble=True)
     for turn in TURNS:
         again = restore(model, turn(image), self_ensemble=True)
@@ -349,7 +349,7 @@ def test_self_ensemble_commutes_with_turns(model):
 
 
 def test_self_ensemble_of_any_size(model):
-    assert restore(model, picture(7, 13), self_ensemble=True).shape == (7, 13, 3)
+    assert restore(model, random_image(7, 13), self_ensemble=True).shape == (7, 13, 3)
 
 
 # --------------------------------------------------------------------------------------------------------------- tiles
@@ -358,14 +358,14 @@ def test_self_ensemble_of_any_size(model):
 @pytest.mark.parametrize("size", [(104, 136), (48, 136), (104, 40), (48, 48), (40, 200)])
 @pytest.mark.parametrize("overlap", [16, 24])
 def test_tiles_of_a_local_network_leave_no_seams(size, overlap):
-    image = picture(*size)
+    image = random_image(*size)
     assert overlap >= 2 * Local.radius + 1  # the receptive field
     whole = restore(Local(), image, tile=None)
     np.testing.assert_allclose(restore(Local(), image, tile=48, tile_overlap=overlap), whole, atol=1e-5)
 
 
 def test_seams_are_seen_without_overlap():
-    image = picture(104, 136)
+    image = random_image(104, 136)
     whole = restore(Local(), image, tile=None)
     assert np.abs(restore(Local(), image, tile=48, tile_overlap=0) - whole).max() > 1e-3
 
@@ -373,7 +373,7 @@ def test_seams_are_seen_without_overlap():
 @pytest.mark.parametrize("tile", [48, 50])
 @pytest.mark.parametrize("overlap", [0, 5, 16, 24])
 def test_tiles_lie_on_the_grid_of_the_whole(tile, overlap):
-    image = picture(104, 136)
+    image = random_image(104, 136)
     whole = restore(Pooling(), image, tile=None)
     np.testing.assert_allclose(restore(Pooling(), image, tile=tile, tile_overlap=overlap), whole, atol=1e-5)
 
@@ -386,7 +386,7 @@ def test_tiles_cover_every_pixel(tile, overlap):
             return [x]
 
     for size in ((1, 1), (17, 16), (65, 33), (37, 130)):
-        image = picture(*size)
+        image = random_image(*size)
         restored = restore(Identity(), image, tile=tile, tile_overlap=overlap)
         np.testing.assert_allclose(restored, image, atol=1e-6)
 
@@ -399,24 +399,24 @@ def test_tiles_are_not_larger_than_asked():
             seen.append(tuple(x.shape[2:]))
             return [x]
 
-    restore(Watching(), picture(200, 150), tile=64, tile_overlap=16)
+    restore(Watching(), random_image(200, 150), tile=64, tile_overlap=16)
     assert len(seen) >= 12
     assert max(max(size) for size in seen) <= 64
 
 
-def test_tiles_of_a_small_picture_are_the_whole(model):
-    image = picture(40, 48)
+def test_tiles_of_a_small_image_are_the_whole(model):
+    image = random_image(40, 48)
     np.testing.assert_array_equal(restore(model, image, tile=64, tile_overlap=16), restore(model, image))
 
 
 def test_tiles_of_the_network_are_close(model):
-    image = np.tile(picture(16, 16), (6, 8, 1))
+    image = np.tile(random_image(16, 16), (6, 8, 1))
     tiled = restore(model, image, tile=64, tile_overlap=32)
     assert np.abs(tiled - restore(model, image, tile=None)).mean() < 0.1 * np.abs(tiled - image).mean()
 
 
 def test_automatic_tiles_where_memory_is_short(model, monkeypatch):
-    image = picture(160, 256)
+    image = random_image(160, 256)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 2**20))
     with pytest.warns(UserWarning, match="tile=128.*tile=None forces") as caught:
         restored = restore(model, image)
@@ -536,7 +536,7 @@ def test_automatic_tiles_where_the_container_has_less_than_the_machine(model, mo
 
 
 def test_bf16_is_close(model):
-    image = picture(24, 24)
+    image = random_image(24, 24)
     restored = restore(model, image, bf16=True)
     assert restored.dtype == np.float32
     difference = np.abs(restored - restore(model, image))
@@ -546,7 +546,7 @@ def test_bf16_is_close(model):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("options", [{}, dict(tile=16, tile_overlap=8), dict(bf16=True)], ids=str)
 def test_network_of_another_precision(model, dtype, options):
-    image = picture(24, 24)
+    image = random_image(24, 24)
     expected = restore(model, image, **options)
     restored = restore(model.to(dtype), image, **options)
     assert restored.dtype == np.float32 and np.abs(restored - expected).max() < 0.05
@@ -555,7 +555,7 @@ def test_network_of_another_precision(model, dtype, options):
 def test_compiled_network(tiny_model):
     """Compiled in place or wrapped, with a backend that needs no compiler."""
     model = tiny_model(stages=1)
-    image = picture(24, 24)
+    image = random_image(24, 24)
     expected = restore(model, image)
     torch._dynamo.reset()
     wrapped = torch.compile(model, backend="eager").train()
@@ -569,7 +569,7 @@ def test_compiled_network(tiny_model):
 @pytest.mark.parametrize("tile", ["auto", 64])
 def test_overlap_that_is_asked_for_is_taken(monkeypatch, tile):
     model = Local()
-    image = picture(160, 256)
+    image = random_image(160, 256)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 2**20))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -584,13 +584,13 @@ def test_overlap_that_is_asked_for_is_taken(monkeypatch, tile):
 
 @pytest.mark.parametrize("kind", [np.int64, np.int16, np.uint8])
 def test_tiles_of_numpy_integers(model, kind):
-    image = picture(300, 40)
+    image = random_image(300, 40)
     expected = restore(model, image, tile=120, tile_overlap=24)
     np.testing.assert_array_equal(restore(model, image, tile=kind(120), tile_overlap=kind(24)), expected)
 
 
 def test_bytes_in_the_other_order(model):
-    image = (picture(13, 20) * 65535).astype(np.uint16)
+    image = (random_image(13, 20) * 65535).astype(np.uint16)
     for kind in (np.dtype("<u2"), np.dtype(">u2")):
         restored = restore(model, image.astype(kind))
         assert restored.dtype == kind
@@ -608,13 +608,13 @@ def test_network_that_gives_no_numbers(model, value, part, stage):
     with torch.no_grad():
         stages.rho.fill_(value)
     for options in ({}, dict(tile=16, tile_overlap=0), dict(self_ensemble=True), dict(bf16=True)):
-        told = refusal(model, picture(24, 24), **options)
+        told = refusal(model, random_image(24, 24), **options)
         assert f"stage {stage} of the network gave NaN or infinite values" in told
         assert ("half precision" in told) == ("bf16" in options)
 
 
 def with_value(value) -> np.ndarray:
-    image = picture(8, 8)
+    image = random_image(8, 8)
     image[3, 4, 1] = value
     return image
 
@@ -625,12 +625,12 @@ def with_value(value) -> np.ndarray:
         (with_value(np.nan), "NaN or infinite"),
         (with_value(np.inf), "NaN or infinite"),
         (torch.full((3, 8, 8), torch.nan), "NaN or infinite"),
-        (picture(8, 8) * 255, r"must be in \[0, 1\].*divide by 255"),
-        (picture(8, 8) * 2 - 5, r"must be in \[0, 1\]"),
-        (picture(8, 8, 4), r"restores RGB pictures, got RGBA.*rgba\[..., :3\]"),
-        (picture(8, 8, 1), "restores RGB pictures, got grey.*np.stack"),
-        (picture(8, 8)[..., 0], "restores RGB pictures, got grey"),
-        (torch.rand(8, 8, 3), r"restores RGB pictures, got 8 channels \(shape \(8, 8, 3\)\)"),
+        (random_image(8, 8) * 255, r"must be in \[0, 1\].*divide by 255"),
+        (random_image(8, 8) * 2 - 5, r"must be in \[0, 1\]"),
+        (random_image(8, 8, 4), r"restores RGB images, got RGBA.*rgba\[..., :3\]"),
+        (random_image(8, 8, 1), "restores RGB images, got grey.*np.stack"),
+        (random_image(8, 8)[..., 0], "restores RGB images, got grey"),
+        (torch.rand(8, 8, 3), r"restores RGB images, got 8 channels \(shape \(8, 8, 3\)\)"),
         (np.zeros((8, 8, 3), np.int64), "uint8, uint16 or floats.*got int64"),
         (np.zeros((8, 8, 3), bool), "uint8, uint16 or floats.*got bool"),
         (np.zeros((8, 8, 3), complex), "uint8, uint16 or floats.*got complex"),
@@ -644,14 +644,14 @@ def with_value(value) -> np.ndarray:
         (None, "not NoneType"),
     ],
 )
-def test_unsuitable_picture(model, image, message):
+def test_unsuitable_image(model, image, message):
     with pytest.raises(UserError, match=message):
         restore(model, image)
     assert "\n" not in refusal(model, image)
 
 
-def test_colour_picture_for_a_grey_model(tiny_model):
-    assert "restores grey pictures, got RGB" in refusal(tiny_model(channels=1, stages=2), picture(8, 8))
+def test_colour_image_for_a_grey_model(tiny_model):
+    assert "restores grey images, got RGB" in refusal(tiny_model(channels=1, stages=2), random_image(8, 8))
 
 
 def odd_tensors() -> dict[str, torch.Tensor]:
@@ -674,12 +674,12 @@ def test_unsuitable_tensor(model, kind):
 
 
 def test_masked_array(model):
-    image = picture(8, 8)
+    image = random_image(8, 8)
     assert "masked" in refusal(model, np.ma.masked_array(image, image > 0.5))
 
 
 def test_unsuitable_network(model, tiny_model):
-    image = picture(16, 16)
+    image = random_image(16, 16)
     assert "not NoneType" in refusal(None, image)
     assert "not Conv2d" in refusal(nn.Conv2d(3, 3, 3), image)
     assert "pass its .module" in refusal(nn.DataParallel(model), image)
@@ -699,20 +699,20 @@ ODD_TILES = [
 
 @pytest.mark.parametrize("options", ODD_TILES, ids=str)
 def test_unsuitable_tiles(model, options):
-    assert "tile must be None, 'auto' or at least 16" in refusal(model, picture(8, 8), **options)
-    assert "tile must be" in refusal(model, picture(8, 8), **(dict(tile=64, tile_overlap=-1)))
+    assert "tile must be None, 'auto' or at least 16" in refusal(model, random_image(8, 8), **options)
+    assert "tile must be" in refusal(model, random_image(8, 8), **(dict(tile=64, tile_overlap=-1)))
 
 
 def test_network_of_a_known_degradation(tiny_model):
     model = tiny_model("compressive_sensing_dgunet")
-    assert "call model(y)[0] with the measurement" in refusal(model, picture(32, 32, 1))
+    assert "call model(y)[0] with the measurement" in refusal(model, random_image(32, 32, 1))
 
 
-def random_picture(rng: np.random.Generator):
-    """A picture, a batch or a list of them, of any type and shape; often not a suitable one."""
+def random_image(rng: np.random.Generator):
+    """An image, a batch or a list of them, of any type and shape; often not a suitable one."""
     kind = int(rng.integers(8))
     if kind == 0:
-        return [random_picture(rng) for _ in range(int(rng.integers(3)))]
+        return [random_image(rng) for _ in range(int(rng.integers(3)))]
     shape = [3, *rng.integers(0 if rng.random() < 0.1 else 1, 40, 2)]
     shape = [int(rng.integers(0, 5)), *shape[1:]] if rng.random() < 0.2 else shape
     shape = [int(rng.integers(0, 3)), *shape] if rng.random() < 0.3 else shape
@@ -775,7 +775,7 @@ def test_random_arguments_are_restored_or_refused_in_one_line(tiny_model, fuzz):
     restored = refused = 0
     for trial in range(100 * fuzz):
         rng = np.random.default_rng([11, trial])
-        image = random_picture(rng)
+        image = random_image(rng)
         options = {}
         if rng.random() < 0.6:
             options["tile"] = odd[int(rng.integers(len(odd)))]

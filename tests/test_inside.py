@@ -168,9 +168,9 @@ def save(model, path):
 
 
 @pytest.mark.parametrize("network", ["learned", "no gradient", "sensing", "any blur"])
-def test_analyse(tiny_model, picture_pairs, run_command, tmp_path, network):
+def test_analyse(tiny_model, image_pairs, run_command, tmp_path, network):
     torch.manual_seed(0)
-    picture_pairs(tmp_path / "set", size=(37, 45))
+    image_pairs(tmp_path / "set", size=(37, 45))
     if network == "sensing":
         model, folder = tiny_model("compressive_sensing_dgunet", stages=3, ratio=0.1), "set/target"
     else:
@@ -201,17 +201,17 @@ def test_analyse(tiny_model, picture_pairs, run_command, tmp_path, network):
 
 
 def test_analyse_sensing(tiny_model, run_command, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for k, size in enumerate(((192, 288), (96, 100))):
-        cv2.imwrite(str(pictures / f"$p_{k}$ 照.png"), np.random.default_rng(k).integers(0, 256, size).astype(np.uint8))
+        cv2.imwrite(str(images / f"$p_{k}$ 照.png"), np.random.default_rng(k).integers(0, 256, size).astype(np.uint8))
     weights = []
     for name, start in (("dct", start_matrix("dct", 0.1)), ("other", start_matrix("orthonormal", 0.1))):
         torch.manual_seed(0)
         model = tiny_model("compressive_sensing_dgunet", stages=1, degradation=BlockSampling(0.1, matrix=start))
         (tmp_path / name).mkdir()
         weights.append(save(model, tmp_path / name / "model_best.pth"))
-    words = [ROOT / "scripts/analyse_sensing.py", "--pictures", pictures, "--out", tmp_path / "out", "--weights"]
+    words = [ROOT / "scripts/analyse_sensing.py", "--images", images, "--out", tmp_path / "out", "--weights"]
     done = run_command([*words, *weights])
     assert (done.returncode, done.stderr) == (0, "")  # no warnings of Matplotlib's on names either
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
@@ -225,14 +225,14 @@ def test_analyse_sensing(tiny_model, run_command, tmp_path):
 def test_curve_over_the_ratios(tiny_model, capsys):
     """Of a network for a range as test.py scores it, beside the one ratio of another."""
     rng, small = np.random.default_rng(0), dict(stages=1, growth=4, final_growth=4)
-    pictures = [rng.integers(0, 256, size).astype(np.uint8) for size in ((64, 96), (40, 33))]
+    images = [rng.integers(0, 256, size).astype(np.uint8) for size in ((64, 96), (40, 33))]
     scalable = tiny_model("compressive_sensing_dgunet", ratio=(0.04, 0.25), **small)
-    found = analyse_sensing.over_ratios(scalable, pictures)
+    found = analyse_sensing.over_ratios(scalable, images)
     assert list(found) == [0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25]
-    restored = [analyse_sensing.reconstruct_tiles(scalable, picture, ratio=0.15)[0] for picture in pictures]
-    scores = [evaluate_pair(x, picture, "cs_y")[0] for x, picture in zip(restored, pictures, strict=True)]
+    restored = [analyse_sensing.reconstruct_tiles(scalable, image, ratio=0.15)[0] for image in images]
+    scores = [evaluate_pair(x, image, "cs_y")[0] for x, image in zip(restored, images, strict=True)]
     assert found[0.15] == pytest.approx(np.mean(scores))
-    one = analyse_sensing.over_ratios(tiny_model("compressive_sensing_dgunet", ratio=0.5, **small), pictures)
+    one = analyse_sensing.over_ratios(tiny_model("compressive_sensing_dgunet", ratio=0.5, **small), images)
     assert list(one) == [0.5]
     (axes,) = analyse_sensing.draw_ratios({"all": found, "one": one}).axes
     assert [len(line.get_xdata()) for line in axes.lines] == [7, 1]
@@ -242,14 +242,14 @@ def test_curve_over_the_ratios(tiny_model, capsys):
 def test_distances_to_seams():
     distance = analyse_sensing.to_border((70, 96), 32)
     assert distance[31, 0] == distance[32, 5] == distance[0, 63] == 0 and distance[30, 0] == distance[33, 0] == 1
-    assert distance[0, 0] == 31 and distance[69, 95] == 5  # a picture's edge is no seam
+    assert distance[0, 0] == 31 and distance[69, 95] == 5  # an image's edge is no seam
     within = analyse_sensing.inside_a_tile((256, 288), 32)
     assert not within[:32].any() and not within[:, 256:].any() and not within[128, :].any()
     assert within[64, 64] and analyse_sensing.to_border((256, 288), 32)[within].max() == 15
 
 
-def test_study_of_sensing(picture_pairs, run_command, tmp_path):
-    picture_pairs(tmp_path / "pairs", count=4, size=(32, 32))
+def test_study_of_sensing(image_pairs, run_command, tmp_path):
+    image_pairs(tmp_path / "pairs", count=4, size=(32, 32))
     words = [ROOT / "scripts/study_sensing.py", "--train_dir", tmp_path / "pairs/target", "--out", tmp_path / "out"]
     words += ["--only", "recipe", "then seven", "--", "OPTIM.NUM_EPOCHS", "1", "TRAINING.VAL_HOLD_BACK", "2"]
     done = run_command([*words, "TRAINING.TRAIN_PS", "32", "TRAINING.VAL_PS", "32", "OPTIM.BATCH_SIZE", "2"])
@@ -260,9 +260,9 @@ def test_study_of_sensing(picture_pairs, run_command, tmp_path):
     assert "| three stages, then seven | " in done.stdout
 
 
-def test_ablation(picture_pairs, run_command, tmp_path):
+def test_ablation(image_pairs, run_command, tmp_path):
     """Through the real command line: every run trains and is tested; a second call finds them all done."""
-    picture_pairs(tmp_path / "pairs", count=6, size=(32, 32))
+    image_pairs(tmp_path / "pairs", count=6, size=(32, 32))
     words = ["--train_dir", tmp_path / "pairs/target", "--out", tmp_path / "out", "--epochs", "1", "--seeds", "1"]
     words += ["--only", "identity", "DCT", "gradient", "--", "OPTIM.BATCH_SIZE", "2"]
     words += ["TRAINING.VAL_HOLD_BACK", "2", "TRAINING.TRAIN_PS", "32", "TRAINING.VAL_PS", "32"]
@@ -279,8 +279,8 @@ def test_ablation(picture_pairs, run_command, tmp_path):
     assert torch.equal(known.degradation.A(x), x) and known.degradation.noise == pytest.approx(25 / 255)
     assert not without.arguments["gradient"]
     assert torch.equal(fixed.degradation.matrix, start_matrix("dct", 0.25)) and learned.degradation.learned
-    for folder, path, pictures in (("CompressiveSensing", states[0], "target"), ("Deblurring", states[3], "")):
-        test = [ROOT / folder / "test.py", "--weights", path, "--dataset", tmp_path / "pairs" / pictures]
+    for folder, path, images in (("CompressiveSensing", states[0], "target"), ("Deblurring", states[3], "")):
+        test = [ROOT / folder / "test.py", "--weights", path, "--dataset", tmp_path / "pairs" / images]
         tested = run_command([*test, "--results", tmp_path / "results"])
         assert tested.returncode == 0 and " 6 " in tested.stdout, tested.stderr
     before = [path.stat().st_mtime_ns for path in states]
@@ -299,7 +299,7 @@ def test_every_ablation_is_a_network(tmp_path):
     for task, settings in ablation.TASKS.items():
         for variant in ablation.VARIANTS:
             if variant.task in ("", task):
-                args = Namespace(epochs=1, train_dir="pictures", out=tmp_path)
+                args = Namespace(epochs=1, train_dir="images", out=tmp_path)
                 words = [str(w) for pair in ablation.settings_of(task, variant, 1, args).items() for w in pair]
                 load_config(ROOT / f"configs/{variant.trained_as or task}/dgunet.yaml", words)  # or it raises
                 model = create_model(settings["MODEL.NAME"], **ablation.SMALL | variant.arguments)

@@ -37,11 +37,11 @@ def kill_until_done(command: list, first_file: Path, kills: int, seconds: float)
         killed += 1
 
 
-def test_training_killed_at_random(tmp_path, picture_pairs, fuzz):
+def test_training_killed_at_random(tmp_path, image_pairs, fuzz):
     """Weights, averaged weights, optimizer and history are those of a run that was never killed, to the last bit."""
     kills = 2 * fuzz
-    picture_pairs(tmp_path / "train", count=8, size=(40, 48))
-    picture_pairs(tmp_path / "val", count=2, size=(32, 32))
+    image_pairs(tmp_path / "train", count=8, size=(40, 48))
+    image_pairs(tmp_path / "val", count=2, size=(32, 32))
     command = [sys.executable, ROOT / "Denoising" / "train.py", "DEVICE", "cpu", "SPEED.AMP", "fp32"]
     settings = {
         "TRAINING.TRAIN_DIR": tmp_path / "train", "TRAINING.VAL_DIR": tmp_path / "val", "TRAINING.SAVE_DIR": tmp_path,
@@ -69,10 +69,10 @@ def test_training_killed_at_random(tmp_path, picture_pairs, fuzz):
     assert not list(latest.parent.glob(".*.tmp"))
 
 
-def test_testing_killed_at_random(tmp_path, picture_pairs, tiny_model, fuzz):
-    """Every picture is scored once, and the pictures written are those of a test that was never killed."""
+def test_testing_killed_at_random(tmp_path, image_pairs, tiny_model, fuzz):
+    """Every image is scored once, and the images written are those of a test that was never killed."""
     kills = fuzz
-    pairs = picture_pairs(tmp_path / "pictures", count=12 * kills, size=(40, 48))
+    pairs = image_pairs(tmp_path / "images", count=12 * kills, size=(40, 48))
     model = tiny_model(stages=2)
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "model.pth")
     command = [sys.executable, ROOT / "Denoising" / "test.py", "--weights", tmp_path / "model.pth", "--dataset", pairs]

@@ -284,9 +284,9 @@ def test_record_says_which_windows(shipped):
     assert np.array_equal(restore(model, image), whole)
 
 
-def test_record_may_ask_for_tiles(model, picture_pairs, tmp_path):
+def test_record_may_ask_for_tiles(model, image_pairs, tmp_path):
     """Wherever no tile is asked for; one that is, and local=False, come before the record."""
-    pairs = picture_pairs(tmp_path / "pairs", count=1, size=(96, 128))
+    pairs = image_pairs(tmp_path / "pairs", count=1, size=(96, 128))
     y = unit_range(read_image(find_pairs(pairs)[0].input))
     whole, tiles = restore(model, y, tile=None), restore(model, y, tile=64)
     assert np.abs(whole - tiles).max() > 1e-5
@@ -314,8 +314,8 @@ def test_restore_of_several_images_and_turns(model):
     )
 
 
-def test_scores_note_the_windows(shipped, picture_pairs, tmp_path):
-    pairs = picture_pairs(tmp_path / "pairs", count=2, size=(64, 72))
+def test_scores_note_the_windows(shipped, image_pairs, tmp_path):
+    pairs = image_pairs(tmp_path / "pairs", count=2, size=(64, 72))
     model = load_model(shipped)
     local = evaluate(model, pairs, "sidd_unit_range", tmp_path / "scores")
     assert local.settings["local"] == {"norm": 32, "projection": 32}
@@ -344,11 +344,11 @@ def test_windows_of_a_network_for_all_ratios_are_scored_at_several(tiny_model):
         assert score(model, windows, [(x, x)], False) == pytest.approx(expected, abs=1e-4)
 
 
-def test_windows_are_chosen_on_held_back_images(tmp_path, tiny_model, picture_pairs):
+def test_windows_are_chosen_on_held_back_images(tmp_path, tiny_model, image_pairs):
     """Every trial has its line, the last line is the record's, and what it says is what `restore` gives."""
     model = tiny_model(stages=2)
     save_weights(tmp_path / "w.safetensors", model.state_dict(), describe_model(model))
-    pairs = picture_pairs(tmp_path / "pairs", count=4, size=(64, 96))
+    pairs = image_pairs(tmp_path / "pairs", count=4, size=(64, 96))
     (tmp_path / "run.yaml").write_text("TRAINING: {TRAIN_DIR: pairs, VAL_HOLD_BACK: 2}\n")
     script = Path(__file__).resolve().parents[1] / "scripts/choose_windows.py"
     words = "--weights", tmp_path / "w.safetensors", "--config", "run.yaml"

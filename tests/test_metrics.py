@@ -116,8 +116,8 @@ def test_failing_alignment_raises_and_can_be_left_out(name):
 
 
 @pytest.mark.parametrize("dark", ["restored", "target", "both"])
-def test_pictures_without_gradient_cannot_be_aligned(dark):
-    """Of a black picture, whose gradient is zero however it is computed, no shift can be told."""
+def test_images_without_gradient_cannot_be_aligned(dark):
+    """Of a black image, whose gradient is zero however it is computed, no shift can be told."""
     noisy, clean = noisy_pair(32, 40)
     black = np.zeros_like(clean)
     restored, target = {"restored": (black, clean), "target": (noisy, black), "both": (black, black)}[dark]
@@ -125,7 +125,7 @@ def test_pictures_without_gradient_cannot_be_aligned(dark):
         evaluate_pair(restored, target, "realblur_aligned")
 
 
-def test_tiny_pictures_are_aligned_or_told():
+def test_tiny_images_are_aligned_or_told():
     restored, target = read_pair("astronaut_tiny")
     try:
         psnr, ssim = evaluate_pair(restored, target, "realblur_aligned")
@@ -221,7 +221,7 @@ def test_training_psnr_clamps():
 
 
 @pytest.mark.parametrize("protocol", ["rgb_matlab", "sidd_unit_range"])
-def test_three_dimensional_ssim_of_a_grey_picture_is_the_two_dimensional_one(protocol):
+def test_three_dimensional_ssim_of_a_grey_image_is_the_two_dimensional_one(protocol):
     restored, target = read_pair("camera_grey_rgb")
     in_grey = evaluate_pair(restored[..., 0], target[..., 0], protocol)
     assert_matches(in_grey, PAIRS["camera_grey_rgb"][protocol])
@@ -265,7 +265,7 @@ def test_symmetric_in_the_two_images(protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_grey_and_strided_pictures(protocol):
+def test_grey_and_strided_images(protocol):
     restored, target = read_pair("chelsea_gamma")
     flipped = evaluate_pair(restored[:, ::-1], target[:, ::-1], protocol)
     copied = evaluate_pair(restored[:, ::-1].copy(), target[:, ::-1].copy(), protocol)
@@ -323,7 +323,7 @@ def test_shape_mismatch(protocol):
 
 
 @pytest.mark.parametrize("shape", [(32,), (32, 32, 1), (32, 32, 4), (1, 32, 32, 3)])
-def test_not_a_picture(shape):
+def test_not_a_image(shape):
     image = np.zeros(shape, np.uint8)
     with pytest.raises(ValueError, match="H x W x 3"):
         evaluate_pair(image, image, "rgb_matlab")

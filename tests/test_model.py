@@ -64,7 +64,7 @@ class Gain(nn.Module):
 
 
 def measured(model: DGUNet, size: int = 16) -> torch.Tensor:
-    """What the model takes for a random picture."""
+    """What the model takes for a random image."""
     generator = torch.Generator().manual_seed(3)
     if isinstance(model.degradation, BlockSampling):
         with torch.no_grad():
@@ -216,7 +216,7 @@ def test_wrong_channels(tiny_model, shape):
         tiny_model()(torch.rand(shape))
 
 
-def test_smallest_picture(tiny_model):
+def test_smallest_image(tiny_model):
     assert all(torch.isfinite(x).all() for x in tiny_model()(torch.rand(2, 3, 8, 8)))
 
 
@@ -396,7 +396,7 @@ def test_block_sampling_is_adjoint(ratio, rows):
 
 @pytest.mark.parametrize(("kernel", "size"), [((1, 1), (8, 8)), ((5, 3), (9, 12)), ((3, 7), (2, 5)), ((9, 9), (1, 4))])
 def test_blur_is_adjoint(kernel, size):
-    """Also where the kernel is larger than the picture."""
+    """Also where the kernel is larger than the image."""
     torch.manual_seed(0)
     blur = Blur(torch.randn(kernel)).double()
     x, y = torch.randn(2, 2, 3, *size, dtype=torch.float64)
@@ -407,11 +407,11 @@ def test_blur_is_adjoint(kernel, size):
 
 
 def test_blur_is_the_convolution_with_its_kernel():
-    kernel, picture = torch.rand(3, 5), torch.rand(10, 11)
-    expected = scipy.ndimage.convolve(picture.numpy(), kernel.numpy(), mode="mirror")
-    np.testing.assert_allclose(Blur(kernel).A(picture[None, None])[0, 0], expected, rtol=1e-5)
+    kernel, image = torch.rand(3, 5), torch.rand(10, 11)
+    expected = scipy.ndimage.convolve(image.numpy(), kernel.numpy(), mode="mirror")
+    np.testing.assert_allclose(Blur(kernel).A(image[None, None])[0, 0], expected, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert Blur(kernel).A(picture[None, None].bfloat16()).dtype == torch.float32
+        assert Blur(kernel).A(image[None, None].bfloat16()).dtype == torch.float32
 
 
 def test_blur_measures_with_its_noise():
@@ -535,8 +535,8 @@ def test_pca_matrix_spans_what_the_blocks_are_made_of():
     parts = torch.rand(11, 1024, generator=generator)
     blocks = torch.rand(50, 11, generator=generator) @ parts
     sampling = BlockSampling(matrix=start_matrix("pca", 0.01, blocks=lambda: blocks)).double()
-    picture = blocks[7].double().view(1, 1, 32, 32)
-    torch.testing.assert_close(sampling.A_adjoint(sampling.A(picture)), picture, atol=1e-5, rtol=0)
+    image = blocks[7].double().view(1, 1, 32, 32)
+    torch.testing.assert_close(sampling.A_adjoint(sampling.A(image)), image, atol=1e-5, rtol=0)
 
 
 def test_rho_starts_as_told():
@@ -569,7 +569,7 @@ def test_block_sampling_stays_in_float32_under_autocast():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 40, 64), (1, 3, 64, 64), (64, 64)])
-def test_block_sampling_refuses_other_pictures(shape):
+def test_block_sampling_refuses_other_images(shape):
     with pytest.raises(ValueError, match="multiples of 32"):
         BlockSampling(0.25).A(torch.rand(shape))
 
@@ -928,7 +928,7 @@ def test_half_instance_norm_of_one_pixel_is_its_bias():
 
 @pytest.mark.parametrize("name", ["deraining_dgunet", "compressive_sensing_dgunet"])
 def test_compiles_whole_and_for_all_sizes_at_once(name):
-    """No graph break (fullgraph), and no recompilation for each picture: the second size makes the graph dynamic.
+    """No graph break (fullgraph), and no recompilation for each image: the second size makes the graph dynamic.
 
     (Feature maps of less than 20480 values, which PyTorch convolves differently on a CPU, have graphs of their own.)
     """

@@ -28,9 +28,9 @@ def contents(folder):
 
 
 def add_pair(input, target, height, width, seed):
-    picture = np.random.default_rng(seed).integers(0, 256 - SHIFT, (height, width, 3), dtype=np.uint8)
-    write_image(target, picture)
-    write_image(input, picture + np.uint8(SHIFT))
+    image = np.random.default_rng(seed).integers(0, 256 - SHIFT, (height, width, 3), dtype=np.uint8)
+    write_image(target, image)
+    write_image(input, image + np.uint8(SHIFT))
 
 
 def add_scene(source, scene, seed):
@@ -73,7 +73,7 @@ def test_sidd(sidd, tmp_path):
         assert np.array_equal(input, target + np.uint8(SHIFT)), "aligned"
         if pair.name.startswith(f"{SCENES[1]}_011"):
             places |= {tuple(p) for p in np.argwhere((windows == target).all((2, 3, 4)))}
-    assert len(places) == 4, "four different places of this very picture"
+    assert len(places) == 4, "four different places of this very image"
 
 
 def test_sidd_depends_on_seed_and_name_alone(sidd, tmp_path):
@@ -111,7 +111,7 @@ def test_grid_boxes_cover_and_overlap(height, width):
         assert all(0 < b - a <= 256 for a, b in zip(starts, starts[1:], strict=False))
 
 
-def test_grid_boxes_of_known_pictures():
+def test_grid_boxes_of_known_images():
     gopro = prepare.GRIDS["gopro"]
     starts = [box[:2] for box in prepare.grid_boxes(720, 1280, **gopro)]
     assert starts == [(top, left) for top in (0, 208) for left in (0, 256, 512, 768)]
@@ -125,7 +125,7 @@ def test_grid(paired, tmp_path, task, capsys):
     options = ("--size", 32, "--overlap", 12, "--max_side", 50)
     run(task, paired, out, *options, workers=2)
     printed = capsys.readouterr().out
-    assert "3 pairs of pictures, of which 1 stay whole" in printed and "wrote 17 pairs of patches" in printed
+    assert "3 pairs of images, of which 1 stay whole" in printed and "wrote 17 pairs of patches" in printed
     large = [f"large_{k:02d}" for k in range(1, 13)]
     assert [pair.name for pair in find_pairs(out)] == [*large, *(f"narrow_{k}" for k in (1, 2, 3, 4)), "small"]
     for name in ("small", *large):
@@ -145,7 +145,7 @@ def test_grid(paired, tmp_path, task, capsys):
 def test_announces_the_space(sidd, tmp_path, capsys):
     run("sidd", sidd, tmp_path / "out", *SMALL)
     printed = capsys.readouterr().out
-    assert "6 pairs of pictures" in printed and "24 pairs of patches will be written" in printed
+    assert "6 pairs of images" in printed and "24 pairs of patches will be written" in printed
     said = float(printed.split("about ")[1].split(" MB")[0]) * 1e6
     written = sum(map(len, contents(tmp_path / "out").values()))
     assert said == pytest.approx(written, rel=0.3, abs=5e4)
@@ -234,22 +234,22 @@ def test_too_small_for_a_patch(sidd, tmp_path):
 
 
 def test_unreadable_header(sidd, tmp_path):
-    (sidd / SCENES[2] / "0010_GT_SRGB_010.PNG").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match="0010_GT_SRGB_010.PNG is not a picture that can be read"):
+    (sidd / SCENES[2] / "0010_GT_SRGB_010.PNG").write_bytes(b"not an image")
+    with pytest.raises(UserError, match="0010_GT_SRGB_010.PNG is not an image that can be read"):
         run("sidd", sidd, tmp_path / "out", *SMALL)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_damaged_picture_ends_the_run(sidd, tmp_path, workers):
+def test_damaged_image_ends_the_run(sidd, tmp_path, workers):
     path = sidd / SCENES[0] / "0001_GT_SRGB_011.PNG"  # its header is whole, and it is not among the samples
     path.write_bytes(path.read_bytes()[:1000])
     out, part = tmp_path / "out", tmp_path / ".out.part"
-    with pytest.raises(UserError, match=rf"{path.name} is not a picture .*; then remove the unfinished {part}"):
+    with pytest.raises(UserError, match=rf"{path.name} is not an image .*; then remove the unfinished {part}"):
         run("sidd", sidd, out, *SMALL, workers=workers)
     assert not out.exists() and part.exists()
 
 
-def test_two_pictures_with_patches_of_one_name(paired, tmp_path):
+def test_two_images_with_patches_of_one_name(paired, tmp_path):
     for side in ("input", "target"):
         (paired / side / "small.png").rename(paired / side / "narrow_2.png")
     with pytest.raises(UserError, match=r"narrow\.png and .*narrow_2\.png both give a patch narrow_2\.png"):

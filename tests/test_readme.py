@@ -95,7 +95,7 @@ def test_readme_names_every_known_degradation():
 
 
 def test_files_that_the_documents_name_exist():
-    """Scripts, configs, modules and pictures; what a command writes, and data that must be downloaded, need not."""
+    """Scripts, configs, modules and images; what a command writes, and data that must be downloaded, need not."""
     for document in (*DOCUMENTS, *ROOT.glob("configs/*/*.yaml")):
         text = document.read_text()
         for name in re.findall(r"(?:scripts|configs|dgunet|docs|tests|[A-Z]\w+)/[\w/]+\.(?:py|sh|yaml|md|png)", text):
@@ -120,17 +120,17 @@ def test_every_task_has_its_differences_in_one_place():
         assert "docs/differences.md" in text and "## Differences" not in text
 
 
-def test_patches_are_trained_on_for_as_many_steps_as_whole_pictures():
+def test_patches_are_trained_on_for_as_many_steps_as_whole_images():
     """The command that Deblurring/README.md gives for GoPro in patches, beside the paper's recipe."""
     text = (ROOT / "Deblurring/README.md").read_text()
     (options,) = re.findall(r"train\.py (TRAINING\.TRAIN_DIR \S+_patches.*?)```", text, flags=re.DOTALL)
-    config, pictures = ROOT / "configs/deblurring/dgunet.yaml", 2103
-    patches = pictures * len(grid_boxes(720, 1280, **GRIDS["gopro"]))
+    config, images = ROOT / "configs/deblurring/dgunet.yaml", 2103
+    patches = images * len(grid_boxes(720, 1280, **GRIDS["gopro"]))
 
     def steps(cfg, pairs: int) -> int:
         batches = EpochBatches(pairs - cfg.TRAINING.VAL_HOLD_BACK, cfg.OPTIM.BATCH_SIZE, seed=0)
         return cfg.OPTIM.NUM_EPOCHS * batches.steps
 
     whole, cut = load_config(config), load_config(config, options.replace("\\\n", " ").split())
-    assert steps(cut, patches) == pytest.approx(steps(whole, pictures), rel=0.002)
-    assert cut.TRAINING.VAL_HOLD_BACK * pictures == whole.TRAINING.VAL_HOLD_BACK * patches, "the same pictures"
+    assert steps(cut, patches) == pytest.approx(steps(whole, images), rel=0.002)
+    assert cut.TRAINING.VAL_HOLD_BACK * images == whole.TRAINING.VAL_HOLD_BACK * patches, "the same images"

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = """#!/usr/bin/env bash
 echo "$CUDA_VISIBLE_DEVICES $*" >> calls
 case "$1" in
-    *plot_stages.py) echo "cat: 20.00 dB -> 30.00 dB, drawn in $PWD/picture.png" ;;
+    *plot_stages.py) echo "cat: 20.00 dB -> 30.00 dB, drawn in $PWD/image.png" ;;
     Denoising/test.py)
         mkdir -p results/quickstart/denoising/quickstart_model_best/test
         touch results/quickstart/denoising/quickstart_model_best/test/cat.png
@@ -57,7 +57,7 @@ def quickstart(tmp_path):
 
 
 def test_quickstart(quickstart):
-    """Shipped networks come before the training; every file named is there; the end says where the pictures are."""
+    """Shipped networks come before the training; every file named is there; the end says where the images are."""
     calls, told = quickstart()
     drawn = [k for k, call in enumerate(calls) if "plot_stages.py --weights" in call and "pretrained_models" in call]
     training = next(k for k, call in enumerate(calls) if "Denoising/train.py" in call)
@@ -67,8 +67,8 @@ def test_quickstart(quickstart):
     configs = [word for word in calls[training].split() if word.endswith(".yaml")]
     assert configs and len(shipped) == len(drawn)
     assert all((ROOT / name).is_file() for name in (*shipped, *scripts, *configs))
-    end = told[told.index(next(line for line in told if "pictures to open" in line)) :]
-    assert sum(line.endswith("/picture.png") for line in end) == len(drawn) + 1
+    end = told[told.index(next(line for line in told if "images to open" in line)) :]
+    assert sum(line.endswith("/image.png") for line in end) == len(drawn) + 1
     assert told[-1] == "quickstart: noisy 21.98 dB -> restored 29.46 dB"
 
 
@@ -111,10 +111,10 @@ def test_setting_up_is_done_once_and_again_where_it_failed(tmp_path):
 
 
 @pytest.mark.parametrize("degradation", [None, Blur(torch.full((3, 5), 1 / 15))], ids=["learned", "known blur"])
-def test_stages_of_a_picture(tiny_model, picture_pairs, run_command, tmp_path, degradation):
+def test_stages_of_a_image(tiny_model, image_pairs, run_command, tmp_path, degradation):
     model = tiny_model(stages=3, degradation=degradation)
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "weights.pth")
-    picture_pairs(tmp_path / "pairs")
+    image_pairs(tmp_path / "pairs")
     options = ["--weights", tmp_path / "weights.pth", "--pair", tmp_path / "pairs", "img2", "--title", "Noise"]
     done = run_command([ROOT / "scripts/plot_stages.py", *options, "--out", tmp_path / "new/stages.png"])
     assert done.returncode == 0, done.stderr

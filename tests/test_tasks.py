@@ -142,13 +142,13 @@ def test_shipped_weights_are_complete(record):
 
 def test_shipped_weights_are_the_default(tmp_path):
     """A photograph of scikit-image, measured, noisy and in rain: all restore it well (bicubic or a blur would not)."""
-    picture = skimage.data.astronaut()[:128, 150:278]
-    rain = added_rain(picture.astype(np.float32) / 255, np.random.default_rng(1))
-    write_image(tmp_path / "rain/target/a.png", picture)
+    image = skimage.data.astronaut()[:128, 150:278]
+    rain = added_rain(image.astype(np.float32) / 255, np.random.default_rng(1))
+    write_image(tmp_path / "rain/target/a.png", image)
     write_image(tmp_path / "rain/input/a.png", (255 * rain).round().astype(np.uint8))
-    noisy = picture + np.random.default_rng(0).normal(0, 25, picture.shape)
-    write_image(tmp_path / "grey/a.png", cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))
-    write_image(tmp_path / "pairs/target/a.png", picture)
+    noisy = image + np.random.default_rng(0).normal(0, 25, image.shape)
+    write_image(tmp_path / "grey/a.png", cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
+    write_image(tmp_path / "pairs/target/a.png", image)
     write_image(tmp_path / "pairs/input/a.png", noisy.clip(0, 255).round().astype(np.uint8))
     done = run("compressive_sensing", "test.py", "--dataset", "grey", "--device", "cpu", cwd=tmp_path)
     assert "no --weights given: this repository's own compressive_sensing_25 (Grey images measured" in done.stdout
@@ -159,9 +159,9 @@ def test_shipped_weights_are_the_default(tmp_path):
     run("deraining", "test.py", "--dataset", "rain", "--device", "cpu", cwd=tmp_path)
     (row,) = rows(tmp_path, "deraining")
     assert float(row["psnr"]) > float(row["input_psnr"]) + 4
-    picture = skimage.data.astronaut()[:256, 100:356]  # instance norm looks at a picture as a whole
-    shake = motion_blur(picture.astype(np.float32) / 255, np.random.default_rng(1), extent=(8, 8))
-    write_image(tmp_path / "shake/target/a.png", picture)
+    image = skimage.data.astronaut()[:256, 100:356]  # instance norm looks at an image as a whole
+    shake = motion_blur(image.astype(np.float32) / 255, np.random.default_rng(1), extent=(8, 8))
+    write_image(tmp_path / "shake/target/a.png", image)
     write_image(tmp_path / "shake/input/a.png", (255 * shake).round().astype(np.uint8))
     run("deblurring", "test.py", "--dataset", "shake", "--device", "cpu", cwd=tmp_path)
     (row,) = rows(tmp_path, "deblurring")
@@ -171,15 +171,15 @@ def test_shipped_weights_are_the_default(tmp_path):
 # --------------------------------------------------------------------- published data trees
 
 
-def make_tree(root: Path, names: list[str], picture_pairs, size=(32, 40)):
+def make_tree(root: Path, names: list[str], image_pairs, size=(32, 40)):
     for name in names:
-        picture_pairs(root / name, count=2, size=size)
+        image_pairs(root / name, count=2, size=size)
 
 
-def test_all_deraining_sets_and_their_average(tmp_path, weights, picture_pairs):
+def test_all_deraining_sets_and_their_average(tmp_path, weights, image_pairs):
     names = ["Test100", "Rain100H", "Rain100L", "Test2800", "Test1200"]
-    make_tree(tmp_path / "Datasets/test", names, picture_pairs)
-    easy = picture_pairs(tmp_path / "Datasets/test/Test100", count=6, size=(32, 40))  # more pictures, and without noise
+    make_tree(tmp_path / "Datasets/test", names, image_pairs)
+    easy = image_pairs(tmp_path / "Datasets/test/Test100", count=6, size=(32, 40))  # more images, and without noise
     for pair in find_pairs(easy):
         shutil.copy(pair.target, pair.input)
     done = run("deraining", "test.py", "--weights", weights["deraining"], "--device", "cpu", cwd=tmp_path)
@@ -188,10 +188,10 @@ def test_all_deraining_sets_and_their_average(tmp_path, weights, picture_pairs):
     assert "33.06/0.923" in done.stdout and "37.42/0.969" in done.stdout
     means = [float(row["psnr"]) for row in table[:-1]]
     assert float(table[-1]["psnr"]) == pytest.approx(np.mean(means), abs=1e-3)
-    of_all_pictures = np.average(means, weights=[int(row["images"]) for row in table[:-1]])
-    assert abs(of_all_pictures - np.mean(means)) > 0.01
+    of_all_images = np.average(means, weights=[int(row["images"]) for row in table[:-1]])
+    assert abs(of_all_images - np.mean(means)) > 0.01
 
-    # the score is that of the 8-bit picture on disk, by the protocol of the deraining literature
+    # the score is that of the 8-bit image on disk, by the protocol of the deraining literature
     folder = next((tmp_path / "results/deraining").glob("*/Rain100L"))
     scores = [
         evaluate_pair(read_image(folder / f"{pair.name}.png"), read_image(pair.target), "deraining_y")
@@ -203,12 +203,12 @@ def test_all_deraining_sets_and_their_average(tmp_path, weights, picture_pairs):
     # all of it is there already: nothing is restored again
     restored = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.png")}
     done = run("deraining", "test.py", "--weights", weights["deraining"], "--device", "cpu", cwd=tmp_path)
-    assert "Test1200: 2 of 2 pictures are done already" in done.stdout
+    assert "Test1200: 2 of 2 images are done already" in done.stdout
     assert restored == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.png")}
 
 
-def test_killed_test_goes_on(tmp_path, weights, picture_pairs):
-    picture_pairs(tmp_path / "Datasets/test/Rain100L", count=40, size=(64, 64))
+def test_killed_test_goes_on(tmp_path, weights, image_pairs):
+    image_pairs(tmp_path / "Datasets/test/Rain100L", count=40, size=(64, 64))
     words = ["--weights", weights["deraining"], "--dataset", "Rain100L", "--device", "cpu"]
     command = [sys.executable, ROOT / "Deraining" / "test.py", *words]
     process = subprocess.Popen([str(word) for word in command], cwd=tmp_path, stdout=subprocess.DEVNULL)
@@ -224,20 +224,20 @@ def test_killed_test_goes_on(tmp_path, weights, picture_pairs):
     assert 5 <= len(before) < 40
     done = run("deraining", "test.py", *words, cwd=tmp_path)
     kept = sum(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-    assert f"Rain100L: {kept} of 40 pictures are done already" in done.stdout and kept >= 5
+    assert f"Rain100L: {kept} of 40 images are done already" in done.stdout and kept >= 5
     assert rows(tmp_path, "deraining")[0]["images"] == "40"
 
 
-def test_gopro_and_hide(tmp_path, weights, picture_pairs):
-    make_tree(tmp_path / "Datasets", ["GoPro/test", "HIDE/test"], picture_pairs)
+def test_gopro_and_hide(tmp_path, weights, image_pairs):
+    make_tree(tmp_path / "Datasets", ["GoPro/test", "HIDE/test"], image_pairs)
     words = ["--weights", weights["deblurring"], "--dataset", "GoPro", "HIDE", "--device", "cpu"]
     done = run("deblurring", "test.py", *words, cwd=tmp_path)
     assert "32.71/0.960" in done.stdout and "30.96/0.940" in done.stdout
     assert [row["protocol"] for row in rows(tmp_path, "deblurring")] == ["rgb_matlab", "rgb_matlab"]
 
 
-def test_realblur_picture_that_cannot_be_aligned_is_not_lost(tmp_path, weights):
-    """Photographs align; a flat picture does not: it is named, counted and scored as it is."""
+def test_realblur_image_that_cannot_be_aligned_is_not_lost(tmp_path, weights):
+    """Photographs align; a flat image does not: it is named, counted and scored as it is."""
     photograph = cv2.imread(str(ROOT / "tests/golden/metrics/pairs/coffee_blur_target.png"))
     for name in ("RealBlur_J", "RealBlur_R"):
         for side in ("input", "target"):
@@ -252,8 +252,8 @@ def test_realblur_picture_that_cannot_be_aligned_is_not_lost(tmp_path, weights):
     assert [row["images"] for row in rows(tmp_path, "deblurring")] == ["2", "2"]
 
 
-def test_unreadable_picture_is_reported_and_the_others_are_scored(tmp_path, weights, picture_pairs):
-    picture_pairs(tmp_path / "set", count=3, size=(32, 32))
+def test_unreadable_image_is_reported_and_the_others_are_scored(tmp_path, weights, image_pairs):
+    image_pairs(tmp_path / "set", count=3, size=(32, 32))
     (tmp_path / "set/input/img2.png").write_bytes(b"\x89PNG and nothing more")
     words = ["--weights", weights["deblurring"], "--dataset", "set", "--device", "cpu"]
     done = run("deblurring", "test.py", *words, cwd=tmp_path, check=2)
@@ -261,22 +261,22 @@ def test_unreadable_picture_is_reported_and_the_others_are_scored(tmp_path, weig
     assert rows(tmp_path, "deblurring")[0]["images"] == "2"
 
 
-def test_score_only_scores_pictures_of_other_methods(tmp_path, picture_pairs):
-    picture_pairs(tmp_path / "Datasets/test/Rain100L", count=2, size=(32, 32))
+def test_score_only_scores_images_of_other_methods(tmp_path, image_pairs):
+    image_pairs(tmp_path / "Datasets/test/Rain100L", count=2, size=(32, 32))
     elsewhere = tmp_path / "elsewhere" / "Rain100L"
     elsewhere.mkdir(parents=True)
     expected = []
     for pair in find_pairs(tmp_path / "Datasets/test/Rain100L"):
-        picture = cv2.blur(cv2.imread(str(pair.input)), (3, 3))
-        cv2.imwrite(str(elsewhere / f"{pair.name}.png"), picture)
-        expected.append(evaluate_pair(picture[..., ::-1], read_image(pair.target), "deraining_y")[0])
+        image = cv2.blur(cv2.imread(str(pair.input)), (3, 3))
+        cv2.imwrite(str(elsewhere / f"{pair.name}.png"), image)
+        expected.append(evaluate_pair(image[..., ::-1], read_image(pair.target), "deraining_y")[0])
     run("deraining", "test.py", "--score_only", tmp_path / "elsewhere", "--dataset", "Rain100L", cwd=tmp_path)
     assert float(rows(tmp_path, "deraining")[0]["psnr"]) == pytest.approx(np.mean(expected), abs=1e-3)
 
 
-def test_original_checkpoints_need_only_their_path(tmp_path, picture_pairs):
+def test_original_checkpoints_need_only_their_path(tmp_path, image_pairs):
     specs = json.loads((ROOT / "tests/parity/specs.json").read_text())
-    picture_pairs(tmp_path / "set", count=1, size=(16, 16))
+    image_pairs(tmp_path / "set", count=1, size=(16, 16))
     for variant, task in (
         ("deraining_dgunet", "deraining"),
         ("deraining_dgunet_plus", "deraining"),
@@ -296,8 +296,8 @@ def test_original_checkpoints_need_only_their_path(tmp_path, picture_pairs):
     torch.save(fill(specs["cs_dgunet_r10"], 7), tmp_path / "cs.pth")
     for k in range(2):
         (tmp_path / "Datasets/Set11").mkdir(parents=True, exist_ok=True)
-        picture = np.random.default_rng(k).integers(0, 256, (40, 70), dtype=np.uint8)
-        Image.fromarray(picture).save(tmp_path / f"Datasets/Set11/{k}.tif")
+        image = np.random.default_rng(k).integers(0, 256, (40, 70), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / f"Datasets/Set11/{k}.tif")
     words = ["--weights", tmp_path / "cs.pth", "--dataset", "Set11", "--device", "cpu"]
     assert "31.07/0.912" in run("compressive_sensing", "test.py", *words, cwd=tmp_path).stdout
     done = run("deraining", "test.py", "--weights", tmp_path / "cs.pth", "--dataset", "set", cwd=tmp_path, check=2)
@@ -307,8 +307,8 @@ def test_original_checkpoints_need_only_their_path(tmp_path, picture_pairs):
 # --------------------------------------------------------------------- deblurring
 
 
-def test_saturation_changes_a_third_and_both_alike(tmp_path, picture_pairs):
-    picture_pairs(tmp_path, count=2, size=(24, 24))
+def test_saturation_changes_a_third_and_both_alike(tmp_path, image_pairs):
+    image_pairs(tmp_path, count=2, size=(24, 24))
     plain = SaturationPatches(tmp_path, 16, saturation=0, repeat=150)
     changed = SaturationPatches(tmp_path, 16, saturation=0.2, repeat=150)
     grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
@@ -330,7 +330,7 @@ def test_saturation_changes_a_third_and_both_alike(tmp_path, picture_pairs):
 
 
 def test_known_blur_from_a_config_to_a_score(tmp_path):
-    """Trained on clean pictures, tested on blurred ones; the kernel is the config's, whatever the first weights had."""
+    """Trained on clean images, tested on blurred ones; the kernel is the config's, whatever the first weights had."""
     rng = np.random.default_rng(0)
     kernel = np.outer([1, 2, 1], [1, 2, 4, 2, 1]) / 40
     np.save(tmp_path / "kernel.npy", kernel)
@@ -347,7 +347,7 @@ def test_known_blur_from_a_config_to_a_score(tmp_path):
         "SPEED.AMP", "fp32", "MODEL.OVERRIDES", "{width: 8, growth: 4, final_growth: 4, stages: 2}",
     ]  # fmt: skip
     done = run("deblurring", "train.py", *words, "MODEL.KERNEL", "other.npy", "MODEL.SESSION", "one", cwd=tmp_path)
-    assert "3 pictures of clean" in done.stdout and "held back" in done.stdout
+    assert "3 images of clean" in done.stdout and "held back" in done.stdout
     words += ["MODEL.KERNEL", "kernel.npy", "MODEL.WEIGHTS", "runs/one/model_best.pth", "MODEL.SESSION", "two"]
     run("deblurring", "train.py", *words, cwd=tmp_path)
     weights = tmp_path / "runs/two/model_best.pth"
@@ -365,7 +365,7 @@ def test_known_blur_from_a_config_to_a_score(tmp_path):
     assert "set one of the two" in done.stderr
 
 
-def test_one_network_for_any_known_blur_of_grey_pictures(tmp_path):
+def test_one_network_for_any_known_blur_of_grey_images(tmp_path):
     rng = np.random.default_rng(0)
     for k in range(4):
         write_image(tmp_path / f"clean/{k}.png", rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
@@ -394,7 +394,7 @@ def test_one_network_for_any_known_blur_of_grey_pictures(tmp_path):
     assert restore(model, read_luma(tmp_path / "clean/0.png")[:33]).shape == (33, 48)
 
 
-def test_known_blurs_are_those_of_their_step_and_picture(tmp_path, monkeypatch):
+def test_known_blurs_are_those_of_their_step_and_image(tmp_path, monkeypatch):
     """Whatever the processes, and wherever the run was stopped."""
     rng = np.random.default_rng(0)
     for k in range(6):
@@ -427,7 +427,7 @@ def test_known_blurs_are_those_of_their_step_and_picture(tmp_path, monkeypatch):
 # --------------------------------------------------------------------- compressive sensing
 
 
-def test_luma_of_every_kind_of_picture(tmp_path):
+def test_luma_of_every_kind_of_image(tmp_path):
     rng = np.random.default_rng(0)
     colour = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
     grey = rng.integers(0, 256, (20, 30), dtype=np.uint8)
@@ -468,7 +468,7 @@ def test_luma_patches(tmp_path):
 
 
 def sensing_centres(path: Path, patch: int) -> Centres:
-    """As CompressiveSensing/train.py validates with one picture."""
+    """As CompressiveSensing/train.py validates with one image."""
     return Centres([path], patch, luma=True, multiple=32, area=256)
 
 
@@ -484,13 +484,13 @@ def sensing_centres(path: Path, patch: int) -> Centres:
     ],
 )
 def test_sensing_is_validated_in_separate_blocks(tmp_path, size, patch, blocks):
-    """Of the centre of a picture, and scored as one picture."""
-    picture = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-    Image.fromarray(picture).save(tmp_path / "a.png")
+    """Of the centre of an image, and scored as one image."""
+    image = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
     centres = sensing_centres(tmp_path / "a.png", patch)
     x, target = centres[0]
     assert torch.equal(x, target)
-    expected = [picture[y : y + height, x : x + width] for y, x, height, width in blocks]
+    expected = [image[y : y + height, x : x + width] for y, x, height, width in blocks]
     np.testing.assert_array_equal(x, np.stack(expected)[:, None])
     assert centres.sizes == {(len(blocks), *x.shape[-2:])}
 
@@ -551,16 +551,16 @@ def test_measurements_with_noise_and_of_few_bits(tiny_model):
 
 def test_sets_are_scored_by_the_original_protocol(tmp_path, weights, monkeypatch):
     rng = np.random.default_rng(0)
-    pictures = {name: rng.integers(0, 256, (40, 70), dtype=np.uint8) for name in ("Set11/a.tif", "BSD68/b.png")}
-    for name, picture in pictures.items():
+    images = {name: rng.integers(0, 256, (40, 70), dtype=np.uint8) for name in ("Set11/a.tif", "BSD68/b.png")}
+    for name, image in images.items():
         (tmp_path / "Datasets" / name).parent.mkdir(parents=True)
-        Image.fromarray(picture).save(tmp_path / "Datasets" / name)
+        Image.fromarray(image).save(tmp_path / "Datasets" / name)
     words = ["--weights", weights["compressive_sensing"], "--device", "cpu", "--save_images"]
     done = run("compressive_sensing", "test.py", *words, cwd=tmp_path)
     assert "36.11/0.961" in done.stdout and "31.90/0.91" in done.stdout
     model = load_model(weights["compressive_sensing"])
-    for row, picture in zip(rows(tmp_path, "compressive_sensing"), pictures.values(), strict=True):
-        psnr, ssim = evaluate_pair(sensing.reconstruct_tiles(model, picture)[0], picture, "cs_y")
+    for row, image in zip(rows(tmp_path, "compressive_sensing"), images.values(), strict=True):
+        psnr, ssim = evaluate_pair(sensing.reconstruct_tiles(model, image)[0], image, "cs_y")
         assert float(row["psnr"]) == pytest.approx(psnr, abs=1e-3) and float(row["ssim"]) == pytest.approx(
             ssim, abs=1e-5
         )
@@ -570,21 +570,21 @@ def test_sets_are_scored_by_the_original_protocol(tmp_path, weights, monkeypatch
 
 def test_measuring_and_reconstructing_apart(tmp_path, weights, monkeypatch):
     path = weights["compressive_sensing"]
-    picture = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (45, 70), dtype=np.uint8), (0, 0), 3)
-    cv2.imwrite(str(tmp_path / "photo.png"), picture)
+    image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (45, 70), dtype=np.uint8), (0, 0), 3)
+    cv2.imwrite(str(tmp_path / "photo.png"), image)
     run("compressive_sensing", "measure.py", "photo.png", "--weights", path, "--out", "photo.npz", cwd=tmp_path)
     with np.load(tmp_path / "photo.npz") as file:
         content = dict(file)
     assert content["y"].shape == (256, 2, 3) and content["matrix"].shape == (256, 1024)
     block = np.zeros((32, 32))
-    block[:13, :32] = picture[32:45, 32:64] / 255  # the second row's second block, zeros below the picture
+    block[:13, :32] = image[32:45, 32:64] / 255  # the second row's second block, zeros below the image
     np.testing.assert_allclose(content["y"][:, 1, 1], content["matrix"] @ block.ravel(), atol=1e-4)
 
     words = ["photo.npz", "--weights", path, "--out", "back.png", "--device", "cpu"]
     run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path)
-    expected = sensing.reconstruct_whole(load_model(path), picture)[0].clip(0, 1) * 255
+    expected = sensing.reconstruct_whole(load_model(path), image)[0].clip(0, 1) * 255
     back = cv2.imread(str(tmp_path / "back.png"), cv2.IMREAD_UNCHANGED)
-    assert back.shape == picture.shape and np.abs(back - expected).max() <= 0.51
+    assert back.shape == image.shape and np.abs(back - expected).max() <= 0.51
 
     # measurements by another matrix are not reconstructed as if they were ours
     np.save(tmp_path / "other.npy", np.random.default_rng(1).normal(size=(256, 1024)).astype(np.float32))
@@ -600,12 +600,12 @@ def test_measuring_and_reconstructing_apart(tmp_path, weights, monkeypatch):
 def test_sensing_in_two_steps_with_either_matrix(tmp_path, matrix, start):
     """Step 1 on blocks, step 2 from its weights on larger crops; a fixed matrix does not move, a learned one does."""
     rng = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for k in range(4):
-        Image.fromarray(rng.integers(0, 256, (70, 80), dtype=np.uint8)).save(tmp_path / f"pictures/{k}.png")
+        Image.fromarray(rng.integers(0, 256, (70, 80), dtype=np.uint8)).save(tmp_path / f"images/{k}.png")
     np.save(tmp_path / "matrix.npy", rng.normal(size=(103, 1024)).astype(np.float32) / 32)
     common = [
-        "MODEL.RATIO", 0.1, "MODEL.MATRIX", matrix, "MODEL.MATRIX_START", start, "TRAINING.TRAIN_DIR", "pictures",
+        "MODEL.RATIO", 0.1, "MODEL.MATRIX", matrix, "MODEL.MATRIX_START", start, "TRAINING.TRAIN_DIR", "images",
         "TRAINING.VAL_HOLD_BACK", 1,
         "TRAINING.REPEAT", 2, "TRAINING.VAL_PS", 32, "TRAINING.WORKERS", 0, "TRAINING.SAVE_DIR", "runs",
         "OPTIM.BATCH_SIZE", 2, "OPTIM.NUM_EPOCHS", 1, "OPTIM.LR_INITIAL", 1e-3, "DEVICE", "cpu", "SPEED.AMP", "fp32",
@@ -613,7 +613,7 @@ def test_sensing_in_two_steps_with_either_matrix(tmp_path, matrix, start):
         "MODEL.OVERRIDES.stages", 2,
     ]  # fmt: skip
     done = run("compressive_sensing", "train.py", *common, "MODEL.SESSION", "one", cwd=tmp_path)
-    assert "training    3 pictures" in done.stdout and "held back" in done.stdout
+    assert "training    3 images" in done.stdout and "held back" in done.stdout
     config = ROOT / "configs/compressive_sensing/dgunet_step2.yaml"
     words = ["--config", config, *common, "TRAINING.TRAIN_PS", 64, "MODEL.WEIGHTS", "runs/one/model_latest.pth"]
     run("compressive_sensing", "train.py", *words, "MODEL.SESSION", "two", cwd=tmp_path)
@@ -657,14 +657,14 @@ def test_sensing_begins_with_a_network_of_another_ratio(tmp_path, weights):
 
 def small_images(folder: Path, count: int = 3):
     for k in range(count):
-        picture = np.random.default_rng(k).integers(0, 256, (5, 5), dtype=np.uint8)
-        write_image(folder / f"{k}.png", cv2.resize(picture, (64, 64), interpolation=cv2.INTER_CUBIC))
+        image = np.random.default_rng(k).integers(0, 256, (5, 5), dtype=np.uint8)
+        write_image(folder / f"{k}.png", cv2.resize(image, (64, 64), interpolation=cv2.INTER_CUBIC))
 
 
 def train_words(**changed) -> list:
-    """A run of seconds on ``pictures``, of `small_images`."""
+    """A run of seconds on ``images``, of `small_images`."""
     values = {
-        "TRAINING.TRAIN_DIR": "pictures", "TRAINING.VAL_HOLD_BACK": 1, "TRAINING.TRAIN_PS": 64, "TRAINING.VAL_PS": 64,
+        "TRAINING.TRAIN_DIR": "images", "TRAINING.VAL_HOLD_BACK": 1, "TRAINING.TRAIN_PS": 64, "TRAINING.VAL_PS": 64,
         "TRAINING.REPEAT": 2, "TRAINING.WORKERS": 0, "TRAINING.SAVE_DIR": "runs", "MODEL.SESSION": "run",
         "OPTIM.BATCH_SIZE": 2, "OPTIM.NUM_EPOCHS": 1, "DEVICE": "cpu", "SPEED.AMP": "fp32",
         "MODEL.OVERRIDES": "{width: 8, growth: 4, final_growth: 4, stages: 2}",
@@ -675,7 +675,7 @@ def train_words(**changed) -> list:
 
 def test_one_network_for_all_ratios(tmp_path, weights):
     """Trained from one for 25 %, tested at the paper's ratios and another; measure.py and reconstruct.py at 17 %."""
-    small_images(tmp_path / "pictures")
+    small_images(tmp_path / "images")
     small_images(tmp_path / "Datasets/Set11", count=1)
     begin = dict(MODEL__WEIGHTS=weights["compressive_sensing"], MODEL__MATRIX_START="dct", OPTIM__LR_INITIAL=1e-12)
     words = train_words(MODEL__RATIO="[0.01, 0.5]", **begin)
@@ -693,25 +693,25 @@ def test_one_network_for_all_ratios(tmp_path, weights):
     found = rows(tmp_path, "compressive_sensing")
     assert [row["dataset"] for row in found] == [f"Set11_{percent}%" for percent in (1, 4, 10, 25, 50, 17)]
     assert len({row["psnr"] for row in found}) == 6
-    picture = read_luma(tmp_path / "Datasets/Set11/0.png")
+    image = read_luma(tmp_path / "Datasets/Set11/0.png")
     for row in found:
         ratio, whole = float(row["dataset"][6:-1]) / 100, "whole=True" in row["settings"]
         assert f"ratio={ratio:g} " in row["settings"]
         reconstruct = sensing.reconstruct_whole if whole else sensing.reconstruct_tiles
-        expected = evaluate_pair(reconstruct(model, picture, ratio=ratio)[0], picture, "cs_y")[0]
+        expected = evaluate_pair(reconstruct(model, image, ratio=ratio)[0], image, "cs_y")[0]
         assert float(row["psnr"]) == pytest.approx(expected, abs=1e-3)
     assert "0.7" in run("compressive_sensing", "test.py", *words, "--ratio", 0.7, cwd=tmp_path, check=2).stderr
     words[1] = weights["compressive_sensing"]  # of one ratio
     assert "25 %" in run("compressive_sensing", "test.py", *words, "--ratio", 0.1, cwd=tmp_path, check=2).stderr
 
-    words = ["pictures/0.png", "--weights", path, "--ratio", 0.17, "--out", "photo.npz"]
+    words = ["images/0.png", "--weights", path, "--ratio", 0.17, "--out", "photo.npz"]
     run("compressive_sensing", "measure.py", *words, cwd=tmp_path)
     with np.load(tmp_path / "photo.npz") as file:
         assert file["y"].shape == (175, 2, 2) and file["ratio"] == 175 / 1024
         np.testing.assert_array_equal(file["matrix"], model.degradation.matrix[:175].detach())
     words = ["photo.npz", "--weights", path, "--out", "back.png", "--device", "cpu"]
     run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path)
-    back = sensing.reconstruct_whole(model, read_luma(tmp_path / "pictures/0.png"), ratio=0.17)[0].clip(0, 1) * 255
+    back = sensing.reconstruct_whole(model, read_luma(tmp_path / "images/0.png"), ratio=0.17)[0].clip(0, 1) * 255
     assert np.abs(read_luma(tmp_path / "back.png") - back).max() <= 0.51
     np.savez(tmp_path / "photo.npz", y=np.zeros((600, 2, 2), np.float32))
     assert "from 11 to 512" in run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path, check=2).stderr
@@ -719,25 +719,25 @@ def test_one_network_for_all_ratios(tmp_path, weights):
 
 @pytest.mark.parametrize("block", [16, 24])
 def test_blocks_of_other_sides_are_trained_and_tested(tmp_path, block):
-    small_images(tmp_path / "pictures")
+    small_images(tmp_path / "images")
     side = 48 if block == 24 else 64
     changed = dict(MODEL__BLOCK=block, TRAINING__TRAIN_PS=side, TRAINING__VAL_PS=side, MODEL__MATRIX_START="dct")
     run("compressive_sensing", "train.py", *train_words(**changed), cwd=tmp_path)
     path = tmp_path / "runs/run/model_best.pth"
     assert load_model(path).degradation.matrix.shape == (block**2 // 4, block**2)
-    words = ["--weights", path, "--dataset", "pictures", "--device", "cpu"]
+    words = ["--weights", path, "--dataset", "images", "--device", "cpu"]
     if 128 % block:
         done = run("compressive_sensing", "test.py", *words, cwd=tmp_path, check=2)
         assert "--whole" in done.stderr and "24x24" in done.stderr
         words.append("--whole")
     run("compressive_sensing", "test.py", *words, cwd=tmp_path)
     assert rows(tmp_path, "compressive_sensing")[0]["images"] == "3"
-    run("compressive_sensing", "measure.py", "pictures/0.png", "--weights", path, "--out", "y.npz", cwd=tmp_path)
+    run("compressive_sensing", "measure.py", "images/0.png", "--weights", path, "--out", "y.npz", cwd=tmp_path)
     words = ["y.npz", "--weights", path, "--out", "back.png", "--device", "cpu"]
     run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path)
     assert read_luma(tmp_path / "back.png").shape == (64, 64)
     np.save(tmp_path / "own.npy", start_matrix("dct", 0.25, block))
-    run("compressive_sensing", "measure.py", "pictures/0.png", "--matrix", "own.npy", "--out", "own.npz", cwd=tmp_path)
+    run("compressive_sensing", "measure.py", "images/0.png", "--matrix", "own.npy", "--out", "own.npz", cwd=tmp_path)
     with np.load(tmp_path / "y.npz") as measured, np.load(tmp_path / "own.npz") as own:
         assert measured["y"].shape == own["y"].shape
     wrong = train_words(**changed | dict(TRAINING__TRAIN_PS=32, MODEL__SESSION="other"))
@@ -746,17 +746,17 @@ def test_blocks_of_other_sides_are_trained_and_tested(tmp_path, block):
 
 
 def test_tasks_read_their_weights_through_restore(weights):
-    """The networks for pictures restore through the package; the sensing one says what to call instead."""
-    picture = np.zeros((20, 20, 3), np.uint8)
+    """The networks for images restore through the package; the sensing one says what to call instead."""
+    image = np.zeros((20, 20, 3), np.uint8)
     for task in ("deraining", "deblurring"):
-        assert restore(load_model(weights[task], task=task), picture).shape == picture.shape
+        assert restore(load_model(weights[task], task=task), image).shape == image.shape
     with pytest.raises(ValueError, match="model\\(y\\)"):
-        restore(load_model(weights["compressive_sensing"]), picture)
+        restore(load_model(weights["compressive_sensing"]), image)
 
 
-def test_test100_as_it_was_published(tmp_path, weights, picture_pairs):
+def test_test100_as_it_was_published(tmp_path, weights, image_pairs):
     """Images of two halves, clean on the left, score as the same pairs in two folders do."""
-    pairs = picture_pairs(tmp_path / "Datasets/test/Rain100L", count=3)
+    pairs = image_pairs(tmp_path / "Datasets/test/Rain100L", count=3)
     halves = tmp_path / "Datasets/test/Test100"
     for pair in find_pairs(pairs):
         write_image(halves / f"{pair.name}.png", np.hstack([read_image(pair.target), read_image(pair.input)]))

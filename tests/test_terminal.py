@@ -131,12 +131,12 @@ def download(id, output, resume):
 
 
 @pytest.fixture(scope="module")
-def screens(tmp_path_factory, tiny_model, picture_pairs) -> dict[str, Screen]:
+def screens(tmp_path_factory, tiny_model, image_pairs) -> dict[str, Screen]:
     """What every command that draws a progress bar shows."""
     here = tmp_path_factory.mktemp("terminal")
     save_photographs(here / "photos", "a.png", "照片 b.png", os.fsdecode(b"c\xff.png"))
-    picture_pairs(here / "pairs", count=3, size=(40, 48))
-    picture_pairs(here / "archive/val/SIDD", count=3, size=(16, 16))
+    image_pairs(here / "pairs", count=3, size=(40, 48))
+    image_pairs(here / "archive/val/SIDD", count=3, size=(16, 16))
     shutil.make_archive(str(here / "archive"), "zip", here / "archive")
     (here / "gdown.py").write_text(GDOWN)
     weights = {task: save_network(tiny_model, task, here / f"{task}.pth") for task in FOLDERS}
@@ -185,11 +185,11 @@ def test_work_is_done_beside_a_progress_bar(screens, name):
 
 
 @pytest.fixture
-def data(tmp_path, tiny_model, picture_pairs) -> Path:
+def data(tmp_path, tiny_model, image_pairs) -> Path:
     """A folder with photos, pairs, and weights of a denoiser; all names hold Chinese characters, or are no UTF-8."""
     save_network(tiny_model, "denoising", tmp_path / "权.pth")
     save_photographs(tmp_path / "photos", "照片.png", os.fsdecode(b"c\xff.png"))
-    picture_pairs(tmp_path / "pairs", count=3, size=(40, 48))
+    image_pairs(tmp_path / "pairs", count=3, size=(40, 48))
     for side in ("input", "target"):
         (tmp_path / "pairs" / side / "img1.png").rename(tmp_path / "pairs" / side / "照.png")
         (tmp_path / "pairs" / side / "img2.png").rename(tmp_path / "pairs" / side / os.fsdecode(b"\xff.png"))

@@ -73,7 +73,7 @@ class Denoiser(deepinv.models.Denoiser):
     A network knows no sigma: it removes what noise it was trained for, so one for a range of sigmas serves best.
 
     Args:
-        model: a network whose degradation is learned. Of one for colour, grey pictures are restored as three equal
+        model: a network whose degradation is learned. Of one for colour, grey images are restored as three equal
             channels, of which the mean is taken.
     """
 

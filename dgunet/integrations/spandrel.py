@@ -1,6 +1,6 @@
 """DGUNet for spandrel, with which ComfyUI and chaiNNer load networks of every architecture.
 
-After `install()` its ``ModelLoader().load_from_file("weights.safetensors")`` gives a function of pictures (1, 3, H, W)
+After `install()` its ``ModelLoader().load_from_file("weights.safetensors")`` gives a function of images (1, 3, H, W)
 in [0, 1]. Needs ``pip install ".[spandrel]"``.
 """
 
@@ -32,13 +32,13 @@ class DGUNetArch(spandrel.Architecture[DGUNet]):
         """The network of a state dict.
 
         Raises:
-            UserError: it is of none, or of one for measurements instead of pictures.
+            UserError: it is of none, or of one for measurements instead of images.
         """
         # Spandrel moves the model to its device itself.
         weights = {name: value.cpu() for name, value in state_dict.items() if isinstance(value, Tensor)}
         model = load_model("the state dict", content={"state_dict": weights, **_shipped(weights)})
         if model.degradation is not None:
-            raise spandrel.UnsupportedModelError("this DGUNet restores from measurements; spandrel is for pictures")
+            raise spandrel.UnsupportedModelError("this DGUNet restores from measurements; spandrel is for images")
         return spandrel.ImageModelDescriptor(
             model,
             state_dict,
@@ -51,7 +51,7 @@ class DGUNetArch(spandrel.Architecture[DGUNet]):
             input_channels=model.channels,
             output_channels=model.channels,
             size_requirements=spandrel.SizeRequirements(multiple_of=MULTIPLE),
-            tiling=spandrel.ModelTiling.DISCOURAGED,  # instance norm sees a picture as a whole
+            tiling=spandrel.ModelTiling.DISCOURAGED,  # instance norm sees an image as a whole
             call_fn=lambda model, image: model(image)[0],
         )
 

@@ -1,4 +1,4 @@
-"""Any picture that a phone or a scanner makes: read as it is meant to look, and written as it came.
+"""Any image that a phone or a scanner makes: read as it is meant to look, and written as it came.
 
 `data.read_image` reads what networks are trained on and tested with, and refuses what is anything else.
 """
@@ -18,7 +18,7 @@ from dgunet.files import RAW_SUFFIXES, open_file, replacing
 from dgunet.tiff import Tiff, is_tiff
 from dgunet.transforms import upright
 
-MAX_PIXELS = 2**30  # of a picture: OpenCV's limit
+MAX_PIXELS = 2**30  # of an image: OpenCV's limit
 _ORIENTATION = 0x0112  # the EXIF tag
 _EXIF_BYTES = 65533  # that a JPEG holds
 # What `_container` knows, and what to do with it.
@@ -40,8 +40,8 @@ _FURTHER = {
 
 
 @dataclass
-class Picture:
-    """A picture, upright.
+class Photo:
+    """An image, upright.
 
     pixels: (H, W, 3) RGB or (H, W) grey, uint8 or uint16; alpha: its transparency, (H, W) of the same type, or None;
     keep: what Pillow writes with it (``icc_profile``, ``exif``, ``dpi``); notes: what is not as it was in the file.
@@ -139,21 +139,21 @@ def _unknown(path: Path, start: bytes) -> str:
         return "is a TIFF of a kind that cannot be read; save it as RGB or grey, of 8 or 16 bits per channel"
     if not start:
         return "is empty"
-    return "is no picture that can be read; convert it to PNG or JPEG"
+    return "is no image that can be read; convert it to PNG or JPEG"
 
 
 def look_at(path: str | Path) -> tuple[int, int, str]:
-    """Height and width (of the picture as stored) and format (``"JPEG"``, ``"PNG"``, ...) from the file's header.
+    """Height and width (of the image as stored) and format (``"JPEG"``, ``"PNG"``, ...) from the file's header.
 
     Raises:
-        UserError: as `read_picture`.
+        UserError: as `read_photo`.
     """
     with _opened(Path(path)) as image:
         return image.height, image.width, "JPEG" if image.format == "MPO" else image.format
 
 
-def read_picture(path: str | Path) -> Picture:
-    """Read a picture of any kind: grey, 8 or 16 bits, with transparency, a palette or CMYK; turned upright by its EXIF.
+def read_photo(path: str | Path) -> Photo:
+    """Read an image of any kind: grey, 8 or 16 bits, with transparency, a palette or CMYK; turned upright by its EXIF.
 
     Raises:
         UserError: unreadable, damaged, of floating-point values, of a TIFF's properties one that is not understood, or
@@ -183,12 +183,12 @@ def read_picture(path: str | Path) -> Picture:
         keep["icc_profile"] = profile
     if dpi and all(1 < float(value) <= 65535 for value in dpi):  # which every format holds
         keep["dpi"] = tuple(float(value) for value in dpi)
-    return Picture(np.ascontiguousarray(pixels), alpha, keep, notes)
+    return Photo(np.ascontiguousarray(pixels), alpha, keep, notes)
 
 
 def _read_tiff(path: Path, image: Tiff, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
     if image.n_frames > 1:
-        notes.append(f"the first of its {image.n_frames} pictures")
+        notes.append(f"the first of its {image.n_frames} images")
     pixels, alpha = image.read()
     if image.bits not in (8, 16):
         notes.append(f"{image.bits} bits, now 16")
@@ -214,7 +214,7 @@ def _read_by_pillow(path: Path, image, notes: list[str]) -> tuple[np.ndarray, np
         frames -= sum("Thumbnail" in str(entry["Attribute"]["MPType"]) for entry in entries)
         frames -= sum("map" in told for told in further)
     if frames > 1:
-        notes.append(f"the first of its {frames} pictures")
+        notes.append(f"the first of its {frames} images")
     if kind == "TIFF":
         stored = image.tag_v2[256], image.tag_v2[257]
         # What it decodes into; Pillow would check its size against the limit once more.
@@ -367,8 +367,8 @@ def _without_orientation(exif: bytes) -> tuple[int, bytes]:
     return turn, b"Exif\0\0" + exif[:at] + directory.ljust(end - at, b"\0") + exif[max(end, at + len(directory)) :]
 
 
-def write_picture(path: str | Path, picture: Picture, comment: str):
-    """Write a picture as PNG, or as JPEG (quality 95, colours in full resolution) where the file's ending says so.
+def write_photo(path: str | Path, image: Photo, comment: str):
+    """Write an image as PNG, or as JPEG (quality 95, colours in full resolution) where the file's ending says so.
 
     What it is to keep is written with it, and a comment, see `comment_of`. The file appears when it is complete.
 
@@ -376,12 +376,12 @@ def write_picture(path: str | Path, picture: Picture, comment: str):
         UserError: the format does not hold it, as a JPEG of more than 65500 pixels in a row.
     """
     path = Path(path)
-    pixels, alpha = picture.pixels, picture.alpha
+    pixels, alpha = image.pixels, image.alpha
     if alpha is not None:
         pixels = np.dstack([pixels, alpha])
     try:
         encode = _deep_png if pixels.dtype == np.uint16 else _jpeg if is_jpeg(path) else _png
-        encoded = encode(pixels, picture.keep, comment)
+        encoded = encode(pixels, image.keep, comment)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written in its format ({error})") from error
     with replacing(path) as temporary:
@@ -428,7 +428,7 @@ def _deep_png(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
 
 
 def comment_of(path: str | Path) -> str | None:
-    """The comment that `write_picture` wrote into a file; None where there is no file, or none of ours."""
+    """The comment that `write_photo` wrote into a file; None where there is no file, or none of ours."""
     path = Path(path)
     try:
         with _opened(path) as image:
@@ -439,7 +439,7 @@ def comment_of(path: str | Path) -> str | None:
 
 
 def noise_level(image: np.ndarray) -> float:
-    """Estimate of the standard deviation of white noise in (..., H, W, C) pictures, in their unit; nan for tiny ones.
+    """Estimate of the standard deviation of white noise in (..., H, W, C) images, in their unit; nan for tiny ones.
 
     The median of the absolute second differences along both axes (Immerkaer's mask), which smooth areas make and edges
     do not reach. Fine texture counts as noise.

@@ -15,8 +15,8 @@ MIN_SIDE = 32  # pixels; anything smaller is a thumbnail or an icon, not somethi
 
 
 @dataclass(frozen=True)
-class Photo:
-    """A clean picture: where it is and which part of it is used.
+class SamplePhoto:
+    """A clean image: where it is and which part of it is used.
 
     name: stem of the file to be written; crop: (top, left, height, width) in pixels or None for the whole;
     short_side: size the shorter side is reduced to, or None to keep it.
@@ -28,7 +28,7 @@ class Photo:
     short_side: int | None = None
 
     def load(self) -> np.ndarray:
-        """(H, W, 3) uint8 RGB; a grey picture gets three equal channels.
+        """(H, W, 3) uint8 RGB; a grey image gets three equal channels.
 
         Raises:
             UserError: it cannot be read, see `data.read_image`, or is too small.
@@ -86,7 +86,7 @@ EMBEDDED: dict[str, dict[str, tuple]] = {
 SPLITS = tuple(EMBEDDED)
 
 
-def embedded_photos(split: str) -> list[Photo]:
+def sample_photos(split: str) -> list[SamplePhoto]:
     """The photographs of one split of `EMBEDDED`.
 
     Raises:
@@ -99,7 +99,7 @@ def embedded_photos(split: str) -> list[Photo]:
             "--test_source"
         )
     folder = Path(spec.origin).parent / "data"
-    photos = [Photo(name, folder / file, crop, side) for name, (file, crop, side) in EMBEDDED[split].items()]
+    photos = [SamplePhoto(name, folder / file, crop, side) for name, (file, crop, side) in EMBEDDED[split].items()]
     for photo in photos:
         if not photo.path.is_file():
             raise UserError(
