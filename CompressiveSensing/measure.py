@@ -26,7 +26,7 @@ with command_imports(__name__):
     from dgunet import load_model
     from dgunet.data import read_luma, to_tensor
     from dgunet.degradations import sampling_operator
-    from dgunet.files import replacing
+    from dgunet.files import atomic_write
     from dgunet.transforms import pad_to_blocks, unit_range
 
 
@@ -50,7 +50,7 @@ def main():
         y = operator.A(pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block))[0].numpy()
     height, width = luma.shape
     matrix, ratio = operator.matrix.detach().numpy(), len(operator.matrix) / operator.block**2
-    with replacing(args.out) as temporary, open(temporary, "wb") as file:
+    with atomic_write(args.out) as temporary, open(temporary, "wb") as file:
         np.savez(file, y=y, matrix=matrix, ratio=ratio, height=height, width=width)
     print(f"wrote {args.out}: {y.size:,} measurements of {luma.size:,} pixels, ratio {ratio:.4g}")
 

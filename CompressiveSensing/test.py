@@ -132,7 +132,7 @@ def main():
         options=options,
         variants=ratios,
         paper_key=paper_key,
-        shipped="compressive_sensing_25",
+        default_weights="compressive_sensing_25",
     )
 
 

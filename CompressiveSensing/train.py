@@ -23,7 +23,7 @@ with command_imports(__name__):
 
     from dgunet.data import find_images
     from dgunet.degradations import BlockSampling, sampling_operator
-    from dgunet.patches import Centres
+    from dgunet.patches import CenterCropDataset
     from dgunet.training import crop_options, train_command
 
 
@@ -31,9 +31,9 @@ def train_set(cfg, paths) -> LumaPatches:
     return LumaPatches(paths, block=cfg.MODEL.BLOCK, **crop_options(cfg))
 
 
-def val_set(cfg, paths) -> Centres:
+def val_set(cfg, paths) -> CenterCropDataset:
     """Validates as the original does: in blocks as large as those trained on, which know nothing of each other."""
-    return Centres(paths, cfg.TRAINING.VAL_PS, luma=True, multiple=cfg.MODEL.BLOCK, area=256)
+    return CenterCropDataset(paths, cfg.TRAINING.VAL_PS, luma=True, multiple=cfg.MODEL.BLOCK, area=256)
 
 
 def degradation(cfg, train_set: LumaPatches) -> BlockSampling:

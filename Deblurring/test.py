@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dgunet.errors import command_imports, run_cli
 
 with command_imports(__name__):
-    from dgunet.testing import Benchmark, command, own_folder
+    from dgunet.testing import Benchmark, command, custom_folder
 
 BENCHMARKS = {
     "GoPro": Benchmark(
@@ -38,7 +38,7 @@ BENCHMARKS = {
 
 
 def main():
-    command("deblurring", __doc__, BENCHMARKS, own_folder("rgb_matlab"), shipped="deblurring_motion")
+    command("deblurring", __doc__, BENCHMARKS, custom_folder("rgb_matlab"), default_weights="deblurring_motion")
 
 
 if __name__ == "__main__":

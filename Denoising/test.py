@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, optional, run_cli
+from dgunet.errors import UserError, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     import numpy as np
@@ -29,8 +29,8 @@ with command_imports(__name__):
 
     from dgunet.data import read_image, read_luma
     from dgunet.evaluation import ImageSet, Sample, image_samples, restore_images
-    from dgunet.files import replacing
-    from dgunet.testing import Benchmark, add_tiling, command, noise_sigma, own_folder
+    from dgunet.files import atomic_write
+    from dgunet.testing import Benchmark, add_tiling, command, custom_folder, noise_sigma
     from dgunet.transforms import unit_range
 
 
@@ -52,7 +52,7 @@ class SiddBlocks(ImageSet):
         return folder / "parts" / f"{sample.name}.npy"  # so that an interrupted test need not do it again
 
     def keep(self, folder: Path, sample: Sample, restored: np.ndarray):
-        with replacing(self._part(folder, sample)) as temporary, open(temporary, "wb") as file:
+        with atomic_write(self._part(folder, sample)) as temporary, open(temporary, "wb") as file:
             np.save(file, restored)
 
     def kept(self, folder: Path, sample: Sample) -> bool:
@@ -100,8 +100,8 @@ class DndCrops(ImageSet):
 
 
 def write_mat(path: Path, content: dict):
-    with replacing(path) as temporary:
-        optional("scipy.io").savemat(temporary, content, appendmat=False)
+    with atomic_write(path) as temporary:
+        lazy_import("scipy.io").savemat(temporary, content, appendmat=False)
 
 
 def with_noise(clean: np.ndarray, sigma: float) -> np.ndarray:
@@ -170,7 +170,7 @@ def add_options(add: Callable):
 
 def own(args: argparse.Namespace) -> dict[str, Benchmark]:
     if not args.sigma:
-        return own_folder("sidd_unit_range")(args)
+        return custom_folder("sidd_unit_range")(args)
     published = {name.lower() for name in BENCHMARKS}
     if not published.isdisjoint(map(str.lower, args.dataset or BENCHMARKS)):
         raise UserError("--sigma adds noise to clean images of your own; name their folder with --dataset")
@@ -179,7 +179,7 @@ def own(args: argparse.Namespace) -> dict[str, Benchmark]:
 
 def main():
     weights = "denoising_gaussian"
-    command("denoising", __doc__, BENCHMARKS, own, method=denoise, add_options=add_options, shipped=weights)
+    command("denoising", __doc__, BENCHMARKS, own, method=denoise, add_options=add_options, default_weights=weights)
 
 
 if __name__ == "__main__":

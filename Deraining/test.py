@@ -23,7 +23,7 @@ with command_imports(__name__):
     from dgunet.data import read_image
     from dgunet.errors import UserError
     from dgunet.evaluation import ImageSet, image_samples, paired
-    from dgunet.testing import Benchmark, command, own_folder
+    from dgunet.testing import Benchmark, command, custom_folder
 
 
 def read_halves(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +57,9 @@ AVERAGE = {"deraining_dgunet": (33.06, 0.923), "deraining_dgunet_plus": (33.46, 
 
 def main():
     weights = "deraining_mixture"
-    command("deraining", __doc__, BENCHMARKS, own_folder("deraining_y"), paper_average=AVERAGE, shipped=weights)
+    command(
+        "deraining", __doc__, BENCHMARKS, custom_folder("deraining_y"), paper_average=AVERAGE, default_weights=weights
+    )
 
 
 if __name__ == "__main__":

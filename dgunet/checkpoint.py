@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from dgunet.degradations import KINDS, Degradation, describe_degradation, rebuild_degradation
-from dgunet.errors import UserError, shorten
-from dgunet.files import replacing
+from dgunet.errors import UserError, shorten_list
+from dgunet.files import atomic_write
 from dgunet.local import check_windows
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.original_checkpoints import STAGES, convert_original, is_original
@@ -47,7 +47,7 @@ def save_checkpoint(content: dict, path: str | Path):
     A run killed while saving leaves the previous file under ``path`` untouched, and a temporary file that the next save
     removes, see `files.replacing`.
     """
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
@@ -75,7 +75,7 @@ def read_checkpoint(path: str | Path) -> dict:
         return read_weights(path)
     file.seek(0)
     try:
-        with file, warnings.catch_warnings(), _stand_ins_allowed():
+        with file, warnings.catch_warnings(), _allow_stand_ins():
             warnings.simplefilter("ignore")  # about pickle protocols, kinds of tensors, ... of files refused anyway
             _check_records(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -168,7 +168,7 @@ _reading = threading.Lock()
 
 
 @contextlib.contextmanager
-def _stand_ins_allowed() -> Iterator[None]:
+def _allow_stand_ins() -> Iterator[None]:
     """Inside, PyTorch's reader takes the stand-ins for what they stand for; which it does for all threads at once."""
     with _reading, torch.serialization.safe_globals([(what, name) for name, what in _STAND_INS.items()]):
         yield
@@ -281,7 +281,7 @@ def _description(content: dict, path) -> dict:
         raise UserError(f"{path}: its 'model' entry does not describe a DGUNet as describe_model(model) does")
     unknown = [name for name in description["arguments"] if name not in DGUNet.default_arguments()]
     if unknown:
-        raise UserError(f"{path}: DGUNet has no argument {shorten([str(name) for name in unknown])}")
+        raise UserError(f"{path}: DGUNet has no argument {shorten_list([str(name) for name in unknown])}")
     return description
 
 
@@ -300,7 +300,11 @@ def weights_of(content: dict, path="the checkpoint") -> dict[str, Tensor]:
     found = _networks(content)
     if not found:
         tensors = [str(key) for key, value in content.items() if isinstance(value, Tensor)]
-        what = f"weights named {shorten(tensors, 3)}" if tensors else f"the keys {shorten(list(map(str, content)))}"
+        what = (
+            f"weights named {shorten_list(tensors, 3)}"
+            if tensors
+            else f"the keys {shorten_list(list(map(str, content)))}"
+        )
         raise UserError(f"{path} holds no DGUNet: none of the names that its weights have is there, but {what}")
     if averaged := [place for place in found if _is_averaged(place)]:
         choice = averaged
@@ -309,22 +313,24 @@ def weights_of(content: dict, path="the checkpoint") -> dict[str, Tensor]:
         entries = {str(key): value for part in parts for key, value in part.items() if _is_averaged(key)}
         if hidden := [key for key, value in entries.items() if _has_tensors(value) and not _networks({key: value})]:
             raise UserError(
-                f"{path} holds averaged weights that cannot be read as a DGUNet's ({shorten(hidden)}); save those that "
+                f"{path} holds averaged weights that are not a DGUNet's ({shorten_list(hidden)}); save those that "
                 "are meant alone, torch.save(model.state_dict(), path)"
             )
         ranked = [[place for place in found if place.split(".")[0] == key] for key in ("state_dict", "params")]
         choice = next(filter(None, ranked), list(found))
     if len(choice) > 1:
         raise UserError(
-            f"{path} holds several networks: {shorten([place or 'at the top' for place in choice])}; save the one that "
-            "is meant alone, torch.save(model.state_dict(), path)"
+            f"{path} holds several networks: {shorten_list([place or 'at the top' for place in choice])}; save the one "
+            "that is meant alone, torch.save(model.state_dict(), path)"
         )
     state_dict = found[choice[0]]
     if not all(isinstance(name, str) for name in state_dict):
         raise UserError(f"{path} holds weights whose names are not text; save model.state_dict() as it is")
     sparse = [name for name, value in state_dict.items() if not _is_dense(value)]
     if sparse:
-        raise UserError(f"{path} holds sparse, quantised or otherwise special tensors, not weights: {shorten(sparse)}")
+        raise UserError(
+            f"{path} holds sparse, quantised or otherwise special tensors, not weights: {shorten_list(sparse)}"
+        )
     return convert_original(state_dict, path) if is_original(state_dict) else state_dict
 
 
@@ -433,9 +439,9 @@ def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path, w
         UserError: every difference, or all that hold NaN or infinite numbers.
     """
     common = [name for name in expected if name in found]
-    misfits = {name: _misfit(found[name], expected[name], exact) for name in common}
+    misfits = {name: _mismatch(found[name], expected[name], exact) for name in common}
     problems = [
-        f"{label}: {shorten(names)}"
+        f"{label}: {shorten_list(names)}"
         for label, names in (
             ("missing", sorted(expected.keys() - found.keys())),
             ("unknown", sorted(found.keys() - expected.keys())),
@@ -447,13 +453,13 @@ def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path, w
         raise UserError(f"{path} does not fit {what}; {'; '.join(problems)}")
     broken = [name for name in common if not found[name].to(expected[name].dtype).isfinite().all()]
     if broken:
-        raise UserError(f"{path} has NaN or infinite numbers in {shorten(broken)}; use an earlier checkpoint")
+        raise UserError(f"{path} has NaN or infinite numbers in {shorten_list(broken)}; use an earlier checkpoint")
 
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
-def _misfit(found: Tensor, expected: Tensor, exact: bool) -> str | None:
+def _mismatch(found: Tensor, expected: Tensor, exact: bool) -> str | None:
     if not isinstance(found, Tensor) or not _is_dense(found):
         return "is no dense tensor"
     if found.shape != expected.shape:

@@ -95,12 +95,12 @@ def _add_restoring(parser: argparse.ArgumentParser, default: str):
 
 def _restore(args: argparse.Namespace):
     from dgunet.hardware import use_huge_pages
-    from dgunet.inference import check_tiles, tile_side
+    from dgunet.inference import check_tiles, parse_tile
     from dgunet.restoring import restore_photographs
 
     use_huge_pages()
     try:
-        tile = tile_side(args.tile)
+        tile = parse_tile(args.tile)
         check_tiles(tile, None)
     except ValueError:
         raise UserError(f"--tile is whole, auto, or a side of at least 16 pixels, not {args.tile!r}") from None

@@ -15,11 +15,11 @@ import unicodedata
 from collections.abc import Hashable
 from pathlib import Path
 
-from dgunet.errors import UserError, optional
+from dgunet.errors import UserError, lazy_import
 from dgunet.model import ARGUMENTS, DGUNet
 from dgunet.proximal import MULTIPLE
 
-yaml, CN = optional("yaml"), optional("yacs.config").CfgNode
+yaml, CN = lazy_import("yaml"), lazy_import("yacs.config").CfgNode
 
 _C = CN()
 _C.SEED = 1234  # of everything random

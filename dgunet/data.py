@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgunet.errors import UserError, one_line, optional, shorten
-from dgunet.files import IMAGE_SUFFIXES, RAW_SUFFIXES, escaped, normal_form, open_file, replacing
+from dgunet.errors import UserError, lazy_import, one_line, shorten_list
+from dgunet.files import IMAGE_SUFFIXES, RAW_SUFFIXES, atomic_write, escaped, nfc, open_file
 from dgunet.photos import read_photo
-from dgunet.transforms import upright
+from dgunet.transforms import apply_orientation
 
-natsorted = optional("natsort").natsorted
+natsorted = lazy_import("natsort").natsorted
 
 PACK_FORMAT = "dgunet images 1"
 WRITABLE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # what `write_image` writes, with all colours
@@ -100,7 +100,7 @@ def open_luma(source: str | Path | Packed):
     image = open_image(source, grey=True)
     if len(image.shape) == 2:
         return image
-    cv2 = optional("cv2")
+    cv2 = lazy_import("cv2")
     return cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[:, :, 0]
 
 
@@ -128,7 +128,7 @@ def _header(file: BinaryIO, path: str | Path) -> _Header | None:
         if kind == "Tiff" and (Path(path).suffix.lower() in RAW_SUFFIXES or magic[8:] == b"CR"):  # Canon's
             return _Header((1, 1), "raw")
         # Not Image.open: that refuses photographs of 180 megapixels.
-        image = getattr(optional(f"PIL.{kind}ImagePlugin"), f"{kind}ImageFile")(file)
+        image = getattr(lazy_import(f"PIL.{kind}ImagePlugin"), f"{kind}ImageFile")(file)
         if kind == "Tiff" and (50706 in image.tag_v2 or image.tag_v2.get(254, 0) & 1):  # a DNG; a preview
             return _Header((1, 1), "raw")
         if kind == "Tiff":  # whose orientation OpenCV heeds, and Pillow in this size or not, as its version may be
@@ -182,7 +182,7 @@ def _exif_at_the_end(file: BinaryIO) -> bytes | None:
 
 def _orientation(exif: bytes) -> int:
     """1 to 8; a damaged block says nothing."""
-    data = optional("PIL.Image").Exif()
+    data = lazy_import("PIL.Image").Exif()
     try:
         data.load(exif)
         turn = data.get(0x0112, 1)
@@ -208,7 +208,7 @@ def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
         image = _decode_png(path, encoded, header.plain_png)
     else:
         image = _decode_any(path, encoded, header.mode, grey)
-    image = upright(image, header.turn)
+    image = apply_orientation(image, header.turn)
     if image.shape[:2] != header.size:  # `image_size` believed it
         raise UserError(_damaged(path))
     return image
@@ -216,7 +216,7 @@ def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
 
 def _decode_png(path, encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     """The pixels that OpenCV and Pillow give, in a third of their time."""
-    decode = optional("kornia_rs.io").decode_image_png_u8
+    decode = lazy_import("kornia_rs.io").decode_image_png_u8
     try:
         return decode(encoded, size, "rgb")
     except (KeyboardInterrupt, SystemExit):
@@ -230,7 +230,7 @@ def _damaged(path) -> str:
 
 
 def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
-    cv2 = optional("cv2")
+    cv2 = lazy_import("cv2")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is told below
     try:
         # UNCHANGED shows what is in the file.
@@ -293,7 +293,7 @@ def write_image(path: str | Path, image: np.ndarray):
 
     The file appears when it is complete.
     """
-    cv2 = optional("cv2")
+    cv2 = lazy_import("cv2")
     path = Path(path)
     if path.suffix.lower() not in WRITABLE:
         raise UserError(f"{path}: give it an ending that says the format, such as {path.name}.png")
@@ -304,7 +304,7 @@ def write_image(path: str | Path, image: np.ndarray):
     if not ok:
         height, width = image.shape[:2]
         raise UserError(f"{path}: {width}x{height} pixels cannot be written in this format; choose .png or .tif")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(encoded)
 
 
@@ -326,27 +326,27 @@ def list_images(folder: str | Path, tell: bool = True) -> list[Path]:
     paths = natsorted((path for path in there if path.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: path.name)
     if not paths:
         raise UserError(f"no images in {folder.absolute()} (known are {', '.join(sorted(IMAGE_SUFFIXES))})")
-    by_name((path.name, path) for path in paths)
+    index_by_name((path.name, path) for path in paths)
     if tell:
-        tell_of_others(folder, [path for path in there if path.suffix.lower() not in IMAGE_SUFFIXES])
+        report_skipped_files(folder, [path for path in there if path.suffix.lower() not in IMAGE_SUFFIXES])
     return paths
 
 
 _told: set[Path] = set()  # folders
 
 
-def tell_of_others(folder: Path, others: list[Path]):
+def report_skipped_files(folder: Path, others: list[Path]):
     """One line on stderr, the first time, that names what is left out of a folder of images; not what systems add."""
     others = [path for path in others if path.name.lower() not in JUNK and not path.name.startswith(("@", "__MACOSX"))]
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     if others and first and folder.absolute() not in _told:
         _told.add(folder.absolute())
         names = natsorted(one_line(f"{path.name}/" if path.is_dir() else path.name) for path in others)
-        told = f"{one_line(str(folder))} also holds what is not read as an image: {shorten(names)}"
+        told = f"{one_line(str(folder))} also holds what is not read as an image: {shorten_list(names)}"
         print(f"note: {told}", file=sys.stderr)
 
 
-def by_name(named: Iterable[tuple[str, Path | Packed]]) -> dict[str, Path | Packed]:
+def index_by_name(named: Iterable[tuple[str, Path | Packed]]) -> dict[str, Path | Packed]:
     """What is given as (name, source) by its name in Unicode's form NFC: names that differ in form alone are one.
 
     Raises:
@@ -354,7 +354,7 @@ def by_name(named: Iterable[tuple[str, Path | Packed]]) -> dict[str, Path | Pack
     """
     found: dict[str, tuple[str, Path | Packed]] = {}
     for name, source in named:
-        key = normal_form(name)
+        key = nfc(name)
         if key in found:
             other_name, other = found[key]
             if name == other_name:
@@ -374,7 +374,7 @@ def images_by_name(folder: str | Path, tell: bool = True) -> dict[str, Path]:
     Raises:
         UserError: as `list_images`; two images of one name.
     """
-    return by_name((path.stem, path) for path in list_images(folder, tell))
+    return index_by_name((path.stem, path) for path in list_images(folder, tell))
 
 
 def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
@@ -393,7 +393,7 @@ def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
     root = Path(root)
     packed = root.is_file()
     inputs, targets = (
-        by_name((name, Packed(root, f"{side}/{name}")) for name in list_packed(root, side))
+        index_by_name((name, Packed(root, f"{side}/{name}")) for name in list_packed(root, side))
         if packed
         else images_by_name(root / side)
         for side in ("input", "target")
@@ -419,7 +419,7 @@ def pair_size(pair: Pair) -> tuple[int, int]:
     return a
 
 
-def hold_back(items: list, count: int, source: str | Path) -> tuple[list, list]:
+def hold_out(items: list, count: int, source: str | Path) -> tuple[list, list]:
     """Split images or pairs for training and validation: the last in natural order are held back.
 
     Neighbours in that order are often frames of one scene: so but one scene at most is on both sides.
@@ -455,7 +455,7 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
         ) from error
 
     def bare(name: str) -> str:
-        return normal_form(Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name)
+        return nfc(Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name)
 
     def name(item) -> str:
         return item.key if isinstance(item, Packed) else item.name
@@ -517,7 +517,7 @@ def _sources(items: list[Path | Packed | Pair]) -> Iterator[tuple[str, Path | Pa
             yield f"input/{item.name}", item.input
             yield f"target/{item.name}", item.target
         else:
-            yield normal_form(item.key if isinstance(item, Packed) else item.name), item
+            yield nfc(item.key if isinstance(item, Packed) else item.name), item
 
 
 def find_images(root: str | Path) -> list[Path | Packed]:
@@ -525,7 +525,7 @@ def find_images(root: str | Path) -> list[Path | Packed]:
     root = Path(root)
     if not root.is_file():
         return list_images(root)
-    return list(by_name((name, Packed(root, name)) for name in list_packed(root, "/")).values())
+    return list(index_by_name((name, Packed(root, name)) for name in list_packed(root, "/")).values())
 
 
 def list_packed(file: Path, group: str) -> list[str]:
@@ -590,7 +590,7 @@ def _packed_file(file: Path):
     """The open file."""
     if file in _open_files:
         return _open_files[file]
-    h5py = optional("h5py")
+    h5py = lazy_import("h5py")
     try:
         content = h5py.File(file)
         known = content.attrs.get("format") == PACK_FORMAT

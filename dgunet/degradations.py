@@ -32,7 +32,7 @@ class Degradation(Protocol):
     image from that image's generator in the list ``own`` (of x's device). Training seeds them so that neither the
     number of processes nor that of accumulation steps changes a measurement.
 
-    Where a measurement y tells which of several operators made it, ``matching(y)`` is that one, and the network
+    Where a measurement y tells which of several operators made it, ``for_measurements(y)`` is that one, and the network
     computes with it. Where a validation is to measure otherwise than by ``measure``, ``validated`` lists the
     degradations that each image is measured with in turn.
     """
@@ -79,7 +79,7 @@ class BlockSampling(nn.Module):
             (11, 41, 103, 256, 512 for 1, 4, 10, 25, 50 % of 32x32).
         block: side of a block in pixels.
         learned: whether the matrix is trained with the network (the original's code) or fixed (the paper's text).
-        matrix: (M, block^2) values to start from, see `start_matrix`; default Xavier normal if learned, else a
+        matrix: (M, block^2) values to start from, see `init_sampling_matrix`; default Xavier normal if learned, else a
             Gaussian with orthonormal rows.
     """
 
@@ -88,7 +88,7 @@ class BlockSampling(nn.Module):
     def __init__(self, ratio: float = 0.25, block: int = 32, learned: bool = True, matrix: Tensor | None = None):
         super().__init__()
         if matrix is None:
-            matrix = start_matrix("xavier" if learned else "orthonormal", ratio, block)
+            matrix = init_sampling_matrix("xavier" if learned else "orthonormal", ratio, block)
         elif block < 1 or matrix.dim() != 2 or matrix.shape[1] != block**2:
             raise ValueError(
                 f"a sampling matrix for {block}x{block} blocks is (M, {block**2}), got {tuple(matrix.shape)}"
@@ -134,7 +134,7 @@ class BlockSampling(nn.Module):
         Raises:
             UserError: another ratio.
         """
-        if ratio is not None and rows_of(ratio, self.block) != len(self.matrix):
+        if ratio is not None and num_rows(ratio, self.block) != len(self.matrix):
             raise UserError(
                 f"the ratio {ratio:g} is not this network's, which is for {self.percent} alone; give weights of "
                 'another, or train one for a range, MODEL.RATIO "[0.01, 0.5]"'
@@ -150,7 +150,7 @@ class BlockSampling(nn.Module):
         """The constructor's arguments that its tensors do not tell."""
         return {"block": self.block, "learned": self.learned}
 
-    def keeps(self, weights: dict[str, Tensor]) -> bool:
+    def keep_on_load(self, weights: dict[str, Tensor]) -> bool:
         """Whether its tensors stay when training starts from a network's weights: of another ratio, or a user's own."""
         given = weights.get("degradation.matrix", self.matrix)
         own = not self.learned and self.start not in STARTS
@@ -203,13 +203,13 @@ class ScalableSampling(BlockSampling):
             return self
         if not self.covers(ratio):
             raise UserError(f"the ratio {ratio:g} is not one of this network's, which is for {self.percent}")
-        return self._first(rows_of(ratio, self.block))
+        return self._first(num_rows(ratio, self.block))
 
     def covers(self, ratio: float) -> bool:
         """Whether a ratio, in (0, 1], is in the range."""
-        return self.lowest <= rows_of(ratio, self.block) <= len(self.matrix)
+        return self.lowest <= num_rows(ratio, self.block) <= len(self.matrix)
 
-    def matching(self, y: Tensor) -> FirstRows:
+    def for_measurements(self, y: Tensor) -> FirstRows:
         """The rows that made a measurement, (B, M, h, w).
 
         Raises:
@@ -240,9 +240,9 @@ class ScalableSampling(BlockSampling):
         return self._first(min(int(rows), end - 1)).A(x)
 
     @property
-    def validated(self) -> list[FirstRows]:
+    def validation_ratios(self) -> list[FirstRows]:
         """At the paper's ratios that are in the range, or at its ends where none is."""
-        inside = [rows_of(ratio, self.block) for ratio in RATIOS if self.covers(ratio)]
+        inside = [num_rows(ratio, self.block) for ratio in RATIOS if self.covers(ratio)]
         return [self._first(m) for m in inside or sorted({self.lowest, len(self.matrix)})]
 
     @property
@@ -315,7 +315,7 @@ class Blur(nn.Module):
     def settings(self) -> dict:
         return {"noise": self.noise} if self.noise else {}
 
-    def keeps(self, weights: dict[str, Tensor]) -> bool:
+    def keep_on_load(self, weights: dict[str, Tensor]) -> bool:
         return True  # of two kernels the config's is meant
 
     def _taps(self, x: Tensor) -> Tensor:
@@ -396,9 +396,9 @@ KINDS = {
 }
 
 
-def matching(degradation: Degradation, y: Tensor) -> Degradation:
+def for_measurements(degradation: Degradation, y: Tensor) -> Degradation:
     """The operator that made a measurement: one of ``degradation``'s where it knows several, or itself."""
-    return degradation.matching(y) if hasattr(degradation, "matching") else degradation
+    return degradation.for_measurements(y) if hasattr(degradation, "for_measurements") else degradation
 
 
 def describe_degradation(degradation: Degradation | None) -> dict | None:
@@ -422,7 +422,7 @@ def rebuild_degradation(description: dict, tensors: dict[str, Tensor]) -> Degrad
     return degradation
 
 
-def named_degradation(cfg, train_set=None) -> Degradation | None:
+def degradation_from_config(cfg, train_set=None) -> Degradation | None:
     """The known degradation that MODEL.DEGRADATION of a config names; None where it is to be learned.
 
     Raises:
@@ -445,7 +445,9 @@ def named_degradation(cfg, train_set=None) -> Degradation | None:
         raise UserError(f"MODEL.KERNEL {kernel}: {error}") from error
 
 
-def start_matrix(start: str, ratio: float, block: int = 32, blocks: Callable[[], Tensor] | None = None) -> Tensor:
+def init_sampling_matrix(
+    start: str, ratio: float, block: int = 32, blocks: Callable[[], Tensor] | None = None
+) -> Tensor:
     """A sampling matrix (M, block^2), M = ceil(ratio * block^2), for `BlockSampling` to begin with.
 
     Args:
@@ -459,7 +461,7 @@ def start_matrix(start: str, ratio: float, block: int = 32, blocks: Callable[[],
     Raises:
         ValueError: an unknown start, a ratio out of range, or fewer blocks than rows.
     """
-    rows = rows_of(ratio, block)
+    rows = num_rows(ratio, block)
     if start == "xavier":
         return nn.init.xavier_normal_(torch.empty(rows, block**2))
     if start == "orthonormal":
@@ -475,7 +477,7 @@ def start_matrix(start: str, ratio: float, block: int = 32, blocks: Callable[[],
     raise ValueError(f"a matrix starts from {', '.join(STARTS)}, got {start!r}")
 
 
-def rows_of(ratio: float, block: int) -> int:
+def num_rows(ratio: float, block: int) -> int:
     """How many rows a sampling matrix has, ceil(ratio * block^2).
 
     Raises:
@@ -488,10 +490,10 @@ def rows_of(ratio: float, block: int) -> int:
 
 
 def percentage(rows: int, block: int) -> str:
-    """The ratio of so many rows in percent, with as few decimals as tell it: 11 of 1024 are ``1``, see `rows_of`."""
+    """The ratio of so many rows in percent, with as few decimals as tell it: 11 of 1024 are ``1``, see `num_rows`."""
     exact = 100 * rows / block**2
     shorter = (math.floor(exact * 10**decimals) / 10**decimals for decimals in range(6))
-    return f"{next((p for p in shorter if p and rows_of(p / 100, block) == rows), exact):g}"
+    return f"{next((p for p in shorter if p and num_rows(p / 100, block) == rows), exact):g}"
 
 
 def _cosines(block: int, rows: int) -> Tensor:
@@ -522,8 +524,8 @@ def block_sampling(
         return BlockSampling(ratio, block, learned, matrix)
     if len(ratio) != 2 or not ratio[0] <= ratio[1]:
         raise ValueError(f"a range of ratios is (lowest, highest), got {ratio!r:.100}")
-    matrix = start_matrix("dct", ratio[1], block) if matrix is None else matrix
-    return ScalableSampling(rows_of(ratio[0], block), block, learned, matrix)
+    matrix = init_sampling_matrix("dct", ratio[1], block) if matrix is None else matrix
+    return ScalableSampling(num_rows(ratio[0], block), block, learned, matrix)
 
 
 def sampling_operator(
@@ -538,10 +540,10 @@ def sampling_operator(
     Args:
         ratio: measurements per pixel, in (0, 1]; or the lowest and the highest, for all between them.
         matrix: ``"learned"`` (trained with the network) or ``"fixed"``.
-        start: what it starts from, or stays: a name that `start_matrix` knows, or a .npy file with (M, block^2) values,
-            which set the ratio, of a range the highest. Empty: dct for a range; else xavier for a learned matrix,
-            orthonormal for a fixed one.
-        blocks: for a start from principal components, see `start_matrix`.
+        start: what it starts from, or stays: a name that `init_sampling_matrix` knows, or a .npy file with (M, block^2)
+            values, which set the ratio, of a range the highest. Empty: dct for a range; else xavier for a learned
+            matrix, orthonormal for a fixed one.
+        blocks: for a start from principal components, see `init_sampling_matrix`.
         block: side of a block in pixels; None for that of the file's blocks.
 
     Raises:
@@ -555,7 +557,7 @@ def sampling_operator(
     begun = start or ("xavier" if learned else "orthonormal")
     try:
         if begun in STARTS:
-            values = start_matrix(begun, ratio[-1] if scalable else ratio, block, blocks)
+            values = init_sampling_matrix(begun, ratio[-1] if scalable else ratio, block, blocks)
         else:
             values = torch.from_numpy(read_array(Path(begun)))
             block = block or math.isqrt((values.shape or (0,))[-1])

@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgunet import images
+from dgunet import photos
 from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import to_tensor
 from dgunet.degradations import BlockSampling, FirstRows, ScalableSampling, percentage
-from dgunet.errors import UserError, explain, optional
-from dgunet.figures import stages_of
+from dgunet.errors import UserError, describe_error, lazy_import
+from dgunet.figures import restore_stages
 from dgunet.hardware import autocast_dtype, pick_device
 from dgunet.metrics import evaluate_pair
 from dgunet.model import DGUNet
-from dgunet.photos import noise_level, tell_sigmas, trained_noise, unlike_noise
+from dgunet.photos import estimate_sigma, format_sigma, noise_mismatch, trained_sigma_range
 from dgunet.pretrained import list_pretrained
 from dgunet.samples import MIN_SIDE, sample_photos
 from dgunet.synthesis import Degrade, added_rain, degrade_image, gaussian_noise, motion_blur, sensor_noise
@@ -89,7 +89,7 @@ class Network:
     noise_sigma: tuple[float, float] | None = None
 
 
-def shipped() -> list[Network]:
+def list_networks() -> list[Network]:
     """The networks that come with dgunet, those of one task from the fewest measurements to the most."""
     return [
         Network(
@@ -127,12 +127,12 @@ def run(args: argparse.Namespace):
         raise UserError(f"--port is from 1 to {2**16 - 1}, got {args.port}")
     port = _free_port(args.host, args.port)
     device = pick_device(args.device)
-    networks = [*(_own(text, device) for text in args.weights), *shipped()]
+    networks = [*(_load_own_network(text, device) for text in args.weights), *list_networks()]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="dgunet_demo_", ignore_cleanup_errors=True) as folder:
         # Gradio reads these when it is imported; it looks for Matplotlib's backend, which otherwise lists all fonts.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "MPLBACKEND": "agg"}
-        gr = optional("gradio")
+        gr = lazy_import("gradio")
         app = build(networks, device, round(1e6 * args.megapixels))
         app.queue(default_concurrency_limit=4, max_size=40)
         url = app.launch(
@@ -170,11 +170,11 @@ def _has_display() -> bool:
     return os.name == "nt" or os.uname().sysname == "Darwin" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ))
 
 
-def _own(text: str, device: torch.device) -> Network:
+def _load_own_network(text: str, device: torch.device) -> Network:
     task, separator, path = text.partition("=")
     if not separator or task not in TASKS:
         raise UserError(f"--weights takes TASK=FILE, the task one of {', '.join(TASKS)}; got {text!r:.100}")
-    network = Network(Path(path).stem, task, Path(path), noise_sigma=trained_noise(read_checkpoint(path)))
+    network = Network(Path(path).stem, task, Path(path), noise_sigma=trained_sigma_range(read_checkpoint(path)))
     known = load(network, device).degradation
     if not (isinstance(known, BlockSampling) if task == "compressive_sensing" else known is None):
         raise UserError(f"{path}: the tab for {task} cannot show a network of the degradation {type(known).__name__}")
@@ -193,28 +193,28 @@ def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
         UserError: it cannot be read, is too small or too large.
     """
     try:
-        height, width, _ = images.look_at(path)
+        height, width, _ = photos.probe(path)
         if height * width > MAX_READ:
             most = f"more than the {MAX_READ / 1e6:.0f} million that the demo reads"
             raise UserError(f"{path} has {width}x{height} pixels, {most}; make it smaller")
         if min(height, width) < MIN_SIDE:
             raise UserError(f"{path} has {width}x{height} pixels; the demo needs at least {MIN_SIDE}x{MIN_SIDE}")
-        image = images.read_photo(path)
+        photo = photos.read_photo(path)
     except UserError as error:
         raise UserError(str(error).replace(str(path), "This file")) from error
-    image, changed = unit_range(image.pixels), []
-    if image.pixels.dtype == np.uint16:
-        image = (image.pixels / 65535).astype(np.float32)
+    image, changed = unit_range(photo.pixels), []
+    if photo.pixels.dtype == np.uint16:
+        image = (photo.pixels / 65535).astype(np.float32)
         changed.append("rounded to 8 bits")
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
-    if image.alpha is not None:
-        alpha = image.alpha[..., None] / np.float32(np.iinfo(image.alpha.dtype).max)
+    if photo.alpha is not None:
+        alpha = photo.alpha[..., None] / np.float32(np.iinfo(photo.alpha.dtype).max)
         image = alpha * image + (1 - alpha)
         changed.append("laid on white")
     if (scale := (pixels / (height * width)) ** 0.5) < 1:
         before, after = image.shape[:2], [max(int(scale * side), 1) for side in image.shape[:2]]
-        image = optional("cv2").resize(image, after[::-1], interpolation=optional("cv2").INTER_AREA)
+        image = lazy_import("cv2").resize(image, after[::-1], interpolation=lazy_import("cv2").INTER_AREA)
         changed.append(
             f"scaled from {before[1]}x{before[0]} to {after[1]}x{after[0]} pixels, so that it does not take long "
             "(the command line restores images of any size)"
@@ -225,7 +225,7 @@ def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
 @cache
 def examples() -> dict[str, np.ndarray]:
     """Photographs that come with scikit-image, none of which a shipped network has seen: (H, W, 3) uint8 by name."""
-    Image = optional("PIL.Image")
+    Image = lazy_import("PIL.Image")
     found = {}
     for split, names in EXAMPLES.items():
         for photo in sample_photos(split):
@@ -244,7 +244,7 @@ def degrade(task: str, image: np.ndarray, way: str | None, strength: float, seed
     """What the network is given of an image (H, W, 3) uint8, of the same shape; of compressive sensing its luminance
     (H, W), which is then measured."""
     if task == "compressive_sensing":
-        return np.asarray(optional("PIL.Image").fromarray(image).convert("L"))
+        return np.asarray(lazy_import("PIL.Image").fromarray(image).convert("L"))
     if way == AS_IT_IS:
         return image
     return degrade_image(image, TASKS[task].ways[way](strength), int(seed), "demo")
@@ -266,7 +266,7 @@ ABOUT = """## DGUNet restores images by proximal gradient descent, unrolled into
 
 def build(networks: list[Network], device: torch.device, pixels: int):
     """The page, a `gradio.Blocks`, for these networks; images of more than so many pixels are scaled down."""
-    gr = optional("gradio")
+    gr = lazy_import("gradio")
     with gr.Blocks(title="DGUNet", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(ABOUT)
         for name, task in TASKS.items():
@@ -290,7 +290,7 @@ class _Tab:
         self.sensing = name == "compressive_sensing"
 
     def build(self):
-        gr = optional("gradio")
+        gr = lazy_import("gradio")
         task, sensing, photos = self.task, self.sensing, examples()
         ways = [*task.ways, AS_IT_IS]
         network = "25 %" if "25 %" in self.networks else next(iter(self.networks))
@@ -304,7 +304,10 @@ class _Tab:
                     selected_index=list(photos).index(task.example),
                 )  # fmt: skip
                 own = gr.File(
-                    label="or an image of your own", file_types=["image"], height=120, elem_id=f"{self.name}_own"
+                    label="or an image of your own",
+                    file_types=["image"],
+                    height=120,
+                    elem_id=f"{self.name}_load_own_network",
                 )
                 note = gr.Markdown(elem_id=f"{self.name}_note")
                 way = gr.Radio(ways, value=ways[0], label="Degrade it by", visible=not sensing)
@@ -373,7 +376,7 @@ class _Tab:
 
     def take(self, path, image):
         """The visitor's own image, or the former one with a sentence on why it cannot be used."""
-        gr = optional("gradio")
+        gr = lazy_import("gradio")
         try:
             return *read_photo(path, self.pixels), gr.update(selected_index=None)
         except UserError as error:
@@ -381,7 +384,7 @@ class _Tab:
 
     def fitting(self, way, label):
         """Which sliders matter; and for the kind of noise the network that is for it, unless one's own is chosen."""
-        update, gaussian = optional("gradio").update, way == "Gaussian noise"
+        update, gaussian = lazy_import("gradio").update, way == "Gaussian noise"
         if self.name == "denoising" and way != AS_IT_IS and self.networks[label].told:
             for_this = (name for name, n in self.networks.items() if n.told and (n.noise_sigma is not None) == gaussian)
             label = label if (self.networks[label].noise_sigma is not None) == gaussian else next(for_this, label)
@@ -395,22 +398,22 @@ class _Tab:
         if self.sensing:
             operator, ratio = load(network, self.device).degradation, self.ratio(label, percent)
             operator = operator.at(ratio)
-            pair = given, start_of(operator, given)
+            pair = given, initial_estimate(operator, given)
             text = (
                 f"Left the luminance, right Aᵀy of {len(operator.matrix)} measurements a block of "
                 f"{operator.block}x{operator.block}: **{psnr(*pair):.2f} dB**."
             )
         elif way == AS_IT_IS:
-            pair, text = (given, given), "The image as it is. " + _unlike(network, given)
+            pair, text = (given, given), "The image as it is. " + _noise_warning(network, given)
         else:
             pair = image, given
             text = f"Left the original, right with {way}: **{psnr(*pair):.2f} dB**. "
-            text += _unlike(network, given, strength if way == "Gaussian noise" else None)
-        update = optional("gradio").update
+            text += _noise_warning(network, given, strength if way == "Gaussian noise" else None)
+        update = lazy_import("gradio").update
         return pair, f"{text} Press **Restore**.", update(visible=False), "", None
 
     def restore(self, image, way, strength, seed, label, percent, progress):
-        gr = optional("gradio")
+        gr = lazy_import("gradio")
         try:
             given = degrade(self.name, image, way, strength, seed)
             model = load(self.networks[label], self.device)
@@ -418,10 +421,10 @@ class _Tab:
             bf16 = autocast_dtype("auto", self.device) is not None  # where it is faster
             told = lambda done, doing: progress(done, desc=doing)  # noqa: E731
             ratio = self.ratio(label, percent)
-            stages = stages_of(model, given, bf16=bf16, tile=TILE, overlap=OVERLAP, ratio=ratio, told=told)
+            stages = restore_stages(model, given, bf16=bf16, tile=TILE, overlap=OVERLAP, ratio=ratio, told=told)
             seconds = time.perf_counter() - begin
         except Exception as error:
-            if (told := explain(error)) is None:
+            if (told := describe_error(error)) is None:
                 raise
             return gr.skip(), f"⚠️ {told}", gr.skip(), gr.skip(), gr.skip()
         truth = given if self.sensing else None if way == AS_IT_IS else image
@@ -435,7 +438,7 @@ class _Tab:
     def show(self, found, k):
         """One of the stages beside x_0."""
         if found is None:
-            return optional("gradio").skip()
+            return lazy_import("gradio").skip()
         k, last = int(k), len(found.stages) - 1
         before = "Aᵀy" if self.sensing else "degraded" if found.scores else "the image"
         score = [f", **{score:.2f} dB**" for score in found.scores] or [""] * (last + 1)
@@ -453,7 +456,7 @@ class Found:
     took: str
 
 
-def start_of(operator: BlockSampling | FirstRows, luma: np.ndarray) -> np.ndarray:
+def initial_estimate(operator: BlockSampling | FirstRows, luma: np.ndarray) -> np.ndarray:
     """A_adjoint(A(x)) of a luminance (H, W), as uint8."""
     height, width = luma.shape
     with torch.inference_mode():
@@ -478,15 +481,15 @@ def _by_label(networks: list[Network]) -> dict[str, Network]:
     return found
 
 
-def _unlike(network: Network, given: np.ndarray, sigma: float | None = None) -> str:
+def _noise_warning(network: Network, given: np.ndarray, sigma: float | None = None) -> str:
     """A sentence where an image has other Gaussian noise than the network was trained for."""
     if network.noise_sigma is None:
         return ""
-    level = 255 * noise_level(unit_range(given)) if sigma is None else sigma
-    effect = {"weaker": "it blurs", "stronger": "it leaves some"}.get(unlike_noise(level, network.noise_sigma))
+    level = 255 * estimate_sigma(unit_range(given)) if sigma is None else sigma
+    effect = {"weaker": "it blurs", "stronger": "it leaves some"}.get(noise_mismatch(level, network.noise_sigma))
     if effect is None:
         return ""
-    trained = tell_sigmas(network.noise_sigma)
+    trained = format_sigma(network.noise_sigma)
     seems = "The noise seems to be" if sigma is None else "This is"
     return f"{seems} of sigma {level:.0f}, but the network was trained for {trained}: {effect}. "
 

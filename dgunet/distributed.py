@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  imported later, by DistributedDataParallel, it would keep the group for ever
 from torch import Tensor
 
-from dgunet.errors import UserError, optional, run_cli, told_in_one_line
+from dgunet.errors import UserError, friendly_errors, lazy_import, run_cli
 from dgunet.hardware import training_device
 
 
@@ -40,7 +40,7 @@ def launch(function: Callable, cfg, *args):
         if gpus and here > gpus:
             raise UserError(f"torchrun starts {here} processes here for {gpus} GPUs; use --nproc_per_node {gpus}")
         if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, other launchers may not
-            _share_threads(cfg, here)
+            _set_num_threads(cfg, here)
         return _run(function, cfg, args, group=True)
     if processes == 1:
         return _run(function, cfg, args, group=False)
@@ -51,13 +51,13 @@ def launch(function: Callable, cfg, *args):
         _child, args=(processes, port, function, cfg, args), nprocs=processes, join=False, start_method="spawn"
     )
 
-    def pass_on(received, _):
+    def forward_signal(received, _):
         for process in context.processes:
             if process.is_alive():  # the others have no number any more
                 os.kill(process.pid, received)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+        signal.signal(number, forward_signal)
     try:
         while not context.join(grace_period=10):
             pass
@@ -90,12 +90,12 @@ def _child(local_rank: int, processes: int, port: int, function: Callable, cfg, 
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes), RANK=str(local_rank),
         LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(processes),
     )  # fmt: skip
-    _share_threads(cfg, processes)
-    with told_in_one_line():
+    _set_num_threads(cfg, processes)
+    with friendly_errors():
         _run(function, cfg, args, group=True)
 
 
-def _share_threads(cfg, processes: int):
+def _set_num_threads(cfg, processes: int):
     """Each of the processes on this machine's CPU gets its share of the threads."""
     if training_device(cfg).type == "cpu":
         torch.set_num_threads(max(torch.get_num_threads() // processes, 1))
@@ -110,7 +110,7 @@ def _run(function: Callable, cfg, args, group: bool):
         return function(cfg, *args)
     try:
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
-        with _ending_together():
+        with _terminate_together():
             function(cfg, *args)
     except SystemExit as stop:
         traceback.clear_frames(stop.__traceback__)  # they hold what used the group
@@ -124,7 +124,7 @@ def _run(function: Callable, cfg, args, group: bool):
 
 
 @contextlib.contextmanager
-def _ending_together():
+def _terminate_together():
     """Around what the processes of a group do: the first to fail says why, and all end at once with its exit status.
 
     The others might wait for it in NCCL, deaf to signals. So each has a thread that looks for a failure in the group's
@@ -183,7 +183,7 @@ def _report(error: BaseException) -> int:
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path, what: str, advice: str = "", wait: bool = False):
+def lock_dir(folder: Path, what: str, advice: str = "", wait: bool = False):
     """Lock an existing folder for this process: the lock ends with the ``with``, or with the process however it ends.
 
     Args:
@@ -195,7 +195,7 @@ def sole_writer(folder: Path, what: str, advice: str = "", wait: bool = False):
     Raises:
         UserError: another process holds the lock.
     """
-    filelock = optional("filelock")
+    filelock = lazy_import("filelock")
     # Not a lock that is a file's existence: that would outlive a killed process.
     lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
     try:

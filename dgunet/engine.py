@@ -21,15 +21,15 @@ from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.config import changed_keys, format_config
 from dgunet.data import changed_items, fingerprint
 from dgunet.degradations import percentage
-from dgunet.errors import UserError, shorten
-from dgunet.learner import Counts, Learner
+from dgunet.errors import UserError, shorten_list
 from dgunet.metrics import psnr_batch
-from dgunet.model import DGUNet, FromImages
-from dgunet.patches import EpochBatches, TrainingSet, ValidationSet, loading
-from dgunet.runlog import RunLog, describe
+from dgunet.model import DGUNet, MeasureThenRestore
+from dgunet.patches import ResumableBatchSampler, TrainingSet, ValidationSet, make_dataloader
+from dgunet.runlog import RunLogger, describe
 from dgunet.schedule import EpochSchedule, validation_steps
 from dgunet.state import cannot_be_resumed, check_state
-from dgunet.transforms import centre, unit_range
+from dgunet.train_state import StepCounts, TrainState
+from dgunet.transforms import center_crop, unit_range
 
 log = logging.getLogger("dgunet")
 
@@ -56,7 +56,7 @@ _STATES = ("model_latest.pth", "model_best.pth")
 _LATE = 5
 
 
-def state_to_resume(cfg) -> Path | None:
+def checkpoint_to_resume(cfg) -> Path | None:
     """The state that a run is to continue from, if there is one."""
     states = [_run_folder(cfg) / name for name in _STATES]
     return next((path for path in states if cfg.TRAINING.RESUME and path.exists()), None)
@@ -66,8 +66,8 @@ class Trainer:
     """Trains a model as a config says, and keeps everything needed to continue exactly where it stopped.
 
     In the run's folder, SAVE_DIR/SESSION: ``model_latest.pth`` (the whole training state), ``model_best.pth`` (the same
-    at the best validation), ``model_epoch_N.pth`` (weights of each validation), ``config.yaml``, what `RunLog` writes,
-    and ``.lock``, by which only one training at once writes there. Nothing is looked at there before `take_up`, nor
+    at the best validation), ``model_epoch_N.pth`` (weights of each validation), ``config.yaml``, what `RunLogger`
+    writes, and ``.lock``, by which only one training at once writes there. Nothing is read there before `resume`, nor
     written before `fit`.
 
     Args:
@@ -89,17 +89,17 @@ class Trainer:
                 f"OPTIM.BATCH_SIZE is the total and must be a multiple of {self.world} processes times "
                 f"{cfg.OPTIM.ACCUMULATE} accumulation steps, got {cfg.OPTIM.BATCH_SIZE}"
             )
-        self.batches = EpochBatches(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
-        self.learner = Learner(cfg, model)
-        self.device = self.learner.device
-        self.schedule = EpochSchedule(self.learner.optimizer, cfg.OPTIM)
+        self.batches = ResumableBatchSampler(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
+        self.train_state = TrainState(cfg, model)
+        self.device = self.train_state.device
+        self.schedule = EpochSchedule(self.train_state.optimizer, cfg.OPTIM)
 
         self.epoch, self.step = 1, 0  # the epoch under way and the steps done in it
         self.best = {"psnr": float("-inf"), "epoch": 0}
         self.last_psnr = float("nan")
         self.validation_due = False  # that of the last step was interrupted
         self.rollbacks = 0  # to good weights, after steps without a finite loss
-        self.log = RunLog(self.folder, cfg.MODEL.SESSION, cfg.OPTIM.NUM_EPOCHS, self.batches.steps, self.main)
+        self.log = RunLogger(self.folder, cfg.MODEL.SESSION, cfg.OPTIM.NUM_EPOCHS, self.batches.steps, self.main)
         self.resumed: Path | None = None  # the file that the run was continued from
         self.changed: list[str] = []  # keys of the config that were others then
         self.validation_changed = False  # its images, or what it does with them
@@ -107,7 +107,7 @@ class Trainer:
         self.signal_received = self.stopped = 0  # signals' numbers: this process's, and the one all agree to stop for
         self.signal_time = 0.0
         self.training_since = 0.0  # when the epoch's training began, later by what was spent on other things
-        self.look_every = 1  # steps between two looks at the counters, which make the CPU wait for the device
+        self.sync_interval = 1  # steps between two looks at the counters, which make the CPU wait for the device
         self.last_save = time.monotonic()
 
     # --------------------------------------------------------------------------------------------------------- a run
@@ -119,23 +119,23 @@ class Trainer:
         after the first, ends the run at once.
 
         Raises:
-            UserError: another training is at work in the folder; as `take_up` does; an image that cannot be used;
+            UserError: another training is at work in the folder; as `resume` does; an image that cannot be used;
                 too many steps in a row without a finite loss.
         """
-        with self._alone_in_folder():
-            self.take_up()
+        with self._lock_run_dir():
+            self.resume()
             describe(self)
             if self.main:
                 _ = self.data, self.val_data  # as they are now, before the first step
                 (self.folder / "config.yaml").write_text(format_config(self.cfg) + "\n")
-            self.learner.join_group()
-            with self.log, self._signals_noted(), self._loading() as loader:
+            self.train_state.wrap_ddp()
+            with self.log, self._graceful_shutdown(), self._make_dataloader() as loader:
                 for note in self.notes:
                     log.info(note)
                 if self.resumed is not None:
                     log.info("continuing %s: epoch %d, step %d", self.resumed, self.epoch, self.step)
                 else:
-                    self.learner.keep_good_weights()
+                    self.train_state.save_rollback_weights()
                 if self.step == self.batches.steps and not self.validation_due:  # saved at the end of an epoch
                     self._next_epoch()
                 while self.epoch <= self.cfg.OPTIM.NUM_EPOCHS and self._run_epoch(loader):
@@ -158,18 +158,20 @@ class Trainer:
                 self._validate_and_save(rate)
             self.training_since = time.monotonic()
             for input, target in () if self.stopped else loader:
-                self.learner.train_step(self.learner.move(input), self.learner.move(target), (self.epoch, self.step))
+                self.train_state.train_step(
+                    self.train_state.to_device(input), self.train_state.to_device(target), (self.epoch, self.step)
+                )
                 self.step += 1
                 bar.update()
-                if self.step % self.look_every and self.step != steps and self.step not in validations:
+                if self.step % self.sync_interval and self.step != steps and self.step not in validations:
                     continue
-                counts = self.learner.counters.read()  # waits for the device
+                counts = self.train_state.counters.read()  # waits for the device
                 seconds = (time.monotonic() - self.training_since) / (self.step - first)
                 rate = cfg.OPTIM.BATCH_SIZE / seconds
-                self._tell_progress(bar, counts, rate, seconds)
-                self._act_on_bad_steps(counts)
-                self._agree_on_stopping(seconds)
-                with self._not_training():
+                self._log_progress(bar, counts, rate, seconds)
+                self._handle_skipped_steps(counts)
+                self._sync_stop_flag(seconds)
+                with self._eval_mode():
                     due = time.monotonic() - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES
                     if self.step in validations:
                         self._validate_and_save(rate)
@@ -189,33 +191,33 @@ class Trainer:
 
     def _next_epoch(self):
         self.epoch, self.step = self.epoch + 1, 0
-        self.learner.counters.next_epoch()
+        self.train_state.counters.next_epoch()
 
     @contextlib.contextmanager
-    def _not_training(self):
+    def _eval_mode(self):
         """What is done within does not count for the images that are trained on in a second."""
         before = time.monotonic()
         yield
         self.training_since += time.monotonic() - before
 
-    def _tell_progress(self, bar, counts: Counts, rate: float, seconds: float):
+    def _log_progress(self, bar, counts: StepCounts, rate: float, seconds: float):
         psnr = f"{self.last_psnr:.2f}" if self.last_psnr == self.last_psnr else "-"
-        status = f"loss {counts.mean_loss:.4f}, PSNR {psnr}, lr {self.learner.rate:.1e}, {rate:.1f} images/s"
+        status = f"loss {counts.mean_loss:.4f}, PSNR {psnr}, lr {self.train_state.lr:.1e}, {rate:.1f} images/s"
         self.log.progress(bar, self.epoch, self.step, status, seconds)
 
-    def _act_on_bad_steps(self, counts: Counts):
+    def _handle_skipped_steps(self, counts: StepCounts):
         """After some steps in a row without a finite loss go back to good weights, after too many give up."""
         optim, bad = self.cfg.OPTIM, counts.skipped_in_a_row
         may_roll_back = optim.ROLLBACK_AFTER_BAD_STEPS < optim.MAX_BAD_STEPS and self.rollbacks < optim.MAX_ROLLBACKS
         due = may_roll_back and 0 < optim.ROLLBACK_AFTER_BAD_STEPS <= bad
-        if due and self.learner.roll_back():
+        if due and self.train_state.roll_back():
             self.rollbacks += 1
             self.schedule.lower(optim.ROLLBACK_LR_FACTOR)
             log.info(
                 "epoch %d, step %d: loss or gradient was not finite in %d steps in a row; rolled back to the %s, "
                 "cleared Adam's moments and lowered the lr to %.2e (rollback %d of at most %d)",
                 self.epoch, self.step, bad, "averaged weights" if optim.EMA_DECAY else "last good weights",
-                self.learner.rate, self.rollbacks, optim.MAX_ROLLBACKS,
+                self.train_state.lr, self.rollbacks, optim.MAX_ROLLBACKS,
             )  # fmt: skip
         elif bad >= optim.MAX_BAD_STEPS:
             best = self.folder / "model_best.pth"
@@ -227,7 +229,7 @@ class Trainer:
                 "images"
             )
 
-    def _agree_on_stopping(self, seconds: float):
+    def _sync_stop_flag(self, seconds: float):
         """A signal may have reached only some of the processes; nor are their steps equally fast."""
         agreed = torch.tensor([self.signal_received, seconds], dtype=torch.float64, device=self.device)
         if dist.is_initialized():
@@ -235,7 +237,7 @@ class Trainer:
         self.stopped, seconds = int(agreed[0]), agreed[1].item()
         # Often enough to stop within some seconds; on the CPU a look costs nothing.
         if seconds:
-            self.look_every = 1 if self.device.type == "cpu" else max(1, min(20, int(3 / seconds)))
+            self.sync_interval = 1 if self.device.type == "cpu" else max(1, min(20, int(3 / seconds)))
 
     @torch.inference_mode()
     def validate(self) -> float | None:
@@ -244,32 +246,34 @@ class Trainer:
         Images that are restored exactly, whose PSNR is infinite, are left out of the mean, and counted in the log; only
         where all are is it infinite. None where a signal has interrupted the validation.
         """
-        model = FromImages(self.learner.result)
+        model = MeasureThenRestore(self.train_state.eval_model)
         model.eval()
         torch.backends.cudnn.benchmark = len(self.val_set.sizes) == 1
-        measuring = getattr(model.model.degradation, "validated", [None])  # each image with each of them
+        measuring = getattr(model.model.degradation, "validation_ratios", [None])  # each image with each of them
         scores = torch.zeros(len(self.val_set), len(measuring), dtype=torch.float64, device=self.device)
         mine = range(self.rank, len(self.val_set), self.world)
         subset, done, batch_size = Subset(self.val_set, mine), 0, self._validation_batch()
         rounds = -(-len(range(0, len(self.val_set), self.world)) // batch_size)  # of the process with the most images
-        loaded = loading(subset, self.cfg.TRAINING.WORKERS, batch_size=batch_size)
+        loaded = make_dataloader(subset, self.cfg.TRAINING.WORKERS, batch_size=batch_size)
         with torch.random.fork_rng(range(torch.cuda.device_count())), loaded as loader:
             batches = iter(loader)
             for k in range(rounds):
                 for input, target in itertools.islice(batches, 1):
                     indices = list(mine)[done : done + len(input)]
-                    x = self.learner.move(input.flatten(0, -4))  # blocks as images of their own
+                    x = self.train_state.to_device(input.flatten(0, -4))  # blocks as images of their own
                     for which, operator in enumerate(measuring):
                         # Random measurements are the same each time, whatever the processes.
-                        draws = () if operator else self.learner.draws((indices[0],), [(i,) for i in indices])
-                        with self.learner.autocast():
+                        draws = (
+                            () if operator else self.train_state.random_draws((indices[0],), [(i,) for i in indices])
+                        )
+                        with self.train_state.autocast():
                             restored = model(x, *draws, measuring=operator)[0]
-                        truth = centre(target, *restored.shape[-2:])
+                        truth = center_crop(target, *restored.shape[-2:])
                         truth = unit_range(truth.to(self.device)).flatten(1, -3)  # and side by side again
                         scores[indices, which] = psnr_batch(restored.float().reshape(truth.shape), truth).double()
                     done += len(input)
                 if k + 1 < rounds:
-                    self._agree_on_stopping(0.0)
+                    self._sync_stop_flag(0.0)
                 if self.stopped:
                     break
         model.train()
@@ -290,10 +294,12 @@ class Trainer:
     def _validation_batch(self) -> int:
         """Images at once: no more pixels than in a training pass, as far as they are of one size."""
         sizes = self.val_set.sizes
-        if len(sizes) > 1 or (self.learner.measured and not hasattr(self.learner.model.degradation, "validated")):
+        if len(sizes) > 1 or (
+            self.train_state.measured and not hasattr(self.train_state.model.degradation, "validation_ratios")
+        ):
             return 1
         pixels = max(map(math.prod, sizes))
-        return max(1, self.learner.share * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
+        return max(1, self.train_state.micro_batch_size * self.cfg.TRAINING.TRAIN_PS**2 // pixels)
 
     def _validate_and_save(self, rate: float):
         """Validate, unless the run ends before the end of that: it is then done when the run is resumed.
@@ -307,7 +313,7 @@ class Trainer:
         if psnr is not None:
             self.last_psnr, self.validation_due = psnr, False
             self._after_validation(rate)
-            self._agree_on_stopping(0.0)
+            self._sync_stop_flag(0.0)
 
     def _after_validation(self, rate: float):
         better = self.last_psnr > self.best["psnr"]
@@ -325,11 +331,11 @@ class Trainer:
 
     def _record(self, rate: float, validated: bool):
         """One row of the history: at each validation, and at the end of an epoch without one."""
-        counts = self.learner.counters.read()
+        counts = self.train_state.counters.read()
         row = {
             "epoch": self.epoch,
             "step": self.step,
-            "lr": self.learner.rate,
+            "lr": self.train_state.lr,
             "loss": counts.mean_loss,
             "psnr": self.last_psnr if validated else None,
             "best_psnr": self.best["psnr"] if self.best["epoch"] else None,
@@ -339,18 +345,18 @@ class Trainer:
         }
         self.log.record(row, self.best["epoch"])
         if counts.skipped_in_a_row == 0 and not (validated and math.isnan(self.last_psnr)):
-            self.learner.keep_good_weights()
+            self.train_state.save_rollback_weights()
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 
-    def take_up(self):
+    def resume(self):
         """Continue the run in the folder, if it is to be continued; one that is not must not be there.
 
         Raises:
             UserError: there is another run, or none to continue; a state that is damaged, or of another network or
                 other data; a folder that not all processes see.
         """
-        path = state_to_resume(self.cfg)
+        path = checkpoint_to_resume(self.cfg)
         found = torch.tensor(float(path is not None), device=self.device)
         everywhere = distributed.sum_over_processes(found).item()
         if everywhere not in (0, self.world):
@@ -365,7 +371,7 @@ class Trainer:
             if self.validation_changed or not (self.folder / "model_best.pth").exists():
                 self.best = {"psnr": float("-inf"), "epoch": 0}
         elif self.main:
-            self._check_that_nothing_is_there()
+            self._check_run_dir_is_free()
 
     def _resume_from(self, path: Path):
         latest, best = (self.folder / name for name in _STATES)
@@ -384,7 +390,7 @@ class Trainer:
         if path == best:
             self.notes.append(f"{latest} is missing: the run is resumed from {best}, which may be older")
 
-    def _check_that_nothing_is_there(self):
+    def _check_run_dir_is_free(self):
         resume, weights = self.cfg.TRAINING.RESUME, [*self.folder.glob("model_*.pth")]
         if weights and resume:
             newest = max(weights, key=lambda path: path.stat().st_mtime)
@@ -400,7 +406,7 @@ class Trainer:
             )
         if resume is True:
             others = sorted(path.parent.name for path in self.folder.parent.glob(f"*/{_STATES[0]}"))
-            there = f" (runs there: {shorten(others)})" if others else ""
+            there = f" (runs there: {shorten_list(others)})" if others else ""
             raise UserError(
                 f"there is no run to resume in {self.folder}; check MODEL.SESSION and TRAINING.SAVE_DIR{there}, or "
                 "begin one with TRAINING.RESUME auto, which resumes it later"
@@ -425,7 +431,7 @@ class Trainer:
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             **self.weights(),
-            **self.learner.state_dict(),
+            **self.train_state.state_dict(),
             "epoch": self.epoch,  # the schedule is a function of this and the config
             "step": self.step,
             "best": self.best,
@@ -446,7 +452,7 @@ class Trainer:
             UserError: it is none, or of another network or other data.
         """
         check_state(state, path)
-        self.learner.load_state_dict(state, path)
+        self.train_state.load_state_dict(state, path)
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.last_psnr = state["best"], state["last_psnr"]
         self.validation_due = state.get("validation_due", False)
@@ -494,7 +500,7 @@ class Trainer:
 
     def weights(self) -> dict:
         """What using the network needs: its weights (the averaged ones where EMA is on), name and config."""
-        result = self.learner.result
+        result = self.train_state.eval_model
         return {"state_dict": result.state_dict(), "model": describe_model(result), "config": self.cfg.dump()}
 
     def save(self, *names: str, state: dict | None = None):
@@ -506,28 +512,28 @@ class Trainer:
 
     def _save_latest(self):
         """Replace ``model_latest.pth``; not while steps are skipped one after the other, perhaps for bad weights."""
-        if self.learner.counters.read().skipped_in_a_row < 2 or not (self.folder / "model_latest.pth").exists():
+        if self.train_state.counters.read().skipped_in_a_row < 2 or not (self.folder / "model_latest.pth").exists():
             self.save("model_latest.pth")
 
     # ------------------------------------------------------------------------------------------------------ plumbing
 
     @contextlib.contextmanager
-    def _alone_in_folder(self):
+    def _lock_run_dir(self):
         """Make the run's folder and lock it, in the main process; the others wait for that."""
         with contextlib.ExitStack() as lock:
             if self.main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 advice = "wait for its end, or give this one its own name with MODEL.SESSION NAME"
-                lock.enter_context(distributed.sole_writer(self.folder, "training", advice))
+                lock.enter_context(distributed.lock_dir(self.folder, "training", advice))
             distributed.barrier()
             yield
 
-    def _loading(self) -> contextlib.AbstractContextManager[DataLoader]:
+    def _make_dataloader(self) -> contextlib.AbstractContextManager[DataLoader]:
         pinned = self.device.type == "cuda"
-        return loading(self.train_set, self.cfg.TRAINING.WORKERS, batch_sampler=self.batches, pin_memory=pinned)
+        return make_dataloader(self.train_set, self.cfg.TRAINING.WORKERS, batch_sampler=self.batches, pin_memory=pinned)
 
     @contextlib.contextmanager
-    def _signals_noted(self):
+    def _graceful_shutdown(self):
         """Within, SIGTERM and Ctrl-C are noted, for the loop to stop at the end of a step; a late second one exits."""
 
         def note(number, _):

@@ -49,23 +49,23 @@ class UserError(ValueError):
 
 def one_line(text: str) -> str:
     """A text, in which names of files may hold anything, as one line that can be printed everywhere."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in _own_words(text))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in _os_error_text(text))
 
 
-def _own_words(message: str) -> str:
+def _os_error_text(message: str) -> str:
     """What an error says; a loading process hands its own on with the traceback, which ends with that, before it."""
     if "\nOriginal Traceback" not in message:
         return message
     return re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
 
 
-def shorten(names: list[str], most: int = 6) -> str:
+def shorten_list(names: list[str], most: int = 6) -> str:
     """The first names of a list, for a message, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(f"{name:.100}" for name in names[:most]) + more
 
 
-def optional(module: str) -> ModuleType:
+def lazy_import(module: str) -> ModuleType:
     """A module that only some functions need.
 
     Raises:
@@ -74,19 +74,19 @@ def optional(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        told = explain(error)
+        told = describe_error(error)
         if told is None:
             raise
         raise ModuleNotFoundError(told, name=error.name) from None
 
 
-def explain(error: BaseException) -> str | None:
+def describe_error(error: BaseException) -> str | None:
     """One line on what is wrong with the user's machine, and what to do; None if that is not what ``error`` shows.
 
     Told are full disks, files that may not be written, missing packages, too little memory, ended loading processes;
     also those that a loading process met, which arrive with its traceback as their message.
     """
-    text = _own_words(str(error)).strip()
+    text = _os_error_text(str(error)).strip()
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
@@ -116,7 +116,7 @@ def explain(error: BaseException) -> str | None:
 
 
 @contextmanager
-def told_in_one_line():
+def friendly_errors():
     """Inside, what `explain` can tell becomes a `UserError`; names that are not UTF-8 can be printed."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -127,7 +127,7 @@ def told_in_one_line():
     except UserError:
         raise
     except Exception as error:
-        told = explain(error)
+        told = describe_error(error)
         if told is None:
             raise
         raise UserError(told) from error
@@ -147,10 +147,10 @@ def command_imports(module: str):
     try:
         yield
     except ModuleNotFoundError as error:
-        told = explain(error)
+        told = describe_error(error)
         if told is None:
             raise
-        _say(f"error: {told}")
+        _print_error(f"error: {told}")
         sys.exit(2)
 
 
@@ -162,20 +162,20 @@ def run_cli(main):
     """
     _open_closed_streams()
     try:
-        with told_in_one_line():
+        with friendly_errors():
             try:
                 status = main()
             except SystemExit as stop:  # argparse's --help prints, too
                 status = stop.code
             sys.stdout.flush()  # a reader that has left, or a full disk, shows here and not while the interpreter ends
     except UserError as error:
-        if isinstance(error.__cause__, BrokenPipeError) and _reader_left(sys.stdout):
+        if isinstance(error.__cause__, BrokenPipeError) and _is_broken_pipe(sys.stdout):
             status = 128 + 13  # SIGPIPE
         else:
-            _say(f"error: {error}")
+            _print_error(f"error: {error}")
             status = 2
     except KeyboardInterrupt:
-        _say("interrupted")
+        _print_error("interrupted")
         status = 130
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -200,12 +200,12 @@ def _open_closed_streams():
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))
 
 
-def _say(message: str):
+def _print_error(message: str):
     with suppress(OSError):  # stderr may be a full disk itself
         print(message, file=sys.stderr, flush=True)
 
 
-def _reader_left(stream) -> bool:
+def _is_broken_pipe(stream) -> bool:
     """Whether a stream is a pipe that nobody reads any more."""
     if not hasattr(select, "poll"):  # Windows
         return False

@@ -28,16 +28,16 @@ import torch
 
 from dgunet.data import Pair, find_pairs, images_by_name, read_image, write_image
 from dgunet.degradations import KINDS
-from dgunet.distributed import sole_writer
-from dgunet.errors import UserError, optional
-from dgunet.files import IMAGE_SUFFIXES, normal_form, replacing
-from dgunet.inference import automatic_tile, check_tiles, holding, restore
+from dgunet.distributed import lock_dir
+from dgunet.errors import UserError, lazy_import
+from dgunet.files import IMAGE_SUFFIXES, atomic_write, nfc
+from dgunet.inference import automatic_tile, check_tiles, restore, temporarily_set
 from dgunet.local import check_windows
 from dgunet.metrics import AlignmentError, Metric, evaluate_pair, find_protocol, mean_psnr
 from dgunet.progress import progress_bar
 from dgunet.transforms import to_uint8, unit_range
 
-natsorted = optional("natsort").natsorted
+natsorted = lazy_import("natsort").natsorted
 
 TEXT = dict(newline="", encoding="utf-8", errors="surrogateescape")  # of a table: names need not be UTF-8
 
@@ -214,7 +214,9 @@ def evaluate(
     note["protocol_version"] = version = find_protocol(protocol).version if protocol else 1
     if metrics and not data.targets:
         raise UserError(f"{name}: --metrics are of images with targets, in input/ and target/; leave it out")
-    stamps = {name: stamp for sample in data.samples for stamp in [_stamp(sample.files)] for name in sample.names}
+    stamps = {
+        name: stamp for sample in data.samples for stamp in [_file_fingerprint(sample.files)] for name in sample.names
+    }
     rounded = data.targets and find_protocol(protocol).rounded
     keep = folder is not None and save_images is not False
     save = keep and (save_images or data.save or rounded)
@@ -223,12 +225,12 @@ def evaluate(
         images = not save or all((folder / f"{name}.png").exists() for name in sample.names)
         return images and (not keep or data.kept(folder, sample))
 
-    with contextlib.closing(ScoreSheet(folder, protocol or "none", note, stamps, metrics)) as sheet, _full_precision():
+    with contextlib.closing(ScoreSheet(folder, protocol or "none", note, stamps, metrics)) as sheet, _disable_tf32():
         if sheet.continued:
             say(f"{name}: {sheet.continued} of {len(stamps)} images are done already")
         done = {sample.name for sample in data.samples if all(map(sheet.done, sample.names)) and written(sample)}
         if sheet.found and network:
-            _remove_former(folder, [sample for sample in data.samples if sample.name not in done])
+            _remove_old_results(folder, [sample for sample in data.samples if sample.name not in done])
         for sample in progress_bar(data.samples, desc=name, unit="image"):
             if sample.name in done:
                 continue
@@ -245,14 +247,14 @@ def evaluate(
                 if keep:
                     data.keep(folder, sample, restored)
                 before = None if before is target else before  # what is only degraded on the way by a network
-                images = (_each(sample, given) for given in (restored, target, before))
+                images = (_per_image(sample, given) for given in (restored, target, before))
                 for part, x, x_true, y in zip(sample.names, *images, strict=True):
                     if rounded:
                         x, y = to_uint8(x), None if y is None else to_uint8(y)
                     if save:
                         write_image(folder / f"{part}.png", to_uint8(x))
                     if x_true is None:
-                        sheet.tick(part, used)
+                        sheet.mark_done(part, used)
                     else:
                         sheet.add(part, x, x_true, y, used)
         result = sheet.finish(name)
@@ -319,7 +321,7 @@ class _Tiles:
             return automatic_tile(self.model, (batch, self.model.channels, height, width), device)
 
 
-def _remove_former(folder: Path, samples: list[Sample]):
+def _remove_old_results(folder: Path, samples: list[Sample]):
     """Remove the images that another network, or other settings, made of samples: they would pass for these'."""
     read = {file.absolute() for sample in samples for file in sample.files}
     for path in (folder.absolute() / f"{name}.png" for sample in samples for name in sample.names):
@@ -363,7 +365,7 @@ def images(source: Path) -> dict[str, Path]:
         return images_by_name(source)
     if source.suffix.lower() not in IMAGE_SUFFIXES:
         raise UserError(f"{source} is neither a folder nor an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return {normal_form(source.stem): source}
+    return {nfc(source.stem): source}
 
 
 class ScoreSheet:
@@ -398,7 +400,7 @@ class ScoreSheet:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             advice = "wait for its end, or give --results another folder"
-            self.folder_lock.enter_context(sole_writer(folder.absolute(), "test", advice))
+            self.folder_lock.enter_context(lock_dir(folder.absolute(), "test", advice))
             settings = settings | {"protocol": protocol}
             settings = json.dumps(settings, sort_keys=True, default=lambda number: number.item())  # NumPy's
             note = folder / "settings.json"
@@ -428,7 +430,7 @@ class ScoreSheet:
         job.add_done_callback(lambda _: self.slots.release())
         self.jobs.append((name, job))
 
-    def tick(self, name: str, tile: str = ""):
+    def mark_done(self, name: str, tile: str = ""):
         """Note an image that has no target as done."""
         self._append(Row(name, None, None, None, None, "", self.files[name], tile))
 
@@ -505,13 +507,13 @@ class ScoreSheet:
     def _write(self):
         if self.path is None:
             return
-        with replacing(self.path) as temporary, open(temporary, "w", **TEXT) as file:
+        with atomic_write(self.path) as temporary, open(temporary, "w", **TEXT) as file:
             writer = csv.writer(file)
             writer.writerow([*Row._fields[:-1], *self.columns])
             writer.writerows(map(self._cells, self.rows.values()))
 
 
-def _each(sample: Sample, given: Images | None) -> Images | list:
+def _per_image(sample: Sample, given: Images | None) -> Images | list:
     """A sample's image by image."""
     if given is None:
         return [None] * len(sample.names)
@@ -519,9 +521,9 @@ def _each(sample: Sample, given: Images | None) -> Images | list:
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def _disable_tf32() -> Iterator[None]:
     """Inside, GPUs convolve float32 as such, not as TF32: digits before speed; for speed there is bfloat16."""
-    with holding([torch.backends.cudnn], "allow_tf32", False):
+    with temporarily_set([torch.backends.cudnn], "allow_tf32", False):
         yield
 
 
@@ -556,7 +558,7 @@ def digest_of(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _stamp(paths: tuple[Path, ...]) -> str:
+def _file_fingerprint(paths: tuple[Path, ...]) -> str:
     """A fingerprint of files as they are now."""
     stats = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.exists()]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]

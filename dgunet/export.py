@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from dgunet.checkpoint import load_model
 from dgunet.degradations import KINDS, BlockSampling, ScalableSampling
-from dgunet.errors import UserError, optional
-from dgunet.files import replacing
+from dgunet.errors import UserError, lazy_import
+from dgunet.files import atomic_write
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.pretrained import list_pretrained
 from dgunet.progress import progress_bar
@@ -126,7 +126,7 @@ def export_model(
         raise UserError("local statistics are not exported; export the network itself, whose statistics are global")
     network = _Estimates(copy.deepcopy(model).to("cpu", torch.float32).eval(), stages)
     metadata = {**describe(model), **(about or {})}
-    with warnings.catch_warnings(), torch.no_grad(), replacing(path) as temporary:
+    with warnings.catch_warnings(), torch.no_grad(), atomic_write(path) as temporary:
         warnings.simplefilter("ignore")  # of the exporters, about themselves
         told(0, "tracing the network")
         program = _trace(network)
@@ -149,7 +149,7 @@ def describe(model: DGUNet) -> dict[str, str]:
     from dgunet import __version__
 
     known = model.degradation
-    shape, unit = f"(B, {model.channels}, H, W)", f"multiples of {_unit(model)}"
+    shape, unit = f"(B, {model.channels}, H, W)", f"multiples of {_size_multiple(model)}"
     taken = f"degraded images {shape} in [0, 1], H and W {unit}"
     if isinstance(known, BlockSampling):
         rows, b = known.matrix.shape[0], known.block
@@ -158,7 +158,7 @@ def describe(model: DGUNet) -> dict[str, str]:
         "name": model.name or "DGUNet",
         "task": VARIANTS[model.name].task if model.name in VARIANTS else "unknown",
         "licence": "unknown",
-        "multiple": str(_unit(model)),
+        "multiple": str(_size_multiple(model)),
         "value_range": "0 1",
         "input": taken,
         "output": f"restored images {shape} in [0, 1]",
@@ -170,14 +170,14 @@ def describe(model: DGUNet) -> dict[str, str]:
 def example(model: DGUNet, rows: int, columns: int, batch: int = 1) -> Tensor:
     """What the network takes for random images of so many units of the smallest size."""
     generator = torch.Generator().manual_seed(0)
-    size = (batch, model.channels, rows * _unit(model), columns * _unit(model))
+    size = (batch, model.channels, rows * _size_multiple(model), columns * _size_multiple(model))
     x = torch.rand(size, generator=generator)
     if model.degradation is None:
         return x
     return copy.deepcopy(model.degradation).to("cpu", torch.float32).A(x).detach()
 
 
-def _unit(model: DGUNet) -> int:
+def _size_multiple(model: DGUNet) -> int:
     """Of what the sides of an image are multiples."""
     return math.lcm(MULTIPLE, getattr(model.degradation, "block", 1))
 
@@ -216,7 +216,7 @@ def _check_network(model: DGUNet, format: str):
             "sizes that export does not know; torch.export.export(model, (y,), dynamic_shapes=...) takes them"
         )
     if format == "onnx":
-        optional("onnx"), optional("onnxruntime"), optional("onnxscript")
+        lazy_import("onnx"), lazy_import("onnxruntime"), lazy_import("onnxscript")
         if 4 * sum(tensor.numel() for tensor in model.state_dict().values()) > 1.9 * 2**30:
             raise UserError("an ONNX file holds at most 2 GiB, this network has more; export it as .pt2")
 
@@ -241,7 +241,7 @@ def _at_ratio(model: DGUNet, ratio: float | None) -> DGUNet:
 def _trace(network: _Estimates) -> torch.export.ExportedProgram:
     model = network.model
     y = example(model, rows=4, columns=6, batch=2)
-    step = _unit(model) // getattr(model.degradation, "block", 1)  # of y's own sides
+    step = _size_multiple(model) // getattr(model.degradation, "block", 1)  # of y's own sides
     # From 2 on: PyTorch lays out a side of length 1 in another way.
     height, width = (torch.export.Dim(name, min=2) for name in ("rows", "columns"))
     sides = {2: height, 3: width} if step == 1 else {2: step * height, 3: step * width}
@@ -253,7 +253,7 @@ def _trace(network: _Estimates) -> torch.export.ExportedProgram:
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, network: _Estimates, metadata: dict[str, str]):
-    onnx = optional("onnx")
+    onnx = lazy_import("onnx")
     file = torch.onnx.export(
         program, input_names=["y"], output_names=network.names, dynamo=True, verbose=False
     ).model_proto
@@ -274,7 +274,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, network: _Est
 
 
 def _read_onnx(path: Path):
-    session = optional("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = lazy_import("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda y: [torch.from_numpy(x) for x in session.run(None, {"y": y.numpy()})]
 
 

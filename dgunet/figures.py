@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dgunet.degradations import BlockSampling
-from dgunet.errors import one_line, optional
-from dgunet.files import replacing
-from dgunet.inference import blended, tiles_of
+from dgunet.errors import lazy_import, one_line
+from dgunet.files import atomic_write
+from dgunet.inference import blend_tiles, tile_grid
 from dgunet.inside import after_each_stage
 from dgunet.local import with_local_statistics
 from dgunet.model import DGUNet
@@ -20,7 +20,7 @@ from dgunet.proximal import MULTIPLE
 from dgunet.transforms import pad_to_blocks, pad_to_multiple, to_uint8, unit_range
 
 
-def stages_of(
+def restore_stages(
     model: DGUNet,
     image: np.ndarray,
     *,
@@ -53,7 +53,7 @@ def stages_of(
     multiple, pad = (known.block, pad_to_blocks) if sensing else (MULTIPLE, pad_to_multiple)
     x = torch.from_numpy(np.atleast_3d(unit_range(image))).permute(2, 0, 1)[None]
     x = pad(x, multiple).to(parameter)
-    areas, overlap = tiles_of(*x.shape[2:], tile, overlap, multiple)
+    areas, overlap = tile_grid(*x.shape[2:], tile, overlap, multiple)
     done = 0
 
     def tell():
@@ -78,7 +78,7 @@ def stages_of(
 
     tell()
     with torch.inference_mode(), after_each_stage(model, count):
-        found = blended(areas, overlap, x.shape[2:], stages)
+        found = blend_tiles(areas, overlap, x.shape[2:], stages)
     found = found[..., :height, :width].permute(0, 2, 3, 1).cpu().numpy()
     return [to_uint8(stage).reshape(image.shape) for stage in found]
 
@@ -105,10 +105,10 @@ def draw_stages(
         tiles: label, image and PSNR of each crop; inf where there is none.
         out: its folder is made if needed; the file appears when it is complete.
         title: see `set_title`.
-        comment: stored in the file, see `images.comment_of`.
+        comment: stored in the file, see `photos.read_comment`.
     """
-    Figure = optional("matplotlib.figure").Figure
-    Rectangle = optional("matplotlib.patches").Rectangle
+    Figure = lazy_import("matplotlib.figure").Figure
+    Rectangle = lazy_import("matplotlib.patches").Rectangle
     columns = -(-(len(tiles) + 1) // 2)
     figure = Figure(figsize=(2.3 * columns, 5.6), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
@@ -125,9 +125,9 @@ def draw_stages(
     for axis in axes:
         axis.set_axis_off()
     encoded = io.BytesIO()
-    canvas = optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    canvas = lazy_import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     canvas.print_png(encoded, metadata={"Comment": comment} if comment else None)
-    with replacing(out) as temporary:
+    with atomic_write(out) as temporary:
         temporary.write_bytes(encoded.getbuffer())
 
 
@@ -145,19 +145,19 @@ def set_title(figure, text: str):
 
 def drawable(text: str) -> tuple[str, list[str]]:
     """A text that Matplotlib can draw, in a line, and the font families to draw it with."""
-    manager = optional("matplotlib.font_manager")
+    manager = lazy_import("matplotlib.font_manager")
 
-    def lacking(characters: set[str], path: str) -> set[str]:
+    def missing_glyphs(characters: set[str], path: str) -> set[str]:
         font = manager.get_font(path)
         return {c for c in characters if not (font.scalable and font.get_char_index(ord(c)))}
 
     text, usual = one_line(text), manager.FontProperties()
-    lack, families = lacking(set(text), manager.findfont(usual)), list(usual.get_family())
+    lack, families = missing_glyphs(set(text), manager.findfont(usual)), list(usual.get_family())
     for font in manager.fontManager.ttflist if lack else ():
         regular = font.style == "normal" and manager.weight_dict.get(font.weight, font.weight) == 400
         if regular and not font.name.startswith("Last Resort"):  # has an empty box for every character
             try:
-                still = lacking(lack, font.fname)
+                still = missing_glyphs(lack, font.fname)
             except (OSError, RuntimeError):  # was removed, or is damaged
                 continue
             if still != lack:

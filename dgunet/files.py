@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from dgunet.errors import UserError, optional
+from dgunet.errors import UserError, lazy_import
 
 RAW_SUFFIXES = frozenset(
     ".dng .cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .raf .orf .rw2 .rwl .pef .srw .x3f .3fr .iiq .erf .kdc .mrw".split()
@@ -44,7 +44,7 @@ def open_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A name to write to, beside ``path``, whose folder is made if needed; renamed to it at the end.
 
     Whatever happens, ``path`` is whole, or what it was. The name is of this call alone, so that of several writers,
@@ -81,7 +81,7 @@ def _remove_leftovers(path: Path, mine: Path):
     Those of writers at work, perhaps on another machine that shares the disk, stay: of this machine's files the process
     is gone, any other must be a day older than ``mine`` (by the disk's clock; those of the machines may differ).
     """
-    pid_exists = optional("psutil").pid_exists
+    pid_exists = lazy_import("psutil").pid_exists
     start = f".{_label(path.name)}."
     here = f"{start}{platform.node()}."
     for name in _temporaries(path.parent.absolute()):
@@ -105,7 +105,7 @@ def _temporaries(folder: Path) -> list[str]:
     return []
 
 
-def normal_form(name: str) -> str:
+def nfc(name: str) -> str:
     """A name in Unicode's form NFC: names that differ in form alone look the same, and are one."""
     return unicodedata.normalize("NFC", name)
 
@@ -115,14 +115,14 @@ def escaped(name: str) -> str:
     return ascii(str(name))[1:-1]
 
 
-def in_its_form(path: str | Path) -> Path:
+def match_unicode_form(path: str | Path) -> Path:
     """The path as it lies on the disk, where it is there in another Unicode form; else as it is."""
     path = Path(path)
     if os.path.lexists(path) or path == path.parent:
         return path
-    folder = in_its_form(path.parent)
+    folder = match_unicode_form(path.parent)
     try:
-        alike = [name for name in os.listdir(folder) if normal_form(name) == normal_form(path.name)]
+        alike = [name for name in os.listdir(folder) if nfc(name) == nfc(path.name)]
     except OSError:
         return path
     return folder / (alike[0] if len(alike) == 1 else path.name)

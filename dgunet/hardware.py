@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dgunet.errors import UserError, optional
+from dgunet.errors import UserError, lazy_import
 
 
 def pick_device(name: str) -> torch.device:
@@ -104,7 +104,7 @@ def available_memory(process: Path = Path("/proc/self")) -> int:
     Args:
         process: where Linux tells of the process.
     """
-    psutil = optional("psutil")
+    psutil = lazy_import("psutil")
     left = [psutil.virtual_memory().available]
     if sys.platform == "linux":
         import resource  # which other systems lack

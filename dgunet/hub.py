@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 
 from dgunet.checkpoint import describe_model, load_model, read_checkpoint
-from dgunet.errors import UserError, optional
+from dgunet.errors import UserError, lazy_import
 from dgunet.model import DGUNet, find_variant
 from dgunet.weights import save_weights
 
-huggingface = optional("huggingface_hub")
+huggingface = lazy_import("huggingface_hub")
 
 WEIGHTS = "model.safetensors"
 WHERE = {"revision", "token", "cache_dir", "local_files_only", "force_download"}  # options that are for the Hub alone

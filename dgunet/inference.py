@@ -75,7 +75,10 @@ def restore(
     windows = check_windows(getattr(model, "local", None) if local is None else local)
     if windows.keys() - {"tile"}:
         model = with_local_statistics(model, windows)
-    with holding([part for part in model.modules() if _minds_mode(part)], "training", False), torch.no_grad():
+    with (
+        temporarily_set([part for part in model.modules() if _depends_on_mode(part)], "training", False),
+        torch.no_grad(),
+    ):
         x = x.to(device)
         if isinstance(tile, str):
             tile = windows.get("tile") or automatic_tile(model, x.shape, device)
@@ -94,7 +97,7 @@ def restore(
 _MODELESS = {nn.Conv2d, nn.ConvTranspose2d, nn.PReLU, nn.Identity, nn.ModuleList, nn.Sequential}
 
 
-def _minds_mode(part: nn.Module) -> bool:
+def _depends_on_mode(part: nn.Module) -> bool:
     """Whether a part of a network may compute something else in training mode.
 
     Nothing of a DGUNet does while no gradients are wanted, so that its mode stays as it is: other threads may be
@@ -111,7 +114,7 @@ _holding = threading.Lock()
 
 
 @contextlib.contextmanager
-def holding(objects: Iterable, name: str, value) -> Iterator[None]:
+def temporarily_set(objects: Iterable, name: str, value) -> Iterator[None]:
     """Inside, the attribute ``name`` of all objects is ``value``; after it, what it was.
 
     Threads may hold the same at once: only when the last has ended is it what it was before the first.
@@ -149,7 +152,7 @@ def check_tiles(tile, tile_overlap):
         )
 
 
-def tile_side(text: str) -> int | str | None:
+def parse_tile(text: str) -> int | str | None:
     """``tile`` as it is written on a command line: ``auto``, ``whole`` (None) or a number."""
     return {"auto": "auto", "whole": None}[text] if text in ("auto", "whole") else int(text)
 
@@ -200,11 +203,11 @@ def estimate(model, y: Tensor, bf16: bool = False) -> Tensor:
 
 
 def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int | None, bf16: bool, step: int) -> Tensor:
-    areas, overlap = tiles_of(*x.shape[2:], tile, overlap, step)
-    return blended(areas, overlap, x.shape[2:], lambda area: _restore_whole(model, x[area], bf16))
+    areas, overlap = tile_grid(*x.shape[2:], tile, overlap, step)
+    return blend_tiles(areas, overlap, x.shape[2:], lambda area: _restore_whole(model, x[area], bf16))
 
 
-def blended(
+def blend_tiles(
     areas: list[tuple[slice, slice]], overlap: int, size: tuple[int, int], compute: Callable[[tuple], Tensor]
 ) -> Tensor:
     """What ``compute`` gives for each area, put together.
@@ -229,7 +232,7 @@ def blended(
     return out / weight
 
 
-def tiles_of(
+def tile_grid(
     height: int, width: int, tile: int | None, overlap: int | None = None, step: int = MULTIPLE
 ) -> tuple[list[tuple[slice, slice]], int]:
     """The areas (rows, columns) that an image is restored in, and how many pixels neighbours share at least.

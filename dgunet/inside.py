@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dgunet.degradations import Degradation
-from dgunet.inference import holding
+from dgunet.inference import temporarily_set
 from dgunet.metrics import psnr_batch
 from dgunet.model import DGUNet, Stage
 
@@ -84,7 +84,7 @@ def trace(model: DGUNet, y: Tensor, degradation: Degradation | None = None) -> T
         steps.append(Step(len(steps) + 1, before, v.pop(), result[0], rho, degradation))
 
     with after_each_stage(model, note_stage), contextlib.ExitStack() as hooks:
-        for stage in dict.fromkeys(model.unrolled()):
+        for stage in dict.fromkeys(model.iter_stages()):
             hooks.callback(stage.proximal.register_forward_pre_hook(note_v).remove)
         model(y, degradation)
     return Trace(y, steps[0].before, steps)
@@ -102,9 +102,9 @@ def after_each_stage(model: DGUNet, call: Callable[[Stage, tuple, tuple], None])
         if threading.get_ident() == thread:
             call(stage, arguments, result)  # PyTorch takes what a hook returns, unless it is None, for the result
 
-    stages = list(dict.fromkeys(model.unrolled()))
+    stages = list(dict.fromkeys(model.iter_stages()))
     # A compiled stage would not look at the hooks.
-    with holding(stages, "_compiled_call_impl", None), contextlib.ExitStack() as hooks:
+    with temporarily_set(stages, "_compiled_call_impl", None), contextlib.ExitStack() as hooks:
         for stage in stages:
             hooks.callback(stage.register_forward_hook(watch).remove)
         yield

@@ -72,7 +72,7 @@ def with_local_statistics(model: DGUNet, windows: Mapping[str, int]) -> DGUNet:
     own = [model.degradation] if model.degradation is not None else []
     shared = {id(part): part for part in chain(model.parameters(), model.buffers(), own)}
     local = copy.deepcopy(model, shared).eval()
-    for stage in dict.fromkeys(local.unrolled()):
+    for stage in dict.fromkeys(local.iter_stages()):
         mapping = stage.proximal
         if "attention" in windows:
             block = mapping.shallow.block

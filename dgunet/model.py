@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dgunet.degradations import Degradation, LearnedDegradation, block_sampling, matching
+from dgunet.degradations import Degradation, LearnedDegradation, block_sampling, for_measurements
 from dgunet.errors import UserError
 from dgunet.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
 
@@ -133,17 +133,17 @@ class DGUNet(nn.Module):
             fusion = isff = "none"
         rho = rho if gradient else None
 
-        def stage(informed: bool) -> Stage:
-            proximal = ProximalMapping(channels, width, growth, fusion, isff, attention, informed)
+        def stage(has_previous: bool) -> Stage:
+            proximal = ProximalMapping(channels, width, growth, fusion, isff, attention, has_previous)
             return Stage(proximal, learned_degradation(), rho)
 
         def learned_degradation() -> LearnedDegradation | None:
             return LearnedDegradation(channels) if degradation is None and gradient else None
 
         middle_stages = max(stages - 2, 0)
-        self.first = stage(informed=False) if stages > 1 else None
+        self.first = stage(has_previous=False) if stages > 1 else None
         own = min(middle_stages, 1) if shared else middle_stages
-        self.middle = nn.ModuleList(stage(informed=True) for _ in range(own))
+        self.middle = nn.ModuleList(stage(has_previous=True) for _ in range(own))
         final_fusion = final_fusion if fusion != "none" and stages > 1 else "none"
         mapping = FinalMapping(channels, width, final_fusion, width + final_growth)
         self.last = FinalStage(mapping, learned_degradation(), rho)
@@ -188,7 +188,7 @@ class DGUNet(nn.Module):
         """
         return import_module("dgunet.hub").push_to_hub(self, repo_id, about, **options)
 
-    def unrolled(self):
+    def iter_stages(self):
         """Yields the K stages in order; a shared middle stage is stored once and visited K-2 times."""
         if self.first is not None:
             yield self.first
@@ -202,7 +202,7 @@ class DGUNet(nn.Module):
         They make up 3 graphs where the whole network would be one of K stages, which takes three times as long to
         compile; the middle stages have one between them, also those with weights of their own.
         """
-        for stage in dict.fromkeys(self.unrolled()):
+        for stage in dict.fromkeys(self.iter_stages()):
             stage.compile(**options)
         # A CUDA graph's results live until the next pass begins, which has to be told: each stage seems one.
         self._compiled = True
@@ -227,12 +227,12 @@ class DGUNet(nn.Module):
             raise ValueError("this DGUNet has learned its degradation and takes no other; leave it out")
         known = self.degradation if degradation is None else degradation
         if known is not None:
-            known = matching(known, y)
+            known = for_measurements(known, y)
         x = y if known is None else known.A_adjoint(y)
         self._check(x)
         features = None
         estimates = []
-        for stage in self.unrolled():
+        for stage in self.iter_stages():
             if self.checkpointing and torch.is_grad_enabled():
                 x, features = checkpoint(stage, x, y, features, known, use_reentrant=False)
             else:
@@ -273,7 +273,7 @@ def _check_arguments(arguments: dict):
             raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, {got}")
 
 
-class FromImages(nn.Module):
+class MeasureThenRestore(nn.Module):
     """A network as it is trained, from images: where its degradation is known, clean ones, which are measured first.
 
     Estimates smaller than the images are of their centres. `Degradation` says why, which generators ``draws`` are, and

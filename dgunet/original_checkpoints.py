@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from dgunet.errors import UserError, shorten
+from dgunet.errors import UserError, shorten_list
 
 STAGES = 7  # of every network the authors published
 
@@ -126,5 +126,5 @@ def convert_original(state_dict: dict[str, Tensor], path="the checkpoint") -> di
         else:
             converted[ours] = value
     if unknown:
-        raise UserError(f"{path} has parameters that no DGUNet of the authors has: {shorten(unknown)}")
+        raise UserError(f"{path} has parameters that no DGUNet of the authors has: {shorten_list(unknown)}")
     return converted

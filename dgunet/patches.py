@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dgunet.data import Packed, Pair, find_pairs, image_size, open_image, open_luma, to_tensor
-from dgunet.errors import UserError, optional
+from dgunet.errors import UserError, lazy_import
 from dgunet.proximal import MULTIPLE
 from dgunet.synthesis import Degrade
 from dgunet.transforms import dihedral, pad_to, unit_range
@@ -43,7 +43,7 @@ class TrainingSet(Protocol):
 
 
 class ValidationSet(Protocol):
-    """What the engine asks of the data that it validates with; `Centres` is one."""
+    """What the engine asks of the data that it validates with; `CenterCropDataset` is one."""
 
     items: list[Item]  # as of `TrainingSet`
     sizes: set[tuple[int, ...]]  # that occur, without channels: items of one size can be batched
@@ -161,7 +161,7 @@ class SaturationPatches(PairedPatches):
             return input, target
         input, target = unit_range(input), unit_range(target)
         if rng.integers(3) == 0:
-            adjust_saturation = optional("torchvision.transforms.functional").adjust_saturation
+            adjust_saturation = lazy_import("torchvision.transforms.functional").adjust_saturation
             factor = rng.uniform(1 - self.saturation, 1 + self.saturation)
             input, target = adjust_saturation(input, factor), adjust_saturation(target, factor)
         return input, target
@@ -228,7 +228,7 @@ def degraded(target: Tensor, degrade: Degrade, rng: np.random.Generator) -> Tens
     return to_tensor(degrade(unit_range(target).permute(1, 2, 0).numpy(), rng))
 
 
-class Centres(Dataset):
+class CenterCropDataset(Dataset):
     """The centres of images for validation: ``dataset[index]`` is ``(input, target)``, (C, H, W) uint8.
 
     Of a pair it shows both images; of a single image the same one twice, or first degraded, in a way of its own:
@@ -278,14 +278,14 @@ class Centres(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         item = self.items[index]
         if isinstance(item, Pair):
-            input = self.centre(item.input)
-            return input, input if item.target == item.input else self.centre(item.target)
-        target = self.centre(item)
+            input = self.center_crop(item.input)
+            return input, input if item.target == item.input else self.center_crop(item.target)
+        target = self.center_crop(item)
         if self.degrade is None:
             return target, target
         return degraded(target, self.degrade, np.random.default_rng([self.seed, index])), target
 
-    def centre(self, source: Path | Packed) -> Tensor:
+    def center_crop(self, source: Path | Packed) -> Tensor:
         image = (open_luma if self.luma else open_image)(source)
         rows, columns, height, width = self.grid(image.shape[:2], source)
         top, left = (image.shape[0] - rows * height) // 2, (image.shape[1] - columns * width) // 2
@@ -295,7 +295,7 @@ class Centres(Dataset):
         return x.view(-1, rows, height, columns, width).permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous()
 
 
-class EpochBatches(Sampler):
+class ResumableBatchSampler(Sampler):
     """Batches of (epoch, index) keys: this process's share of every global batch of an epoch.
 
     The order is a permutation drawn from (seed, epoch). Nothing is left out: what the last batch lacks is taken from
@@ -327,7 +327,7 @@ class EpochBatches(Sampler):
 
 
 @contextlib.contextmanager
-def loading(data: Dataset, workers: int, **options) -> Iterator[DataLoader]:
+def make_dataloader(data: Dataset, workers: int, **options) -> Iterator[DataLoader]:
     """A loader with so many processes, which end with the block, also where an exception ends it."""
     loader = DataLoader(
         data, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_init_worker, **options
@@ -340,14 +340,14 @@ def loading(data: Dataset, workers: int, **options) -> Iterator[DataLoader]:
 
 
 def _init_worker(_):
-    optional("cv2").setNumThreads(0)  # the workers are the parallelism
+    lazy_import("cv2").setNumThreads(0)  # the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A cluster's scheduler signals every process of a job, but the trainer needs its workers to finish the step before
     # it saves. A worker therefore outlives its first SIGTERM: until the trainer ends it, a second one, or a minute.
-    signal.signal(signal.SIGTERM, _outlive_sigterm)
+    signal.signal(signal.SIGTERM, _ignore_sigterm)
 
 
-def _outlive_sigterm(*_):
+def _ignore_sigterm(*_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "alarm"):  # not on Windows
         signal.alarm(60)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dgunet.errors import UserError, optional
-from dgunet.files import RAW_SUFFIXES, open_file, replacing
+from dgunet.errors import UserError, lazy_import
+from dgunet.files import RAW_SUFFIXES, atomic_write, open_file
 from dgunet.tiff import Tiff, is_tiff
-from dgunet.transforms import upright
+from dgunet.transforms import apply_orientation
 
 MAX_PIXELS = 2**30  # of an image: OpenCV's limit
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -105,13 +105,13 @@ def _identified(path: Path, file, start: bytes):
 
     As `PIL.Image.open`, but of more pixels than its limit, which some scans have; that is one for the whole process.
     """
-    image = optional("PIL.Image")
+    image = lazy_import("PIL.Image")
     image.preinit()  # the usual formats first
     image.init()
     kind = _container(start)
     if kind == "HEIC":
         with contextlib.suppress(ImportError):
-            optional("pillow_heif").register_heif_opener()
+            lazy_import("pillow_heif").register_heif_opener()
     if kind == "raw" or (is_tiff(start) and path.suffix.lower() in RAW_SUFFIXES):
         return None  # what Pillow reads of it is a preview
     if is_tiff(start) and (tiff := Tiff(path, file)).direct:
@@ -130,7 +130,7 @@ def _unknown(path: Path, start: bytes) -> str:
     kind = _container(start)
     if kind == "HEIC" or (not kind and path.suffix.lower() in (".heic", ".heif", ".hif")):
         with contextlib.suppress(ImportError):
-            optional("pillow_heif")
+            lazy_import("pillow_heif")
             return "is a HEIC image that pillow-heif cannot read; export it as JPEG"
         return "is a HEIC image; pip install pillow-heif, or export it as JPEG"
     if kind := kind or "raw" * (path.suffix.lower() in RAW_SUFFIXES):
@@ -142,7 +142,7 @@ def _unknown(path: Path, start: bytes) -> str:
     return "is no image that can be read; convert it to PNG or JPEG"
 
 
-def look_at(path: str | Path) -> tuple[int, int, str]:
+def probe(path: str | Path) -> tuple[int, int, str]:
     """Height and width (of the image as stored) and format (``"JPEG"``, ``"PNG"``, ...) from the file's header.
 
     Raises:
@@ -168,7 +168,7 @@ def read_photo(path: str | Path) -> Photo:
         black_and_white = getattr(image, "mode", "") == "1"
         profile, dpi = image.info.get("icc_profile"), image.info.get("dpi")
     if turn in range(2, 9):
-        pixels, alpha = upright(pixels, turn), None if alpha is None else upright(alpha, turn)
+        pixels, alpha = apply_orientation(pixels, turn), None if alpha is None else apply_orientation(alpha, turn)
         notes.append("turned upright, as its EXIF data says")
     if pixels.ndim == 2 and not black_and_white:
         notes.append("grey, and stays so")
@@ -193,20 +193,20 @@ def _read_tiff(path: Path, image: Tiff, notes: list[str]) -> tuple[np.ndarray, n
     if image.bits not in (8, 16):
         notes.append(f"{image.bits} bits, now 16")
     if image.further:
-        notes.append(_told_of_channels(image.further))
+        notes.append(_channel_note(image.further))
     if image.premultiplied:
         notes.append("its colours were multiplied by its transparency, and are no longer")
     return pixels, alpha
 
 
-def _told_of_channels(number: int) -> str:
+def _channel_note(number: int) -> str:
     return f"{number} further channel{'s' * (number > 1)}, which the file does not call transparency, not kept"
 
 
 def _read_by_pillow(path: Path, image, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
     mode, kind, profile = image.mode, image.format, image.info.get("icc_profile")
     raw = str(image.tile[0][3:]) if image.tile else ""
-    further = _further(path, kind, profile)
+    further = _extra_content_notes(path, kind, profile)
     notes += [f"{told}, not kept" for told in further]
     frames = getattr(image, "n_frames", 1)
     if kind == "MPO":  # of which previews are no loss, and a gain map or depth map is told of
@@ -218,7 +218,7 @@ def _read_by_pillow(path: Path, image, notes: list[str]) -> tuple[np.ndarray, np
     if kind == "TIFF":
         stored = image.tag_v2[256], image.tag_v2[257]
         # What it decodes into; Pillow would check its size against the limit once more.
-        image.im = optional("PIL.Image").new(mode, stored).im
+        image.im = lazy_import("PIL.Image").new(mode, stored).im
     image.load()
     clear, alpha = image.info.get("transparency"), None
     if mode in ("RGB", "RGBA") and ";16" in raw:  # which Pillow has reduced to 8
@@ -236,13 +236,13 @@ def _read_by_pillow(path: Path, image, notes: list[str]) -> tuple[np.ndarray, np
     else:
         if (bits := _bits(path, image, raw)) > 8:
             notes.append(f"{bits} bits, now 8")
-        reduced = _in_eight_bits(image, profile, notes)
+        reduced = _to_8_bit(image, profile, notes)
         pixels = np.asarray(reduced)
         if reduced.mode in ("LA", "RGBA"):
             colours, alpha = pixels[..., :-1], pixels[..., -1]
             pixels = colours[..., 0] if reduced.mode == "LA" else colours
     if kind == "TIFF" and alpha is None and (extra := image.tag_v2.get(338)):
-        notes.append(_told_of_channels(len(extra)))
+        notes.append(_channel_note(len(extra)))
     return pixels, alpha
 
 
@@ -266,7 +266,7 @@ def _content(path: Path) -> bytes:
         return file.read()
 
 
-def _further(path: Path, kind: str, profile: bytes | None) -> list[str]:
+def _extra_content_notes(path: Path, kind: str, profile: bytes | None) -> list[str]:
     """What a file holds beside the pixels, and what is not kept of it."""
     if kind not in ("JPEG", "MPO", "HEIF", "AVIF", "PNG"):
         return []
@@ -279,7 +279,7 @@ def _further(path: Path, kind: str, profile: bytes | None) -> list[str]:
     return found
 
 
-def _in_eight_bits(image, profile: bytes | None, notes: list[str]):
+def _to_8_bit(image, profile: bytes | None, notes: list[str]):
     """In one of the modes L, LA, RGB, RGBA."""
     mode, clear = image.mode, "transparency" in image.info
     if mode in ("L", "LA", "RGB", "RGBA") and not clear:
@@ -290,7 +290,7 @@ def _in_eight_bits(image, profile: bytes | None, notes: list[str]):
         return image.convert("LA" if clear else "L")
     if mode in ("CMYK", "LAB"):
         notes.append(f"{mode}, now RGB")
-        cms = optional("PIL.ImageCms")
+        cms = lazy_import("PIL.ImageCms")
         with contextlib.suppress(cms.PyCMSError, OSError):
             source = io.BytesIO(profile) if profile else cms.createProfile("LAB") if mode == "LAB" else None
             if source is not None:
@@ -301,7 +301,7 @@ def _in_eight_bits(image, profile: bytes | None, notes: list[str]):
 
 
 def _decode_deep(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    cv2 = optional("cv2")
+    cv2 = lazy_import("cv2")
     with open_file(path) as file:
         pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
@@ -370,7 +370,7 @@ def _without_orientation(exif: bytes) -> tuple[int, bytes]:
 def write_photo(path: str | Path, image: Photo, comment: str):
     """Write an image as PNG, or as JPEG (quality 95, colours in full resolution) where the file's ending says so.
 
-    What it is to keep is written with it, and a comment, see `comment_of`. The file appears when it is complete.
+    What it is to keep is written with it, and a comment, see `read_comment`. The file appears when it is complete.
 
     Raises:
         UserError: the format does not hold it, as a JPEG of more than 65500 pixels in a row.
@@ -384,7 +384,7 @@ def write_photo(path: str | Path, image: Photo, comment: str):
         encoded = encode(pixels, image.keep, comment)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written in its format ({error})") from error
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(encoded)
 
 
@@ -395,15 +395,15 @@ def is_jpeg(path: Path) -> bool:
 def _jpeg(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
     options = keep | dict(quality=95, subsampling=0, comment=comment)
     encoded = io.BytesIO()
-    optional("PIL.Image").fromarray(pixels).save(encoded, "JPEG", **options)
+    lazy_import("PIL.Image").fromarray(pixels).save(encoded, "JPEG", **options)
     return encoded.getvalue()
 
 
 def _png(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
-    info = optional("PIL.PngImagePlugin").PngInfo()
+    info = lazy_import("PIL.PngImagePlugin").PngInfo()
     info.add_text("Comment", comment)
     encoded = io.BytesIO()
-    optional("PIL.Image").fromarray(pixels).save(encoded, "PNG", pnginfo=info, **keep)
+    lazy_import("PIL.Image").fromarray(pixels).save(encoded, "PNG", pnginfo=info, **keep)
     return encoded.getvalue()
 
 
@@ -413,7 +413,7 @@ def _deep_png(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
         pixels = pixels[..., [0, 0, 0, 1]]
     if pixels.ndim == 3:
         pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
-    encoded = optional("cv2").imencode(".png", pixels)[1].tobytes()
+    encoded = lazy_import("cv2").imencode(".png", pixels)[1].tobytes()
     chunks = [(b"tEXt", b"Comment\0" + comment.encode("latin-1", "replace"))]
     if "icc_profile" in keep and not (pixels.ndim == 3 and keep["icc_profile"][16:20] == b"GRAY"):
         chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(keep["icc_profile"])))
@@ -427,7 +427,7 @@ def _deep_png(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
     return encoded[:33] + added + encoded[33:]  # after the signature and the IHDR chunk
 
 
-def comment_of(path: str | Path) -> str | None:
+def read_comment(path: str | Path) -> str | None:
     """The comment that `write_photo` wrote into a file; None where there is no file, or none of ours."""
     path = Path(path)
     try:
@@ -438,7 +438,7 @@ def comment_of(path: str | Path) -> str | None:
     return comment.decode("latin-1") if isinstance(comment, bytes) else comment
 
 
-def noise_level(image: np.ndarray) -> float:
+def estimate_sigma(image: np.ndarray) -> float:
     """Estimate of the standard deviation of white noise in (..., H, W, C) images, in their unit; nan for tiny ones.
 
     The median of the absolute second differences along both axes (Immerkaer's mask), which smooth areas make and edges
@@ -448,7 +448,7 @@ def noise_level(image: np.ndarray) -> float:
     return float(np.median(np.abs(differences)) / (0.6745 * 6)) if differences.size else float("nan")
 
 
-def trained_noise(content: dict) -> tuple[float, float] | None:
+def trained_sigma_range(content: dict) -> tuple[float, float] | None:
     """Weakest and strongest Gaussian noise, in 8-bit levels, that a checkpoint says its weights are for."""
     match content.get("noise_sigma"):
         case [int() | float() as low, int() | float() as high]:  # anything else is not an entry of ours
@@ -456,14 +456,14 @@ def trained_noise(content: dict) -> tuple[float, float] | None:
     return None
 
 
-def tell_sigmas(trained: tuple[float, float]) -> str:
+def format_sigma(trained: tuple[float, float]) -> str:
     """That noise in words: ``25``, or ``0 to 50``."""
     low, high = trained
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def unlike_noise(level: float, trained: tuple[float, float]) -> str | None:
-    """``"weaker"`` or ``"stronger"``, where an estimated `noise_level` is outside of what a network was trained for."""
+def noise_mismatch(level: float, trained: tuple[float, float]) -> str | None:
+    """``"weaker"`` or ``"stronger"``, where `estimate_sigma` is outside of what a network was trained for."""
     low, high = trained
     # The estimates are 0.7 to 1.1 of the truth where noise is visible, more where it is weaker than texture, and two
     # thirds of it after JPEG has halved the colours' resolution.

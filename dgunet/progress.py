@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from dgunet.errors import optional
+from dgunet.errors import lazy_import
 
 
 def progress_bar(*iterable, **options):
@@ -17,4 +17,4 @@ def progress_bar(*iterable, **options):
         columns, rows = os.get_terminal_size(sys.stderr.fileno())
         if columns == 0 or rows == 0:
             options |= {"ncols": (columns or 80) - 1, "nrows": (rows or 24) - 1, "dynamic_ncols": False}
-    return optional("tqdm").tqdm(*iterable, **{"disable": None} | options)
+    return lazy_import("tqdm").tqdm(*iterable, **{"disable": None} | options)

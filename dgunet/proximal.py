@@ -75,24 +75,24 @@ class ProximalMapping(nn.Module):
         isff: the form of `ISFF`, ``"adaptive"``, ``"additive"``, or ``"none"``.
         attention: the features handed on are ``f + conv(f) * sigmoid(conv(x))``, attended by the stage's own estimate,
             instead of ``f + conv(f)``.
-        informed: whether there is a stage before this one.
+        has_previous: whether there is a stage before this one.
     """
 
     def __init__(
-        self, channels: int, width: int, growth: int, fusion: str, isff: str, attention: bool, informed: bool
+        self, channels: int, width: int, growth: int, fusion: str, isff: str, attention: bool, has_previous: bool
     ):  # fmt: skip
         super().__init__()
         widths = [width + i * growth for i in range(LEVELS)]
         self.shallow = ShallowFeatures(channels, width)
-        self.fusion = make_fusion(fusion, width, width) if informed else None
-        self.encoder = Encoder(widths, isff if informed else "none")
+        self.fusion = make_fusion(fusion, width, width) if has_previous else None
+        self.encoder = Encoder(widths, isff if has_previous else "none")
         self.decoder = Decoder(widths)
         # The supervised head: 1x1 convolutions to the estimate and to the features for the next stage.
         self.image_conv = nn.Conv2d(width, channels, 1, bias=False)
         self.features_conv = nn.Conv2d(width, width, 1, bias=False) if fusion != "none" else None
         attends = attention and fusion != "none"
         self.attention_conv = nn.Conv2d(channels, width, 1, bias=False) if attends else None
-        self.modulates = isff != "none"  # the next stage
+        self.emits_isff = isff != "none"  # the next stage
 
     def forward(self, v: Tensor, previous: StageFeatures | None) -> tuple[Tensor, StageFeatures | None]:
         features = self.shallow(v)
@@ -102,7 +102,7 @@ class ProximalMapping(nn.Module):
         decoded = self.decoder(deepest, encoded)
         features = decoded[0]
         x = v + self.image_conv(features)
-        return x, StageFeatures(self._features(features, x), *(encoded, decoded) if self.modulates else (None, None))
+        return x, StageFeatures(self._features(features, x), *(encoded, decoded) if self.emits_isff else (None, None))
 
     def _features(self, features: Tensor, x: Tensor) -> Tensor | None:
         """What feature fusion in the next stage is given."""

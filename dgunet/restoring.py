@@ -17,21 +17,21 @@ import torch
 
 from dgunet import __version__
 from dgunet.checkpoint import load_model, read_checkpoint
-from dgunet.errors import UserError, explain, one_line, optional, shorten
-from dgunet.figures import draw_stages, label_stages, stages_of
+from dgunet.errors import UserError, describe_error, lazy_import, one_line, shorten_list
+from dgunet.figures import draw_stages, label_stages, restore_stages
 from dgunet.files import IMAGE_SUFFIXES, open_file
 from dgunet.hardware import pick_device
-from dgunet.inference import automatic_tile, restore, tiles_of
+from dgunet.inference import automatic_tile, restore, tile_grid
 from dgunet.inside import after_each_stage
 from dgunet.photos import (
-    comment_of,
+    estimate_sigma,
+    format_sigma,
     is_jpeg,
-    look_at,
-    noise_level,
+    noise_mismatch,
+    probe,
+    read_comment,
     read_photo,
-    tell_sigmas,
-    trained_noise,
-    unlike_noise,
+    trained_sigma_range,
     write_photo,
 )
 from dgunet.pretrained import locate
@@ -42,7 +42,7 @@ LONG = 15  # seconds; what takes longer is told before
 SQUARE = 192  # pixels, the side of what the time is measured with
 OURS = "restored by dgunet"  # how the comment in a restored image begins
 FIGURE = ".stages.png"  # how the name of a figure of stages ends
-ENDING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE}  # what the next image would meet, too
+FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE}  # what the next image would meet, too
 FIGURE_FROM, FIGURE_SIDE = 512, 160  # pixels around the middle that the figure of stages is computed of, and shows
 
 
@@ -58,7 +58,7 @@ class Job:
 
 
 @dataclass
-class Tally:
+class RunReport:
     """What has become of the images, told as it happens and at the end."""
 
     say: Callable[..., None]
@@ -118,7 +118,7 @@ def restore_photographs(
             images that could not be restored. All others are there then.
     """
     if stages:
-        optional("matplotlib")  # now and not after the first image
+        lazy_import("matplotlib")  # now and not after the first image
     bar = None
 
     def say(text: str, file=None):
@@ -127,13 +127,13 @@ def restore_photographs(
         else:
             bar.write(text, file=file)
 
-    tally = Tally(say)
+    report = RunReport(say)
     path = locate(weights)
     content = read_checkpoint(path)
-    mark = Mark(path, tile, bf16, local)
-    jobs = _skip_done(_jobs(_gather(photos, out, tally), out, stages, tally), mark, overwrite, tally)
-    if tally.skipped:
-        say(f"{tally.skipped} of {tally.skipped + len(jobs)} done before; --overwrite does them again")
+    provenance = Provenance(path, tile, bf16, local)
+    jobs = _skip_done(_jobs(_gather(photos, out, report), out, stages, report), provenance, overwrite, report)
+    if report.skipped:
+        say(f"{report.skipped} of {report.skipped + len(jobs)} done before; --overwrite does them again")
     if jobs:
         target = pick_device(device)
         model = load_model(path, task=task, device=target, content=content)
@@ -151,43 +151,43 @@ def restore_photographs(
         if seconds > LONG:
             megapixels = sum(job.height * job.width for job in jobs) / 1e6
             say(f"this takes about {_duration(seconds)}: {_count(len(jobs))}, {megapixels:.1f} megapixels, on {target}")
-        noise = trained_noise(content)
+        noise = trained_sigma_range(content)
         try:
             total = sum(job.height * job.width for job in jobs)
             with progress_bar(total=total, unit="pixel", unit_scale=True, smoothing=0.1, leave=False) as bar:
                 for job in jobs:
                     before = bar.n
-                    with _attempt(job, tally):
-                        _restore_one(model, job, tally, noise, tile, target, bf16, mark, bar.update)
+                    with _attempt(job, report):
+                        _restore_one(model, job, report, noise, tile, target, bf16, provenance, bar.update)
                     bar.update(before + job.height * job.width - bar.n)
         except BaseException:  # Ctrl-C, a full disk
             bar = None
-            say(f"stopped: {tally.summary(out)}; the same command goes on with the others")
+            say(f"stopped: {report.summary(out)}; the same command goes on with the others")
             raise
         bar = None
-    for text, names in tally.notes.items():
-        if len(names) > 1 or text not in tally.told:
-            say(f"note: {text}: {one_line(shorten(names))}")
-    if tally.refused:
-        raise UserError(f"{tally.summary(out)}, for the reasons above")
-    say(tally.summary(out))
+    for text, names in report.notes.items():
+        if len(names) > 1 or text not in report.told:
+            say(f"note: {text}: {one_line(shorten_list(names))}")
+    if report.refused:
+        raise UserError(f"{report.summary(out)}, for the reasons above")
+    say(report.summary(out))
 
 
-def _gather(photos: list[Path], out: Path, tally: Tally) -> Iterator[tuple[Path, Path]]:
+def _gather(photos: list[Path], out: Path, report: RunReport) -> Iterator[tuple[Path, Path]]:
     """Each image, and the path that it gets in ``out``."""
     for given in photos:
         if not given.is_dir():
             if given.exists():
                 yield given, Path(given.name)
             else:
-                tally.refuse(given, "there is no such file or folder; check the path")
+                report.refuse(given, "there is no such file or folder; check the path")
             continue
         if out.exists() and os.path.samefile(given, out):
             raise UserError(f"--out is the folder of the photographs themselves, {given}; choose another")
         below = Path(given.resolve().name) if len(photos) > 1 else Path()
-        found, refused = False, len(tally.refused)
+        found, refused = False, len(report.refused)
         for folder, folders, names in os.walk(
-            given, onerror=lambda error: tally.refuse(Path(error.filename), explain(error))
+            given, onerror=lambda error: report.refuse(Path(error.filename), describe_error(error))
         ):
             here = Path(folder)
             folders[:] = sorted(
@@ -197,29 +197,29 @@ def _gather(photos: list[Path], out: Path, tally: Tally) -> Iterator[tuple[Path,
             )
             for name in folders:
                 if (here / name).is_symlink():
-                    tally.note(here / name, "a link to a folder, not followed; restore it by its own name")
+                    report.note(here / name, "a link to a folder, not followed; restore it by its own name")
             for name in sorted(names):
                 if Path(name).suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
                     continue
                 if name.lower().endswith(FIGURE):
-                    tally.note(here / name, "a figure of stages, left out")
+                    report.note(here / name, "a figure of stages, left out")
                     continue
                 found = True
                 yield here / name, below / (here / name).relative_to(given)
-        if not found and len(tally.refused) == refused:
-            tally.refuse(given, "there are no images in this folder")
+        if not found and len(report.refused) == refused:
+            report.refuse(given, "there are no images in this folder")
 
 
-def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, tally: Tally) -> list[Job]:
+def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, report: RunReport) -> list[Job]:
     """A job for each image that can be read and written."""
     jobs: dict[Path, Job] = {}
     photographs = set()
     for source, relative in found:
         try:
             photographs.add(_identity(source))
-            height, width, kind = look_at(source)
+            height, width, kind = probe(source)
         except (UserError, OSError) as error:
-            tally.refuse(source, explain(error) or str(error))
+            report.refuse(source, describe_error(error) or str(error))
             continue
         target = out / relative
         if not (target.suffix.lower() == ".png" or (is_jpeg(target) and kind == "JPEG")):
@@ -228,7 +228,7 @@ def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, tally: Ta
             same = os.path.samefile(source, jobs[target].source)
             if not same:
                 other = jobs[target].source
-                tally.refuse(source, f"would be written to {target}, as {other} is; restore it to another --out")
+                report.refuse(source, f"would be written to {target}, as {other} is; restore it to another --out")
             continue
         figure = target.with_name(f"{target.name}{FIGURE}") if stages else None
         jobs[target] = Job(source, target, height, width, figure)
@@ -237,10 +237,10 @@ def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, tally: Ta
         written = [target] if job.figure is None else [target, job.figure]
         photograph = next((path for path in written if os.path.exists(path) and _identity(path) in photographs), None)
         if photograph is not None:
-            tally.refuse(job.source, f"{photograph} is a photograph to be restored itself; choose another --out")
+            report.refuse(job.source, f"{photograph} is a photograph to be restored itself; choose another --out")
         elif job.figure in jobs:
             other = jobs[job.figure].source
-            tally.refuse(job.source, f"its stages would be drawn to {job.figure}, as {other} is; choose another --out")
+            report.refuse(job.source, f"its stages would be drawn to {job.figure}, as {other} is; choose another --out")
         else:
             left.append(job)
     return left
@@ -251,7 +251,7 @@ def _identity(path: Path) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
-class Mark:
+class Provenance:
     """Tells what a restored image was made from: a comment in it that depends on the file, weights and settings."""
 
     def __init__(self, weights: Path, tile: int | str | None, bf16: bool, local: bool):
@@ -265,21 +265,21 @@ class Mark:
         return f"{OURS} {__version__}, {self.weights}; {digest}"
 
 
-def _skip_done(jobs: list[Job], mark: Mark, overwrite: bool, tally: Tally) -> list[Job]:
+def _skip_done(jobs: list[Job], provenance: Provenance, overwrite: bool, report: RunReport) -> list[Job]:
     left = []
     for job in jobs:
         there = os.path.exists(job.target)  # unlike Path's, of any name
         stays = there and not overwrite
         drawn = job.figure is not None and os.path.exists(job.figure)
-        if there and not (comment := comment_of(job.target) or "").startswith(OURS):
-            tally.refuse(job.source, f"{job.target} is there already, and not from dgunet; choose another --out")
-        elif stays and comment.split()[-1] != mark.of(job.source).split()[-1]:  # versions may differ
+        if there and not (comment := read_comment(job.target) or "").startswith(OURS):
+            report.refuse(job.source, f"{job.target} is there already, and not from dgunet; choose another --out")
+        elif stays and comment.split()[-1] != provenance.of(job.source).split()[-1]:  # versions may differ
             told = "is there already, of another image or with other weights or settings"
-            tally.refuse(job.source, f"{job.target} {told}; --overwrite replaces it, or choose another --out")
+            report.refuse(job.source, f"{job.target} {told}; --overwrite replaces it, or choose another --out")
         elif stays and (drawn or job.figure is None):
-            tally.skipped += 1
-        elif drawn and not (comment_of(job.figure) or "").startswith(OURS):
-            tally.refuse(job.source, f"{job.figure} is there already, and not from dgunet; choose another --out")
+            report.skipped += 1
+        elif drawn and not (read_comment(job.figure) or "").startswith(OURS):
+            report.refuse(job.source, f"{job.figure} is there already, and not from dgunet; choose another --out")
         else:
             left.append(job)
     return left
@@ -306,7 +306,7 @@ def _expected_seconds(model, jobs: list[Job], tile: int | str | None, device: to
 
 def _work(height: int, width: int, tile: int | None) -> int:
     """Pixels that the network goes through, those in the overlap of tiles several times."""
-    areas, _ = tiles_of(height, width, tile)
+    areas, _ = tile_grid(height, width, tile)
     return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in areas)
 
 
@@ -321,33 +321,35 @@ def _count(number: int) -> str:
 
 
 @contextlib.contextmanager
-def _attempt(job: Job, tally: Tally):
+def _attempt(job: Job, report: RunReport):
     """Around the work on an image: one that cannot be restored costs no other."""
     try:
         yield
-        tally.done += 1
+        report.done += 1
     except UserError as error:
-        tally.refuse(job.source, str(error))
+        report.refuse(job.source, str(error))
     except OSError as error:
-        if error.errno in ENDING or (told := explain(error)) is None:
+        if error.errno in FATAL_ERRNOS or (told := describe_error(error)) is None:
             raise
-        tally.refuse(job.source, told)
+        report.refuse(job.source, told)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
-        tally.refuse(job.source, "out of memory; restore it in tiles, --tile 512")
+        report.refuse(job.source, "out of memory; restore it in tiles, --tile 512")
 
 
-def _restore_one(model, job: Job, tally: Tally, noise, tile, device: torch.device, bf16: bool, mark: Mark, count):
-    comment = mark.of(job.source)
+def _restore_one(
+    model, job: Job, report: RunReport, noise, tile, device: torch.device, bf16: bool, provenance: Provenance, count
+):
+    comment = provenance.of(job.source)
     image = read_photo(job.source)
     scale = np.iinfo(image.pixels.dtype).max
     y = image.pixels.astype(np.float32) / np.float32(scale)
     y = y if y.ndim == 3 else y[..., None]
     if noise is not None:
-        _tell_of_noise(job, 255 * noise_level(y), noise, tally)
+        _warn_about_noise(job, 255 * estimate_sigma(y), noise, report)
     if y.shape[2] == 1:
         y = np.repeat(y, model.channels, axis=2)
     height, width = y.shape[:2]
@@ -357,7 +359,7 @@ def _restore_one(model, job: Job, tally: Tally, noise, tile, device: torch.devic
             tile = automatic_tile(model, (1, model.channels, height, width), device)
         if tile is not None:
             text = "larger than memory allows at once, restored in tiles (--tile whole forces it)"
-            tally.note(job.source, text, now=f"{text}, of {tile} pixels")
+            report.note(job.source, text, now=f"{text}, of {tile} pixels")
     work = model.stages * _work(height, width, tile)
     with _counting(model, lambda pixels: count(height * width * pixels / work)):
         x = restore(model, y, tile=tile, bf16=bf16)
@@ -369,12 +371,12 @@ def _restore_one(model, job: Job, tally: Tally, noise, tile, device: torch.devic
     write_photo(job.target, restored, comment)
     notes = image.notes + ([] if job.target.name == job.source.name else ["written as PNG"])
     for text in notes:
-        tally.note(job.source, text)
+        report.note(job.source, text)
 
 
-def _tell_of_noise(job: Job, level: float, trained: tuple[float, float], tally: Tally):
-    told = f"sigma {tell_sigmas(trained)}"
-    match unlike_noise(level, trained):
+def _warn_about_noise(job: Job, level: float, trained: tuple[float, float], report: RunReport):
+    told = f"sigma {format_sigma(trained)}"
+    match noise_mismatch(level, trained):
         case "weaker":
             text = f"less noise than this network is for ({told}), so that it may blur fine detail"
             advice = "keep the original where that looks better"
@@ -383,7 +385,7 @@ def _tell_of_noise(job: Job, level: float, trained: tuple[float, float], tally: 
             advice = "restore the image reduced to half its size, or with another network"
         case _:
             return
-    tally.note(job.source, text, now=f"about sigma {level:.0f}, {text}; {advice}")
+    report.note(job.source, text, now=f"about sigma {level:.0f}, {text}; {advice}")
 
 
 def _counting(model, count: Callable[[int], None]) -> contextlib.AbstractContextManager[None]:
@@ -395,7 +397,7 @@ def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
     """The figure of stages of the image's middle, computed from what is around it."""
     top, left, height, width = _middle(y.shape, FIGURE_FROM)
     around = y[top : top + height, left : left + width]
-    estimates = stages_of(model, around)[1:]
+    estimates = restore_stages(model, around)[1:]
     inner_top, inner_left, height, width = _middle(around.shape, FIGURE_SIDE)
     window = (slice(inner_top, inner_top + height), slice(inner_left, inner_left + width))
     tiles = [("as it came", to_uint8(around)), *label_stages(estimates)]

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 
 from dgunet.config import format_config
-from dgunet.errors import optional
+from dgunet.errors import lazy_import
 from dgunet.figures import set_title
-from dgunet.files import replacing
+from dgunet.files import atomic_write
 from dgunet.progress import progress_bar
 
-tqdm = optional("tqdm").tqdm
+tqdm = lazy_import("tqdm").tqdm
 log = logging.getLogger("dgunet")
 
 
-class RunLog:
+class RunLogger:
     """The history of a run, written to its ``folder`` and told on the console; open within ``with``.
 
     In the folder: ``history.csv``, ``curves.png``, ``train.log``, and TensorBoard's files where that is installed.
@@ -96,7 +96,7 @@ class RunLog:
             row["epoch"], self.epochs, row["step"], self.steps, row["loss"], row["lr"], score,
             row["images_per_second"], skipped,
         )  # fmt: skip
-        with replacing(self.folder / "history.csv") as temporary, open(temporary, "w", newline="") as file:
+        with atomic_write(self.folder / "history.csv") as temporary, open(temporary, "w", newline="") as file:
             # Rows of another version may have other columns.
             writer = csv.DictWriter(file, dict.fromkeys(column for each in (row, *self.rows) for column in each))
             writer.writeheader()
@@ -118,13 +118,13 @@ class _ConsoleHandler(logging.Handler):
 
 def describe(trainer, config: bool = False, missing: list[str] = ()):
     """Print what a `Trainer` is about to do, what is ``missing`` for it, and with ``config`` also every key."""
-    cfg, model = trainer.cfg, trainer.learner.model
+    cfg, model = trainer.cfg, trainer.train_state.model
     if not trainer.main:
         return
     count = sum(p.numel() for p in model.parameters())
     hardware = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
     epochs = "" if trainer.resumed is None else f", continuing in epoch {trainer.epoch} after step {trainer.step}"
-    precision = "bf16 autocast" if trainer.learner.amp else "float32"
+    precision = "bf16 autocast" if trainer.train_state.amp else "float32"
     if config:
         print(f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n")
     lines = [
@@ -134,7 +134,7 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
         f"{trainer.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
         f"validation  {len(trainer.val_set)} images of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held back'}",
         f"batch       {cfg.OPTIM.BATCH_SIZE} = {trainer.world} processes x {cfg.OPTIM.ACCUMULATE} passes x "
-        f"{trainer.learner.share}",
+        f"{trainer.train_state.micro_batch_size}",
         f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"
         + (f" of {trainer.batches.steps} steps{epochs}" if len(trainer.train_set) else ""),
         f"device      {trainer.world} x {hardware}, {precision}",
@@ -153,7 +153,7 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
 
 def plot_history(history: list[dict], steps: int, path: Path, title: str):
     """Draw loss, validation PSNR and learning rate over the epochs into a PNG, the last of each in its title."""
-    figure = optional("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")
+    figure = lazy_import("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")
     for place, (key, label) in enumerate(
         (("loss", "training loss"), ("psnr", "validation PSNR [dB]"), ("lr", "learning rate")), start=1
     ):
@@ -171,4 +171,4 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
             axes.ticklabel_format(axis="y", scilimits=(0, 0))
         axes.grid(alpha=0.3)
     set_title(figure, title)
-    optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(str(path))
+    lazy_import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(str(path))

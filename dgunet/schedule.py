@@ -6,9 +6,9 @@ import warnings
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dgunet.errors import optional
+from dgunet.errors import lazy_import
 
-GradualWarmupScheduler = optional("warmup_scheduler").GradualWarmupScheduler
+GradualWarmupScheduler = lazy_import("warmup_scheduler").GradualWarmupScheduler
 
 
 def decay(epoch: int, optim) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from dgunet.checkpoint import check_tensors
-from dgunet.errors import UserError, shorten
+from dgunet.errors import UserError, shorten_list
 
 
 def _is_a(kind, value) -> bool:
@@ -85,7 +85,7 @@ def cannot_be_resumed(path, *keys: str) -> UserError:
     )
 
 
-def load_moments(optimizer: Optimizer, saved: dict, path):
+def load_optimizer_state_dict(optimizer: Optimizer, saved: dict, path):
     """Load Adam's moments in their parameters' layout; its rate, decay, ... stay.
 
     Raises:
@@ -99,7 +99,7 @@ def load_moments(optimizer: Optimizer, saved: dict, path):
     check_tensors(expected, found, path, "the optimizer of this run", exact=True)
     negative = [name for name, value in found.items() if not name.endswith(".exp_avg") and (value < 0).any()]
     if negative:
-        raise UserError(f"{path} holds negative squares in its optimizer state: {shorten(negative)}")
+        raise UserError(f"{path} holds negative squares in its optimizer state: {shorten_list(negative)}")
     state = optimizer.state_dict()
     for i in range(len(group["params"])):
         names = {key: f"{i}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}

@@ -18,7 +18,7 @@ import torch
 
 from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import images_by_name
-from dgunet.distributed import sole_writer
+from dgunet.distributed import lock_dir
 from dgunet.errors import UserError, one_line
 from dgunet.evaluation import (
     TEXT,
@@ -32,11 +32,11 @@ from dgunet.evaluation import (
     pairs_or_images,
     restore_images,
 )
-from dgunet.files import in_its_form, normal_form, replacing
+from dgunet.files import atomic_write, match_unicode_form, nfc
 from dgunet.hardware import pick_device, use_huge_pages
-from dgunet.inference import check_tiles, tile_side
+from dgunet.inference import check_tiles, parse_tile
 from dgunet.metrics import find_metrics
-from dgunet.photos import noise_level, tell_sigmas, trained_noise, unlike_noise
+from dgunet.photos import estimate_sigma, format_sigma, noise_mismatch, trained_sigma_range
 from dgunet.pretrained import locate
 from dgunet.transforms import unit_range
 
@@ -54,7 +54,7 @@ class Benchmark:
     usual: bool = True  # whether it is tested where no --dataset is given
 
 
-def own_folder(protocol: str) -> Callable[[argparse.Namespace], dict[str, Benchmark]]:
+def custom_folder(protocol: str) -> Callable[[argparse.Namespace], dict[str, Benchmark]]:
     """Folders of the user's own: pairs, scored by the protocol, or images, restored only."""
     return lambda args: {"": Benchmark("", protocol, open=pairs_or_images)}
 
@@ -68,7 +68,7 @@ def add_tiling(add: Callable):
     )
     tiles = "tile side in pixels, whole, or auto: whole where memory allows it (default: as the weights' record says, "
     tiles += "else whole for scores, which tiles change, and auto where there are no targets)"
-    add("--tile", type=tile_side, default=argparse.SUPPRESS, help=tiles)
+    add("--tile", type=parse_tile, default=argparse.SUPPRESS, help=tiles)
     add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter of the tile, at most 64)")
     windows = "windows or tiles as the weights' record says (docs/local.md); --no-local: whole images, as in the paper"
     add("--local", action=argparse.BooleanOptionalAction, default=True, help=windows)
@@ -102,7 +102,7 @@ def command(
     variants: Callable[[torch.nn.Module, argparse.Namespace], dict[str, dict]] = lambda model, args: {"": {}},
     paper_key: Callable[..., str] = lambda model, args: model.name,
     paper_average: dict[str, tuple[float, float]] | None = None,
-    shipped: str | None = None,
+    default_weights: str | None = None,
 ):
     """Run a test.py: parse its command line, `evaluate` each data set asked for, print and append the table.
 
@@ -119,7 +119,7 @@ def command(
         paper_key: under which name the paper's values stand in the benchmarks, given the network, the parsed options,
             and those of a variant by name.
         paper_average: where the mean over all benchmarks is a row of its own: the paper's, by network.
-        shipped: the name of this repository's own weights for the task, tested where none are given.
+        default_weights: the name of this repository's own weights for the task, tested where none are given.
 
     Raises:
         UserError: at the end, listing the images that could not be tested.
@@ -128,7 +128,7 @@ def command(
     use_huge_pages()
     network, noise, passes = None, None, {"": {}}
     if args.score_only is None:
-        network = _load(task, args.weights, shipped, args.device)
+        network = _load(task, args.weights, default_weights, args.device)
         folder = args.results / task / _folder_of(network)
         passes = variants(network.model, args)
         noise = network.noise_sigma if any(benchmark.sigma for benchmark in benchmarks.values()) else None
@@ -153,13 +153,13 @@ def command(
             if network is None:
                 if not data.targets:
                     raise UserError(f"{source} has no input/ and target/, so there is nothing to score against")
-                restored = _restored_elsewhere(args.score_only, (name, Path(word).name), data)
+                restored = _read_restored(args.score_only, (name, Path(word).name), data)
                 result = evaluate(restored, save_images=False, **common)
                 result.seconds_per_image = math.nan
             else:
                 chosen = options(args, benchmark) | further | dict(bf16=args.bf16)
                 common |= dict(settings=dict(compile=args.compile), save_images=args.save_images or None)
-                restoring = method if noise is None else _listening(method, levels)
+                restoring = method if noise is None else _record_sigmas(method, levels)
                 result = evaluate(network.model, method=restoring, **common, **chosen)
         except UserError as error:
             if alone:
@@ -171,10 +171,10 @@ def command(
         notes = [f"{row.name}: {row.note}" for row in result.rows if row.note]
         if notes:
             print(f"note: {len(notes)} of {len(result.rows)} in {name}:", *notes, sep="\n  ")
-        _tell_of_identical(name, result)
-        _tell_of_tiles(name, result)
+        _warn_about_identical(name, result)
+        _warn_about_tiles(name, result)
         if levels:
-            _tell_of_noise(name, noise, levels)
+            _warn_about_noise(name, noise, levels)
         if network is not None and not result.missing:
             result.paper = benchmark.paper.get(paper_key(network.model, args, **further))
         if result.images:
@@ -225,16 +225,16 @@ class _Network(NamedTuple):
     noise_sigma: tuple[float, float] | None  # weakest and strongest noise that it is for
 
 
-def _load(task: str, weights: str | None, shipped: str | None, device: str) -> _Network:
-    source = weights or shipped
+def _load(task: str, weights: str | None, default_weights: str | None, device: str) -> _Network:
+    source = weights or default_weights
     if source is None:
         raise UserError("give --weights MODEL.pth, or --score_only FOLDER for images that are already restored")
     path = locate(source)
     content = read_checkpoint(path)  # once: the file may be another one a moment later
     if not weights:
-        print(f"no --weights given: this repository's own {shipped} ({content['record']['trained_for']})")
+        print(f"no --weights given: this repository's own {default_weights} ({content['record']['trained_for']})")
     model = load_model(path, task=task, device=pick_device(device), content=content)
-    name, noise = model.name or "DGUNet", trained_noise(content)
+    name, noise = model.name or "DGUNet", trained_sigma_range(content)
     print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, from {path}")
     return _Network(model, name, source, path, noise)
 
@@ -262,7 +262,7 @@ def _tests(
     """By name in tables: what --dataset names, and how it is tested."""
     known = {name.lower(): name for name in benchmarks}
     tests = {}
-    words = [word if Path(word).exists() else known.get(word.lower(), str(in_its_form(word))) for word in words]
+    words = [word if Path(word).exists() else known.get(word.lower(), str(match_unicode_form(word))) for word in words]
     for word in dict.fromkeys(words):
         alike = {word: benchmarks[word]} if word in benchmarks else {label(word) + end: how for end, how in own.items()}
         for name, benchmark in alike.items():
@@ -277,7 +277,7 @@ def label(word: str) -> str:
     path = Path(os.path.abspath(word))
     if path.is_file():
         path = path.with_suffix("")
-    return normal_form("_".join(path.parts[1:][-2:])) or "root"  # relative, wherever the folder is
+    return nfc("_".join(path.parts[1:][-2:])) or "root"  # relative, wherever the folder is
 
 
 def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
@@ -303,12 +303,12 @@ def find_folder(root: Path, relative: str) -> Path:
     for part in Path(relative).parts:
         exact = folder / part
         alike = [] if exact.exists() or not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
-        alike = [p for p in alike if normal_form(p.name).lower() == normal_form(part).lower()]
+        alike = [p for p in alike if nfc(p.name).lower() == nfc(part).lower()]
         folder = alike[0] if len(alike) == 1 else exact
     return folder
 
 
-def _restored_elsewhere(root: Path, names: tuple[str, ...], data: ImageSet) -> Callable:
+def _read_restored(root: Path, names: tuple[str, ...], data: ImageSet) -> Callable:
     """For `evaluate`: the images in one of the folders of these names in ``root``, or in ``root`` itself."""
     folders = (find_folder(root, name) for name in names)
     folder = next((folder for folder in folders if folder.is_dir()), root)
@@ -324,33 +324,33 @@ def _restored_elsewhere(root: Path, names: tuple[str, ...], data: ImageSet) -> C
     return read
 
 
-def _listening(method: Callable, levels: list[float]) -> Callable:
+def _record_sigmas(method: Callable, levels: list[float]) -> Callable:
     """The same method, which notes the noise of the images, in 8-bit levels."""
 
     @functools.wraps(method)
     def restore(model: torch.nn.Module, degraded: Images, **options) -> tuple[Images, Images]:
         for images in degraded if isinstance(degraded, list) else [degraded]:
-            if np.isfinite(level := noise_level(np.atleast_3d(unit_range(images)))):
+            if np.isfinite(level := estimate_sigma(np.atleast_3d(unit_range(images)))):
                 levels.append(255 * level)
         return method(model, degraded, **options)
 
     return restore
 
 
-def _tell_of_noise(name: str, trained: tuple[float, float], levels: list[float]):
+def _warn_about_noise(name: str, trained: tuple[float, float], levels: list[float]):
     """One sentence where images seem to have stronger or weaker Gaussian noise than the weights are for."""
-    unlike = [level for level in levels if unlike_noise(level, trained)]
+    unlike = [level for level in levels if noise_mismatch(level, trained)]
     if unlike:
         weakest, strongest = f"{min(unlike):.0f}", f"{max(unlike):.0f}"
         found = weakest if weakest == strongest else f"{weakest} to {strongest}"
         print(
             f"note: {len(unlike)} of {len(levels)} in {name}: noise of about sigma {found}, but these weights were "
-            f"trained for sigma {tell_sigmas(trained)}: they blur where it is weaker, and leave some where it is "
+            f"trained for sigma {format_sigma(trained)}: they blur where it is weaker, and leave some where it is "
             "stronger"
         )
 
 
-def _tell_of_identical(name: str, result: Result):
+def _warn_about_identical(name: str, result: Result):
     """That images which equal their targets, whose PSNR is infinite, are not in the mean."""
     count = result.images
     for number, what in ((result.identical, "restored images"), (result.identical_inputs, "inputs")):
@@ -359,7 +359,7 @@ def _tell_of_identical(name: str, result: Result):
             print(f"note: in {name}, {number} of {count} {what} identical to the target, {left_out}")
 
 
-def _tell_of_tiles(name: str, result: Result):
+def _warn_about_tiles(name: str, result: Result):
     """That the memory was too little for some images, whose scores are not the whole images' then."""
     sides = sorted({row.tile for row in result.rows} - {"", "whole"}, key=int)
     if sides and str(result.settings.get("tile")).startswith("auto"):
@@ -404,7 +404,7 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
     columns = _COLUMNS + [name for r in results[:1] for name in r.metrics]
     rows = []
     for r in results:
-        settings = " ".join(f"{key}={_in_words(value)}" for key, value in r.settings.items())
+        settings = " ".join(f"{key}={_setting_text(value)}" for key, value in r.settings.items())
         values = (
             datetime.datetime.now().isoformat(timespec="seconds"), weights, model, r.label, r.protocol, r.images,
             f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.input_psnr:.4f}", f"{r.input_ssim:.6f}",
@@ -412,7 +412,7 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
             *(f"{value:.6f}" for value in r.metrics.values()),
         )  # fmt: skip
         rows.append(dict(zip(columns, values, strict=True)))
-    with sole_writer(path.parent, "test", wait=True):  # tests that end together do not mix their rows
+    with lock_dir(path.parent, "test", wait=True):  # tests that end together do not mix their rows
         before = path.read_bytes() if path.exists() else b""
         head, newline, others = before.partition(b"\n")
         known = head.decode(TEXT["encoding"], TEXT["errors"]).strip().split(",") if head else []
@@ -420,7 +420,7 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
             raise UserError(f"{path} is no table of results as test.py writes it; move it away, and start again")
         columns = known + [name for name in columns if name not in known]
         if columns != known or not newline:  # a new table, or scores that it has had no columns for
-            with replacing(path) as temporary, open(temporary, "wb") as file:
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 file.write(",".join(columns).encode() + b"\r\n" + others)
         with open(path, "a", **TEXT) as file:
             if others and not others.endswith(b"\n"):  # a line that was cut off
@@ -428,7 +428,7 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
             csv.DictWriter(file, columns).writerows(rows)
 
 
-def _in_words(value) -> str:
+def _setting_text(value) -> str:
     """A setting without spaces: windows as ``norm64+projection128``."""
     return "+".join(f"{name}{size}" for name, size in value.items()) if isinstance(value, dict) else str(value)
 

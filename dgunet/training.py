@@ -6,14 +6,14 @@ import torch
 
 from dgunet.checkpoint import load_weights, read_checkpoint, weights_of
 from dgunet.config import parse_args
-from dgunet.data import Pair, exclude, find_images, find_pairs, hold_back, images_by_name
-from dgunet.degradations import named_degradation
+from dgunet.data import Pair, exclude, find_images, find_pairs, hold_out, images_by_name
+from dgunet.degradations import degradation_from_config
 from dgunet.distributed import launch
-from dgunet.engine import Trainer, state_to_resume
+from dgunet.engine import Trainer, checkpoint_to_resume
 from dgunet.errors import UserError
 from dgunet.hardware import keep_freed_memory
 from dgunet.model import VARIANTS, DGUNet, create_model, find_variant
-from dgunet.patches import Centres, SyntheticPatches, TrainingSet, ValidationSet
+from dgunet.patches import CenterCropDataset, SyntheticPatches, TrainingSet, ValidationSet
 from dgunet.pretrained import locate
 from dgunet.runlog import describe
 from dgunet.synthesis import find_degradation
@@ -24,9 +24,9 @@ def train_command(
     description: str,
     uses: tuple[str, ...],
     make_train_set: Callable,
-    make_val_set: Callable = lambda cfg, pairs: Centres(pairs, cfg.TRAINING.VAL_PS, luma=cfg.MODEL.GREY),
+    make_val_set: Callable = lambda cfg, pairs: CenterCropDataset(pairs, cfg.TRAINING.VAL_PS, luma=cfg.MODEL.GREY),
     find: Callable = find_pairs,
-    make_degradation: Callable = named_degradation,
+    make_degradation: Callable = degradation_from_config,
 ):
     """A task's ``train.py``: read the command line, open the data, train in every process.
 
@@ -58,7 +58,7 @@ def train_command(
     if cfg.MODEL.DEGRADATION:
         if cfg.SYNTHESIS.NAME:
             raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the images; set one of the two")
-        find = find_clean
+        find = find_clean_images
     elif cfg.MODEL.GREY or cfg.MODEL.NOISE:
         raise UserError("MODEL.GREY and MODEL.NOISE are of a known blur; set MODEL.DEGRADATION blur, or leave them out")
     if cfg.SYNTHESIS.NAME and (cfg.AUGMENT.MIXUP or cfg.AUGMENT.SATURATION):
@@ -72,13 +72,13 @@ def train_command(
     if training.VAL_DIR:
         val_items = look(find, training.VAL_DIR)
     elif items:
-        items, val_items = hold_back(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)
+        items, val_items = hold_out(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)
     else:
         val_items = []
     if degrade:
         train_set = SyntheticPatches(items, degrade, **crop_options(cfg))
         if not training.VAL_DIR:
-            make_val_set = lambda cfg, items: Centres(items, training.VAL_PS, degrade=degrade, seed=cfg.SEED)  # noqa: E731
+            make_val_set = lambda cfg, items: CenterCropDataset(items, training.VAL_PS, degrade=degrade, seed=cfg.SEED)  # noqa: E731
     else:
         train_set = make_train_set(cfg, items)
     launch(train, cfg, train_set, make_val_set(cfg, val_items), make_degradation, args.dry_run, missing)
@@ -89,7 +89,7 @@ def crop_options(cfg) -> dict:
     return dict(patch=cfg.TRAINING.TRAIN_PS, repeat=cfg.TRAINING.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
 
 
-def find_clean(folder: str) -> list[Pair]:
+def find_clean_images(folder: str) -> list[Pair]:
     """The images of a folder as pairs of themselves: the network of a known degradation is given them measured."""
     return [Pair(name, path, path) for name, path in images_by_name(folder).items()]
 
@@ -105,7 +105,7 @@ def train(
     missing = list(missing) if dry_run else None
     trainer = Trainer(cfg, build_model(cfg, train_set, make_degradation, missing), train_set, val_set)
     if dry_run:
-        trainer.take_up()
+        trainer.resume()
         describe(trainer, config=True, missing=missing)
         return
     if trainer.device.type == "cpu":
@@ -119,7 +119,7 @@ def train(
 
 
 def build_model(
-    cfg, train_set, make_degradation: Callable = named_degradation, missing: list[str] | None = None
+    cfg, train_set, make_degradation: Callable = degradation_from_config, missing: list[str] | None = None
 ) -> DGUNet:
     """The config's network, with the weights to start from.
 
@@ -136,13 +136,13 @@ def build_model(
     arguments = {**cfg.MODEL.OVERRIDES, **({"channels": 1} if cfg.MODEL.GREY else {})}
     model = create_model(cfg.MODEL.NAME, degradation, checkpointing=cfg.SPEED.CHECKPOINTING, **arguments)
     path = cfg.MODEL.WEIGHTS
-    if not path or state_to_resume(cfg):
+    if not path or checkpoint_to_resume(cfg):
         return model
     if missing is not None and not locate(path).exists():
         missing.append(f"no checkpoint at {path}")
         return model
     weights = weights_of(read_checkpoint(path), path)
-    if degradation is not None and degradation.keeps(weights):
+    if degradation is not None and degradation.keep_on_load(weights):
         weights |= {name: own for name, own in model.state_dict().items() if name.startswith("degradation.")}
     load_weights(model, weights, path)
     return model

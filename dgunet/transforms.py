@@ -31,7 +31,7 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
-def centre(x: Tensor, height: int, width: int) -> Tensor:
+def center_crop(x: Tensor, height: int, width: int) -> Tensor:
     """The middle of (..., H, W), of the given size."""
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[..., top : top + height, left : left + width]
@@ -60,7 +60,7 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * np.float32(255)).round().astype(np.uint8)
 
 
-def upright(image: np.ndarray, turn: int) -> np.ndarray:
+def apply_orientation(image: np.ndarray, turn: int) -> np.ndarray:
     """(H, W, ...) as the camera was held, turned as its EXIF orientation (1 to 8) asks for."""
     if turn >= 5:
         image = image.swapaxes(0, 1)

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dgunet.errors import UserError, optional
-from dgunet.files import replacing
+from dgunet.errors import UserError, lazy_import
+from dgunet.files import atomic_write
 
 
 def save_weights(path: str | Path, state_dict: dict[str, Tensor], model: dict, record: dict | None = None):
@@ -28,11 +28,11 @@ def save_weights(path: str | Path, state_dict: dict[str, Tensor], model: dict, r
         model: see `checkpoint.describe_model`.
         record: the fields of a `pretrained.Record` but its ``task`` and ``path``, or None.
     """
-    save = optional("safetensors.torch").save
+    save = lazy_import("safetensors.torch").save
     weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     about = json.dumps({"model": model} | ({} if record is None else {"record": record}))
     encoded = save(weights, {"format": "pt", "dgunet": about, "sha256": _digest(weights, about)})
-    with replacing(path) as temporary:  # safetensors' own writer makes files that nobody else may read
+    with atomic_write(path) as temporary:  # safetensors' own writer makes files that nobody else may read
         temporary.write_bytes(encoded)
 
 
@@ -45,7 +45,7 @@ def read_weights(path: str | Path) -> dict:
     Raises:
         UserError: not such a file, or a damaged one.
     """
-    safe_open = optional("safetensors").safe_open
+    safe_open = lazy_import("safetensors").safe_open
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -66,7 +66,7 @@ def read_about(path: str | Path) -> dict:
     Raises:
         UserError: not such a file, or a damaged one.
     """
-    safe_open = optional("safetensors").safe_open
+    safe_open = lazy_import("safetensors").safe_open
     try:
         with safe_open(path, framework="numpy") as file:
             return json.loads(file.metadata()["dgunet"])

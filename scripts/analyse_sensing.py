@@ -36,7 +36,7 @@ with command_imports(__name__):
 
     from dgunet import DGUNet, load_model
     from dgunet.data import list_images, read_luma
-    from dgunet.degradations import ScalableSampling, start_matrix
+    from dgunet.degradations import ScalableSampling, init_sampling_matrix
     from dgunet.figures import drawable
     from dgunet.metrics import evaluate_pair
 
@@ -108,7 +108,7 @@ def seen_frequencies(matrix: Tensor) -> np.ndarray:
 
 def lowest_cosines(matrix: Tensor) -> Tensor:
     """As many rows of the DCT as a matrix (M, block^2) has, those of lowest frequency."""
-    return start_matrix("dct", len(matrix) / matrix.shape[1], round(matrix.shape[1] ** 0.5))
+    return init_sampling_matrix("dct", len(matrix) / matrix.shape[1], round(matrix.shape[1] ** 0.5))
 
 
 def compare_with_cosines(matrix: Tensor) -> list[str]:

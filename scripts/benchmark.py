@@ -48,10 +48,10 @@ with command_imports(__name__):
     from dgunet.hardware import autocast_dtype, keep_freed_memory, pick_device, use_huge_pages
     from dgunet.instance_norm import HalfInstanceNorm
     from dgunet.layers import ChannelAttentionBlock, ConvBlock
-    from dgunet.learner import Learner
-    from dgunet.model import VARIANTS, FromImages, create_model, list_models
+    from dgunet.model import VARIANTS, MeasureThenRestore, create_model, list_models
     from dgunet.pathways import ISFF, SubspaceFusion, project
     from dgunet.proximal import MULTIPLE
+    from dgunet.train_state import TrainState
 
 SECTIONS = ("forward", "train", "data", "evaluate", "startup")  # and "probe", which has to be asked for
 
@@ -161,7 +161,7 @@ def _forward(case: Case) -> Callable:
         y = y.contiguous(memory_format=torch.channels_last)
     if case.compile:
         model.compile()
-    network = FromImages(model)
+    network = MeasureThenRestore(model)
 
     def run():
         with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, enabled=case.bf16):
@@ -180,24 +180,24 @@ def _train(case: Case) -> Callable:
     options += ["SPEED.CHANNELS_LAST", "False" if case.baseline else "auto"]
     cfg = load_config(ROOT / "configs" / VARIANTS[case.variant].task / "dgunet.yaml", options)
     model = _network(case)
-    learner = Learner(cfg, model)
+    train_state = TrainState(cfg, model)
     target = _images(case, model.channels)
     input = target if model.degradation is not None else (target + 0.1 * torch.randn_like(target)).clamp(0, 1)
-    input, target = learner.move(input), learner.move(target)
+    input, target = train_state.to_device(input), train_state.to_device(target)
     weight = next(model.parameters())
     if not case.baseline:
 
         def run():
-            learner.train_step(input, target)
+            train_state.train_step(input, target)
             return weight.grad
 
         return run
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
-    network = learner.network
+    network = train_state.network
 
     def run():
         optimizer.zero_grad()
-        loss = learner.loss(network(input), target)
+        loss = train_state.loss(network(input), target)
         loss.backward()
         optimizer.step()
         loss.item()
@@ -405,7 +405,7 @@ def operations(case: Case) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = create_model(case.variant)
-    network = FromImages(model)
+    network = MeasureThenRestore(model)
     y = torch.rand(1, model.channels, 64, 64)  # the count is proportional to the pixels
     with FlopCounterMode(display=False) as counter:
         estimates = network(y)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, optional, run_cli
+from dgunet.errors import UserError, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     import torch
@@ -26,24 +26,24 @@ with command_imports(__name__):
 
     from dgunet.checkpoint import load_model
     from dgunet.config import load_config
-    from dgunet.data import exclude, find_images, find_pairs, hold_back
+    from dgunet.data import exclude, find_images, find_pairs, hold_out
     from dgunet.hardware import pick_device
     from dgunet.inference import estimate, restore
     from dgunet.local import KEYS, with_local_statistics
     from dgunet.metrics import psnr_batch
     from dgunet.model import DGUNet
-    from dgunet.patches import Centres
+    from dgunet.patches import CenterCropDataset
     from dgunet.pretrained import locate
     from dgunet.proximal import MULTIPLE
     from dgunet.synthesis import find_degradation
     from dgunet.transforms import unit_range
 
-    natsorted = optional("natsort").natsorted
+    natsorted = lazy_import("natsort").natsorted
 
 LEAST_GAIN = 0.01  # dB
 
 
-def held_back(cfg, model: DGUNet) -> Centres:
+def held_back(cfg, model: DGUNet) -> CenterCropDataset:
     """The validation images of a config, whole: ``(input, target)`` of each, of a sensing network the image twice."""
     degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS) if cfg.SYNTHESIS.NAME else None
     sensing = model.degradation is not None
@@ -54,9 +54,9 @@ def held_back(cfg, model: DGUNet) -> Centres:
     else:
         items = find(training.TRAIN_DIR)
         items = exclude(items, training.EXCLUDE) if training.EXCLUDE else items
-        items = hold_back(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)[1]
+        items = hold_out(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)[1]
     multiple = getattr(model.degradation, "block", MULTIPLE)
-    return Centres(items, 0, degrade=degrade, seed=cfg.SEED, luma=sensing, multiple=multiple)
+    return CenterCropDataset(items, 0, degrade=degrade, seed=cfg.SEED, luma=sensing, multiple=multiple)
 
 
 def score(model: DGUNet, windows: dict[str, int], samples: list[tuple[Tensor, Tensor]], bf16: bool) -> float:
@@ -68,7 +68,7 @@ def score(model: DGUNet, windows: dict[str, int], samples: list[tuple[Tensor, Te
             restored = [restore(model, x, tile="auto" if "tile" in windows else None, bf16=bf16, local=windows)]
         else:
             local = with_local_statistics(model, windows)
-            operators = getattr(known, "validated", [known])
+            operators = getattr(known, "validation_ratios", [known])
             restored = [estimate(local, A.A(x), bf16).clamp(0, 1) for A in operators]
         scores += [psnr_batch(image, target) for image in restored]
     return torch.cat(scores).mean().item()

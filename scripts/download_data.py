@@ -29,7 +29,7 @@ with command_imports(__name__):
     from prepare_patches import Parser, describe, sidd_pairs
 
     from dgunet.data import find_pairs
-    from dgunet.distributed import sole_writer
+    from dgunet.distributed import lock_dir
     from dgunet.files import IMAGE_SUFFIXES
     from dgunet.progress import progress_bar
 
@@ -352,7 +352,7 @@ def download_data(args):
                 raise UserError(f"{item.name} has the images of {other.name} too; keep to one of them")
     for item, missing, downloads in todo:
         downloads.mkdir(parents=True, exist_ok=True)
-        with sole_writer(downloads, "download", "wait for its end"):  # two would write the same unfinished files
+        with lock_dir(downloads, "download", "wait for its end"):  # two would write the same unfinished files
             try:
                 install(item, missing, downloads, args.keep_archives)
             finally:

@@ -19,19 +19,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import ROOT, UserError, command_imports, optional, run_cli
+from dgunet.errors import ROOT, UserError, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     from dgunet.checkpoint import load_model, read_checkpoint
     from dgunet.degradations import ScalableSampling
     from dgunet.local import check_windows
     from dgunet.model import find_variant
-    from dgunet.photos import tell_sigmas
+    from dgunet.photos import format_sigma
     from dgunet.pretrained import IN_REPOSITORY, Record
     from dgunet.weights import save_weights
 
-    natsorted = optional("natsort").natsorted
-    yaml = optional("yaml")
+    natsorted = lazy_import("natsort").natsorted
+    yaml = lazy_import("yaml")
 
 TABLE = ROOT / "docs/models.md"
 
@@ -149,7 +149,7 @@ def models_table() -> str:
         rows = {
             "for": record["trained_for"],
             "not for": record["not_for"],
-            "noise": noise and f"sigma {tell_sigmas(noise)}, of 255",
+            "noise": noise and f"sigma {format_sigma(noise)}, of 255",
             "local statistics": record.get("local") and ", ".join(f"{k} {v}" for k, v in record["local"].items()),
             "ratios": isinstance(model.degradation, ScalableSampling) and model.degradation.percent,
             "scores": scores,

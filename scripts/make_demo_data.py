@@ -32,14 +32,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import ROOT, UserError, command_imports, optional, run_cli
+from dgunet.errors import ROOT, UserError, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     import numpy as np
     from prepare_patches import Parser
 
     from dgunet.data import images_by_name
-    from dgunet.files import in_its_form, normal_form
+    from dgunet.files import match_unicode_form, nfc
     from dgunet.metrics import evaluate_pair
     from dgunet.samples import SPLITS, SamplePhoto, sample_photos
     from dgunet.synthesis import (
@@ -52,7 +52,7 @@ with command_imports(__name__):
         sensor_noise,
     )
 
-    cv2 = optional("cv2")
+    cv2 = lazy_import("cv2")
 
 TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
 MANIFEST = "demo.json"
@@ -80,8 +80,8 @@ class Screen:
     def load(self, height: int = 320, width: int = 480) -> np.ndarray:
         """(height, width, 3) uint8 RGB, the same for the same seed."""
         rng = np.random.default_rng(self.seed)
-        fonts = sorted(Path(optional("matplotlib").get_data_path(), "fonts/ttf").glob("DejaVuSans*.ttf"))
-        image, draw_module, font_module = (optional(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
+        fonts = sorted(Path(lazy_import("matplotlib").get_data_path(), "fonts/ttf").glob("DejaVuSans*.ttf"))
+        image, draw_module, font_module = (lazy_import(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
         dark = rng.random() < 0.3
 
         def colour(ink: bool) -> tuple[int, ...]:
@@ -237,7 +237,10 @@ def check_existing(out: Path, manifest: dict) -> bool:
         return False
     try:
         old = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        old_files, old_images = dict(old["files"]), old.get("images", old.get("pictures"))  # "pictures": its name before 0.3
+        old_files, old_images = (
+            dict(old["files"]),
+            old.get("images", old.get("pictures")),
+        )  # "pictures": its name before 0.3
         old_options = {"--extent": EXTENT, "--screens": 0} | old["options"]  # older folders do not tell them
     except (OSError, ValueError, KeyError, TypeError):
         foreign = f"--out: {out} holds files that this script did not write"
@@ -262,12 +265,12 @@ def check_files(out: Path, checksums: dict[str, int]):
 
     checksums: {path relative to `out`: CRC-32 of the file}.
     """
-    present = {normal_form(p.relative_to(out).as_posix()) for p in out.rglob("[!.]*") if p.is_file()} - {MANIFEST}
-    checksums = {normal_form(name): checksum for name, checksum in checksums.items()}
+    present = {nfc(p.relative_to(out).as_posix()) for p in out.rglob("[!.]*") if p.is_file()} - {MANIFEST}
+    checksums = {nfc(name): checksum for name, checksum in checksums.items()}
     for name in sorted(present - set(checksums)):
         raise UserError(f"--out: {out / name} was not written by this script; choose another --out")
     for name, checksum in checksums.items():
-        if name not in present or zlib.crc32(in_its_form(out / name).read_bytes()) != checksum:
+        if name not in present or zlib.crc32(match_unicode_form(out / name).read_bytes()) != checksum:
             happened = "changed" if name in present else "removed"
             raise UserError(f"--out: {out / name} was {happened}; choose another --out, or remove {out}")
 

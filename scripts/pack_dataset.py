@@ -18,17 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, optional, run_cli
+from dgunet.errors import UserError, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     import numpy as np
 
     from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
-    from dgunet.distributed import sole_writer
-    from dgunet.files import normal_form, replacing
+    from dgunet.distributed import lock_dir
+    from dgunet.files import atomic_write, nfc
     from dgunet.progress import progress_bar
 
-    h5py = optional("h5py")
+    h5py = lazy_import("h5py")
 
 # Random crops of 256 touch 9 to 16 chunks of this side, those of 128 touch 4 to 9: little is read in vain.
 CHUNK = 96
@@ -45,8 +45,8 @@ def main():
         raise UserError(f"{out} exists; remove it, or give another --out")
     images = dict(luma_images(args.source) if args.luma else paired_images(args.source))
     out.parent.mkdir(parents=True, exist_ok=True)
-    alone = sole_writer(out.parent, "packing", "wait for its end")
-    with alone, replacing(out) as unfinished, h5py.File(unfinished, "w") as file:
+    alone = lock_dir(out.parent, "packing", "wait for its end")
+    with alone, atomic_write(out) as unfinished, h5py.File(unfinished, "w") as file:
         pack(file, images, read_luma if args.luma else read_image)
     print(f"wrote {out}: {len(images)} images, {out.stat().st_size / 2**30:.2f} GiB")
 
@@ -59,7 +59,7 @@ def paired_images(source: Path) -> Iterator[tuple[str, Path]]:
 
 def luma_images(source: Path) -> Iterator[tuple[str, Path]]:
     for path in list_images(source):
-        yield normal_form(path.name), path
+        yield nfc(path.name), path
 
 
 def pack(file: h5py.File, images: dict[str, Path], read):

@@ -20,8 +20,8 @@ with command_imports(__name__):
     from dgunet import DGUNet, load_model
     from dgunet.data import find_pairs, images_by_name, read_image, read_luma
     from dgunet.degradations import BlockSampling
-    from dgunet.figures import draw_stages, label_stages, stages_of
-    from dgunet.files import normal_form
+    from dgunet.figures import draw_stages, label_stages, restore_stages
+    from dgunet.files import nfc
     from dgunet.metrics import evaluate_pair
 
 
@@ -40,7 +40,7 @@ def main():
 
     model = load_model(args.weights)
     image, target = read_pair(model, *args.pair)
-    degraded, *estimates = stages_of(model, image)
+    degraded, *estimates = restore_stages(model, image)
     top, left, side = find_window(target.shape[:2], args.crop, usual=160, least=8)
     window = (slice(top, top + side), slice(left, left + side))
     first = "degraded" if model.degradation is None else "$A^T y$"
@@ -73,7 +73,7 @@ def find_window(size: tuple[int, int], crop: list[int] | None, usual: int, least
 
 
 def choose(found: dict, name: str, folder: str):
-    name = normal_form(name)
+    name = nfc(name)
     if name not in found:
         raise UserError(f"no image {name} in {folder}; there are {', '.join(found)}")
     return found[name]

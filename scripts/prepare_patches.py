@@ -27,16 +27,16 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, optional, run_cli
+from dgunet.errors import UserError, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     import numpy as np
 
-    from dgunet.data import Pair, find_pairs, pair_size, read_image, tell_of_others, write_image
-    from dgunet.files import IMAGE_SUFFIXES, normal_form
+    from dgunet.data import Pair, find_pairs, pair_size, read_image, report_skipped_files, write_image
+    from dgunet.files import IMAGE_SUFFIXES, nfc
     from dgunet.progress import progress_bar
 
-    cv2, natsorted = optional("cv2"), optional("natsort").natsorted
+    cv2, natsorted = lazy_import("cv2"), lazy_import("natsort").natsorted
 
 SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)", re.IGNORECASE)
 # Training crops are 256 wide: with an overlap of 256, every crop of the whole image lies inside some patch.
@@ -83,15 +83,13 @@ def sidd_pairs(source: Path) -> list[Pair]:
             side[number] = path
         if not any(sides.values()):
             raise UserError(f"no *_NOISY_SRGB_*.PNG in {scene}; complete or move this folder ({hint})")
-        tell_of_others(scene, others)
+        report_skipped_files(scene, others)
         for have, lack in (("NOISY", "GT"), ("GT", "NOISY")):
             for number in natsorted(sides[have].keys() - sides[lack].keys()):
                 path = sides[have][number]
                 partner = re.sub(f"{have}(?=_SRGB)", lack, path.name, flags=re.IGNORECASE)
                 raise UserError(f"{path} has no partner {partner} beside it; add or remove it")
-        pairs += [
-            Pair(f"{normal_form(scene.name)}_{n}", sides["NOISY"][n], sides["GT"][n]) for n in natsorted(sides["NOISY"])
-        ]
+        pairs += [Pair(f"{nfc(scene.name)}_{n}", sides["NOISY"][n], sides["GT"][n]) for n in natsorted(sides["NOISY"])]
     return pairs
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, optional, run_cli
+from dgunet.errors import UserError, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     import torch
@@ -30,7 +30,7 @@ with command_imports(__name__):
     from dgunet.data import read_image, to_tensor
     from dgunet.degradations import Blur
     from dgunet.metrics import evaluate_pair
-    from dgunet.transforms import centre, to_uint8, unit_range
+    from dgunet.transforms import center_crop, to_uint8, unit_range
 
 MARGIN, SHIFT = 15, 6  # one of the photographs lies 5.25 pixels beside its image
 
@@ -56,7 +56,7 @@ def read_kernel(path: Path, x: Tensor, y: Tensor) -> Tensor:
 
 def methods(args: argparse.Namespace) -> dict:
     """By name, functions of a photograph and its kernel that give an image of the same size."""
-    deepinv = optional("deepinv")
+    deepinv = lazy_import("deepinv")
     from dgunet.integrations.deepinv import Denoiser, Reconstructor
 
     def inside(algorithm):
@@ -66,7 +66,7 @@ def methods(args: argparse.Namespace) -> dict:
             physics = deepinv.physics.Blur(kernel[None, None], padding="valid", use_fft=True)
             sides = [(taps // 2,) * 2 for taps in kernel.shape]
             start = F.pad(y, sides[1] + sides[0], mode="replicate")
-            return centre(algorithm(y, physics, init=(start, start)), *y.shape[-2:])
+            return center_crop(algorithm(y, physics, init=(start, start)), *y.shape[-2:])
 
         return run
 

@@ -28,7 +28,7 @@ from dgunet import DGUNet, UserError, create_model, list_models, load_model
 from dgunet import checkpoint as checkpoint_module
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.degradations import BlockSampling, Blur, MotionBlur, block_sampling
-from dgunet.files import replacing
+from dgunet.files import atomic_write
 from dgunet.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,9 +147,9 @@ def test_a_save_removes_what_killed_ones_left_and_nothing_else(tmp_path):
 def test_writers_at_once_publish_each_its_own_file(tmp_path):
     """The second begins before the first has ended, and the file is always one of the two, whole."""
     path = tmp_path / "a.png"
-    with replacing(path) as first:
+    with atomic_write(path) as first:
         first.write_bytes(b"first")
-        with replacing(path) as second:
+        with atomic_write(path) as second:
             assert second != first and second.name.startswith(".")
             second.write_bytes(b"sec")
             assert not path.exists() and first.read_bytes() == b"first"
@@ -164,7 +164,7 @@ def test_writers_in_threads_and_failures_leave_nothing_behind(tmp_path):
     def write(number: int):
         for turn in range(20):
             try:
-                with replacing(path) as temporary:
+                with atomic_write(path) as temporary:
                     temporary.write_text(str(number) * 1000)
                     if turn % 2:
                         raise KeyboardInterrupt
@@ -186,7 +186,7 @@ def test_writers_in_threads_and_failures_leave_nothing_behind(tmp_path):
 @pytest.mark.parametrize("name", ["a" * 250 + ".png", "図" * 80 + ".png", "a\udcff.png", "b [1]*?.png"])
 def test_any_name_that_the_disk_takes_can_be_written(tmp_path, name):
     path = tmp_path / name
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         label = temporary.name.partition(f".{platform.node()}.")[0]
         temporary.write_text("x")
     assert path.read_text() == "x" and len(os.listdir(tmp_path)) == 1
@@ -195,7 +195,7 @@ def test_any_name_that_the_disk_takes_can_be_written(tmp_path, name):
     gone.wait()
     left = tmp_path / "below" / f"{label}.{platform.node()}.{gone.pid}.0123abcd.tmp"
     left.write_text("half")
-    with replacing(tmp_path / "below" / name) as temporary:
+    with atomic_write(tmp_path / "below" / name) as temporary:
         assert not left.exists()
 
 
@@ -203,7 +203,7 @@ def test_errors_name_the_file_that_was_to_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     for path in (tmp_path / "file" / "a.png", tmp_path / "folder.png"):
-        with pytest.raises(OSError) as error, replacing(path) as temporary:
+        with pytest.raises(OSError) as error, atomic_write(path) as temporary:
             temporary.write_text("x")
         assert error.value.filename in (str(path), str(path.parent)) and not str(error.value).count(".tmp")
     assert set(os.listdir(tmp_path)) == {"file", "folder.png"}
@@ -216,7 +216,7 @@ def test_files_have_the_mode_that_umask_says(tmp_path, tiny_model, umask):
     try:
         save_checkpoint({"state_dict": model.state_dict()}, tmp_path / "a.pth")
         save_weights(tmp_path / "a.safetensors", model.state_dict(), describe_model(model))
-        with replacing(tmp_path / "a.txt") as temporary:
+        with atomic_write(tmp_path / "a.txt") as temporary:
             temporary.write_text("x")
     finally:
         os.umask(before)

@@ -47,11 +47,11 @@ def make_trainer(folder: Path, *options) -> Trainer:
 
 
 def optimizer_step(trainer: Trainer):
-    for parameter in trainer.learner.parameters:
+    for parameter in trainer.train_state.parameters:
         parameter.grad = torch.full_like(parameter, 0.1)
-    trainer.learner.optimizer.found_inf = torch.zeros(())
-    trainer.learner.optimizer.step()
-    trainer.learner._average()
+    trainer.train_state.optimizer.found_inf = torch.zeros(())
+    trainer.train_state.optimizer.step()
+    trainer.train_state._average()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +74,7 @@ def state(trainer) -> dict:
     for _ in range(2):
         optimizer_step(trainer)
     trainer.step = 2
-    trainer.learner.counters.values += torch.tensor([0.5, 2, 0, 0])
+    trainer.train_state.counters.values += torch.tensor([0.5, 2, 0, 0])
     trainer._record(3.0, validated=False)
     trainer.save("model_latest.pth")
     return torch.load(trainer.folder / "model_latest.pth", weights_only=True)
@@ -114,7 +114,7 @@ def loads(path: Path, expected: dict | None) -> bool:
 def resumes(path: Path, state: dict, trainer: Trainer) -> bool:
     """Whether a run continues from a file. If it does, then with the weights and the moments of the whole state."""
     with torch.no_grad():
-        for parameter in (*trainer.learner.model.parameters(), *trainer.learner.ema.parameters()):
+        for parameter in (*trainer.train_state.model.parameters(), *trainer.train_state.ema.parameters()):
             parameter.zero_()
     try:
         trainer.load_state_dict(read_checkpoint(path), path)
@@ -128,7 +128,7 @@ def resumes(path: Path, state: dict, trainer: Trainer) -> bool:
     moments = resumed["optimizer"]["state"]
     assert all(equal(moments[i], entry) for i, entry in state["optimizer"]["state"].items())
     optimizer_step(trainer)
-    assert all(parameter.isfinite().all() for parameter in trainer.learner.parameters)
+    assert all(parameter.isfinite().all() for parameter in trainer.train_state.parameters)
     trainer._record(3.0, validated=False)
     return True
 
@@ -384,7 +384,7 @@ def test_kinds_of_tensors(tmp_path, state, trainer, kind):
     torch.save(content, path)
     assert loads(path, state["state_dict"]) == (kind in SAME_TENSORS)
     content = fresh(state)
-    number = [name for name, _ in trainer.learner.model.named_parameters()].index(name)
+    number = [name for name, _ in trainer.train_state.model.named_parameters()].index(name)
     content["optimizer"]["state"][number]["exp_avg"] = make(content["optimizer"]["state"][number]["exp_avg"])
     torch.save(content, path)
     assert resumes(path, state, trainer) == (kind in SAME_TENSORS and kind != "double")

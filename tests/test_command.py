@@ -20,10 +20,10 @@ import tifffile
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import IFDRational
 
-from dgunet import command, images, load_model, pretrained, restore, restoring
+from dgunet import command, load_model, photos, pretrained, restore, restoring
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.errors import UserError
-from dgunet.photos import Photo, comment_of, look_at, read_photo, unlike_noise, write_photo
+from dgunet.photos import Photo, noise_mismatch, probe, read_comment, read_photo, write_photo
 
 ROOT = Path(__file__).resolve().parents[1]
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -144,7 +144,7 @@ def test_every_kind_of_image_is_read_and_said(tmp_path, kind):
     assert (again.alpha is None) == (image.alpha is None)
     if image.alpha is not None:
         np.testing.assert_array_equal(again.alpha, image.alpha)
-    assert comment_of(tmp_path / "again.png") == "of mine"
+    assert read_comment(tmp_path / "again.png") == "of mine"
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp", "deep .png", "deep .tif"])
@@ -300,7 +300,7 @@ def test_tiff_is_what_its_tags_say(tmp_path, name, dtype):
         planes = np.ascontiguousarray(planes.transpose(2, 0, 1))
     order = options.get("byteorder", "<")
     tifffile.imwrite(tmp_path / "a.tif", planes.squeeze().astype(planes.dtype.newbyteorder(order)), **options)
-    assert look_at(tmp_path / "a.tif") == (37, 50, "TIFF")
+    assert probe(tmp_path / "a.tif") == (37, 50, "TIFF")
     image = read_photo(tmp_path / "a.tif")
     assert image.pixels.dtype == dtype and image.pixels.shape == truth.shape
     assert np.abs(image.pixels.astype(int) - truth).max() <= (6 if "assocalpha" in extra else 0)  # what is left of them
@@ -499,7 +499,7 @@ BOX = b"\0\0\0\x18ftyp"
 )
 def test_a_file_is_what_its_bytes_say(tmp_path, content, told):
     (tmp_path / "a.JPG").write_bytes(content)
-    for read in read_photo, look_at:
+    for read in read_photo, probe:
         with pytest.raises(UserError, match=told) as error:
             read(tmp_path / "a.JPG")
         assert str(error.value).startswith(str(tmp_path / "a.JPG"))
@@ -539,7 +539,7 @@ def test_scans_larger_than_pillow_opens_by_itself(tmp_path, monkeypatch, suffix,
     Image.fromarray(colours()).convert(mode).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert read_photo(path).pixels.shape[:2] == (16, 24) and Image.MAX_IMAGE_PIXELS == 10
-    monkeypatch.setattr(images, "MAX_PIXELS", 10)
+    monkeypatch.setattr(photos, "MAX_PIXELS", 10)
     with pytest.raises(UserError, match="24x16 pixels, more than can be read"):
         read_photo(path)
 
@@ -547,7 +547,7 @@ def test_scans_larger_than_pillow_opens_by_itself(tmp_path, monkeypatch, suffix,
 def test_reads_that_overlap_leave_the_limit_of_pillow(tmp_path, monkeypatch):
     """It is one for the process, and another thread may rely on it at any time."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    one, two = images._opened(save(tmp_path / "a.png")), images._opened(save(tmp_path / "b.tif"))
+    one, two = photos._opened(save(tmp_path / "a.png")), photos._opened(save(tmp_path / "b.tif"))
     one.__enter__()
     assert Image.MAX_IMAGE_PIXELS == 10
     two.__enter__()
@@ -558,8 +558,8 @@ def test_reads_that_overlap_leave_the_limit_of_pillow(tmp_path, monkeypatch):
 
 
 def test_noise_unlike_the_training():
-    assert [unlike_noise(level, (25, 25)) for level in (1, 16, 25, 50)] == ["weaker", None, None, "stronger"]
-    assert [unlike_noise(level, (0, 50)) for level in (0, 50, 80)] == [None, None, "stronger"]
+    assert [noise_mismatch(level, (25, 25)) for level in (1, 16, 25, 50)] == ["weaker", None, None, "stronger"]
+    assert [noise_mismatch(level, (0, 50)) for level in (0, 50, 80)] == [None, None, "stronger"]
 
 
 # ----------------------------------------------------------------------------------------------------------- restoring

@@ -30,7 +30,7 @@ from dgunet.data import (
     find_images,
     find_pairs,
     fingerprint,
-    hold_back,
+    hold_out,
     image_size,
     list_images,
     read_image,
@@ -38,14 +38,14 @@ from dgunet.data import (
     write_image,
 )
 from dgunet.degradations import sampling_operator
-from dgunet.distributed import sole_writer
-from dgunet.errors import explain
+from dgunet.distributed import lock_dir
+from dgunet.errors import describe_error
 from dgunet.evaluation import ScoreSheet
 from dgunet.patches import (
-    Centres,
-    EpochBatches,
+    CenterCropDataset,
     MixupPatches,
     PairedPatches,
+    ResumableBatchSampler,
     SaturationPatches,
     SyntheticPatches,
 )
@@ -359,7 +359,7 @@ def test_full_disk_leaves_no_half_image(tmp_path, ending, size):
     path = tmp_path / f"a{ending}"
     with disk_of(size), pytest.raises(OSError) as error:
         write_image(path, random_image())
-    assert error.value.filename == str(path) and explain(error.value).startswith(f"{path}: ")
+    assert error.value.filename == str(path) and describe_error(error.value).startswith(f"{path}: ")
     assert not list(tmp_path.iterdir())
     write_image(path, random_image(seed=1))
     with disk_of(size), pytest.raises(OSError):
@@ -371,7 +371,7 @@ def test_what_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError) as error:
         write_image(tmp_path / "file" / "a.png", random_image())
-    assert explain(error.value).startswith(f"{tmp_path / 'file'}")
+    assert describe_error(error.value).startswith(f"{tmp_path / 'file'}")
     assert "give it an ending" in refusal(write_image, tmp_path / "a", random_image())
     assert "17000x1 pixels cannot be written" in refusal(write_image, tmp_path / "a.webp", random_image(1, 17000))
 
@@ -404,8 +404,8 @@ def test_names_that_are_not_utf8(tmp_path, image_pairs, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["plain", "interlaced", "transparent colour", "palette"])
 def test_every_kind_of_rgb_png(tmp_path, kind):
-    path, image = tmp_path / "a.png", smooth_image(50, 70)
-    image = Image.fromarray(image)
+    path, pixels = tmp_path / "a.png", smooth_image(50, 70)
+    image = Image.fromarray(pixels)
     if kind == "palette":
         image = image.convert("P", palette=Image.Palette.ADAPTIVE)
     if kind == "transparent colour":
@@ -413,7 +413,7 @@ def test_every_kind_of_rgb_png(tmp_path, kind):
     else:
         image.save(path)
     if kind == "interlaced":
-        path.write_bytes(interlaced_png(image))
+        path.write_bytes(interlaced_png(pixels))
     if kind == "transparent colour":
         assert "transparency" in refusal(read_image, path)
         return
@@ -571,13 +571,13 @@ def test_two_images_of_one_name(tmp_path, image_pairs):
     ("items", "count", "held"), [(400, 32, 32), (33, 32, 3), (33, 2, 2), (19, 32, 1), (4, 32, 1), (2, 1, 1)]
 )
 def test_a_tenth_at_most_is_held_back(items, count, held):
-    trained, validated = hold_back(list(range(items)), count, "folder")
+    trained, validated = hold_out(list(range(items)), count, "folder")
     assert validated == list(range(items - held, items)) and trained == list(range(items - held))
 
 
 @pytest.mark.parametrize(("items", "count"), [(1, 32), (10, 0), (10, -3)])
 def test_holding_back_what_cannot_be(items, count):
-    assert "TRAINING.VAL_HOLD_BACK" in refusal(hold_back, list(range(items)), count, "folder")
+    assert "TRAINING.VAL_HOLD_BACK" in refusal(hold_out, list(range(items)), count, "folder")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -765,7 +765,7 @@ def test_packed_samples_are_those_of_the_folder(packed):
     for key in [(epoch, index) for epoch in (1, 7) for index in range(18)]:
         for a, b in zip(folder[key], file[key], strict=True):
             assert torch.equal(a, b)
-    centres = Centres(packed.parent, 32), Centres(packed, 32)
+    centres = CenterCropDataset(packed.parent, 32), CenterCropDataset(packed, 32)
     assert centres[0].sizes == centres[1].sizes
     for k in range(6):
         for a, b in zip(centres[0][k], centres[1][k], strict=True):
@@ -808,7 +808,7 @@ def test_unsuitable_pairs_in_a_packed_file(packed, tmp_path):
 def test_packing_refuses(packed, tmp_path):
     again = pack(packed.parent, "--out", packed)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "exists; remove it" in again.stderr
-    with sole_writer(packed.parent, "packing"):
+    with lock_dir(packed.parent, "packing"):
         second = pack(packed.parent, "--out", packed.with_name("second.h5"))
     assert second.returncode == 2 and "another packing is writing to" in second.stderr
     (tmp_path / "target" / "small.png").write_bytes(b"no image")
@@ -834,7 +834,9 @@ def test_packed_luminance(tmp_path):
     folder, file = (find_images(root) for root in (tmp_path / "photos", tmp_path / "photos.h5"))
     for k in range(2):
         assert torch.equal(LumaPatches(folder, 32, 1)[3, k][0], LumaPatches(file, 32, 1)[3, k][0])
-        assert torch.equal(*(Centres(items, 64, luma=True, multiple=32, area=256)[k][0] for items in (folder, file)))
+        assert torch.equal(
+            *(CenterCropDataset(items, 64, luma=True, multiple=32, area=256)[k][0] for items in (folder, file))
+        )
     assert "holds single images" in refusal(find_pairs, tmp_path / "photos.h5")
 
 
@@ -875,13 +877,13 @@ def test_centres(tmp_path):
     for name, size in (("a", (41, 50)), ("b", (20, 64)), ("c", (13, 9))):
         for side in ("input", "target"):
             write_image(tmp_path / side / f"{name}.png", random_image(*size, seed=len(side)))
-    centres = Centres(tmp_path, 32)
+    centres = CenterCropDataset(tmp_path, 32)
     assert centres.sizes == {(32, 32), (16, 32), (8, 8)}
     assert len(centres) == 3
     for k, side in enumerate(("input", "target")):
         expected = read_image(tmp_path / side / "a.png")[4:36, 9:41]
         assert np.array_equal(centres[0][k].permute(1, 2, 0).numpy(), expected)
-    whole = Centres(tmp_path, 0)
+    whole = CenterCropDataset(tmp_path, 0)
     assert whole.sizes == {(40, 48), (16, 64), (8, 8)}
     assert {tuple(whole[k][0].shape) for k in range(3)} == {(3, 40, 48), (3, 16, 64), (3, 8, 8)}
 
@@ -892,20 +894,20 @@ def test_sizes_for_validation_come_from_headers(tmp_path, monkeypatch, ending):
     write_image(tmp_path / f"colour{ending}", random_image(70, 100))
     write_image(tmp_path / f"grey{ending}", random_image(64, 99)[:, :, 0])
     monkeypatch.setattr(data, "_decode", None)
-    assert Centres(list_images(tmp_path), 32, luma=True, multiple=32, area=256).sizes == {(6, 32, 32)}
+    assert CenterCropDataset(list_images(tmp_path), 32, luma=True, multiple=32, area=256).sizes == {(6, 32, 32)}
 
 
 @pytest.mark.parametrize("patch", [0, 32])
 def test_image_too_small_for_validation(tmp_path, image_pairs, patch):
     image_pairs(tmp_path, count=1, size=(7, 40))
-    assert str(tmp_path / "input" / "img1.png") in refusal(Centres, tmp_path, patch)
+    assert str(tmp_path / "input" / "img1.png") in refusal(CenterCropDataset, tmp_path, patch)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
 def batches(size, batch, epoch=1, start=0, seed=3, rank=0, world=1) -> list[list[tuple[int, int]]]:
-    sampler = EpochBatches(size, batch, seed, rank, world)
+    sampler = ResumableBatchSampler(size, batch, seed, rank, world)
     sampler.epoch, sampler.start = epoch, start
     found = list(sampler)
     assert len(found) == len(sampler)
@@ -969,9 +971,9 @@ def test_clean_images_are_degraded_on_the_way(tmp_path, image_pairs):
     streaks = (rainy - unit_range(clean))[:, rainy.amax(dim=0) < 1]  # where nothing is clipped
     assert streaks.min() > -1e-6 and streaks.max() > 0.1
     assert torch.allclose(streaks[0], streaks[1], atol=1e-6)  # grey: the crops are aligned
-    centres = Centres(images, 32, degrade=degrade)
+    centres = CenterCropDataset(images, 32, degrade=degrade)
     assert torch.equal(centres[0][0], centres[0][0]) and not torch.equal(centres[0][0], centres[1][0])
-    assert torch.equal(centres[0][1], Centres(find_pairs(tmp_path), 32)[0][1])
+    assert torch.equal(centres[0][1], CenterCropDataset(find_pairs(tmp_path), 32)[0][1])
 
 
 def test_size_of_synthetic_crops_is_told_as_it_was_given():

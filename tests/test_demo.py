@@ -17,9 +17,9 @@ from PIL import Image
 
 from dgunet import DGUNet, demo
 from dgunet.checkpoint import describe_model, save_checkpoint
-from dgunet.degradations import rows_of
+from dgunet.degradations import num_rows
 from dgunet.errors import UserError
-from dgunet.figures import stages_of
+from dgunet.figures import restore_stages
 from dgunet.transforms import to_uint8
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def test_scales_large_images_down_and_says_so(tmp_path, image):
 def test_the_network_follows_the_kind_of_noise():
     pytest.importorskip("gradio")
     gaussian, real = "denoising_gaussian", "denoising_real"
-    networks = [network for network in demo.shipped() if network.task == "denoising"]
+    networks = [network for network in demo.list_networks() if network.task == "denoising"]
     assert [network.name for network in networks] == [gaussian, real]  # the first one is shown at first
     tab = demo._Tab("denoising", networks, torch.device("cpu"), 10**6)
     for way, given, expected in (
@@ -125,13 +125,13 @@ def test_every_task_degrades_by_its_strength(image):
 def test_stages_are_those_of_the_network(tiny_model, image):
     model = tiny_model(stages=3)
     told = []
-    stages = stages_of(model, image[:50, :70], told=lambda done, doing: told.append((round(done, 2), doing)))
+    stages = restore_stages(model, image[:50, :70], told=lambda done, doing: told.append((round(done, 2), doing)))
     assert len(stages) == 4 and np.array_equal(stages[0], image[:50, :70])
     assert told == [(0, "stage 1 of 3"), (0.33, "stage 2 of 3"), (0.67, "stage 3 of 3")]
     x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         estimates = model(x)[::-1]
-    for stage, estimate in zip(stages_of(model, image, bf16=True)[1:], estimates, strict=True):
+    for stage, estimate in zip(restore_stages(model, image, bf16=True)[1:], estimates, strict=True):
         expected = to_uint8(estimate[0].permute(1, 2, 0).numpy())
         assert abs(stage.astype(int) - expected).mean() < 0.6  # in bfloat16, where that is fast
 
@@ -140,10 +140,10 @@ def test_large_images_are_restored_in_tiles_of_whole_blocks(tiny_model, image):
     luma = np.tile(image[..., 1], (3, 3))[:150, :250]
     model = tiny_model("compressive_sensing_dgunet", ratio=0.5, stages=2)
     told = []
-    stages = stages_of(model, luma, tile=128, overlap=64, told=lambda done, doing: told.append(doing))
+    stages = restore_stages(model, luma, tile=128, overlap=64, told=lambda done, doing: told.append(doing))
     assert told[-1] == "stage 2 of 2, tile 6 of 6" and all(stage.shape == luma.shape for stage in stages)
     # Blocks are measured one by one: were tiles not of whole ones, x_0 would differ.
-    assert abs(stages[0].astype(int) - demo.start_of(model.degradation, luma)).max() <= 1
+    assert abs(stages[0].astype(int) - demo.initial_estimate(model.degradation, luma)).max() <= 1
 
 
 def test_network_for_all_ratios_has_a_slider(tmp_path, image, tiny_model):
@@ -164,7 +164,7 @@ def test_network_for_all_ratios_has_a_slider(tmp_path, image, tiny_model):
     for label, percent in (("1 to 50 %", 1), ("1 to 50 %", 17), ("25 %", 0)):
         start, text = tab.look(image, None, 0, 0, label, percent)[:2]
         found = tab.restore(image, None, 0, 0, label, percent, lambda *_, **__: None)[-1]
-        rows = rows_of((percent or 25) / 100, 32)
+        rows = num_rows((percent or 25) / 100, 32)
         assert f"of {rows} measurements" in text and np.array_equal(start[1], found.stages[0])
         starts[label, percent] = found.stages
     assert len({stages[-1].tobytes() for stages in starts.values()}) == len(starts)
@@ -172,9 +172,9 @@ def test_network_for_all_ratios_has_a_slider(tmp_path, image, tiny_model):
 
 def test_tells_of_other_noise_than_the_network_is_for(image):
     network = demo.Network("n", "denoising", Path("n"), noise_sigma=(25, 25))
-    assert "trained for 25: it blurs" in demo._unlike(network, image, 5)
-    assert "it leaves some" in demo._unlike(network, image, 50) and demo._unlike(network, image, 25) == ""
-    assert "it blurs" in demo._unlike(network, image)  # which has none
+    assert "trained for 25: it blurs" in demo._noise_warning(network, image, 5)
+    assert "it leaves some" in demo._noise_warning(network, image, 50) and demo._noise_warning(network, image, 25) == ""
+    assert "it blurs" in demo._noise_warning(network, image)  # which has none
 
 
 def test_networks_of_one_name_are_all_to_choose_from():
@@ -238,7 +238,7 @@ def test_a_port_in_use_is_told_in_one_line():
 
 def test_one_restoration_at_a_time(own_environment):
     pytest.importorskip("gradio")
-    app = demo.build(demo.shipped(), torch.device("cpu"), 10**6)
+    app = demo.build(demo.list_networks(), torch.device("cpu"), 10**6)
     restoring = [function for function in app.fns.values() if function.name == "restore"]
     assert len(restoring) >= 3  # one for each tab with a network
     assert {(function.concurrency_id, function.concurrency_limit) for function in restoring} == {("restore", 1)}

@@ -257,7 +257,7 @@ def test_noise_without_bounds_is_clipped_not_wrapped():
     noisy = synthesis.degrade_image(ramp, degrade, 0, "a").astype(int)
     assert noisy[:, :2].max() < 200 and noisy[:, -2:].min() > 55
     beyond = np.array([[[-0.5, 0.5, 1.5]]], np.float32).repeat(16, 0).repeat(16, 1)
-    assert np.abs(synthesis.as_jpeg(beyond, 95)[..., [0, 2]] - [0, 1]).max() < 0.15
+    assert np.abs(synthesis.jpeg_compress(beyond, 95)[..., [0, 2]] - [0, 1]).max() < 0.15
 
 
 def test_names_of_images_have_one_unicode_form(own, tmp_path, capsys):

@@ -104,8 +104,8 @@ def test_lock_ends_with_its_owner(tmp_path):
     code = """
 import os, sys, time
 from pathlib import Path
-from dgunet.distributed import sole_writer
-with sole_writer(Path(sys.argv[1]), "test", "wait"):
+from dgunet.distributed import lock_dir
+with lock_dir(Path(sys.argv[1]), "test", "wait"):
     if os.fork() == 0:
         time.sleep(60)
         os._exit(0)
@@ -117,12 +117,12 @@ with sole_writer(Path(sys.argv[1]), "test", "wait"):
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as owner:
         assert owner.stdout.readline() == b"locked\n"
         with pytest.raises(UserError, match=f"another test is writing to {tmp_path}; wait"):
-            with distributed.sole_writer(tmp_path, "test", "wait"):
+            with distributed.lock_dir(tmp_path, "test", "wait"):
                 pass
         owner.kill()
         owner.wait()
         for _ in range(2):
-            with distributed.sole_writer(tmp_path, "test", "wait"):
+            with distributed.lock_dir(tmp_path, "test", "wait"):
                 pass
         os.killpg(owner.pid, 9)  # the child
 
@@ -134,5 +134,5 @@ def test_disk_without_locks(tmp_path, monkeypatch, capsys):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", missing)
-    with distributed.sole_writer(tmp_path, "test", "wait"):
+    with distributed.lock_dir(tmp_path, "test", "wait"):
         assert "has no file locks" in capsys.readouterr().err

@@ -34,9 +34,9 @@ from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.hardware import autocast_dtype, memory_format
 from dgunet.metrics import psnr_batch
-from dgunet.patches import Centres, PairedPatches
-from dgunet.runlog import RunLog, describe, plot_history
-from dgunet.training import build_model, find_clean, train_command
+from dgunet.patches import CenterCropDataset, PairedPatches
+from dgunet.runlog import RunLogger, describe, plot_history
+from dgunet.training import build_model, find_clean_images, train_command
 from dgunet.transforms import unit_range
 
 TRAIN = Path(__file__).resolve().parents[1] / "Denoising" / "train.py"
@@ -93,10 +93,10 @@ def assert_same_weights(one: dict, other: dict):
 
 def make_trainer(folders, **changed) -> Trainer:
     cfg = load_config(TRAIN.parents[1] / "configs/denoising/dgunet.yaml", options(folders, **changed))
-    sets = PairedPatches(folders / "train", 32, seed=cfg.SEED), Centres(folders / "val", 32)
+    sets = PairedPatches(folders / "train", 32, seed=cfg.SEED), CenterCropDataset(folders / "val", 32)
     trainer = Trainer(cfg, build_model(cfg, sets[0]), *sets)
     if cfg.TRAINING.RESUME:
-        trainer.take_up()
+        trainer.resume()
     trainer.schedule.go_to(1)
     return trainer
 
@@ -144,8 +144,8 @@ def test_training_learns(folders):
     trainer = make_trainer(folders)
     input, target = batch(trainer, 4)
     for _ in range(80):
-        trainer.learner.train_step(input, target)
-    restored = trainer.learner.model(input)[0]
+        trainer.train_state.train_step(input, target)
+    restored = trainer.train_state.model(input)[0]
     assert (restored - target).square().mean() < 0.5 * (input - target).square().mean()
 
 
@@ -260,9 +260,9 @@ def diverging_trainer(folders, *broken: int, **changed) -> Trainer:
         MODEL__KERNEL_EXTENT="[3, 9]", MODEL__NOISE=20, TRAINING__TRAIN_PS=40,
     )  # fmt: skip
     cfg = load_config(None, options(folders, **settings | changed))
-    train_set = PartlyBroken(find_clean(folders / "train/target"), cfg.TRAINING.TRAIN_PS, seed=cfg.SEED)
+    train_set = PartlyBroken(find_clean_images(folders / "train/target"), cfg.TRAINING.TRAIN_PS, seed=cfg.SEED)
     train_set.broken = broken
-    val_set = Centres(find_clean(folders / "val/target"), cfg.TRAINING.VAL_PS)
+    val_set = CenterCropDataset(find_clean_images(folders / "val/target"), cfg.TRAINING.VAL_PS)
     return Trainer(cfg, build_model(cfg, train_set), train_set, val_set)
 
 
@@ -316,7 +316,7 @@ def sensing_trainer(folders, session="run", **changed) -> Trainer:
     )  # fmt: skip
     cfg = load_config(None, options(folders, session, **settings | changed))
     train_set = LumaPatches(find_images(folders / "train/target"), 16, seed=cfg.SEED, block=8)
-    val_set = Centres(find_images(folders / "val/target"), 32, luma=True)
+    val_set = CenterCropDataset(find_images(folders / "val/target"), 32, luma=True)
     model = build_model(cfg, train_set, lambda cfg, _: sampling_operator(cfg.MODEL.RATIO, block=8))
     return Trainer(cfg, model, train_set, val_set)
 
@@ -325,11 +325,11 @@ def test_ratio_is_drawn_for_each_step_and_alike_in_all_processes(folders):
     """Were it not, the gradients of two halves of a batch would not be those of the whole."""
 
     def gradients(step: int, rank: int = 0, world: int = 1, **changed) -> dict:
-        learner = sensing_trainer(folders, **changed).learner
-        learner.rank, learner.world = rank, world
+        train_state = sensing_trainer(folders, **changed).train_state
+        train_state.rank, train_state.world = rank, world
         x = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(step)).chunk(world)[rank]
-        learner.train_step(x, x, (1, step))
-        return {name: p.grad for name, p in learner.trained.items()}
+        train_state.train_step(x, x, (1, step))
+        return {name: p.grad for name, p in train_state.trained.items()}
 
     rows = set()
     for step in range(2):
@@ -353,7 +353,7 @@ def test_run_at_random_ratios_resumes_to_the_same_bits(folders, no_curves):
 
 def test_network_for_all_ratios_is_validated_at_some_of_them(folders):
     trainer = sensing_trainer(folders)
-    model, scores = trainer.learner.model, []
+    model, scores = trainer.train_state.model, []
     for ratio in (0.1, 0.25, 0.5):  # the paper's that are in the range
         for x, _ in trainer.val_set:
             x = unit_range(x)[None]
@@ -387,23 +387,23 @@ def test_accumulation_equals_the_large_batch(folders):
         make_trainer(folders, OPTIM__BATCH_SIZE=4),
         make_trainer(folders, OPTIM__BATCH_SIZE=4, OPTIM__ACCUMULATE=2),
     )
-    parts.learner.model.load_state_dict(whole.learner.model.state_dict())
+    parts.train_state.model.load_state_dict(whole.train_state.model.state_dict())
     for trainer in (whole, parts):
-        trainer.learner.train_step(*batch(trainer, 4))
-    assert whole.learner.counters.loss.item() == pytest.approx(parts.learner.counters.loss.item(), rel=1e-6)
+        trainer.train_state.train_step(*batch(trainer, 4))
+    assert whole.train_state.counters.loss.item() == pytest.approx(parts.train_state.counters.loss.item(), rel=1e-6)
     # Gradients, not weights: Adam blows up the rounding of gradients that are zero, as of biases before a norm.
-    weights = whole.learner.model.named_parameters()
-    for (name, one), other in zip(weights, parts.learner.model.parameters(), strict=True):
+    weights = whole.train_state.model.named_parameters()
+    for (name, one), other in zip(weights, parts.train_state.model.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_activation_checkpointing_changes_no_gradient(folders):
     plain, recomputed = make_trainer(folders), make_trainer(folders)
-    recomputed.learner.model.load_state_dict(plain.learner.model.state_dict())
-    recomputed.learner.model.checkpointing = True
+    recomputed.train_state.model.load_state_dict(plain.train_state.model.state_dict())
+    recomputed.train_state.model.checkpointing = True
     for trainer in (plain, recomputed):
-        trainer.learner.train_step(*batch(trainer))
-    for one, other in zip(plain.learner.model.parameters(), recomputed.learner.model.parameters(), strict=True):
+        trainer.train_state.train_step(*batch(trainer))
+    for one, other in zip(plain.train_state.model.parameters(), recomputed.train_state.model.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-4)
 
 
@@ -411,13 +411,17 @@ def test_compile_switch_compiles(folders, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
     trainer = make_trainer(folders, SPEED__COMPILE=True)
-    assert compiled == [trainer.learner.model.first, *trainer.learner.model.middle, trainer.learner.model.last]
+    assert compiled == [
+        trainer.train_state.model.first,
+        *trainer.train_state.model.middle,
+        trainer.train_state.model.last,
+    ]
 
 
 def test_clipping_bounds_the_step(folders):
     trainer = make_trainer(folders, OPTIM__CLIP_NORM=1e-6)
-    trainer.learner.train_step(*batch(trainer))
-    total = torch.nn.utils.get_total_norm([p.grad for p in trainer.learner.parameters])
+    trainer.train_state.train_step(*batch(trainer))
+    total = torch.nn.utils.get_total_norm([p.grad for p in trainer.train_state.parameters])
     assert total.item() == pytest.approx(1e-6, rel=1e-2)
 
 
@@ -426,8 +430,8 @@ def test_ema_follows_the_weights(folders):
     name = "last.proximal.image_conv.weight"
     expected = None
     for _ in range(3):
-        trainer.learner.train_step(*batch(trainer))
-        now = trainer.learner.model.state_dict()[name].clone()
+        trainer.train_state.train_step(*batch(trainer))
+        now = trainer.train_state.model.state_dict()[name].clone()
         expected = now if expected is None else 0.5 * expected + 0.5 * now
     torch.testing.assert_close(trainer.state_dict()["state_dict"][name], expected)
     assert not torch.equal(trainer.state_dict()["raw_state_dict"][name], expected)
@@ -436,7 +440,7 @@ def test_ema_follows_the_weights(folders):
 def test_validation_is_of_the_averaged_weights(folders):
     trainer = make_trainer(folders, OPTIM__EMA_DECAY=0.5)
     for _ in range(2):
-        trainer.learner.train_step(*batch(trainer))
+        trainer.train_state.train_step(*batch(trainer))
     averaged = create_model("denoising_dgunet", **OVERRIDES)
     averaged.load_state_dict(trainer.state_dict()["state_dict"])
     expected = []
@@ -445,7 +449,7 @@ def test_validation_is_of_the_averaged_weights(folders):
             restored = averaged.eval()(unit_range(input)[None])[0][0].clamp(0, 1)
         expected.append(-10 * (restored - unit_range(target)).square().mean().log10().item())
     with torch.no_grad():
-        for parameter in trainer.learner.model.parameters():
+        for parameter in trainer.train_state.model.parameters():
             parameter.fill_(torch.nan)
     assert trainer.validate() == pytest.approx(np.mean(expected), abs=1e-4)
 
@@ -455,7 +459,7 @@ def test_clamping_of_the_estimates(folders, clamp):
     """LOSS.CLAMP decides whether what is outside of [0, 1] costs anything, and is pulled back."""
     trainer = make_trainer(folders, LOSS__CLAMP=clamp)
     estimate = torch.tensor([1.5, -0.25, 0.5]).expand(1, 3, 8, 3).clone().requires_grad_()
-    loss = trainer.learner.loss([estimate], torch.tensor([1.0, 0.0, 0.5]).expand(1, 3, 8, 3))
+    loss = trainer.train_state.loss([estimate], torch.tensor([1.0, 0.0, 0.5]).expand(1, 3, 8, 3))
     expected = np.mean([0.001 if clamp else np.hypot(d, 0.001) for d in (0.5, 0.25, 0)])
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     loss.backward()
@@ -487,10 +491,10 @@ def test_ema_is_that_of_pytorch(folders):
     """To the last bit that of AveragedModel, whose state older checkpoints hold."""
     trainer = make_trainer(folders, OPTIM__EMA_DECAY=0.9)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
-    expected = torch.optim.swa_utils.AveragedModel(trainer.learner.model, multi_avg_fn=average)
+    expected = torch.optim.swa_utils.AveragedModel(trainer.train_state.model, multi_avg_fn=average)
     for _ in range(3):
-        trainer.learner.train_step(*batch(trainer))
-        expected.update_parameters(trainer.learner.model)
+        trainer.train_state.train_step(*batch(trainer))
+        expected.update_parameters(trainer.train_state.model)
     state = trainer.state_dict()
     assert_same_weights(state["state_dict"], expected.module.state_dict())
     assert state["averaged"] == 3 and type(state["averaged"]) is int
@@ -500,18 +504,18 @@ def test_average_has_the_fixed_matrix_of_its_network(folders):
     """Also where the matrix comes with a run that is continued, and was not averaged before."""
     cfg = load_config(None, options(folders, OPTIM__EMA_DECAY=0.9))
     model = create_model("compressive_sensing_dgunet", degradation=BlockSampling(0.1, learned=False), **OVERRIDES)
-    trainer = Trainer(cfg, model, PairedPatches(folders / "train", 32), Centres(folders / "val", 32))
-    trainer.learner.model.degradation.matrix.neg_()
-    trainer.learner.train_step(*torch.rand(2, 2, 1, 32, 32))
-    assert torch.equal(trainer.learner.ema.degradation.matrix, trainer.learner.model.degradation.matrix)
+    trainer = Trainer(cfg, model, PairedPatches(folders / "train", 32), CenterCropDataset(folders / "val", 32))
+    trainer.train_state.model.degradation.matrix.neg_()
+    trainer.train_state.train_step(*torch.rand(2, 2, 1, 32, 32))
+    assert torch.equal(trainer.train_state.ema.degradation.matrix, trainer.train_state.model.degradation.matrix)
 
 
 def test_training_step_does_nothing_that_waits_for_a_gpu(folders):
     trainer = make_trainer(folders, OPTIM__EMA_DECAY=0.9, OPTIM__CLIP_NORM=1.0, OPTIM__ACCUMULATE=2)
     data = batch(trainer)
-    trainer.learner.train_step(*data)
+    trainer.train_state.train_step(*data)
     with Operations() as operations:
-        trainer.learner.train_step(*data)
+        trainer.train_state.train_step(*data)
     assert "_foreach_lerp_" in operations.names and "_fused_adam_" in operations.names
     assert not {"_local_scalar_dense", "nonzero", "_cholesky_solve_helper"} & operations.names
 
@@ -538,8 +542,8 @@ def test_trainer_takes_the_memory_format(folders, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     for choice, expected in (("auto", torch.contiguous_format), (True, torch.channels_last)):
         trainer = make_trainer(folders, SPEED__CHANNELS_LAST=choice)
-        assert trainer.learner.model.last.proximal.image_conv.weight.is_contiguous(memory_format=expected)
-        assert trainer.learner.move(torch.rand(2, 3, 32, 32)).is_contiguous(memory_format=expected)
+        assert trainer.train_state.model.last.proximal.image_conv.weight.is_contiguous(memory_format=expected)
+        assert trainer.train_state.to_device(torch.rand(2, 3, 32, 32)).is_contiguous(memory_format=expected)
 
 
 def test_processor_without_avx512_computes_no_bfloat16(monkeypatch):
@@ -556,12 +560,12 @@ def test_group_of_one_is_distributed(folders):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         group = make_trainer(folders, OPTIM__ACCUMULATE=2)
-        group.learner.join_group()
-        assert isinstance(group.learner.network, torch.nn.parallel.DistributedDataParallel)
+        group.train_state.wrap_ddp()
+        assert isinstance(group.train_state.network, torch.nn.parallel.DistributedDataParallel)
         for trainer in (alone, group):
-            trainer.learner.train_step(*batch(trainer))
-        assert group.learner.counters.loss.item() == pytest.approx(alone.learner.counters.loss.item(), rel=1e-6)
-        for one, other in zip(alone.learner.model.parameters(), group.learner.model.parameters(), strict=True):
+            trainer.train_state.train_step(*batch(trainer))
+        assert group.train_state.counters.loss.item() == pytest.approx(alone.train_state.counters.loss.item(), rel=1e-6)
+        for one, other in zip(alone.train_state.model.parameters(), group.train_state.model.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-3)
         del group, trainer
     finally:
@@ -572,17 +576,19 @@ def test_group_of_one_is_distributed(folders):
 def test_non_finite_step_is_skipped_and_counted(folders):
     trainer = make_trainer(folders)
     input, target = batch(trainer)
-    trainer.learner.train_step(input, target)
-    before = {key: value.clone() for key, value in trainer.learner.model.state_dict().items()}
-    moments = {key: value["exp_avg"].clone() for key, value in trainer.learner.optimizer.state_dict()["state"].items()}
-    trainer.learner.train_step(torch.full_like(input, torch.nan), target)
-    assert_same_weights(trainer.learner.model.state_dict(), before)
-    for key, value in trainer.learner.optimizer.state_dict()["state"].items():
+    trainer.train_state.train_step(input, target)
+    before = {key: value.clone() for key, value in trainer.train_state.model.state_dict().items()}
+    moments = {
+        key: value["exp_avg"].clone() for key, value in trainer.train_state.optimizer.state_dict()["state"].items()
+    }
+    trainer.train_state.train_step(torch.full_like(input, torch.nan), target)
+    assert_same_weights(trainer.train_state.model.state_dict(), before)
+    for key, value in trainer.train_state.optimizer.state_dict()["state"].items():
         assert torch.equal(value["exp_avg"], moments[key]) and value["step"].item() == 1
-    assert trainer.learner.counters.read()[1:] == (1, 1, 1)
-    trainer.learner.train_step(input, target)
-    assert trainer.learner.counters.read()[1:] == (2, 1, 0)
-    assert not torch.equal(trainer.learner.model.last.rho, before["last.rho"])
+    assert trainer.train_state.counters.read()[1:] == (1, 1, 1)
+    trainer.train_state.train_step(input, target)
+    assert trainer.train_state.counters.read()[1:] == (2, 1, 0)
+    assert not torch.equal(trainer.train_state.model.last.rho, before["last.rho"])
 
 
 def test_many_non_finite_steps_end_the_run(folders):
@@ -603,20 +609,20 @@ def test_average_stays_where_it_is_in_a_skipped_step(folders, skipped_first):
     input, target = batch(trainer)
     bad, good = torch.full_like(input, torch.nan), (input, input.flip(0), input.flip(3))
     for x in [bad, *good] if skipped_first else [good[0], bad, good[1], bad, bad, good[2]]:
-        trainer.learner.train_step(x, target)
+        trainer.train_state.train_step(x, target)
     for x in good:
-        other.learner.train_step(x, target)
-    assert_same_weights(trainer.learner.ema.state_dict(), other.learner.ema.state_dict())
-    assert_same_weights(trainer.learner.model.state_dict(), other.learner.model.state_dict())
+        other.train_state.train_step(x, target)
+    assert_same_weights(trainer.train_state.ema.state_dict(), other.train_state.ema.state_dict())
+    assert_same_weights(trainer.train_state.model.state_dict(), other.train_state.model.state_dict())
 
 
 def test_parameter_without_gradient_is_named(folders):
     """One that is frozen before is not trained, nor missed when the run is resumed."""
     trainer = make_trainer(folders)
-    trainer.learner.model.middle.register_parameter("spare", torch.nn.Parameter(torch.zeros(1)))
+    trainer.train_state.model.middle.register_parameter("spare", torch.nn.Parameter(torch.zeros(1)))
     cfg, sets = trainer.cfg, (trainer.train_set, trainer.val_set)
     with pytest.raises(UserError, match="middle.spare.*requires_grad_"):
-        Trainer(cfg, trainer.learner.model, *sets).learner.train_step(*batch(trainer))
+        Trainer(cfg, trainer.train_state.model, *sets).train_state.train_step(*batch(trainer))
 
     def frozen(**changed) -> Trainer:
         cfg = load_config(None, options(folders, **changed))
@@ -625,11 +631,11 @@ def test_parameter_without_gradient_is_named(folders):
         return Trainer(cfg, model, *sets)
 
     first = frozen(OPTIM__NUM_EPOCHS=1, OPTIM__EMA_DECAY=0.9)
-    before = {name: value.clone() for name, value in first.learner.model.first.state_dict().items()}
+    before = {name: value.clone() for name, value in first.train_state.model.first.state_dict().items()}
     first.fit()
     second = frozen(TRAINING__RESUME=True, OPTIM__EMA_DECAY=0.9)
     second.fit()
-    for weights in (second.learner.model.first, second.learner.ema.first):
+    for weights in (second.train_state.model.first, second.train_state.ema.first):
         assert_same_weights(weights.state_dict(), before)
     assert len(second.log.rows) == 2
 
@@ -640,7 +646,7 @@ def test_trainer_for_a_gpu_that_is_not_there(folders, monkeypatch, words):
     trainer = make_trainer(folders)
     cfg = load_config(None, [*options(folders, DEVICE="auto"), *words])
     with pytest.raises(UserError, match=f"{words[0]} .*PyTorch sees no GPU"):
-        Trainer(cfg, trainer.learner.model, trainer.train_set, trainer.val_set)
+        Trainer(cfg, trainer.train_state.model, trainer.train_set, trainer.val_set)
 
 
 # ---------------------------------------------------------------------------------------------------------- divergence
@@ -651,18 +657,18 @@ def test_diverged_run_goes_back_to_good_weights_with_a_lower_rate(folders, no_cu
     """Those of the average, or of the last validation; with Adam as new. A run that is resumed does the same."""
     settings = dict(OPTIM__EMA_DECAY=ema, OPTIM__ROLLBACK_LR_FACTOR=0.25, TRAINING__VAL_AFTER_EVERY=6)
     trainer, returned = diverging_trainer(folders, 3, 4, session="whole", **settings), []
-    go_back = trainer.learner.roll_back
+    go_back = trainer.train_state.roll_back
 
     def watched():
-        learner = trainer.learner
-        expected = {name: value.clone() for name, value in learner.result.state_dict().items()}
-        assert ema or not learner.good_is_current
+        train_state = trainer.train_state
+        expected = {name: value.clone() for name, value in train_state.eval_model.state_dict().items()}
+        assert ema or not train_state.good_is_current
         assert go_back()
-        assert_same_weights(learner.model.state_dict(), expected)
-        assert not any(value.any() for moments in learner.optimizer.state.values() for value in moments.values())
+        assert_same_weights(train_state.model.state_dict(), expected)
+        assert not any(value.any() for moments in train_state.optimizer.state.values() for value in moments.values())
         return not returned.append(trainer.epoch)
 
-    trainer.learner.roll_back = watched
+    trainer.train_state.roll_back = watched
     trainer.fit()
     assert returned == [4]
     rows = trainer.log.rows
@@ -679,8 +685,8 @@ def test_diverged_run_goes_back_to_good_weights_with_a_lower_rate(folders, no_cu
         )
         parts.fit()
     assert (parts.rollbacks, parts.schedule.factor) == (1, 0.25)
-    assert_same_weights(parts.learner.model.state_dict(), trainer.learner.model.state_dict())
-    assert_same_weights(parts.learner.result.state_dict(), trainer.learner.result.state_dict())
+    assert_same_weights(parts.train_state.model.state_dict(), trainer.train_state.model.state_dict())
+    assert_same_weights(parts.train_state.eval_model.state_dict(), trainer.train_state.eval_model.state_dict())
     assert [row["loss"] for row in parts.log.rows][4:] == [row["loss"] for row in rows][4:]
 
 
@@ -688,14 +694,14 @@ def test_weights_to_return_to_are_saved_where_they_are_not_the_present_ones(fold
     trainer = diverging_trainer(folders, OPTIM__EMA_DECAY=0, OPTIM__NUM_EPOCHS=1)
     trainer.fit()
     assert "good_weights" not in trainer.state_dict()
-    good = {name: value.clone() for name, value in trainer.learner.model.state_dict().items()}
-    trainer.learner.train_step(*torch.rand(2, 8, 3, 40, 40))
+    good = {name: value.clone() for name, value in trainer.train_state.model.state_dict().items()}
+    trainer.train_state.train_step(*torch.rand(2, 8, 3, 40, 40))
     trainer.save("model_latest.pth")
     resumed = diverging_trainer(folders, OPTIM__EMA_DECAY=0, TRAINING__RESUME=True)
-    resumed.take_up()
-    assert not torch.equal(resumed.learner.model.last.rho, good["last.rho"])
-    assert resumed.learner.roll_back()
-    assert_same_weights(resumed.learner.model.state_dict(), good)
+    resumed.resume()
+    assert not torch.equal(resumed.train_state.model.last.rho, good["last.rho"])
+    assert resumed.train_state.roll_back()
+    assert_same_weights(resumed.train_state.model.state_dict(), good)
 
 
 def test_run_with_far_too_high_a_rate_is_led_back(folders, no_curves):
@@ -703,7 +709,7 @@ def test_run_with_far_too_high_a_rate_is_led_back(folders, no_curves):
     changed = dict(OPTIM__LR_INITIAL=1, OPTIM__LR_MIN=0, OPTIM__NUM_EPOCHS=6, OPTIM__WARMUP_EPOCHS=0)
     trainer = make_trainer(folders, **changed, OPTIM__ROLLBACK_AFTER_BAD_STEPS=2, OPTIM__ROLLBACK_LR_FACTOR=1e-3)
     trainer.fit()
-    assert trainer.rollbacks >= 1 and trainer.learner.counters.read().skipped_in_a_row == 0
+    assert trainer.rollbacks >= 1 and trainer.train_state.counters.read().skipped_in_a_row == 0
     assert np.isfinite(trainer.log.rows[-1]["loss"]) and trainer.log.rows[-1]["lr"] <= 1e-3
 
 
@@ -923,7 +929,7 @@ def stopped_run(folders, **changed) -> Trainer:
     """A trainer that has taken two steps and saved."""
     trainer = make_trainer(folders, **changed)
     for _ in range(2):
-        trainer.learner.train_step(*batch(trainer))
+        trainer.train_state.train_step(*batch(trainer))
         trainer.step += 1
     trainer.folder.mkdir(parents=True)
     trainer.save("model_latest.pth")
@@ -937,18 +943,18 @@ def test_resumed_moments_lie_as_their_parameters(folders, before):
     second = make_trainer(folders, SPEED__CHANNELS_LAST=not before, TRAINING__RESUME=True)
     for trainer in (first, second):
         trainer.schedule.go_to(1)
-        trainer.learner.optimizer.found_inf = torch.zeros(())
+        trainer.train_state.optimizer.found_inf = torch.zeros(())
         torch.manual_seed(1)
-        for parameter in trainer.learner.parameters:
+        for parameter in trainer.train_state.parameters:
             gradient = torch.rand(parameter.shape)
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        trainer.learner.optimizer.step()
-    parameters = list(zip(first.learner.parameters, second.learner.parameters, strict=True))
+        trainer.train_state.optimizer.step()
+    parameters = list(zip(first.train_state.parameters, second.train_state.parameters, strict=True))
     assert any(a.stride() != b.stride() for a, b in parameters)
     for a, b in parameters:
-        for key, value in second.learner.optimizer.state[b].items():
+        for key, value in second.train_state.optimizer.state[b].items():
             assert value.stride() == (b.stride() if value.dim() else ())
-            torch.testing.assert_close(value, first.learner.optimizer.state[a][key])
+            torch.testing.assert_close(value, first.train_state.optimizer.state[a][key])
         torch.testing.assert_close(a, b)
 
 
@@ -957,9 +963,9 @@ def test_resuming_takes_the_weight_decay_of_the_config(folders):
     updated = []
     for decay in (0.0, 0.3):
         trainer = make_trainer(folders, TRAINING__RESUME=True, OPTIM__WEIGHT_DECAY=decay)
-        assert [group["weight_decay"] for group in trainer.learner.optimizer.param_groups] == [decay]
-        trainer.learner.train_step(*batch(trainer))
-        updated.append(trainer.learner.model.state_dict())
+        assert [group["weight_decay"] for group in trainer.train_state.optimizer.param_groups] == [decay]
+        trainer.train_state.train_step(*batch(trainer))
+        updated.append(trainer.train_state.model.state_dict())
     assert not torch.equal(updated[0]["last.proximal.image_conv.weight"], updated[1]["last.proximal.image_conv.weight"])
 
 
@@ -1003,7 +1009,7 @@ def test_start_from_given_weights(folders):
     train(folders, "first", OPTIM__NUM_EPOCHS=1)
     given = folders / "runs/first/model_best.pth"
     trainer = make_trainer(folders, session="second", MODEL__WEIGHTS=given)
-    assert_same_weights(trainer.learner.model.state_dict(), weights(folders, "first", "model_best.pth"))
+    assert_same_weights(trainer.train_state.model.state_dict(), weights(folders, "first", "model_best.pth"))
     assert trainer.epoch == 1
 
 
@@ -1127,7 +1133,7 @@ def test_progress_without_a_terminal(folders, monkeypatch):
 
 
 def test_time_left_is_that_of_the_steps_to_come(tmp_path, monkeypatch, caplog):
-    run = RunLog(tmp_path, "run", epochs=10, steps=4, main=True)
+    run = RunLogger(tmp_path, "run", epochs=10, steps=4, main=True)
     clock = iter([0, 100])
     monkeypatch.setattr(dgunet.runlog, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with run, caplog.at_level("INFO", "dgunet"):  # step 2 of epoch 6: two steps more, and four epochs
@@ -1150,7 +1156,7 @@ def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     row = {"epoch": 6, "step": 2, "lr": 1e-4, "loss": 0.5, "psnr": None, "best_psnr": None}
-    with RunLog(tmp_path, "run", epochs=10, steps=4, main=True) as run:
+    with RunLogger(tmp_path, "run", epochs=10, steps=4, main=True) as run:
         run.record(row | {"images_per_second": 1.0, "skipped_steps": 0}, best_epoch=0)
     assert found == [tmp_path / "tensorboard", ("loss", 0.5, 22), ("lr", 1e-4, 22), "closed"]
 
@@ -1173,13 +1179,13 @@ def test_curves_show_all_values(tmp_path, monkeypatch):
 
 def test_a_signal_stops_the_epoch_under_way(folders):
     trainer = make_trainer(folders)
-    step = trainer.learner.train_step
+    step = trainer.train_state.train_step
 
     def signalled(*batch):
         step(*batch)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.learner.train_step = signalled
+    trainer.train_state.train_step = signalled
     with pytest.raises(SystemExit) as stopped:
         trainer.fit()
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -1205,15 +1211,15 @@ def test_signal_stops_a_validation_which_is_then_done_again(folders, image_pairs
     make_trainer(folders, session="whole", **settings).fit()
     trainer, looked_at = make_trainer(folders, **settings), []
     assert trainer._validation_batch() == 2
-    centre = trainer.val_set.centre
+    center_crop = trainer.val_set.center_crop
 
     def signalled(source):
         if trainer.epoch == epoch and trainer.step == 4:
             looked_at.append(source)
             send_sigterm()
-        return centre(source)
+        return center_crop(source)
 
-    trainer.val_set.centre = signalled
+    trainer.val_set.center_crop = signalled
     assert stop(trainer) == 128 + signal.SIGTERM
     assert len(looked_at) == 4, "input and target of two pairs"
     state = read_checkpoint(folders / "runs/run/model_latest.pth")
@@ -1227,8 +1233,8 @@ def test_signal_stops_a_validation_which_is_then_done_again(folders, image_pairs
 
 def test_signal_before_a_validation_does_not_wait_for_it(folders):
     trainer, validated = make_trainer(folders), []
-    step, trainer.validate = trainer.learner.train_step, lambda: validated.append(1) or 20.0
-    trainer.learner.train_step = lambda *given: (step(*given), send_sigterm() if trainer.step == 3 else None)
+    step, trainer.validate = trainer.train_state.train_step, lambda: validated.append(1) or 20.0
+    trainer.train_state.train_step = lambda *given: (step(*given), send_sigterm() if trainer.step == 3 else None)
     assert stop(trainer) == 128 + signal.SIGTERM and not validated
     assert read_checkpoint(folders / "runs/run/model_latest.pth")["validation_due"]
     resumed = make_trainer(folders, TRAINING__RESUME=True)
@@ -1256,7 +1262,7 @@ def test_second_signal_ends_a_run_at_once_if_it_is_late(folders, monkeypatch, la
             time.sleep(0.001)  # the handler runs
         after.append(1)
 
-    trainer.learner.train_step = twice
+    trainer.train_state.train_step = twice
     assert stop(trainer) == 128 + (signal.SIGTERM if late else signal.SIGINT)
     assert bool(after) != late and (folders / "runs/run/model_latest.pth").exists() != late
 
@@ -1272,8 +1278,8 @@ def test_images_per_second_are_those_of_training(folders, no_curves, monkeypatch
         clock[0] += seconds
         return result
 
-    step, save = trainer.learner.train_step, trainer.save
-    trainer.learner.train_step = lambda *given: (step(*given), spend(2))
+    step, save = trainer.train_state.train_step, trainer.save
+    trainer.train_state.train_step = lambda *given: (step(*given), spend(2))
     trainer.save = lambda *names, **given: (save(*names, **given), spend(50))
     trainer.validate = lambda: spend(50, 20.0)
     trainer.fit()
@@ -1299,7 +1305,7 @@ def test_validation_takes_as_many_pixels_at_once_as_training(folders):
     trainer = make_trainer(folders, OPTIM__BATCH_SIZE=12, OPTIM__ACCUMULATE=2)
     trainer.val_set.sizes = {(16, 16)}
     assert trainer._validation_batch() == 6 * 4
-    trainer.learner.world = 3
+    trainer.train_state.world = 3
     assert trainer._validation_batch() == 2 * 4
     trainer.val_set.sizes = {(64, 128)}
     assert trainer._validation_batch() == 1

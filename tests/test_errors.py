@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgunet.errors import EXTRAS, UserError, explain, optional
+from dgunet.errors import EXTRAS, UserError, describe_error, lazy_import
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,7 +43,7 @@ def disk_error(number: int, name: str | None = "runs/a.png") -> OSError:
     ],
 )
 def test_told(error, message):
-    told = explain(error)
+    told = describe_error(error)
     assert told.startswith(message) and "\n" not in told
 
 
@@ -51,7 +51,7 @@ def test_told(error, message):
     "error", [RuntimeError("a fault of ours"), KeyError("k"), OSError("no number"), ValueError("")]
 )
 def test_faults_of_ours_keep_their_traceback(error):
-    assert explain(error) is None
+    assert describe_error(error) is None
 
 
 class Failing(torch.utils.data.Dataset):
@@ -83,7 +83,7 @@ class Failing(torch.utils.data.Dataset):
 def test_what_a_loading_process_met(error, message):
     with pytest.raises(Exception) as caught:
         list(torch.utils.data.DataLoader(Failing(error), num_workers=1))
-    told = explain(caught.value)
+    told = describe_error(caught.value)
     assert told.startswith(message) and "\n" not in told
 
 
@@ -205,7 +205,7 @@ def test_every_extra_package_is_known():
 def test_the_package_imports_extras_so_that_a_missing_one_is_told():
     core = set(sys.stdlib_module_names) | {"dgunet", "torch", "numpy"}
     for path in (ROOT / "dgunet").glob("*.py"):
-        assert imported(path) <= core, f"{path.name} should take them from errors.optional"
+        assert imported(path) <= core, f"{path.name} should take them from errors.lazy_import"
 
 
 COMMANDS = [path for path in ROOT.glob("[!.]*/*.py") if "run_cli(" in path.read_text() and path.parent.name != "tests"]
@@ -229,9 +229,9 @@ def test_importing_the_package_changes_nothing_in_a_program_of_others(tmp_path, 
         (tmp_path / "dgunet" / name).write_text((ROOT / "dgunet" / name).read_text())
     (tmp_path / "other").mkdir()
     code = "import sys; sys.path.insert(0, '.'); before = sys.excepthook, sys.stdout, sys.stderr\n"
-    code += "from dgunet.errors import optional\n"
+    code += "from dgunet.errors import lazy_import\n"
     code += "assert (sys.excepthook, sys.stdout, sys.stderr) == before\n"
-    code += "try:\n    optional('gradio.none')\nfinally:\n    print('the program ends itself')"
+    code += "try:\n    lazy_import('gradio.none')\nfinally:\n    print('the program ends itself')"
     (tmp_path / "other/__main__.py").write_text(code)
     done = subprocess.run([sys.executable, "-S", *start], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stdout) == (1, "the program ends itself\n")
@@ -240,10 +240,10 @@ def test_importing_the_package_changes_nothing_in_a_program_of_others(tmp_path, 
 
 def test_missing_package_is_told_by_the_library():
     with pytest.raises(ModuleNotFoundError, match=r"^scipy.none is not installed; pip install .*\[train\]") as error:
-        optional("scipy.none")
+        lazy_import("scipy.none")
     assert error.value.name == "scipy.none"
     with pytest.raises(ModuleNotFoundError, match="No module named 'foreign'"):
-        optional("foreign")
+        lazy_import("foreign")
 
 
 def test_missing_package_is_told_by_a_command(tmp_path):
@@ -258,6 +258,6 @@ def test_missing_package_is_told_by_a_command(tmp_path):
 
 def test_windows_lacks_these(run_command):
     others = "import cv2, dgunet, torch.utils.data, tqdm, warmup_scheduler"  # which do without them in their own ways
-    code = "import os, signal; del os.register_at_fork, signal.alarm; import dgunet.patches as p; p._outlive_sigterm()"
+    code = "import os, signal; del os.register_at_fork, signal.alarm; import dgunet.patches as p; p._ignore_sigterm()"
     done = run_command(["-c", f"{others}; {code}"])
     assert (done.returncode, done.stderr) == (0, "")

@@ -28,7 +28,7 @@ from dgunet.errors import run_cli
 from dgunet.evaluation import ImageSet, Result, Sample, ScoreSheet, evaluate
 from dgunet.hardware import pick_device
 from dgunet.metrics import PROTOCOLS, evaluate_pair
-from dgunet.testing import append_results, average, find_folder, noise_level
+from dgunet.testing import append_results, average, estimate_sigma, find_folder
 from dgunet.transforms import to_uint8, unit_range
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,7 +227,7 @@ def test_damaged_records_are_begun_anew(test, image_pairs, name, content):
 def test_killed_while_the_sheet_is_begun_anew(tmp_path, monkeypatch):
     """Scores of other settings are gone before the note says that the sheet's are of these."""
     sheet = ScoreSheet(tmp_path, "train_rgb", {"bf16": False}, {"img": "its fingerprint"})
-    sheet.tick("img")
+    sheet.mark_done("img")
     sheet.finish("set")
 
     def killed(*_):
@@ -806,9 +806,9 @@ def test_shipped_denoiser_says_what_it_is_for():
 def test_noise_level(sigma):
     photograph = cv2.imread(str(ROOT / "tests/golden/metrics/pairs/coffee_blur_target.png"))
     noisy = photograph + np.random.default_rng(0).normal(0, sigma, photograph.shape)
-    assert noise_level(noisy) == pytest.approx(sigma, rel=0.2)
-    assert noise_level(noisy[None].repeat(2, axis=0)) == pytest.approx(noise_level(noisy))
-    assert math.isnan(noise_level(np.zeros((2, 9, 3))))
+    assert estimate_sigma(noisy) == pytest.approx(sigma, rel=0.2)
+    assert estimate_sigma(noisy[None].repeat(2, axis=0)) == pytest.approx(estimate_sigma(noisy))
+    assert math.isnan(estimate_sigma(np.zeros((2, 9, 3))))
 
 
 def test_gaussian_noise_is_that_of_the_literature():

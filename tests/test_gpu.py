@@ -218,13 +218,15 @@ def losses(folders, steps: int = 8, **extra) -> list[float]:
     found, before = [], 0.0
     for step in range(steps):
         samples = [trainer.train_set[step + 1, i] for i in range(4)]
-        trainer.learner.train_step(*(trainer.learner.move(torch.stack(side)) for side in zip(*samples, strict=True)))
-        total = trainer.learner.counters.loss.item()
+        trainer.train_state.train_step(
+            *(trainer.train_state.to_device(torch.stack(side)) for side in zip(*samples, strict=True))
+        )
+        total = trainer.train_state.counters.loss.item()
         found.append(total - before)
         before = total
         if step == 3:
             assert 5 < trainer.validate() < 60
-    assert trainer.learner.counters.read()[1:] == (steps, 0, 0)
+    assert trainer.train_state.counters.read()[1:] == (steps, 0, 0)
     return found
 
 
@@ -252,20 +254,20 @@ def test_losses_are_those_of_the_cpu(folders):
     gpu = make_trainer(folders, DEVICE="cuda")
     for _ in range(5):
         for trainer in (cpu, gpu):
-            trainer.learner.train_step(*(trainer.learner.move(side) for side in batch(trainer)))
-    assert gpu.learner.counters.loss.item() == pytest.approx(cpu.learner.counters.loss.item(), rel=2e-3)
+            trainer.train_state.train_step(*(trainer.train_state.to_device(side) for side in batch(trainer)))
+    assert gpu.train_state.counters.loss.item() == pytest.approx(cpu.train_state.counters.loss.item(), rel=2e-3)
 
 
 @pytest.mark.parametrize("amp", ["fp32", "bf16"])
 def test_training_step_never_waits(folders, amp):
     trainer = make_trainer(folders, DEVICE="cuda", OPTIM__EMA_DECAY=0.9, OPTIM__CLIP_NORM=1.0, SPEED__AMP=amp)
-    input, target = (trainer.learner.move(side) for side in batch(trainer))
+    input, target = (trainer.train_state.to_device(side) for side in batch(trainer))
     for _ in range(3):
-        trainer.learner.train_step(input, target)
+        trainer.train_state.train_step(input, target)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            trainer.learner.train_step(input, target)
+            trainer.train_state.train_step(input, target)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -287,8 +289,8 @@ def test_a_group_trains_as_a_lone_process(folders, extra):
 def test_non_finite_step_leaves_the_weights_alone(folders):
     trainer = make_trainer(folders, DEVICE="cuda")
     input, target = (side.to("cuda") for side in batch(trainer))
-    trainer.learner.train_step(input, target)
-    before = {key: value.clone() for key, value in trainer.learner.model.state_dict().items()}
-    trainer.learner.train_step(torch.full_like(input, torch.nan), target)
-    assert_same_weights(trainer.learner.model.state_dict(), before)
-    assert trainer.learner.counters.read()[1:] == (1, 1, 1)
+    trainer.train_state.train_step(input, target)
+    before = {key: value.clone() for key, value in trainer.train_state.model.state_dict().items()}
+    trainer.train_state.train_step(torch.full_like(input, torch.nan), target)
+    assert_same_weights(trainer.train_state.model.state_dict(), before)
+    assert trainer.train_state.counters.read()[1:] == (1, 1, 1)

@@ -275,7 +275,7 @@ def test_traces_in_threads_do_not_mix(tiny_model, compiled):
         if compiled:
             torch._dynamo.reset()
             model.compile(backend="eager")
-        own, found = [stage._compiled_call_impl for stage in model.unrolled()], {}
+        own, found = [stage._compiled_call_impl for stage in model.iter_stages()], {}
 
         def run(k: int):
             with torch.no_grad():
@@ -285,7 +285,7 @@ def test_traces_in_threads_do_not_mix(tiny_model, compiled):
     for k in range(2):
         assert [step.k for step in found[k].steps] == [1, 2, 3]
         assert torch.allclose(found[k].steps[-1].x, expected[k], atol=1e-6)
-    assert [stage._compiled_call_impl for stage in model.unrolled()] == own and (own[0] is not None) == compiled
+    assert [stage._compiled_call_impl for stage in model.iter_stages()] == own and (own[0] is not None) == compiled
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes
@@ -310,7 +310,7 @@ def test_any_size(model, size):
 
 def test_large_photograph(tiny_model):
     model = tiny_model(width=4, growth=2, final_growth=2, stages=2)
-    for stage in model.unrolled():  # as many pixels with less to compute for each
+    for stage in model.iter_stages():  # as many pixels with less to compute for each
         stage.degradation.A, stage.degradation.A_adjoint = ResidualBlock(3, hidden=2), ResidualBlock(3, hidden=2)
     image = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), dtype=np.uint8)
     restored = restore(model, image, tile=512, tile_overlap=64)

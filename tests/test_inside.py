@@ -13,7 +13,7 @@ import torch
 from dgunet import DGUNet, create_model, load_model
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.config import load_config
-from dgunet.degradations import BlockSampling, Blur, LearnedDegradation, MotionBlur, start_matrix
+from dgunet.degradations import BlockSampling, Blur, LearnedDegradation, MotionBlur, init_sampling_matrix
 from dgunet.inside import Step, adjoint_mismatch, after_each_stage, data_term, impulse_response, measure_step, trace
 from dgunet.metrics import evaluate_pair, psnr_batch
 
@@ -44,7 +44,7 @@ def test_trace_is_the_forward_pass(options, grad):
         assert torch.equal(x, expected)
     x = y if known is None else known.A_adjoint(y)
     assert torch.equal(record.initial, x)
-    for step, stage in zip(record.steps, model.unrolled(), strict=True):
+    for step, stage in zip(record.steps, model.iter_stages(), strict=True):
         assert torch.equal(step.before, x)
         assert torch.equal(step.v, stage.gradient_step(x, y, known))
         torch.testing.assert_close(x + step.gradient_step + step.proximal_step, step.x)
@@ -63,7 +63,7 @@ def test_trace_of_a_compiled_network_and_after_a_mistake():
         with pytest.raises(ValueError, match="multiples of 8"):
             trace(model, y[..., :-1])
         assert torch.equal(trace(model, y).estimates[-1], expected)
-    assert all(stage._compiled_call_impl is not None for stage in model.unrolled())
+    assert all(stage._compiled_call_impl is not None for stage in model.iter_stages())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
 
@@ -206,7 +206,7 @@ def test_analyse_sensing(tiny_model, run_command, tmp_path):
     for k, size in enumerate(((192, 288), (96, 100))):
         cv2.imwrite(str(images / f"$p_{k}$ 照.png"), np.random.default_rng(k).integers(0, 256, size).astype(np.uint8))
     weights = []
-    for name, start in (("dct", start_matrix("dct", 0.1)), ("other", start_matrix("orthonormal", 0.1))):
+    for name, start in (("dct", init_sampling_matrix("dct", 0.1)), ("other", init_sampling_matrix("orthonormal", 0.1))):
         torch.manual_seed(0)
         model = tiny_model("compressive_sensing_dgunet", stages=1, degradation=BlockSampling(0.1, matrix=start))
         (tmp_path / name).mkdir()
@@ -278,7 +278,7 @@ def test_ablation(image_pairs, run_command, tmp_path):
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(known.degradation.A(x), x) and known.degradation.noise == pytest.approx(25 / 255)
     assert not without.arguments["gradient"]
-    assert torch.equal(fixed.degradation.matrix, start_matrix("dct", 0.25)) and learned.degradation.learned
+    assert torch.equal(fixed.degradation.matrix, init_sampling_matrix("dct", 0.25)) and learned.degradation.learned
     for folder, path, images in (("CompressiveSensing", states[0], "target"), ("Deblurring", states[3], "")):
         test = [ROOT / folder / "test.py", "--weights", path, "--dataset", tmp_path / "pairs" / images]
         tested = run_command([*test, "--results", tmp_path / "results"])

@@ -16,7 +16,7 @@ from dgunet.checkpoint import describe_model
 from dgunet.data import find_pairs, read_image
 from dgunet.evaluation import evaluate
 from dgunet.export import export_model
-from dgunet.figures import stages_of
+from dgunet.figures import restore_stages
 from dgunet.inference import restore
 from dgunet.instance_norm import HalfInstanceNorm
 from dgunet.layers import ChannelAttention
@@ -296,7 +296,7 @@ def test_record_may_ask_for_tiles(model, image_pairs, tmp_path):
     assert np.array_equal(restore(model, y, local=False), whole)
     assert np.array_equal(restore(model, y, tile=None), whole)
     assert np.array_equal(restore(model, y, tile=48), restore(model, y, tile=48, local=False))
-    assert np.array_equal(stages_of(model, y)[-1], to_uint8(tiles))
+    assert np.array_equal(restore_stages(model, y)[-1], to_uint8(tiles))
 
     record = evaluate(model, pairs, "sidd_unit_range", tmp_path / "scores")
     assert record.rows[0].tile == "64" and record.settings["local"] == {"tile": 64}

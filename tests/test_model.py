@@ -24,11 +24,11 @@ from dgunet.degradations import (
     MotionBlur,
     ScalableSampling,
     block_sampling,
-    named_degradation,
+    degradation_from_config,
+    init_sampling_matrix,
+    num_rows,
     percentage,
-    rows_of,
     sampling_operator,
-    start_matrix,
 )
 from dgunet.instance_norm import HalfInstanceNorm
 from dgunet.layers import ChannelAttention
@@ -188,8 +188,8 @@ def test_final_estimate_comes_first(tiny_model):
 def test_shared_middle_stages_are_one(tiny_model):
     shared, own = tiny_model(stages=6), tiny_model(stages=6, shared=False)
     assert (len(shared.middle), len(own.middle)) == (1, 4)
-    assert list(shared.unrolled())[1:5] == [shared.middle[0]] * 4
-    assert len({id(stage) for stage in own.unrolled()}) == 6
+    assert list(shared.iter_stages())[1:5] == [shared.middle[0]] * 4
+    assert len({id(stage) for stage in own.iter_stages()}) == 6
 
 
 def test_first_stage_is_the_proximal_gradient_step(tiny_model):
@@ -198,7 +198,7 @@ def test_first_stage_is_the_proximal_gradient_step(tiny_model):
     first = model.first
     v = y - 0.5 * first.degradation.A_adjoint(first.degradation.A(y) - y)
     torch.testing.assert_close(model(y)[-1], first.proximal(v, None)[0])
-    assert [stage.rho.item() for stage in model.unrolled()] == [0.5, 0.5]
+    assert [stage.rho.item() for stage in model.iter_stages()] == [0.5, 0.5]
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs
@@ -491,7 +491,7 @@ def test_impossible_known_degradations_are_told(tmp_path, name, kernel, message)
     path.write_text(kernel) if isinstance(kernel, str) else np.save(path, kernel if kernel is not None else 0)
     options = ["MODEL.DEGRADATION", name] + (["MODEL.KERNEL", str(path)] if kernel is not None else [])
     with pytest.raises(UserError, match=message):
-        named_degradation(load_config(None, options))
+        degradation_from_config(load_config(None, options))
 
 
 def test_block_sampling_measures_blocks_by_the_matrix():
@@ -515,7 +515,7 @@ def test_matrix_of_another_block_is_refused():
 @pytest.mark.parametrize("start", ["orthonormal", "dct", "pca"])
 def test_matrices_that_start_orthonormal(start):
     blocks = torch.rand(200, 1024)
-    matrix = start_matrix(start, 0.1, blocks=lambda: blocks)
+    matrix = init_sampling_matrix(start, 0.1, blocks=lambda: blocks)
     assert matrix.shape == (103, 1024)
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(103), atol=1e-5, rtol=0)
 
@@ -525,7 +525,7 @@ def test_dct_matrix_is_scipys_in_zigzag_order():
     block = torch.rand(32, 32, generator=torch.Generator().manual_seed(0))
     coefficients = torch.from_numpy(scipy_fft.dctn(block.double().numpy(), norm="ortho")).float()
     zigzag = [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0)]  # as in JPEG
-    measured = start_matrix("dct", 1) @ block.flatten()
+    measured = init_sampling_matrix("dct", 1) @ block.flatten()
     torch.testing.assert_close(measured[:10], torch.stack([coefficients[uv] for uv in zigzag]))
     torch.testing.assert_close(measured.sort()[0], coefficients.flatten().sort()[0])  # every frequency once
 
@@ -534,14 +534,14 @@ def test_pca_matrix_spans_what_the_blocks_are_made_of():
     generator = torch.Generator().manual_seed(0)
     parts = torch.rand(11, 1024, generator=generator)
     blocks = torch.rand(50, 11, generator=generator) @ parts
-    sampling = BlockSampling(matrix=start_matrix("pca", 0.01, blocks=lambda: blocks)).double()
+    sampling = BlockSampling(matrix=init_sampling_matrix("pca", 0.01, blocks=lambda: blocks)).double()
     image = blocks[7].double().view(1, 1, 32, 32)
     torch.testing.assert_close(sampling.A_adjoint(sampling.A(image)), image, atol=1e-5, rtol=0)
 
 
 def test_rho_starts_as_told():
     model = create_model("compressive_sensing_dgunet", width=8, growth=4, final_growth=4, rho=1)
-    assert {stage.rho.item() for stage in model.unrolled()} == {1.0}
+    assert {stage.rho.item() for stage in model.iter_stages()} == {1.0}
     assert DGUNet(width=8, growth=4, final_growth=4).first.rho.item() == 0.5
 
 
@@ -585,9 +585,9 @@ def test_scalable_sampling_measures_with_its_first_rows(ratio, block):
     torch.manual_seed(0)
     sampling = block_sampling((0.05, 0.5), block).double()
     nn.init.normal_(sampling.matrix)
-    rows, x = rows_of(ratio, block), torch.randn(2, 1, 2 * block, 3 * block, dtype=torch.float64)
+    rows, x = num_rows(ratio, block), torch.randn(2, 1, 2 * block, 3 * block, dtype=torch.float64)
     y = torch.randn(2, rows, 2, 3, dtype=torch.float64)
-    for operator in (sampling.at(ratio), sampling.matching(y)):
+    for operator in (sampling.at(ratio), sampling.for_measurements(y)):
         measured = operator.A(x)
         torch.testing.assert_close(measured, sampling.A(x)[:, :rows], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close((measured * y).sum(), (x * operator.A_adjoint(y)).sum(), rtol=1e-10, atol=1e-10)
@@ -602,7 +602,7 @@ def test_network_for_all_ratios_is_at_each_the_one_for_it_alone(checkpointing):
     model = create_model("compressive_sensing_dgunet", ratio=(0.01, 0.5), **small)
     for ratio in (0.01, 0.17, 0.5):
         dedicated = create_model("compressive_sensing_dgunet", ratio=ratio, **small)
-        rows = rows_of(ratio, 32)
+        rows = num_rows(ratio, 32)
         weights = model.state_dict()
         dedicated.load_state_dict(weights | {"degradation.matrix": weights["degradation.matrix"][:rows]})
         y = model.degradation.at(ratio).A(torch.rand(2, 1, 32, 32)).detach()
@@ -629,8 +629,8 @@ def test_scalable_sampling_draws_rows_of_the_whole_range():
 
 
 def test_scalable_sampling_validates_at_the_ratios_of_the_paper_within_it():
-    counts = lambda sampling: [len(A.matrix) for A in sampling.validated]  # noqa: E731
-    assert counts(block_sampling((0.01, 0.5))) == [11, 41, 103, 256, 512] == [rows_of(r, 32) for r in RATIOS]
+    counts = lambda sampling: [len(A.matrix) for A in sampling.validation_ratios]  # noqa: E731
+    assert counts(block_sampling((0.01, 0.5))) == [11, 41, 103, 256, 512] == [num_rows(r, 32) for r in RATIOS]
     assert counts(block_sampling((0.04, 0.3))) == [41, 103, 256] and counts(block_sampling((0.6, 0.8))) == [615, 820]
 
 
@@ -658,10 +658,10 @@ def test_ratios_that_a_sampling_is_not_for():
 def test_ratios_in_percent():
     assert block_sampling((0.01, 0.5)).percent == "1 to 50 %" and BlockSampling(0.25).percent == "25 %"
     for percent in (0.5, 1, 4, 10, 12.5, 17, 25, 50, 100):
-        assert percentage(rows_of(percent / 100, 32), 32) == f"{percent:g}"
+        assert percentage(num_rows(percent / 100, 32), 32) == f"{percent:g}"
     for block in (8, 128):
         for rows in range(1, block**2 + 1, max(block**2 // 100, 1)):
-            assert rows_of(float(percentage(rows, block)) / 100, block) == rows
+            assert num_rows(float(percentage(rows, block)) / 100, block) == rows
 
 
 @pytest.mark.parametrize("block", [8, 24, 64, 128])

@@ -10,7 +10,7 @@ from prepare_patches import GRIDS, grid_boxes
 from dgunet import create_model, list_models
 from dgunet.config import load_config
 from dgunet.degradations import KINDS
-from dgunet.patches import EpochBatches
+from dgunet.patches import ResumableBatchSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,7 +128,7 @@ def test_patches_are_trained_on_for_as_many_steps_as_whole_images():
     patches = images * len(grid_boxes(720, 1280, **GRIDS["gopro"]))
 
     def steps(cfg, pairs: int) -> int:
-        batches = EpochBatches(pairs - cfg.TRAINING.VAL_HOLD_BACK, cfg.OPTIM.BATCH_SIZE, seed=0)
+        batches = ResumableBatchSampler(pairs - cfg.TRAINING.VAL_HOLD_BACK, cfg.OPTIM.BATCH_SIZE, seed=0)
         return cfg.OPTIM.NUM_EPOCHS * batches.steps
 
     whole, cut = load_config(config), load_config(config, options.replace("\\\n", " ").split())

@@ -25,12 +25,12 @@ from dgunet import create_model, load_model, restore
 from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import find_pairs, read_image, read_luma, write_image
-from dgunet.degradations import Blur, start_matrix
+from dgunet.degradations import Blur, init_sampling_matrix
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.metrics import evaluate_pair
 from dgunet.model import find_variant
-from dgunet.patches import Centres, SaturationPatches
+from dgunet.patches import CenterCropDataset, SaturationPatches
 from dgunet.pretrained import list_pretrained
 from dgunet.synthesis import added_rain, motion_blur
 from dgunet.training import build_model
@@ -409,7 +409,7 @@ def test_known_blurs_are_those_of_their_step_and_image(tmp_path, monkeypatch):
     run("deblurring", "train.py", *words, "MODEL.SESSION", "whole", cwd=tmp_path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_agree_on_stopping", lambda self, _: setattr(self, "stopped", 15))
+        patched.setattr(Trainer, "_sync_stop_flag", lambda self, _: setattr(self, "stopped", 15))
         run("deblurring", "train.py", *words, "MODEL.SESSION", "parts", cwd=tmp_path, check=143)
     run("deblurring", "train.py", *words, "MODEL.SESSION", "parts", "TRAINING.RESUME", True, cwd=tmp_path)
     whole, parts = (read_checkpoint(tmp_path / f"runs/{name}/model_latest.pth") for name in ("whole", "parts"))
@@ -467,9 +467,9 @@ def test_luma_patches(tmp_path):
         sensing_centres(tmp_path / "ramp.png", 40)
 
 
-def sensing_centres(path: Path, patch: int) -> Centres:
+def sensing_centres(path: Path, patch: int) -> CenterCropDataset:
     """As CompressiveSensing/train.py validates with one image."""
-    return Centres([path], patch, luma=True, multiple=32, area=256)
+    return CenterCropDataset([path], patch, luma=True, multiple=32, area=256)
 
 
 @pytest.mark.parametrize(
@@ -645,10 +645,10 @@ def test_sensing_begins_with_a_network_of_another_ratio(tmp_path, weights):
     with pytest.raises(UserError, match="degradation.matrix"):
         trained_from("")
     after = trained_from("dct")
-    assert torch.equal(after.pop("degradation.matrix"), start_matrix("dct", 0.5))
+    assert torch.equal(after.pop("degradation.matrix"), init_sampling_matrix("dct", 0.5))
     assert all(torch.equal(value, given.state_dict()[name]) for name, value in after.items())
     # of the same ratio, a user's own matrix that is to stay as it is
-    own = start_matrix("dct", 0.25).flip(0)
+    own = init_sampling_matrix("dct", 0.25).flip(0)
     np.save(tmp_path / "own.npy", own)
     assert torch.equal(trained_from(tmp_path / "own.npy", 0.25, "fixed")["degradation.matrix"], own)
     kept = trained_from(tmp_path / "own.npy", 0.25)["degradation.matrix"]
@@ -682,7 +682,7 @@ def test_one_network_for_all_ratios(tmp_path, weights):
     run("compressive_sensing", "train.py", *words, cwd=tmp_path)
     path = tmp_path / "runs/run/model_best.pth"
     model = load_model(path)
-    torch.testing.assert_close(model.degradation.matrix.detach(), start_matrix("dct", 0.5))
+    torch.testing.assert_close(model.degradation.matrix.detach(), init_sampling_matrix("dct", 0.5))
     torch.testing.assert_close(model.last.state_dict(), load_model(weights["compressive_sensing"]).last.state_dict())
     assert "1 %: " in (tmp_path / "runs/run/train.log").read_text()
 
@@ -736,7 +736,7 @@ def test_blocks_of_other_sides_are_trained_and_tested(tmp_path, block):
     words = ["y.npz", "--weights", path, "--out", "back.png", "--device", "cpu"]
     run("compressive_sensing", "reconstruct.py", *words, cwd=tmp_path)
     assert read_luma(tmp_path / "back.png").shape == (64, 64)
-    np.save(tmp_path / "own.npy", start_matrix("dct", 0.25, block))
+    np.save(tmp_path / "own.npy", init_sampling_matrix("dct", 0.25, block))
     run("compressive_sensing", "measure.py", "images/0.png", "--matrix", "own.npy", "--out", "own.npz", cwd=tmp_path)
     with np.load(tmp_path / "y.npz") as measured, np.load(tmp_path / "own.npz") as own:
         assert measured["y"].shape == own["y"].shape

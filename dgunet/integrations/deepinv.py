@@ -9,13 +9,13 @@ degradations as they are, ``DGUNet(degradation=physics)``.
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgunet.degradations import Degradation, matching
-from dgunet.errors import optional
+from dgunet.degradations import Degradation, for_measurements
+from dgunet.errors import lazy_import
 from dgunet.model import DGUNet
 from dgunet.proximal import MULTIPLE
 from dgunet.transforms import pad_to_multiple
 
-deepinv = optional("deepinv")
+deepinv = lazy_import("deepinv")
 
 
 class Reconstructor(deepinv.models.Reconstructor):
@@ -44,7 +44,7 @@ class Reconstructor(deepinv.models.Reconstructor):
         if self.model.degradation is None:
             height, width = y.shape[-2:]
             return self.model(pad_to_multiple(y, MULTIPLE))[0][..., :height, :width]
-        whole = Whole(matching(self.model.degradation if physics is None else physics, y))
+        whole = Whole(for_measurements(self.model.degradation if physics is None else physics, y))
         return whole.cut(self.model(y, whole)[0])
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dgunet.checkpoint import load_model
-from dgunet.errors import optional
+from dgunet.errors import lazy_import
 from dgunet.model import DGUNet
 from dgunet.pretrained import list_pretrained
 from dgunet.proximal import MULTIPLE
 from dgunet.weights import read_weights
 
-spandrel = optional("spandrel")
+spandrel = lazy_import("spandrel")
 
 
 class DGUNetArch(spandrel.Architecture[DGUNet]):

@@ -11,15 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dgunet import distributed
 from dgunet.checkpoint import check_tensors, load_weights, weights_of
-from dgunet.errors import UserError, shorten
+from dgunet.errors import UserError, shorten_list
 from dgunet.hardware import autocast_dtype, memory_format, training_device
 from dgunet.losses import LOSSES, StageLoss
-from dgunet.model import DGUNet, FromImages
-from dgunet.state import is_averaged, load_moments
-from dgunet.transforms import centre, unit_range
+from dgunet.model import DGUNet, MeasureThenRestore
+from dgunet.state import is_averaged, load_optimizer_state_dict
+from dgunet.transforms import center_crop, unit_range
 
 
-class Counts(NamedTuple):
+class StepCounts(NamedTuple):
     """What `StepCounters` have counted."""
 
     loss: float
@@ -53,12 +53,12 @@ class StepCounters:
     def next_epoch(self):
         self.values[:3] = 0
 
-    def read(self) -> Counts:
+    def read(self) -> StepCounts:
         loss, *counts = self.values.tolist()
-        return Counts(loss, *map(int, counts))
+        return StepCounts(loss, *map(int, counts))
 
 
-class Learner:
+class TrainState:
     """A network in training, on this process's device: what each step changes.
 
     Args:
@@ -82,7 +82,7 @@ class Learner:
         self.amp = autocast_dtype(cfg.SPEED.AMP, self.device)
         self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)
         self.model = model.to(self.device, memory_format=self.memory_format)
-        self.network = FromImages(self.model)  # what runs the forward pass; after `join_group` distributed
+        self.network = MeasureThenRestore(self.model)  # what runs the forward pass; after `wrap_ddp` distributed
         self.measured = hasattr(model.degradation, "measure")  # with random numbers
         weights = {name: cfg.LOSS[name.upper()] for name in LOSSES}
         self.loss = StageLoss(weights, cfg.LOSS.CLAMP).to(self.device)
@@ -94,13 +94,13 @@ class Learner:
         )  # fmt: skip
         self.ema = copy.deepcopy(model).requires_grad_(False) if cfg.OPTIM.EMA_DECAY > 0 else None
         self.averaged = 0  # steps since its first weights, which are those of the first good step
-        self.good: dict[str, Tensor] | None = None  # trained weights, see `keep_good_weights`
+        self.good: dict[str, Tensor] | None = None  # trained weights, see `save_rollback_weights`
         self.good_is_current = False  # they are the present ones
         self.counters = StepCounters(self.device)
         if cfg.SPEED.COMPILE:
             self.model.compile(mode=cfg.SPEED.COMPILE_MODE)
 
-    def join_group(self):
+    def wrap_ddp(self):
         """Share the gradients with the other processes, where there is a group: also one of one process."""
         if dist.is_initialized():
             device_ids = [self.device.index] if self.device.type == "cuda" else None
@@ -137,10 +137,10 @@ class Learner:
             if isinstance(self.network, DistributedDataParallel):
                 self.network.require_backward_grad_sync = i == passes - 1  # gradients travel once, with the last pass
             first = (self.rank * passes + i) * len(part)  # in the batch of all processes
-            draws = () if time is None else self.draws(time, [(*time, first + k) for k in range(len(part))])
+            draws = () if time is None else self.random_draws(time, [(*time, first + k) for k in range(len(part))])
             with self.autocast():
                 estimates = self.network(part, *draws)
-            part_loss = self.loss(estimates, centre(part_target, *estimates[0].shape[-2:])) / passes
+            part_loss = self.loss(estimates, center_crop(part_target, *estimates[0].shape[-2:])) / passes
             part_loss.backward()
             loss += part_loss.detach()
         loss = distributed.sum_over_processes(loss) / self.world
@@ -148,8 +148,8 @@ class Learner:
         unused = [name for name, p in self.trained.items() if p.grad is None]
         if unused:  # several processes could not train them, nor could Adam's moments be saved
             raise UserError(
-                f"the loss has no gradient for {shorten(unused)}; leave out what the network does not use, or freeze "
-                "it with requires_grad_(False) before the Trainer is made"
+                f"the loss has no gradient for {shorten_list(unused)}; leave out what the network does not use, or "
+                "freeze it with requires_grad_(False) before the Trainer is made"
             )
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
         if self.cfg.OPTIM.CLIP_NORM > 0:
@@ -178,7 +178,7 @@ class Learner:
         self.averaged += 1
 
     @torch.no_grad()
-    def keep_good_weights(self):
+    def save_rollback_weights(self):
         """Copy the present weights, to return to; where EMA is on, that is to the averaged ones, and nothing is copied.
 
         Nor is it where the run shall never return (ROLLBACK_AFTER_BAD_STEPS 0).
@@ -243,9 +243,9 @@ class Learner:
         if averaged and self.ema is not None:
             load_weights(self.ema, weights_of(state, path), path)
             self.averaged = state["averaged"]
-        load_moments(self.optimizer, state["optimizer"]["state"], path)
+        load_optimizer_state_dict(self.optimizer, state["optimizer"]["state"], path)
         self.counters.values.copy_(torch.tensor(state["totals"], dtype=torch.float64))
-        self.keep_good_weights()
+        self.save_rollback_weights()
         if self.good is not None and "good_weights" in state:
             check_tensors(self.good, state["good_weights"], path, "the good weights of this run")
             for name, weights in self.good.items():
