@@ -106,7 +106,7 @@ class TrainState:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.network, device_ids, gradient_as_bucket_view=True)
 
-    def draws(self, shared: tuple[int, ...], own: list[tuple[int, ...]]) -> tuple:
+    def random_draws(self, shared: tuple[int, ...], own: list[tuple[int, ...]]) -> tuple:
         """The generators for `Degradation.measure`, each seeded by SEED and the numbers given.
 
         Args:
@@ -200,27 +200,27 @@ class TrainState:
         return True
 
     @property
-    def result(self) -> DGUNet:
+    def eval_model(self) -> DGUNet:
         """The network that is validated and tested: the averaged one where EMA is on."""
         return self.model if self.ema is None else self.ema
 
     @property
-    def share(self) -> int:
+    def micro_batch_size(self) -> int:
         """Crops of a batch that go through the network at once."""
         return self.cfg.OPTIM.BATCH_SIZE // (self.world * self.cfg.OPTIM.ACCUMULATE)
 
     @property
-    def rate(self) -> float:
+    def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
-    def move(self, x: Tensor) -> Tensor:
+    def to_device(self, x: Tensor) -> Tensor:
         return unit_range(x.to(self.device, non_blocking=True)).contiguous(memory_format=self.memory_format)
 
     def state_dict(self) -> dict:
-        """What it needs to go on, besides the weights of `result`: moments, counts, the weights behind an average."""
+        """What it needs to go on, besides the weights of `eval_model`: moments, counts, the weights behind an average."""
         state = {
             "optimizer": self.optimizer.state_dict(),
             "totals": self.counters.values.tolist(),
