@@ -55,7 +55,8 @@ def test_commands_have_the_options_and_keys_that_the_documents_give_them():
     sources = {
         "train.py": "dgunet/config.py",
         "test.py": "dgunet/testing.py",
-        "study_sensing.py": "scripts/ablation.py",
+        "ablation.py": "studies/runs.py",
+        "study_sensing.py": "studies/runs.py",
     }
     trained = 0
     for file, words in commands():
@@ -98,7 +99,9 @@ def test_files_that_the_documents_name_exist():
     """Scripts, configs, modules and images; what a command writes, and data that must be downloaded, need not."""
     for document in (*DOCUMENTS, *ROOT.glob("configs/*/*.yaml")):
         text = document.read_text()
-        for name in re.findall(r"(?:scripts|configs|dgunet|docs|tests|[A-Z]\w+)/[\w/]+\.(?:py|sh|yaml|md|png)", text):
+        for name in re.findall(
+            r"(?:scripts|studies|configs|dgunet|docs|tests|[A-Z]\w+)/[\w/]+\.(?:py|sh|yaml|md|png)", text
+        ):
             if not name.startswith(("Datasets/", "SIDD", "DND")) and "/TASK/" not in name:
                 assert (ROOT / name).exists(), f"{document.relative_to(ROOT)} names {name}"
 

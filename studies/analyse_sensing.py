@@ -1,7 +1,7 @@
-"""What compressive sensing has learned to measure, and where its errors are.
+"""Analyse compressive sensing networks: their sampling matrices, and where their errors are.
 
-    python scripts/analyse_sensing.py --weights compressive_sensing_10 compressive_sensing_25 --images Datasets/Set11
-    python scripts/analyse_sensing.py --weights step1/model_best.pth step2/model_best.pth --images Datasets/Set11
+    python studies/analyse_sensing.py --weights compressive_sensing_10 compressive_sensing_25 --images Datasets/Set11
+    python studies/analyse_sensing.py --weights step1/model_best.pth step2/model_best.pth --images Datasets/Set11
 
 Prints, for each of the weights, how its matrix compares with the discrete cosine transform (DCT) and how large the
 errors are at the borders of blocks and of the 128x128 tiles, and draws into --out:
@@ -9,26 +9,23 @@ errors are at the borders of blocks and of the 128x128 tiles, and draws into --o
     matrix.png   rows of each matrix as 32x32 images, and which frequencies all of them see, beside the DCT's
     seams.png    the error over the distance to the nearest border of a block, and the first image's errors where
                  four tiles meet
-    ratios.png   with a network for a range of ratios among them: its PSNR over the ratio, and that of the others
+    ratios.png   if one of the networks is for a range of ratios: PSNR over the ratio
 
-A network for a range of ratios is looked at with all rows of its matrix, but for the last.
+The matrix and the seams of a network for a range of ratios are those of all rows.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CompressiveSensing"))
+from shared import ROOT, Parser, UserError, command_imports, markdown_table, run_cli
 
-from dgunet.errors import UserError, command_imports, run_cli
+sys.path.insert(0, str(ROOT / "CompressiveSensing"))
 
 with command_imports(__name__):
     import matplotlib
     import numpy as np
     import torch
-    from analyse import save
     from matplotlib.figure import Figure
     from scipy.fft import dctn
     from sensing import reconstruct_tiles, reconstruct_whole
@@ -41,31 +38,27 @@ with command_imports(__name__):
     from dgunet.metrics import evaluate_pair
 
 TILE = 128
-ROWS = 8  # of a matrix that are drawn
-CURVE = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1)  # ratios that are measured
+ROWS = 8  # drawn of each matrix
+CURVE = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1)  # ratios that are scored
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--weights", nargs="+", required=True, help="checkpoints, or names of shipped networks")
     add("--images", required=True, help="folder")
-    add("--out", type=Path, default=Path("results/analysis"), help="folder (default: results/analysis)")
+    add("--out", type=Path, default=Path("results/analysis"), help="folder to write (default: %(default)s)")
     args = parser.parse_args()
     models = {drawable(label(words))[0]: load_model(words, task="compressive_sensing") for words in args.weights}
     if len(models) < len(args.weights):
-        raise UserError("--weights: two have the same name; what they are called here is their file with its folder")
-    out = args.out
-    out.mkdir(parents=True, exist_ok=True)
-    print("| weights | rows | of as many cosines it sees | rows' lengths | largest cosine of two rows |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, model in models.items():
-        print(f"| {name} | " + " | ".join(compare_with_cosines(model.degradation.matrix.detach())) + " |")
+        raise UserError("--weights: two have the same name, which is that of the file and of its folder; rename one")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = [[name, *compare_with_cosines(model.degradation.matrix.detach())] for name, model in models.items()]
+    header = ["weights", "rows", "of as many cosines it sees", "rows' lengths", "largest cosine of two rows"]
+    print(markdown_table(header, rows))
     paths = list_images(args.images)
     images, first = [read_luma(path) for path in paths], drawable(paths[0].stem)[0]
-    print("\n| weights | rms error | at borders of blocks | at borders of tiles | there, whole images |")
-    print("| --- | --- | --- | --- | --- |")
-    errors = {}
+    errors, rows = {}, []
     for name, model in models.items():
         tiled, whole = (
             [reconstruct(model, image)[0].clip(0, 1) * 255 - image for image in images]
@@ -77,18 +70,25 @@ def main():
         at_blocks = [(to_border(e.shape, block) == 0) & ~tiles for e, tiles in zip(tiled, at_tiles, strict=True)]
         everywhere = [np.ones(error.shape, bool) for error in tiled]
         cells = [(tiled, everywhere), (tiled, at_blocks), (tiled, at_tiles), (whole, at_tiles)]
-        print(f"| {name} | " + " | ".join(f"{rms(*cell):.2f}" for cell in cells) + " |")
+        rows.append([name, *(f"{rms(*cell):.2f}" for cell in cells)])
+    header = ["weights", "rms error", "at borders of blocks", "at borders of tiles", "there, whole images"]
+    print("\n" + markdown_table(header, rows))
     names = [*map(label, args.weights), paths[0].stem]
     with matplotlib.rc_context({"font.family": drawable("".join(names))[1], "text.parse_math": False}):
-        save(draw_matrices(models), out / "matrix.png")
-        save(draw_seams(models, errors, first), out / "seams.png")
+        draw_matrices(models).savefig(args.out / "matrix.png")
+        draw_seams(models, errors, first).savefig(args.out / "seams.png")
         if any(isinstance(model.degradation, ScalableSampling) for model in models.values()):
-            save(draw_ratios({name: over_ratios(model, images) for name, model in models.items()}), out / "ratios.png")
-    print(f"\ndrawn in {out.absolute()}")
+            scores = {name: over_ratios(model, images) for name, model in models.items()}
+            rows = [
+                [name, ", ".join(f"{100 * r:.3g}: {x:.2f}" for r, x in found.items())] for name, found in scores.items()
+            ]
+            print("\n" + markdown_table(["weights", "PSNR in dB by ratio in percent"], rows))
+            draw_ratios(scores).savefig(args.out / "ratios.png")
+    print(f"\ndrawn in {args.out.absolute()}")
 
 
 def label(words: str) -> str:
-    """Of weights: their name, or their file with its folder."""
+    """What weights are called: their name, or their file with its folder."""
     return "/".join(Path(words).parts[-2:])
 
 
@@ -98,8 +98,8 @@ def label(words: str) -> str:
 def seen_frequencies(matrix: Tensor) -> np.ndarray:
     """How much of each frequency of the DCT a matrix (M, block^2) sees, in [0, 1]: (block, block), from low to high.
 
-    It is the squared length of the frequency's projection onto the span of the rows: how these are mixed, and how long
-    they are, does not count.
+    It is the squared length of the frequency's projection onto the span of the rows; their mixing and lengths do not
+    count.
     """
     block = round(matrix.shape[1] ** 0.5)
     rows = torch.linalg.qr(matrix.double().mT).Q.mT.reshape(-1, block, block)  # orthonormal, of the same span
@@ -107,7 +107,7 @@ def seen_frequencies(matrix: Tensor) -> np.ndarray:
 
 
 def lowest_cosines(matrix: Tensor) -> Tensor:
-    """As many rows of the DCT as a matrix (M, block^2) has, those of lowest frequency."""
+    """The M rows of lowest frequency of the DCT, for a matrix (M, block^2)."""
     return init_sampling_matrix("dct", len(matrix) / matrix.shape[1], round(matrix.shape[1] ** 0.5))
 
 
@@ -146,7 +146,7 @@ def draw_matrices(models: dict[str, DGUNet]) -> Figure:
 
 
 def to_border(shape: tuple[int, int], side: int) -> np.ndarray:
-    """How far each pixel is from the nearest inner border of cells of a side: 0 for those that touch one, (H, W)."""
+    """Each pixel's distance to the nearest inner border of square cells of ``side``: 0 if it touches one, (H, W)."""
 
     def near(length: int) -> np.ndarray:
         inner = np.arange(side, length, side)  # an image's edge is no seam
@@ -158,16 +158,16 @@ def to_border(shape: tuple[int, int], side: int) -> np.ndarray:
 
 
 def inside_a_tile(shape: tuple[int, int], block: int) -> np.ndarray:
-    """The pixels of which the nearest border is one between blocks of a tile, (H, W) bool.
+    """The pixels whose nearest border is between blocks of one tile, (H, W) bool.
 
-    Without the outermost blocks of the image, whose pixels are far from any border because there is no other block.
+    Without the outermost blocks of the image, which have no neighbour on one side.
     """
     rows, columns = ((np.arange(size) >= block) & (np.arange(size) < (size - 1) // block * block) for size in shape)
     return rows[:, None] & columns[None] & (to_border(shape, TILE) >= block // 2)
 
 
 def rms(errors: list[np.ndarray], masks: list[np.ndarray]) -> float:
-    """Over the pixels that the masks choose of some images' errors; nan where they choose none."""
+    """The root mean square of several images' errors over the masked pixels; nan if there are none."""
     squares = np.concatenate([error[mask] ** 2 for error, mask in zip(errors, masks, strict=True)])
     return float(np.sqrt(squares.mean())) if squares.size else math.nan
 
@@ -209,7 +209,7 @@ def draw_seams(models: dict[str, DGUNet], errors: dict[str, list[np.ndarray]], i
 
 
 def over_ratios(model: DGUNet, images: list[np.ndarray]) -> dict[float, float]:
-    """The mean PSNR in dB as test.py has it, by the ratio: of a network for one that alone."""
+    """The mean PSNR in dB, computed as test.py does, by ratio; of a network for one ratio, that alone."""
     sampling = model.degradation
     ratios = [len(sampling.matrix) / sampling.block**2]
     if isinstance(sampling, ScalableSampling):
@@ -220,13 +220,15 @@ def over_ratios(model: DGUNet, images: list[np.ndarray]) -> dict[float, float]:
     }
 
 
+def ratio_table(found: dict[str, dict[float, float]]) -> str:
+    rows = [[name, ", ".join(f"{100 * r:.3g}: {x:.2f}" for r, x in scores.items())] for name, scores in found.items()]
+    return markdown_table(["weights", "PSNR in dB by ratio in percent"], rows)
+
+
 def draw_ratios(found: dict[str, dict[float, float]]) -> Figure:
-    """And prints them."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    print("\n| weights | PSNR in dB by ratio in percent |\n| --- | --- |")
     for name, scores in found.items():
-        print(f"| {name} | " + ", ".join(f"{100 * r:.3g}: {score:.2f}" for r, score in scores.items()) + " |")
         axes.plot([100 * r for r in scores], scores.values(), marker="." if len(scores) > 1 else "o", label=name)
     axes.set(xscale="log", xlabel="measurements, percent of the pixels", ylabel="PSNR in dB")
     axes.grid(alpha=0.3, which="both")

@@ -1,40 +1,28 @@
 """What each part of the network is worth: one change at a time, several seeds, at one small budget.
 
-    python scripts/ablation.py --train_dir Datasets/train/DIV2K_BSD400 --out results/ablation
-    python scripts/ablation.py --train_dir ... --devices 0 1 2 3 --epochs 40        # four GPUs, a run on each at a time
+    python studies/ablation.py --train_dir Datasets/train/DIV2K_BSD400 --out results/ablation
+    python studies/ablation.py --train_dir ... --devices 0 1 2 3 --epochs 40        # four GPUs, a run on each at a time
 
 Trains small networks (five stages, width 16) for Gaussian noise and for compressive sensing, one run for each variant
-and seed; a variant differs from the first in what its name says and in nothing else. The rate falls as a cosine. The
-score is the PSNR, averaged over images held back from training, of their 256x256 centres. Writes ablation.csv,
-ablation.md (a table) and ablation.png. A study that was interrupted goes on where it was. On one CPU core a run of
-three epochs of 380 images takes a minute or two.
+and seed; a variant differs from the first in what its name says and in nothing else. The learning rate follows a
+cosine. The score is the mean PSNR of the 256x256 centres of held-out images. Writes ablation.csv, ablation.md (a
+table) and ablation.png. An interrupted study is resumed by the same command. On one CPU core a run of three epochs of
+380 images takes a minute or two.
 """
 
-import argparse
 import csv
 import queue
-import signal
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dgunet.errors import ROOT, UserError, command_imports, run_cli
+from shared import UserError, command_imports, markdown_table, matching, run_cli
 
 with command_imports(__name__):
     import numpy as np
-    import torch
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from dgunet.config import load_config
-    from dgunet.data import changed_items, find_images, fingerprint
-    from dgunet.engine import changed_settings
+    from runs import check_images, study_parser, terminate_runs_at_exit, train
 
 KERNEL = "one_pixel.npy"
 SMALL = {"width": 16, "growth": 8, "final_growth": 8, "stages": 5}
@@ -103,30 +91,24 @@ VARIANTS = [
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, out="results/ablation")
     add = parser.add_argument
-    add("--train_dir", required=True, help="folder of images; the last 20 by name are held back")
-    add("--out", type=Path, default=Path("results/ablation"), help="folder for runs, table and plot")
     add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
     add("--epochs", type=int, default=3, help="of one 64x64 crop from each image, four at a time (default: 3)")
     add("--devices", nargs="+", default=["cpu"], help="cpu (default), or numbers of GPUs: a run on each at a time")
-    add("--only", nargs="*", metavar="WORDS", help="only variants whose names have one of these in them, and the first")
-    add("options", nargs="*", metavar="KEY VALUE", help="config keys for all runs")
     args = parser.parse_intermixed_args()
     if args.epochs < 1:
-        raise UserError("--epochs is at least 1")
+        raise UserError("--epochs must be at least 1")
+    chosen = {BASE.name, *matching([variant.name for variant in VARIANTS if variant is not BASE], args.only)}
     runs = [
         (task, variant, seed)
-        for seed in args.seeds  # the whole grid once, then again: an interrupted study has a table of fewer seeds
+        for seed in args.seeds  # the whole grid with one seed first: an interrupted study has a table of fewer seeds
         for task in args.tasks
         for variant in VARIANTS
-        if variant.task in ("", task)
-        and (variant is BASE or not args.only or any(words in variant.name for words in args.only))
+        if variant.task in ("", task) and variant.name in chosen
     ]
-    if args.only and all(variant is BASE for _, variant, _ in runs):
-        raise UserError(f"--only matches none of {'; '.join(variant.name for variant in VARIANTS)}")
-    of_these_images(args.train_dir, args.out)
+    check_images(args.train_dir, args.out)
     np.save(args.out / KERNEL, np.ones((1, 1), np.float32))
     rows: list[dict] = []
     free: queue.Queue[str] = queue.Queue()
@@ -142,7 +124,7 @@ def main():
             free.put(device)
         return {"task": task, "group": variant.group, "variant": variant.name, "seed": seed, "psnr": psnr}
 
-    with ThreadPoolExecutor(len(args.devices)) as pool, ended_with_this():
+    with ThreadPoolExecutor(len(args.devices)) as pool, terminate_runs_at_exit():
         for row in pool.map(run, *zip(*runs, strict=True)):
             rows.append(row)
             print(f"{row['task']}, {row['variant']}, seed {row['seed']}: {row['psnr']:.2f} dB", flush=True)
@@ -151,7 +133,7 @@ def main():
 
 
 def settings_of(task: str, variant: Variant, seed: int, args) -> dict:
-    """The config keys of a run, but for where it computes."""
+    """The config keys of a run, but for its device."""
     arguments = ", ".join(f"{key}: {value}" for key, value in (SMALL | variant.arguments).items())
     own = (
         variant.settings | {"MODEL.KERNEL": args.out / KERNEL} if variant.trained_as else TASKS[task] | variant.settings
@@ -163,71 +145,6 @@ def settings_of(task: str, variant: Variant, seed: int, args) -> dict:
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------- running
-
-under_way: set[subprocess.Popen] = set()
-
-
-def of_these_images(train_dir: str, out: Path):
-    """Note in ``out`` what its runs are trained on; scores of other images are not for one table.
-
-    Raises:
-        UserError: they were trained on others.
-    """
-    items, note = find_images(train_dir), out / "images.pth"
-    if not note.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        torch.save(fingerprint(items), note)
-    elif changes := changed_items(items, torch.load(note)):
-        raise UserError(f"{train_dir} is not what {out} was trained on: {changes}; choose another --out")
-
-
-@contextmanager
-def ended_with_this():
-    """Within it, no training outlives the study: not an interrupt, not SIGTERM."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        for process in list(under_way):
-            process.terminate()
-
-
-def train(task: str, settings: dict, options: list[str] = ()) -> float:
-    """A run of a task's train.py, or what is missing of it; the last validation's PSNR.
-
-    Raises:
-        UserError: what the command has told; a run of this name had other settings.
-    """
-    config = ROOT / f"configs/{task}/dgunet.yaml"
-    words = [*(str(word) for pair in settings.items() for word in pair), *options]
-    folder = Path(settings["TRAINING.SAVE_DIR"]) / settings["MODEL.SESSION"]
-    cfg = load_config(config, words)
-    began = folder / "config.yaml"
-    if began.exists() and (changed := changed_settings(cfg, load_config(began))):
-        raise UserError(f"{folder} was trained with another {', '.join(changed)}; choose another --out")
-    if (psnr := finished(folder / "history.csv", cfg.OPTIM.NUM_EPOCHS)) is not None:
-        return psnr
-    command = [sys.executable, ROOT / task.title().replace("_", "") / "train.py", "--config", config, *words]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        under_way.add(process)
-        _, told = process.communicate()
-        under_way.discard(process)
-    if process.returncode:
-        raise UserError(f"{settings['MODEL.SESSION']}: {told.strip().removeprefix('error: ')}")
-    return finished(folder / "history.csv", cfg.OPTIM.NUM_EPOCHS)
-
-
-def finished(history: Path, epochs: int) -> float | None:
-    """The PSNR at the end of a run that has come there."""
-    if not history.exists():
-        return None
-    with open(history) as file:
-        last = list(csv.DictReader(file))[-1]
-    return float(last["psnr"]) if int(last["epoch"]) == epochs and last["psnr"] else None
-
-
 def scores(rows: list[dict], task: str) -> dict[Variant, list[float]]:
     """Of each variant that has been run, the PSNR of each seed."""
     found = {
@@ -237,24 +154,24 @@ def scores(rows: list[dict], task: str) -> dict[Variant, list[float]]:
 
 
 def report(rows: list[dict], args):
-    """Write the table and the plot of what there is."""
+    """Write the table and the plot of the runs so far."""
     with open(args.out / "ablation.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    lines = []
+    tables = []
     for task in args.tasks:
         found = scores(rows, task)
         if BASE not in found:
             continue
         base = statistics.mean(found[BASE])
-        lines += [f"| {TITLES[task]} | PSNR, dB | spread over seeds | difference |", "| --- | --- | --- | --- |"]
+        cells = []
         for variant, values in found.items():
             mean, spread = statistics.mean(values), max(values) - min(values)
-            told = f"{spread:.2f} ({len(values)})" if len(values) > 1 else "one seed"
-            lines.append(f"| {variant.name} | {mean:.2f} | {told} | {mean - base:+.2f} |")
-        lines.append("")
-    (args.out / "ablation.md").write_text("\n".join(lines))
+            seeds = f"{spread:.2f} ({len(values)})" if len(values) > 1 else "one seed"
+            cells.append([variant.name, f"{mean:.2f}", seeds, f"{mean - base:+.2f}"])
+        tables.append(markdown_table([TITLES[task], "PSNR, dB", "spread over seeds", "difference"], cells) + "\n")
+    (args.out / "ablation.md").write_text("\n".join(tables))
     draw(rows, args.tasks, args.out / "ablation.png")
 
 
@@ -273,9 +190,9 @@ def draw(rows: list[dict], tasks: list[str], path: Path):
             axis.plot(statistics.mean(values), place, "|", color=colour, markersize=16, markeredgewidth=2.5)
         axis.set_yticks(range(len(found)), [variant.name for variant in found])
         axis.invert_yaxis()
-        axis.set(title=TITLES[task], xlabel="PSNR on held-back images [dB]")
+        axis.set(title=TITLES[task], xlabel="PSNR on held-out images [dB]")
         axis.grid(axis="x", alpha=0.3)
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Look inside a network: what each stage does to an image, and what its degradation has become.
+"""Analyse a network: what each stage does to an image, and which degradation it has learned.
 
-    python scripts/analyse.py --weights denoising_gaussian --pair Datasets/demo/denoising/test astronaut
-    python scripts/analyse.py --weights W --pair Datasets/Set11 barbara                     # compressive sensing
-    python scripts/analyse.py --weights W --pair DIR NAME --kernel kernel.npy               # the true blur beside it
+    python studies/analyse.py --weights denoising_gaussian --pair Datasets/demo/denoising/test astronaut
+    python studies/analyse.py --weights W --pair Datasets/Set11 barbara                     # compressive sensing
+    python studies/analyse.py --weights W --pair DIR NAME --kernel kernel.npy               # the true blur beside it
 
 Prints a table with a line for each stage, and draws into --out:
 
@@ -10,24 +10,18 @@ Prints a table with a line for each stage, and draws into --out:
     curves.png       PSNR, data term ||A x - y||, and step size rho_k from stage to stage
     degradation.png  how A and A_adjoint spread a pixel, beside the true degradation where it is known
 
-Differences are in 8-bit levels, root mean squares over the whole image; those in brackets are what remains when each
-colour may be brighter or darker by a constant. What the columns are: dgunet/inside.py, StepMeasures. Changes are drawn
-as means over the colours, and of learned operators it is their derivative. A network for any known blur is given
---kernel.
+Differences are root mean squares over the whole image in 8-bit levels; in brackets, what remains when a constant may be
+added to each colour. StepMeasures in dgunet/inside.py describes the columns. Changes are drawn as means over the
+colours; of a learned operator the derivative is drawn. A network for any known blur needs --kernel.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dgunet.errors import command_imports, run_cli
+from shared import Parser, command_imports, markdown_table, run_cli
 
 with command_imports(__name__):
     import numpy as np
     import torch
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
     from plot_stages import find_window, read_pair
@@ -41,18 +35,18 @@ with command_imports(__name__):
     from dgunet.proximal import MULTIPLE
     from dgunet.transforms import to_uint8, unit_range
 
-REACH = 16  # pixels around an impulse that are drawn; a learned operator has two 3x3 convolutions, and reaches 2
+REACH = 16  # pixels drawn around an impulse; a learned operator, two 3x3 convolutions, reaches 2
 LEARNED_REACH = 4
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--weights", required=True, help="checkpoint")
     add("--pair", nargs=2, required=True, metavar=("DIR", "NAME"), help="folder with input/, target/, or images")
     add("--crop", nargs=3, type=int, metavar=("TOP", "LEFT", "SIDE"), help="part that is drawn (default: centre)")
-    add("--kernel", type=Path, help="the true blur's kernel, a .npy file, to be drawn beside what was learned")
-    add("--out", type=Path, default=Path("results/analysis"), help="folder (default: results/analysis)")
+    add("--kernel", type=Path, help="kernel of the true blur (.npy), drawn beside the learned one")
+    add("--out", type=Path, default=Path("results/analysis"), help="folder to write (default: %(default)s)")
     args = parser.parse_args()
 
     model = load_model(args.weights)
@@ -67,16 +61,15 @@ def main():
     initial = psnr(record.initial, truth)
     print_table(rows, initial)
     args.out.mkdir(parents=True, exist_ok=True)
-    save(draw_stages(record, truth, window), args.out / "stages.png")
-    save(draw_curves(rows, initial), args.out / "curves.png")
+    draw_stages(record, truth, window).savefig(args.out / "stages.png")
+    draw_curves(rows, initial).savefig(args.out / "curves.png")
     if record.steps[0].degradation is not None:
-        save(draw_degradation(record, y, window, kernel), args.out / "degradation.png")
+        draw_degradation(record, y, window, kernel).savefig(args.out / "degradation.png")
     print(f"drawn in {args.out.absolute()}")
 
 
 def read_case(model: DGUNet, folder: str, name: str) -> tuple[Tensor, Tensor]:
-    """What the network is given, and the true image (1, C, H, W), both without the last rows and columns that are
-    too many for it."""
+    """The network's input y and the ground truth (1, C, H, W), cropped to multiples of what the network needs."""
     sensing = isinstance(model.degradation, BlockSampling)
     multiple = model.degradation.block if sensing else MULTIPLE
     pair = [unit_range(to_tensor(image)[None]) for image in read_pair(model, folder, name)]
@@ -90,17 +83,20 @@ def psnr(x: Tensor, truth: Tensor) -> float:
 
 
 def print_table(rows: list[StepMeasures], initial: float):
-    """As Markdown; without the columns of which the network has nothing."""
+    """As Markdown, without the columns that are empty for this network."""
+
+    def number(value: float | None, digits: int = 2) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
 
     def levels(value: float | None, tinted: float | None = None) -> str:
-        told = "" if value is None else f"{255 * value:.2f}"
-        return told if tinted is None else f"{told} ({255 * tinted:.2f})"
+        text = "" if value is None else f"{255 * value:.2f}"
+        return text if tinted is None else f"{text} ({255 * tinted:.2f})"
 
     columns = {
         "stage": lambda row: str(row.k),
-        "rho": lambda row: "" if row.rho is None else f"{row.rho:.3f}",
-        "PSNR of v": lambda row: f"{row.psnr_v:.2f}",
-        "PSNR of x": lambda row: f"{row.psnr_x:.2f}",
+        "rho": lambda row: number(row.rho, digits=3),
+        "PSNR of v": lambda row: number(row.psnr_v),
+        "PSNR of x": lambda row: number(row.psnr_x),
         "gradient step": lambda row: levels(row.gradient_step),
         "proximal step": lambda row: levels(row.proximal_step),
         "A x - y before": lambda row: levels(row.data_term_before),
@@ -108,24 +104,21 @@ def print_table(rows: list[StepMeasures], initial: float):
         "A x - y after": lambda row: levels(row.data_term_x),
         "A truth - y": lambda row: levels(row.data_term_truth, row.data_term_truth_tinted),
         "truth - y": lambda row: levels(row.truth_to_y, row.truth_to_y_tinted),
-        "not adjoint": lambda row: "" if row.adjoint_mismatch is None else f"{row.adjoint_mismatch:.2f}",
-        "descent": lambda row: "" if row.descent is None else f"{row.descent:.2f}",
-        "towards y": lambda row: "" if row.towards_y is None else f"{row.towards_y:.2f}",
+        "not adjoint": lambda row: number(row.adjoint_mismatch),
+        "descent": lambda row: number(row.descent),
+        "towards y": lambda row: number(row.towards_y),
     }  # fmt: skip
-    cells = {name: [told(row) for row in rows] for name, told in columns.items()}
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     cells = {name: values for name, values in cells.items() if any(values)}
     print(f"x_0: {initial:.2f} dB")
-    print("| " + " | ".join(cells) + " |")
-    print("|" + " --- |" * len(cells))
-    for line in zip(*cells.values(), strict=True):
-        print("| " + " | ".join(line) + " |")
+    print(markdown_table(list(cells), list(zip(*cells.values(), strict=True))))
 
 
 # ------------------------------------------------------------------------------------------------------------ images
 
 
-def shown(x: Tensor, window: tuple[slice, slice]) -> np.ndarray:
-    """A part of an image, for imshow."""
+def crop_for_imshow(x: Tensor, window: tuple[slice, slice]) -> np.ndarray:
+    """The window of an image (1, C, H, W), as imshow takes it."""
     image = to_uint8(x[0][(slice(None), *window)].permute(1, 2, 0).cpu().numpy())
     return image[..., 0] if image.shape[2] == 1 else image
 
@@ -139,8 +132,8 @@ def draw_stages(record: Trace, truth: Tensor, window: tuple[slice, slice]) -> Fi
         ]
         for s in steps
     ]
-    # The middle stages decide on the scale. The first may have to change the brightness; the last adds a residual to y
-    # where the degradation is learned, and its v_K need not be an image at all: "off the scale", it says there.
+    # The colour scale is that of the middle stages. The first may change the brightness; the last adds a residual to y
+    # where the degradation is learned, and its v_K need not be an image: its title then says "off the scale".
     limit = float(np.percentile(np.abs(changes[1:-1] or changes), 99.5)) or 1.0
     figure = Figure(figsize=(1.9 * (len(steps) + 2), 6.8), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08)
@@ -149,7 +142,7 @@ def draw_stages(record: Trace, truth: Tensor, window: tuple[slice, slice]) -> Fi
     start = "$x_0=y$" if record.y.shape == record.initial.shape else "$x_0=A^T y$"
     columns = [(start, record.initial), *((f"$x_{s.k}$", s.x) for s in steps), ("ground truth", truth)]
     for axis, (name, x) in zip(axes[0], columns, strict=True):
-        axis.imshow(shown(x, window), **grey)
+        axis.imshow(crop_for_imshow(x, window), **grey)
         axis.set_title(name if x is truth else f"{name}\n{psnr(x, truth):.2f} dB", fontsize=10)
     for (above, below), step, pair in zip(axes[1:, 1:-1].T, steps, changes, strict=True):
         for axis, change, symbol, whole in (
@@ -188,7 +181,7 @@ def draw_curves(rows: list[StepMeasures], initial: float) -> Figure:
             ("truth_to_y", "$|truth - y|$", "k--"),
         ):
             values = [getattr(row, name) for row in rows]
-            if values[0] is not None and 255 * values[0] > 1e-3:  # of measurements without noise the truth's is zero
+            if values[0] is not None and 255 * values[0] > 1e-3:  # zero for the truth where measurements have no noise
                 axes[1].plot(k, [255 * v for v in values], style, markersize=5, linewidth=1, label=label)
         axes[1].set_yscale("log")
         axes[1].yaxis.set_major_formatter(LogFormatter())
@@ -206,14 +199,14 @@ def draw_curves(rows: list[StepMeasures], initial: float) -> Figure:
 
 
 def draw_degradation(record: Trace, y: Tensor, window: tuple[slice, slice], kernel: Tensor | None) -> Figure:
-    """Responses to one pixel in the middle of the window, of every degradation that there is."""
+    """The response of every distinct A and A_adjoint to an impulse in the middle of the window."""
     row, column = ((part.start + part.stop) // 2 for part in window)
     block = getattr(record.steps[0].degradation, "block", 1)
     row, column = (place // block * block + block // 2 for place in (row, column))  # the middle of a block
     learned = isinstance(record.steps[0].degradation, LearnedDegradation)
     reach = LEARNED_REACH if learned else min(REACH, *((part.stop - part.start) // 2 for part in window))
     near = (slice(row - reach, row + reach + 1), slice(column - reach, column + reach + 1))
-    responses: list[tuple[str, str, Tensor]] = []  # of one operator the same colours
+    responses: list[tuple[str, str, Tensor]] = []  # (symbol, stages, response); those of one symbol share a scale
     seen = set()
     for step in record.steps:
         A, x = step.degradation, step.before
@@ -244,7 +237,7 @@ def draw_degradation(record: Trace, y: Tensor, window: tuple[slice, slice], kern
     for axis, (symbol, name, response) in zip(axes, responses, strict=True):
         values = response.detach().cpu().numpy().copy()
         middle, whole = (values.shape[0] // 2, values.shape[1] // 2), values.sum()
-        own, values[middle] = values[middle], np.nan  # it would drown what is around it
+        own, values[middle] = values[middle], np.nan  # it would hide what is around it
         limit = limits[symbol] or 1.0
         axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         axis.plot(middle[1], middle[0], marker="x", color="black", markersize=5)
@@ -252,10 +245,6 @@ def draw_degradation(record: Trace, y: Tensor, window: tuple[slice, slice], kern
         axis.set_title(f"{title}\nx: {own:.2f}, sum {whole:.2f}\ncolours to $\\pm${limit:.2f}", fontsize=10)
         axis.set_axis_off()
     return figure
-
-
-def save(figure: Figure, path: Path):
-    FigureCanvasAgg(figure).print_png(str(path))
 
 
 if __name__ == "__main__":

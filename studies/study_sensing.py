@@ -1,22 +1,16 @@
-"""What to train compressive sensing with when time is short: one change at a time, at equal cost.
+"""Which recipe to train compressive sensing with when time is short: one change at a time, at equal cost.
 
-    python scripts/study_sensing.py --train_dir Datasets/train/DIV2K_BSD400    # a core-hour; prints a table
+    python studies/study_sensing.py --train_dir Datasets/train/DIV2K_BSD400    # a core-hour; prints a table
 
-Every run costs as much as four passes of seven stages over a 64x64 crop of each image: some four minutes of one core
-that computes bfloat16. Fewer stages and smaller crops get as many more steps. The score is the PSNR, averaged over
-images held back from training, of their 256x256 centres. A study that was interrupted goes on where it was.
+Every run costs as much as four epochs of seven stages on a 64x64 crop of each image: some four minutes of one core
+that computes bfloat16. Fewer stages and smaller crops get as many more steps. The score is the mean PSNR of the 256x256
+centres of held-out images. An interrupted study is resumed by the same command.
 """
 
-import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dgunet.errors import UserError, command_imports, run_cli
+from shared import command_imports, markdown_table, matching, run_cli
 
 with command_imports(__name__):
-    from ablation import ended_with_this, of_these_images, train
+    from runs import check_images, study_parser, terminate_runs_at_exit, train
 
 COMMON = {
     "MODEL.RATIO": 0.25, "MODEL.MATRIX_START": "dct", "MODEL.OVERRIDES": "{stages: 3, rho: 1.0}",
@@ -27,7 +21,7 @@ COMMON = {
 }  # fmt: skip
 # Three stages take 2.9 times less than seven: stages 1 to K-1 have a U-Net each, the last one has none.
 SEVEN, THREE = 4, 12
-# Of each variant: what differs, and how many epochs of one crop from each image; a list where runs follow each other.
+# For each variant its runs, one after the other: (what differs, epochs of one crop from each image).
 VARIANTS = {
     "the recipe: DCT, rho 1, three stages": [({}, THREE)],
     "start: Xavier, rho 0.5 (the original)": [
@@ -49,32 +43,21 @@ VARIANTS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_dir", required=True, help="folder of images; the last 20 by name are held back")
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/sensing_study"), help="folder for the runs")
-    parser.add_argument(
-        "--only", nargs="*", metavar="WORDS", help="only variants whose names have one of these in them"
-    )
-    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys for all runs")
-    args = parser.parse_intermixed_args()
-    chosen = [name for name in VARIANTS if not args.only or any(words in name for words in args.only)]
-    if not chosen:
-        raise UserError(f"--only matches none of {'; '.join(VARIANTS)}")
-    of_these_images(args.train_dir, args.out)
-    rows = []
-    with ended_with_this():
+    args = study_parser(__doc__, out="checkpoints/sensing_study").parse_intermixed_args()
+    chosen = matching(list(VARIANTS), args.only)
+    check_images(args.train_dir, args.out)
+    scores = {}
+    with terminate_runs_at_exit():
         for name in chosen:
-            score = train_variant(name, args)
-            rows.append((name, score))
-            print(f"{name}: {score:.2f} dB", flush=True)
-    reference = rows[0][1]
-    print(f"\n| | PSNR, dB | beside {chosen[0].split(':')[0]} |\n| --- | --- | --- |")
-    for name, score in rows:
-        print(f"| {name} | {score:.2f} | {score - reference:+.2f} |")
+            scores[name] = train_variant(name, args)
+            print(f"{name}: {scores[name]:.2f} dB", flush=True)
+    first = scores[chosen[0]]
+    rows = [[name, f"{score:.2f}", f"{score - first:+.2f}"] for name, score in scores.items()]
+    print("\n" + markdown_table(["", "PSNR, dB", f"beside {chosen[0].split(':')[0]}"], rows))
 
 
 def train_variant(name: str, args) -> float:
-    """Train one variant, run after run; the last validation's PSNR."""
+    """Train one variant, its runs one after the other; the PSNR of the last validation."""
     weights = ""
     for step, (changes, epochs) in enumerate(VARIANTS[name], start=1):
         session = f"{name.replace(':', '')}, step {step}"
