@@ -1,10 +1,10 @@
-"""Time the network, training, data loading and evaluation, each beside the same thing as the original code runs it.
+"""Time the network, training, data loading and evaluation, each beside the same as the original code computes it.
 
     python scripts/benchmark.py                                                   # all of it, in some minutes
     python scripts/benchmark.py forward train --variants deblurring_dgunet deraining_dgunet --batch 16 --crop 256
     python scripts/benchmark.py forward --sizes 1280x720 --compile --profile
     python scripts/benchmark.py data --images Datasets/GoPro/train
-    python scripts/benchmark.py probe                        # what a GPU can do, and whether training waits for it
+    python scripts/benchmark.py probe                        # a GPU's peak rates, and what waits for it
 
 The baseline is the same network in the original's form: float32, NCHW, eager; half instance norm by splitting and
 concatenating, subspace fusion with an explicit inverse; Adam as PyTorch chooses to run it (on a CPU parameter by
@@ -13,36 +13,36 @@ three-dimensional SSIM with its 11x11x11 window. Both sides have PyTorch's preci
 convolutions only) and, as both train.py do, cuDNN's benchmark in training; bfloat16 where the hardware computes it.
 
 Every case runs in a process of its own, so that its peak memory is its own. On a CPU the cases of a table take turns,
-so that whatever else the machine does meets all of them; times are medians. Weights and images are never zeros.
+so that other load on the machine affects all of them. Times are medians; the JSON file has all of them and their
+interquartile range. Weights and images are never zeros.
 """
 
 import argparse
-import dataclasses
+import contextlib
 import json
 import math
 import multiprocessing
-import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dgunet.errors import ROOT, UserError, command_imports, run_cli
+from common import ROOT, Parser, UserError, at_least, command_imports, run_cli
 
 with command_imports(__name__):
     import numpy as np
     import torch
-    from prepare_patches import Parser, at_least
     from torch import nn
     from torch.nn import functional as F
+    from torch.utils.benchmark import Measurement, Timer
 
     from dgunet.config import load_config
     from dgunet.hardware import autocast_dtype, keep_freed_memory, pick_device, use_huge_pages
@@ -56,7 +56,7 @@ with command_imports(__name__):
 SECTIONS = ("forward", "train", "data", "evaluate", "startup")  # and "probe", which has to be asked for
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Case:
     """One line of a table."""
 
@@ -246,7 +246,7 @@ def _evaluate(case: Case) -> Callable:
 
     cv2.setNumThreads(1)
     rng = np.random.default_rng(0)
-    target = (255 * _images(dataclasses.replace(case, device="cpu"), 3)[0].permute(1, 2, 0).numpy()).astype(np.uint8)
+    target = (255 * _images(replace(case, device="cpu"), 3)[0].permute(1, 2, 0).numpy()).astype(np.uint8)
     restored = np.clip(target + rng.normal(0, 5, target.shape), 0, 255).astype(np.uint8)
     score = _direct_ssim if case.baseline else lambda r, t: evaluate_pair(r, t, "rgb_matlab")[1]
     return lambda: torch.tensor(score(restored, target))
@@ -270,70 +270,62 @@ def _direct_ssim(restored: np.ndarray, target: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------- timing
 
 
+def make_timer(run: Callable) -> Timer:
+    """Waits for the GPU before and after a block of calls."""
+    return Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+
+
 def measure(cases: list[Case], runs: int, seconds: float) -> list[dict]:
-    """Median seconds and peak memory in bytes of each case."""
+    """Median seconds, their interquartile range and the peak memory in bytes of each case; NaN where it fails."""
     groups = [[case] for case in cases] if cases[0].device.startswith("cuda") else [cases]
     return [result for group in groups for result in _measure_in_turn(group, runs, seconds)]
 
 
 def _measure_in_turn(cases: list[Case], runs: int, seconds: float) -> list[dict]:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    workers, results = [], []
-    for case in cases:
-        pipe, end = context.Pipe()
-        worker = context.Process(target=_work, args=(case, end), daemon=True)
-        worker.start()
-        end.close()
-        result = {"times": [], "seconds": float("nan"), "peak_memory": float("nan")}
-        results.append(result)
-        try:
-            result |= pipe.recv()  # after it has warmed up
-            workers.append((case, worker, pipe, result))
-        except (EOFError, OSError):  # the others can still be measured
-            _tell_end(case, worker)
-    started = time.monotonic()
-    for turn in range(runs):
-        if turn and time.monotonic() - started > seconds:
-            break
-        for case, worker, pipe, result in list(workers):
+    found: dict[Case, list[Measurement]] = {case: [] for case in cases}
+    with contextlib.ExitStack() as stack:
+        pools = {case: stack.enter_context(ProcessPoolExecutor(1, context)) for case in cases}
+
+        def call(function: Callable, case: Case):
+            """``function(case)`` in the case's process; where it fails, the others are still measured."""
             try:
-                pipe.send(True)
-                result["times"].append(pipe.recv())
-            except (EOFError, OSError):
-                _tell_end(case, worker)
-                workers.remove((case, worker, pipe, result))
-    for _, worker, pipe, result in workers:
-        pipe.send(False)
-        worker.join()
-        result["seconds"] = statistics.median(result["times"])
-    return results
+                return pools[case].submit(_call, function, case).result()
+            except Exception as error:
+                hint = "; perhaps the memory is full" if isinstance(error, BrokenProcessPool) else ""
+                print(f"{case.name}: {' '.join(str(error).split())[:300]}{hint}", file=sys.stderr)
+                del pools[case]
+
+        peaks = {case: call(_start, case) for case in cases}
+        started = time.monotonic()
+        for turn in range(runs):
+            if turn and time.monotonic() - started > seconds:
+                break
+            for case in list(pools):
+                found[case].append(call(_measure_again, case))
+    rows = []
+    for case in cases:
+        rows.append({"times": [], "seconds": math.nan, "iqr": math.nan, "peak_memory": math.nan})
+        if case in pools:
+            (all_turns,) = Measurement.merge(found[case])
+            rows[-1] = summary(all_turns) | {"peak_memory": peaks[case]}
+    return rows
 
 
-def _tell_end(case: Case, worker):
-    """Say in a line that a process ended before it was done."""
-    worker.join()
-    if worker.exitcode != _TOLD:
-        why = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit status {worker.exitcode}"
-        hint = ": perhaps the memory is full" if worker.exitcode == -9 else ""
-        print(f"{case.name}: its process ended with {why}{hint}", file=sys.stderr)
+def summary(measurement: Measurement) -> dict:
+    return {"times": measurement.times, "seconds": measurement.median, "iqr": measurement.iqr}
 
 
-_TOLD = 3  # exit status of a process that has said itself why
-
-
-def _work(case: Case, pipe):
+def _call(function: Callable, case: Case):
     try:
-        _run(case, pipe)
-    except (EOFError, BrokenPipeError):  # the one who asked is gone
-        os._exit(_TOLD)
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        message = " ".join(str(error).split())
-        print(f"{case.name}: {type(error).__name__} in {where.name}: {message[:300]}", file=sys.stderr, flush=True)
-        os._exit(_TOLD)
+        return function(case)
+    except Exception as error:  # not every exception can be sent to another process
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-def _run(case: Case, pipe):
+def _start(case: Case) -> int:
+    """Prepare a case in a process of its own; its peak memory in bytes."""
+    global _timer
     if case.threads:
         torch.set_num_threads(case.threads)
     cuda = select(case.device)
@@ -351,28 +343,20 @@ def _run(case: Case, pipe):
         torch.cuda.reset_peak_memory_stats()
         run()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resident_memory() - before
-    pipe.send({"peak_memory": peak})
-    # Crops differ, and so does the work for them. Training does not wait for the GPU after each step, testing does.
-    calls = 20 if case.section == "data" else 5 if cuda and case.section == "train" else 1
-    while pipe.recv():
-        pipe.send(_seconds(run, calls, cuda))
+    _timer = make_timer(run)
+    return torch.cuda.max_memory_allocated() if cuda else resident_memory() - before
 
 
-def _seconds(run: Callable, calls: int, cuda: bool) -> float:
-    """Seconds of one call of several, with one wait for the GPU at their end."""
-    started = time.perf_counter()
-    for _ in range(calls):
-        run()
-    if cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / calls
+def _measure_again(case: Case) -> Measurement:
+    if case.section == "data":  # crops differ, and so does the work for them
+        return _timer.timeit(20)
+    if case.section == "train" and case.device.startswith("cuda"):  # training does not wait for the GPU at each step
+        return _timer.timeit(5)
+    return _timer.blocked_autorange()
 
 
 def select(device: str) -> bool:
-    """Make a GPU the current one; whether ``device`` is a GPU."""
+    """Make a GPU the current device; whether ``device`` is a GPU."""
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(torch.device(device).index or 0)
@@ -380,7 +364,7 @@ def select(device: str) -> bool:
 
 
 def resident_memory(start: bool = False) -> int:
-    """Largest resident memory of this process in bytes, since the last call with ``start``; 0 where not on Linux."""
+    """Peak resident memory of this process in bytes since the last call with ``start``; 0 except on Linux."""
     try:
         if start:
             Path("/proc/self/clear_refs").write_text("5")
@@ -415,7 +399,7 @@ def operations(case: Case) -> int:
 
 
 def has_bf16(device: str) -> bool:
-    """Whether the hardware computes bfloat16; one that does not emulates it, a hundred times slower."""
+    """Whether the hardware computes bfloat16; emulating it is a hundred times slower."""
     return autocast_dtype("auto", torch.device(device)) is not None
 
 
@@ -427,8 +411,7 @@ def matrix_peak(device: str, threads: int, size: int = 0) -> dict[bool, float | 
     size = size or (8192 if cuda else 3072)
     for bf16 in (True, False) if has_bf16(device) else (False,):
         a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else None) for _ in range(2))
-        times = [_seconds(lambda a=a, b=b: a @ b, 1, cuda) for _ in range(6)]
-        peaks[bf16] = 2 * size**3 / min(times[1:])
+        peaks[bf16] = 2 * size**3 / min(make_timer(lambda a=a, b=b: a @ b).blocked_autorange(min_run_time=1).times)
     return peaks
 
 
@@ -436,22 +419,18 @@ def matrix_peak(device: str, threads: int, size: int = 0) -> dict[bool, float | 
 
 
 def probe(args) -> list[dict]:
-    """Ceilings of the device, the operations that decide how near training comes, and its waits; rows for the JSON."""
+    """Peak rates of the device, the operations that limit training, its waits for the GPU; rows of the JSON file."""
     cuda, rows = select(args.device), []
     dtype = torch.bfloat16 if has_bf16(args.device) else torch.float32
     if args.threads:
         torch.set_num_threads(args.threads)
 
     def report(what: str, run: Callable, amount: float, unit: str):
-        for _ in range(3):
-            run()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = statistics.median(_seconds(run, 5 if cuda else 1, cuda) for _ in range(args.runs))
+        seconds = make_timer(run).blocked_autorange().median
         print(f"{what:44} {seconds * 1000:9.3f} ms {amount / seconds / 1e12:9.3f} {unit}", flush=True)
         rows.append({"table": "probe", "name": what, "seconds": seconds, "rate": amount / seconds, "unit": unit})
 
-    scale = 1 if cuda else 16  # a CPU runs all of it, on less
+    scale = 1 if cuda else 16  # smaller on a CPU
     print(f"\nprobe of {args.device}, {dtype}")
     a, b = (torch.randn(8192 // scale, 8192 // scale, device=args.device, dtype=dtype) for _ in range(2))
     report(f"product of {len(a)}x{len(a)}", lambda: a @ b, 2 * len(a) ** 3, "Tflop/s")
@@ -482,16 +461,16 @@ def probe(args) -> list[dict]:
         for tuned in (False, True):
             torch.backends.cudnn.benchmark = tuned
             what = f"convolution of {channels} channels, cuDNN's benchmark {'on' if tuned else 'off'}"
-            operations_ = 3 * 2 * 9 * channels**2 * math.prod(shape)  # forward, and twice as much backward
+            flops = 3 * 2 * 9 * channels**2 * math.prod(shape)  # forward, and twice as much backward
 
             def step(conv=conv, x=x, gradient=gradient):
                 return torch.autograd.grad(conv(x), (x, *conv.parameters()), gradient)
 
-            report(what, step, operations_, "Tflop/s")
+            report(what, step, flops, "Tflop/s")
 
     bf16 = dtype == torch.bfloat16
     run = prepare(Case("train", "waits", args.variants[0], 1, 64, 64, bf16=bf16, device=args.device))
-    run(), run()  # libraries are loaded and algorithms chosen
+    run(), run()  # loads libraries and chooses algorithms
     waits = count_waits(lambda: [run() for _ in range(3)], args.device)
     print(f"waits for the device in three training steps: {waits if cuda else 'none to wait for'}")
     return [*rows, {"table": "probe", "name": "waits", "count": waits}]
@@ -525,34 +504,26 @@ def count_waits(run: Callable, device: str) -> int:
 
 
 def network_cases(args, section: str, variant: str, height: int, width: int, batch: int) -> list[Case]:
-    common = dict(
-        section=section, variant=variant, height=height, width=width, batch=batch, device=args.device,
-        threads=args.threads,
-    )  # fmt: skip
-    cases = [
-        Case(name="baseline", baseline=True, **common),
-        Case(name="float32", **common, profile=args.profile),
-    ]
-    bf16, precision = has_bf16(args.device), "float32"
+    bf16 = has_bf16(args.device)
+    plain = Case(section, "baseline", variant, batch, height, width, device=args.device, threads=args.threads)
+    here = replace(plain, name="float32", profile=args.profile)
+    cases = [replace(plain, baseline=True), here]
     if bf16:
-        precision = "bfloat16"
-        cases.append(Case(name=precision, bf16=True, **common, profile=args.profile))
+        here = replace(here, name="bfloat16", bf16=True)
+        cases.append(here)
     if section == "train":
-        cases.append(Case(name=f"{precision}, checkpointing", bf16=bf16, checkpointing=True, **common))
+        cases.append(replace(here, name=f"{here.name}, checkpointing", checkpointing=True, profile=False))
     if args.compile:
-        cases.append(Case(name=f"{precision}, compiled", bf16=bf16, compile=True, **common, profile=args.profile))
+        cases.append(replace(here, name=f"{here.name}, compiled", compile=True))
     return cases
 
 
 def network_table(args, cases: list[Case], peaks: dict) -> list[dict]:
-    case = cases[0]
-    title = f"{case.section}: {case.variant}, {case.batch} x {case.height}x{case.width}"
-    operations_ = operations(case)
-    rows = []
-    for case, result in zip(cases, measure(cases, args.runs, args.seconds), strict=True):
-        share = operations_ / result["seconds"] / peaks[case.bf16]
-        rows.append(result | {"images_per_second": case.batch / result["seconds"], "share_of_peak": share})
-    return finish(title, cases, rows)
+    case, rows = cases[0], measure(cases, args.runs, args.seconds)
+    flops = operations(case)
+    for case, row in zip(cases, rows, strict=True):
+        row["share_of_peak"] = flops / row["seconds"] / peaks[case.bf16]
+    return finish(f"{case.section}: {case.variant}, {case.batch} x {case.height}x{case.width}", cases, rows)
 
 
 def data_table(args) -> list[dict]:
@@ -563,14 +534,12 @@ def data_table(args) -> list[dict]:
         done = subprocess.run(pack, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise UserError(f"--images: {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
-        common = dict(section="data", height=256, width=256)
         cases = [
-            Case(name="baseline: PNG", baseline=True, images=str(source), **common),
-            Case(name="PNG", images=str(source), **common),
-            Case(name="packed", images=str(packed), **common),
+            Case("data", "baseline: PNG", baseline=True, images=str(source)),
+            Case("data", "PNG", images=str(source)),
+            Case("data", "packed", images=str(packed)),
         ]
         rows = measure(cases, args.runs, args.seconds)
-    rows = [row | {"images_per_second": 1 / row["seconds"]} for row in rows]
     return finish("data: deblurring samples of 256x256 from pairs of 1280x720, one core", cases, rows)
 
 
@@ -591,9 +560,8 @@ def make_images(folder: Path) -> Path:
 
 
 def evaluate_table(args) -> list[dict]:
-    common = dict(section="evaluate", height=256, width=256)
-    cases = [Case(name="baseline: direct", baseline=True, **common), Case(name="separable", **common)]
-    rows = [row | {"images_per_second": 1 / row["seconds"]} for row in measure(cases, args.runs, args.seconds)]
+    cases = [Case("evaluate", "baseline: direct", baseline=True), Case("evaluate", "separable")]
+    rows = measure(cases, args.runs, args.seconds)
     return finish("evaluate: three-dimensional SSIM of 256x256, one core", cases, rows)
 
 
@@ -605,29 +573,24 @@ def startup_table(args) -> list[dict]:
     }
     rows = []
     for command in commands.values():
-        times = []
-        for _ in range(args.runs):
-            started = time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-            times.append(time.perf_counter() - started)
-        rows.append({"seconds": statistics.median(times), "times": times})
+        run = partial(subprocess.run, [sys.executable, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        rows.append(summary(make_timer(run).adaptive_autorange(max_run_time=args.seconds)))
     return finish("startup", [Case("startup", name) for name in commands], rows)
 
 
 def finish(title: str, cases: list[Case], rows: list[dict]) -> list[dict]:
-    """Print a table, with ratios to its first row; the rows with all that is known, for the JSON file."""
-    first = rows[0]
-    speed = title.split(":")[0] != "startup"
+    """Print a table with ratios to its first row; returns the complete rows of the JSON file."""
+    finished, baseline = [], rows[0]
     print(f"\n{title}\n{'':28} {'time':>10} {'images/s':>9} {'speed':>7} {'memory':>10} {'memory':>7} {'of peak':>8}")
-    finished = []
     for case, row in zip(cases, rows, strict=True):
-        row = {"table": title, **dataclasses.asdict(case), **row}
+        row = {"table": title, **asdict(case), **row}
         line = f"{case.name:28} {row['seconds'] * 1000:7.1f} ms"
-        if speed:
-            row["speed_ratio"] = first["seconds"] / row["seconds"]
+        if case.section != "startup":
+            row["images_per_second"] = case.batch / row["seconds"]
+            row["speed_ratio"] = baseline["seconds"] / row["seconds"]
             line += f" {row['images_per_second']:9.2f} {row['speed_ratio']:6.2f}x"
         if "share_of_peak" in row:
-            row["memory_ratio"] = row["peak_memory"] / (first["peak_memory"] or float("nan"))
+            row["memory_ratio"] = row["peak_memory"] / (baseline["peak_memory"] or math.nan)
             line += f" {row['peak_memory'] / 2**20:6.0f} MiB {row['memory_ratio']:6.2f}x {row['share_of_peak']:8.1%}"
         print(line, flush=True)
         finished.append(row)
@@ -645,7 +608,7 @@ size.__name__ = "WIDTHxHEIGHT"  # argparse's name for it in "invalid ... value"
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all of these), probe")
     add("--variants", nargs="+", default=["deraining_dgunet"], help=f"of {', '.join(list_models())}")
@@ -656,9 +619,9 @@ def main():
     add("--images", help="data: folder of 1280x720 pairs (default: enlarged photographs of scikit-image)")
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, ...")
     add("--threads", type=int, default=0, help="of the CPU (default: PyTorch's choice)")
-    add("--runs", type=at_least(1), default=7, help="medians are of so many runs")
-    add("--seconds", type=float, default=60, help="but no new round after this long")
-    add("--profile", action="store_true", help="also print where the time of this repository's networks goes")
+    add("--runs", type=at_least(1), default=7, help="rounds of measurements (default: %(default)s)")
+    add("--seconds", type=float, default=60, help="no new round after so long (default: %(default)s)")
+    add("--profile", action="store_true", help="also print a profile of this repository's networks")
     add("--out", type=Path, default=Path("benchmark.json"), help="JSON file to write (default: benchmark.json)")
     args = parser.parse_args()
     unknown = set(args.sections) - {*SECTIONS, "probe"}
@@ -670,32 +633,32 @@ def main():
     cuda = args.device.startswith("cuda")
     machine = torch.cuda.get_device_name(args.device) if cuda else cpu_name()
     threads = args.threads or torch.get_num_threads()
-    print(f"{time.strftime('%Y-%m-%d')}, {machine}, {threads} CPU threads, PyTorch {torch.__version__}")
-    rows, peaks = [], {}
-
-    def add_rows(new: list[dict]):  # and write them: what follows may fail
-        rows.extend(new)
-        peak = {"bfloat16": peaks.get(True), "float32": peaks.get(False)}
-        note = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "threads": threads, "torch": torch.__version__}
-        args.out.write_text(json.dumps(note | {"matrix_peak": peak, "rows": rows}, indent=1) + "\n")
-
+    note = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "threads": threads, "torch": torch.__version__}
+    print("{date}, {machine}, {threads} CPU threads, PyTorch {torch}".format(**note))
+    peaks = {}
     if {"forward", "train"} & set(sections):
         peaks = matrix_peak(args.device, args.threads)
         bf16 = f", {peaks[True] / 1e12:.2f} in bfloat16" if peaks[True] else "; no bfloat16 in this hardware"
         print(f"matrix products: {peaks[False] / 1e12:.2f} Tflop/s in float32{bf16}")
+    note["matrix_peak"] = {"bfloat16": peaks.get(True), "float32": peaks.get(False)}
+    rows = []
     for section in sections:
-        if section == "forward":
-            for variant in args.variants:
-                for width, height in args.sizes:
-                    add_rows(network_table(args, network_cases(args, section, variant, height, width, 1), peaks))
-        elif section == "train":
-            for variant in args.variants:
-                cases = network_cases(args, section, variant, args.crop, args.crop, args.batch)
-                add_rows(network_table(args, cases, peaks))
-        else:
-            tables = {"data": data_table, "evaluate": evaluate_table, "startup": startup_table, "probe": probe}
-            add_rows(tables[section](args))
+        for table in tables(args, section, peaks):
+            rows += table
+            args.out.write_text(json.dumps(note | {"rows": rows}, indent=1) + "\n")  # now: the next table may fail
     print(f"\nwrote {args.out}")
+
+
+def tables(args, section: str, peaks: dict) -> Iterator[list[dict]]:
+    """The rows of each table of a section."""
+    crop = (args.crop, args.crop)
+    sizes, batch = {"forward": (args.sizes, 1), "train": ([crop], args.batch)}.get(section, ([], 0))
+    for variant in args.variants:
+        for width, height in sizes:
+            yield network_table(args, network_cases(args, section, variant, height, width, batch), peaks)
+    others = {"data": data_table, "evaluate": evaluate_table, "startup": startup_table, "probe": probe}
+    if section in others:
+        yield others[section](args)
 
 
 def cpu_name() -> str:

@@ -12,13 +12,9 @@ take longer, are chosen where they gain so much beside the windows. The last lin
 record.yaml.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dgunet.errors import UserError, command_imports, lazy_import, run_cli
+from common import Parser, UserError, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     import torch
@@ -75,7 +71,7 @@ def score(model: DGUNet, windows: dict[str, int], samples: list[tuple[Tensor, Te
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--weights", required=True, help="name or file")
     parser.add_argument("--config", type=Path, help="of the run that held images back (default: beside the weights)")
     parser.add_argument("--windows", default="64,96,128,192,256", help="to try, in pixels (default: %(default)s)")

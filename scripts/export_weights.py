@@ -10,16 +10,12 @@ about; it is kept beside them and in their metadata. What it looks like: any pre
 fields mean: dgunet/pretrained.py. --renew also writes docs/models.md, the table of all weights.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import shutil
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dgunet.errors import ROOT, UserError, command_imports, lazy_import, run_cli
+from common import ROOT, Parser, UserError, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     from dgunet.checkpoint import load_model, read_checkpoint
@@ -37,7 +33,7 @@ TABLE = ROOT / "docs/models.md"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of the runs, in the order they built on each other")
     parser.add_argument("--out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--record", type=Path, help="YAML file that says what the weights are for")

@@ -8,17 +8,13 @@ Training sees the same samples from either. The images are not compressed: the f
 each (GoPro 12 GB, Rain13K 15 GB). It is written under another name first: an unfinished one is never taken for a whole.
 """
 
-import argparse
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dgunet.errors import UserError, command_imports, lazy_import, run_cli
+from common import Parser, UserError, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     import numpy as np
@@ -35,7 +31,7 @@ CHUNK = 96
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("source", type=Path, help="folder with input/ and target/, or with images (--luma)")
     parser.add_argument("--out", type=Path, help="file to write (default: SOURCE.h5)")
     parser.add_argument("--luma", action="store_true", help="pack the luminance of a folder of single images")

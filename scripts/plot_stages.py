@@ -6,13 +6,9 @@
 Of compressive sensing, FOLDER holds the images, and what is shown as degraded is x_0 = A_adjoint(y).
 """
 
-import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dgunet.errors import UserError, command_imports, run_cli
+from common import Parser, UserError, command_imports, run_cli
 
 with command_imports(__name__):
     import numpy as np
@@ -26,7 +22,7 @@ with command_imports(__name__):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--weights", required=True, help="checkpoint")
     parser.add_argument(
         "--pair", nargs=2, required=True, metavar=("FOLDER", "NAME"), help="folder with input/, target/, or images"
