@@ -1,15 +1,14 @@
-"""Download the published data sets and the authors' weights, and put them where the task folders read them.
+"""Download the published data sets and the authors' weights to where the tasks read them.
 
     python scripts/download_data.py --list                    # names, groups, sizes, and where each goes
     python scripts/download_data.py deraining                 # what a task trains and tests on
     python scripts/download_data.py gopro-test hide weights
 
-What is in place is skipped, nothing that is there is overwritten, and an interrupted download goes on where it
-stopped. Archives wait in ROOT/downloads and are removed once unpacked and checked. Where Google refuses to serve one,
-fetch it with a browser, put it there under the name that the message gives, and start again.
+What is complete is skipped, existing files are not overwritten, and an interrupted download is resumed. Archives are
+kept in ROOT/downloads and removed once unpacked and checked. If Google refuses to serve one, fetch it with a browser,
+put it there under the name that the error gives, and start again.
 """
 
-import argparse
 import contextlib
 import errno
 import os
@@ -19,14 +18,12 @@ import tarfile
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dgunet.errors import UserError, command_imports, run_cli
+from common import Parser, UserError, command_imports, run_cli
 
 with command_imports(__name__):
-    from prepare_patches import Parser, describe, sidd_pairs
+    from prepare_patches import sidd_pairs
 
     from dgunet.data import find_pairs
     from dgunet.distributed import lock_dir
@@ -38,12 +35,12 @@ CS = "compressive_sensing"
 UNITS = {
     "pairs": "pairs", "scenes": "pairs", "mat": "files", "images": "images", "set": "images", "weights": "files",
 }  # fmt: skip
-DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS}  # no browser would help
+DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS}  # a browser would not help
 
 
 @dataclass(frozen=True)
 class Download:
-    """A file on Google Drive (of weights and of compressive sensing's, perhaps a folder), and what is in it.
+    """A file on Google Drive (for weights and compressive sensing, perhaps a folder), and its contents.
 
     ``folders`` maps each folder it fills, below --root (weights: below --weights_root), to the number of things in it,
     None where that is not known. Kinds: pairs (input/ and target/), scenes (SIDD-Medium's folders), mat (the
@@ -52,19 +49,19 @@ class Download:
     """
 
     name: str
-    group: str  # empty: to be asked for by its name alone
+    group: str  # empty: in no group, only downloaded by its name
     id: str
     kind: str
     folders: dict[str, int | None]
     size: str = "?"  # about, unpacked
     files: tuple[str, ...] = ()
-    exact: bool = True  # whether another number is an error; otherwise there is a warning
-    then: str = ""
+    exact: bool = True  # whether another number is an error, not a warning
+    then: str = ""  # what to do next
     parts: tuple[str, ...] = ()  # other downloads that hold some of its images
 
     @property
     def names(self) -> list[str]:
-        """All that it may be asked for by."""
+        """Its name and its groups."""
         if not self.group:
             return [self.name]
         tests = ["all-test"] if self.kind == "set" or any("test" in folder for folder in self.folders) else []
@@ -76,8 +73,8 @@ SIDD = ("ValidationNoisyBlocksSrgb.mat", "ValidationGtBlocksSrgb.mat")
 DND = ("info.mat", *(f"images_srgb/{k:04d}.mat" for k in range(1, 51)))
 CUT = "python scripts/prepare_patches.py sidd --source {root}/SIDD_Medium_Srgb/Data --out {root}/SIDD/train"
 # fmt: off
-# Ids: those of the Restormer family, whose archives have the layout that the original reads; those of CS and of the
-# weights are the original's own. Sizes are estimates from the numbers and the sizes of the images.
+# The ids are those of the Restormer family, whose archives have the layout that the original reads; for CS and the
+# weights they are the original's own. Sizes are estimated from the number and the size of the images.
 DOWNLOADS = [
     Download("gopro-train", "deblurring", "1zgALzrLCC_tcXKu_iHQTHukKUVT1aodI", "pairs", {"GoPro/train": 2103}, "4 GB"),
     Download("gopro-test", "deblurring", "1k6DTSHu4saUgrGTYkkZXTptILyG9RRll", "pairs", {"GoPro/test": 1111}, "2 GB"),
@@ -123,19 +120,16 @@ def marker(item: Download, folder: Path) -> Path:
 
 
 def check(item: Download, folder: Path, expected: int | None) -> int:
-    """How many things are in a folder; a ``UserError`` if they are not what they should be."""
-    if item.kind == "pairs":
-        found = len(find_pairs(folder, check_sizes=False))
-    elif item.kind == "scenes":
-        found = len(sidd_pairs(folder))
-    elif item.kind == "mat":
-        found = sum((folder / name).is_file() for name in item.files)
-    elif item.kind == "images":
-        found = own_images(item, folder)
-    elif item.kind == "set":
-        found = len(images_in(folder))
-    else:
-        found = sum(path.suffix in {".pth", ".pt", ".pkl"} for path in folder.rglob("*"))
+    """The number of things in a folder; a ``UserError`` if it is not the expected one."""
+    count = {
+        "pairs": lambda: len(find_pairs(folder, check_sizes=False)),
+        "scenes": lambda: len(sidd_pairs(folder)),
+        "mat": lambda: sum((folder / name).is_file() for name in item.files),
+        "images": lambda: own_images(item, folder),
+        "set": lambda: len(images_in(folder)),
+        "weights": lambda: sum(path.suffix in {".pth", ".pt", ".pkl"} for path in folder.rglob("*")),
+    }
+    found = count[item.kind]()
     if found == 0 or (item.exact and expected not in (None, found)):
         raise UserError(f"{folder} has {found} {UNITS[item.kind]} instead of {expected or 'some'}")
     if expected not in (None, found):
@@ -144,14 +138,14 @@ def check(item: Download, folder: Path, expected: int | None) -> int:
 
 
 def in_place(item: Download, folder: Path, expected: int | None) -> bool:
-    """Whether a folder is complete, rather than empty; a ``UserError`` if it is neither."""
+    """Whether a folder is complete; a ``UserError`` if it is neither that nor empty."""
     if item.kind == "images":
         note = marker(item, folder)
         done = note.exists() and note.read_text() == str(own_images(item, folder))
         ours = tuple(f"{other.name}_" for other in DOWNLOADS if other.kind == "images")
         if not done and (strange := [path for path in images_in(folder) if not path.name.startswith(ours)]):
-            raise UserError(f"{strange[0]} is of unknown origin; move the images there away, or train on them as is")
-        for other in DOWNLOADS:  # the same images twice would count twice in training
+            raise UserError(f"{strange[0]} is of unknown origin; move the images away, or train on them as they are")
+        for other in DOWNLOADS:  # duplicates would count twice in training
             if (other.name in item.parts or item.name in other.parts) and not done and own_images(other, folder):
                 raise UserError(f"{folder} has images of {other.name}, as {item.name} has; keep to one of them")
         return done
@@ -173,7 +167,7 @@ def web_page(path: Path) -> bool:
 
 
 def fetch(item: Download, downloads: Path) -> Path:
-    """The archive, downloaded if it is not there yet; of weights, perhaps a folder of files."""
+    """The archive, downloaded unless it exists; of weights, perhaps a folder of files."""
     archive = downloads / f"{item.name}.zip"  # whatever its format
     if archive.exists():
         print(f"{item.name}: {archive} is there already")
@@ -187,26 +181,26 @@ def fetch(item: Download, downloads: Path) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     print(f"{item.name}: downloading {url}", flush=True)
     ways, reasons = [(gdown.download, archive)], []
-    if item.group in (CS, "all-weights"):  # the id does not tell a folder from a file
+    if item.group in (CS, "all-weights"):  # the id may be of a folder
         ways.insert(0, (gdown.download_folder, archive.with_suffix("")))
     for download, output in ways:
         try:
             if not download(id=item.id, output=str(output), resume=True):
                 raise ValueError("no file was sent")
             if output.is_file() and web_page(output):
-                output.unlink()  # or the next run would take it for the archive
+                output.unlink()  # the next run would mistake it for the archive
                 raise ValueError("Google sent a web page, not the file")
             return output
         except Exception as error:  # of gdown, requests, urllib3, ...
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
-            offline = "ConnectionError" in type(error).__name__  # whose own words fill five lines
+            offline = "ConnectionError" in type(error).__name__  # its message has five lines
             reasons.append("no connection to Google Drive" if offline else " ".join(str(error).split())[:200])
     raise UserError(f"cannot download {item.name} ({'; '.join(dict.fromkeys(reasons))}); {by_hand}")
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether this is a PyTorch file: a pickle, or a zip file with one in it."""
+    """Whether this is a PyTorch file: a pickle, or a zip file that contains one."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             return any(name.endswith("/data.pkl") for name in file.namelist())
@@ -227,28 +221,20 @@ def unpack(item: Download, archive: Path, folder: Path):
         elif zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
                 names = [name for name in file.namelist() if not name.startswith("__MACOSX/")]
-                for path in map(PureWindowsPath, names):  # both / and \ separate its parts
-                    if path.drive or path.root or ".." in path.parts:
-                        raise UserError(f"{archive} is unsafe: it would write to {path.as_posix()}; remove it")
                 for name in progress_bar(names, desc=item.name, unit="file"):
-                    file.extract(name, folder)
+                    file.extract(name, folder)  # never outside it: without drive, root and ".."
         elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as file:
                 file.extractall(folder, filter="data")
         else:
-            with open(archive, "rb") as file:
-                head = file.read(4)
-            kinds = {b"PK\3\4": "an incomplete zip file", b"7z\xbc\xaf": "a 7z file", b"Rar!": "a RAR file"}
-            what = "a web page" if web_page(archive) else kinds.get(head, "of an unknown format")
-            raise UserError(f"{archive} is {what}, which cannot be unpacked here; {retry}")
-    except tarfile.FilterError as error:
-        raise UserError(f"{archive} is unsafe: {error}; remove it") from error
+            what = "a web page" if web_page(archive) else "incomplete, or neither a zip nor a tar file"
+            raise UserError(f"{archive} is {what}; {retry}")
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"{archive} cannot be unpacked, it may be damaged ({error}); {retry}") from error
 
 
 def holds(item: Download, folder: Path) -> bool:
-    """Whether the item's files are directly in this folder of the archive."""
+    """Whether the item's files are directly in this folder."""
     if item.kind == "pairs":
         return all(side(folder, name) for name in SIDES)
     if item.kind == "scenes":
@@ -259,7 +245,7 @@ def holds(item: Download, folder: Path) -> bool:
 
 
 def locate(item: Download, tree: Path, folder: Path) -> Path:
-    """Where in the unpacked ``tree``, however nested, the contents of ``folder`` are; their names become ours."""
+    """Find the contents of ``folder`` in the unpacked ``tree``, however nested, and give them our names."""
     if item.kind == "weights":
         return tree
     found = [path for path in [tree, *sorted(tree.rglob("*"))] if path.is_dir() and holds(item, path)]
@@ -278,13 +264,13 @@ def locate(item: Download, tree: Path, folder: Path) -> Path:
 
 
 def put(item: Download, source: Path, folder: Path):
-    """Move what is complete into place, by renaming within the file system."""
+    """Move complete data into place, by renaming within the file system."""
     if item.kind not in ("pairs", "images"):
-        os.rename(source, folder)  # refused unless that is empty or not there
+        os.rename(source, folder)  # fails unless that is empty or not there
         return
     folder.mkdir(parents=True, exist_ok=True)
     for path in [source / name for name in SIDES] if item.kind == "pairs" else images_in(source):
-        if item.kind == "pairs" or not (folder / path.name).exists():  # there if a run was ended just here
+        if item.kind == "pairs" or not (folder / path.name).exists():  # there if a run was interrupted here
             os.rename(path, folder / path.name)
     if item.kind == "images":
         marker(item, folder).write_text(str(own_images(item, folder)))
@@ -292,7 +278,9 @@ def put(item: Download, source: Path, folder: Path):
 
 def install(item: Download, folders: dict[Path, int | None], downloads: Path, keep_archives: bool):
     archive = fetch(item, downloads)
-    part = next(iter(folders)).resolve().with_name(f".{item.name}.part")  # where a link leads, not where it is
+    part = (
+        next(iter(folders)).resolve().with_name(f".{item.name}.part")
+    )  # beside the target of a link, not beside the link
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     try:
         unpack(item, archive, part)
@@ -300,9 +288,9 @@ def install(item: Download, folders: dict[Path, int | None], downloads: Path, ke
             sources = {folder: locate(item, part, folder) for folder in folders}
             counts = {folder: check(item, source, folders[folder]) for folder, source in sources.items()}
         except UserError as error:
-            told = str(error).replace(str(part), str(archive))
+            message = str(error).replace(str(part), str(archive))
             by_hand = f"unpack it yourself to {', '.join(map(str, folders))}"
-            raise UserError(f"{told}. Remove {archive} and start again, or {by_hand}") from error
+            raise UserError(f"{message}. Remove {archive} and start again, or {by_hand}") from error
         for folder, source in sources.items():
             put(item, source, folder.resolve())
             print(f"{item.name}: {counts[folder]} {UNITS[item.kind]} in {folder}")
@@ -313,13 +301,13 @@ def install(item: Download, folders: dict[Path, int | None], downloads: Path, ke
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="data sets or groups of them, see --list")
-    add("--list", action="store_true", help="show what there is, and where it goes")
+    add("--list", action="store_true", help="list all data sets and their folders")
     add("--root", type=Path, default=Path("Datasets"), help="folder for data (default: %(default)s)")
     add("--weights_root", type=Path, default=Path("checkpoints/authors"), help="for weights (default: %(default)s)")
-    add("--keep_archives", action="store_true", help="do not remove the archives")
+    add("--keep_archives", action="store_true", help="keep the archives")
     args = parser.parse_args(argv)
     for name in args.names:
         if not any(name in item.names for item in DOWNLOADS):
@@ -331,7 +319,7 @@ def parse_args(argv=None):
 
 def download_data(args):
     todo = []
-    for item in DOWNLOADS:  # all are looked at before the first long download
+    for item in DOWNLOADS:  # all are checked before the first download
         if not args.list and not set(item.names) & set(args.names):
             continue
         base = args.weights_root if item.kind == "weights" else args.root
@@ -352,21 +340,18 @@ def download_data(args):
                 raise UserError(f"{item.name} has the images of {other.name} too; keep to one of them")
     for item, missing, downloads in todo:
         downloads.mkdir(parents=True, exist_ok=True)
-        with lock_dir(downloads, "download", "wait for its end"):  # two would write the same unfinished files
+        with lock_dir(downloads, "download", "wait until it ends"):  # two would write the same unfinished files
             try:
                 install(item, missing, downloads, args.keep_archives)
             finally:
-                with contextlib.suppress(OSError):  # Windows keeps what is open
+                with contextlib.suppress(OSError):  # on Windows an open file cannot be removed
                     (downloads / ".lock").unlink()
         if item.then:
             print(f"{item.name}: {item.then.format(root=args.root)}")
 
 
 def main(argv=None):
-    try:
-        download_data(parse_args(argv))
-    except OSError as error:
-        raise UserError(describe(error)) from error
+    download_data(parse_args(argv))
 
 
 if __name__ == "__main__":

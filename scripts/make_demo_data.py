@@ -6,37 +6,31 @@
     python scripts/make_demo_data.py --task deraining --copies 5 --out Datasets/demo/more_rain
     python scripts/make_demo_data.py --task deblurring --extent 0 15 --source my_sharp_photos --out Datasets/my_blur
 
-The clean images are photographs that ship inside the scikit-image package; ``--source`` and
-``--test_source`` put your own in their place. The degradation is synthetic and seeded by image name, so the
-same command always gives the same files and adding an image changes no other. Folders, as the task's own
-loader expects them:
+The clean images are photographs from the scikit-image package; ``--source`` and ``--test_source`` replace them by
+yours. The degradation is synthetic and seeded by the image's name: the same command always writes the same files, and
+an added image changes no others. Folders, as the tasks read them:
 
     denoising, deblurring    OUT/{train,val,test}/{input,target}/*.png
     deraining                OUT/{train,val}/{input,target}/*.png and OUT/test/DEMO/{input,target}/*.png
     compressive_sensing      OUT/{train,val,test}/*.png (clean; the loader does the sensing)
 
-No photograph and no scene is in two splits. The degradations are those of dgunet/synthesis.py.
+No photograph and no scene is in two splits. The degradations are in dgunet/synthesis.py.
 """
 
-import argparse
 import json
 import math
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dgunet.errors import ROOT, UserError, command_imports, lazy_import, run_cli
+from common import ROOT, Parser, UserError, at_least, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     import numpy as np
-    from prepare_patches import Parser
 
     from dgunet.data import images_by_name
     from dgunet.files import match_unicode_form, nfc
@@ -57,12 +51,10 @@ with command_imports(__name__):
 TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
 MANIFEST = "demo.json"
 EXTENT = [5.0, 15.0]  # pixels
-VERSION = 1  # raise it when a change here changes the images, so that older folders are recognised as such
+VERSION = 1  # to be raised when a change here changes the images, so that older folders are recognised
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Clean images
-# ------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------- clean images
 
 
 def folder_photos(folder: Path) -> list[SamplePhoto]:
@@ -138,14 +130,12 @@ def choose_photos(args) -> dict[str, list[SamplePhoto]]:
 
 def fingerprints(photos: dict[str, list[SamplePhoto]]) -> dict[str, dict[str, str]]:
     """{split: {name: which part of which file}}; a UserError if two splits share a file."""
-    prints, split_of = {}, {}
+    prints, split_of = {split: {} for split in SPLITS}, {}
     for split in SPLITS:
-        prints[split] = {}
         for photo in photos[split]:
             digest = photo.digest()
             if split_of.setdefault(digest, split) != split:
-                both = f"both in {split_of[digest]} and in {split}"
-                raise UserError(f"{photo.path} is {both}; the splits need different images")
+                raise UserError(f"{photo.path} is in {split_of[digest]} and in {split}; splits need different images")
             prints[split][photo.name] = f"{digest} crop={photo.crop} short_side={photo.short_side}"
     return prints
 
@@ -159,13 +149,11 @@ def encode_png(image: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Writing
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def make_degradation(args) -> Degrade | None:
-    """The function (image, rng) -> image of the task; None where the loader does it (compressive sensing)."""
+    """The task's function (image, rng) -> image; None for compressive sensing, where the loader measures."""
     if args.task == "denoising":
         noises = {"sensor": sensor_noise, "gaussian": partial(gaussian_noise, sigma=args.sigma), "photo": photo_noise}
         return noises[args.noise]
@@ -175,7 +163,7 @@ def make_degradation(args) -> Degrade | None:
 
 
 def split_files(photos: list[SamplePhoto], split: str, args) -> Iterator[tuple[str, bytes, float | None]]:
-    """Yield (relative path, PNG bytes, PSNR against the target or None) for every file of a split."""
+    """Yield (relative path, PNG bytes, PSNR against the target or None) of every file of a split."""
     degradation = make_degradation(args)
     folder = "test/DEMO" if (args.task, split) == ("deraining", "test") else split
     for photo in photos:
@@ -216,7 +204,7 @@ def write_into(folder: Path, photos: dict[str, list[SamplePhoto]], manifest: dic
 
 
 def write_all(out: Path, photos: dict[str, list[SamplePhoto]], manifest: dict, args) -> list[str]:
-    """Write beside `out` and rename at the end: whatever happens, `out` is complete or not there."""
+    """Write beside `out` and rename at the end: `out` is complete or not there."""
     part = out.with_name(f".{out.name}.part{os.getpid()}")
     part.mkdir(parents=True)
     try:
@@ -228,7 +216,7 @@ def write_all(out: Path, photos: dict[str, list[SamplePhoto]], manifest: dict, a
 
 
 def check_existing(out: Path, manifest: dict) -> bool:
-    """True if `out` holds exactly what would be written, False if free, a UserError if anything else."""
+    """True if `out` holds exactly what would be written, False if it is free, otherwise a UserError."""
     if not out.exists():
         return False
     if not out.is_dir():
@@ -237,25 +225,18 @@ def check_existing(out: Path, manifest: dict) -> bool:
         return False
     try:
         old = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        old_files, old_images = (
-            dict(old["files"]),
-            old.get("images", old.get("pictures")),
-        )  # "pictures": its name before 0.3
-        old_options = {"--extent": EXTENT, "--screens": 0} | old["options"]  # older folders do not tell them
+        old_files, old_images = dict(old["files"]), old.get("images", old.get("pictures"))  # its name before 0.3
+        old_options = {"--extent": EXTENT, "--screens": 0} | old["options"]  # which older folders do not record
     except (OSError, ValueError, KeyError, TypeError):
-        foreign = f"--out: {out} holds files that this script did not write"
-        raise UserError(f"{foreign}; choose another --out") from None
+        raise UserError(f"--out: {out} holds files that this script did not write; choose another --out") from None
     for option, value in manifest["options"].items():
         if old_options.get(option) != value:
             raise UserError(
-                f"--out: {out} was made with {option} {old_options.get(option)} and now it is {value}; "
-                f"choose another --out, or the former {option}"
+                f"--out: {out} was made with {option} {old_options.get(option)}, not {value}; choose another"
             )
     if old_images != manifest["images"]:
-        raise UserError(
-            f"--out: {out} was made from other images (--source, --test_source, --val_count, or another "
-            "scikit-image); choose another --out"
-        )
+        options = "--source, --test_source, --val_count, or another scikit-image"
+        raise UserError(f"--out: {out} was made from other images ({options}); choose another --out")
     check_files(out, old_files)
     return True
 
@@ -275,36 +256,34 @@ def check_files(out: Path, checksums: dict[str, int]):
             raise UserError(f"--out: {out / name} was {happened}; choose another --out, or remove {out}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------- command line
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--task", required=True, choices=TASKS)
     add("--out", type=Path, help="folder to write; default Datasets/demo/TASK in the repository")
     add("--source", type=Path, help="folder of your own clean images for train and val")
     add("--test_source", type=Path, help="folder of your own clean images for test")
-    add("--val_count", type=int, help="how many of --source, the last by name, go to val; default 5")
-    add("--copies", type=int, help="degraded versions of each training image; default 3")
+    add("--val_count", type=at_least(1), help="how many of --source, the last by name, go to val; default 5")
+    add("--copies", type=at_least(1), help="degraded versions of each training image; default 3")
     add("--noise", choices=("sensor", "gaussian", "photo"), help="kind of noise, denoising only; default sensor")
-    add("--screens", type=int, default=0, help="add so many rendered screens to train, a tenth of them to val")
+    add("--screens", type=at_least(0), help="denoising: rendered screens added to train, and a tenth as many to val")
     add("--sigma", type=float, help="of --noise gaussian, on the scale 0 to 255; default 25")
     add("--extent", type=float, nargs=2, metavar="PX", help="range of the blur, deblurring only; default 5 15")
-    add("--seed", type=int, default=1234, help="default 1234")
+    add("--seed", type=at_least(0), default=1234, help="default 1234")
     args = parser.parse_args(argv)
     check_args(args)
     return args
 
 
 def check_args(args):
-    """Refuse what would be ignored or cannot work, then fill in the defaults that depend on other options."""
-    if args.task != "denoising" and (args.noise is not None or args.sigma is not None):
-        raise UserError(f"--noise and --sigma are for --task denoising, not for {args.task}")
-    if args.task != "deblurring" and args.extent is not None:
-        raise UserError(f"--extent is for --task deblurring, not for {args.task}")
+    """Refuse options that would be ignored or cannot work, then fill in the defaults that depend on other options."""
+    tasks = {"noise": "denoising", "sigma": "denoising", "screens": "denoising", "extent": "deblurring"}
+    for option, task in tasks.items():
+        if getattr(args, option) is not None and args.task != task:
+            raise UserError(f"--{option} is for --task {task}, not for {args.task}")
     if args.sigma is not None and args.noise != "gaussian":
         raise UserError("--sigma needs --noise gaussian")
     if args.task == "compressive_sensing" and args.copies is not None:
@@ -313,25 +292,17 @@ def check_args(args):
         raise UserError("--val_count needs --source")
     if args.task == "denoising":
         args.noise = args.noise or "sensor"
-    if args.noise == "gaussian" and args.sigma is None:
-        args.sigma = 25.0
+    if args.noise == "gaussian":
+        args.sigma = 25.0 if args.sigma is None else args.sigma
+        if not 0 < args.sigma <= 255:
+            raise UserError(f"--sigma must be above 0 and at most 255, not {args.sigma:g}")
     if args.task == "deblurring":
         args.extent = args.extent or EXTENT
         low, high = args.extent
         if not 0 <= low <= high < math.inf:
             raise UserError(f"--extent is a range of at least 0 pixels, not {low:g} {high:g}")
-    args.copies = 3 if args.copies is None else args.copies
-    args.val_count = 5 if args.val_count is None else args.val_count
+    args.copies, args.val_count, args.screens = args.copies or 3, args.val_count or 5, args.screens or 0
     args.out = args.out or ROOT / "Datasets" / "demo" / args.task
-    if args.sigma is not None and not 0 < args.sigma <= 255:
-        raise UserError(f"--sigma must be above 0 and at most 255, not {args.sigma:g}")
-    for option in ("copies", "val_count"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option} must be at least 1, not {getattr(args, option)}")
-    if args.screens < 0 or (args.screens and args.task != "denoising"):
-        raise UserError("--screens is a number of images, for --task denoising")
-    if args.seed < 0:
-        raise UserError(f"--seed must not be negative, not {args.seed}")
 
 
 def make_manifest(photos: dict[str, list[SamplePhoto]], args) -> dict:

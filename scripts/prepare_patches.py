@@ -4,42 +4,38 @@
     python scripts/prepare_patches.py gopro --source Datasets/GoPro/train --out Datasets/GoPro/train_patches
     python scripts/prepare_patches.py rain --source Datasets/train --out Datasets/train_patches
 
-sidd takes patches at random positions from one folder per scene, as SIDD-Medium comes. gopro and rain take a regular
-grid from SOURCE/input and SOURCE/target; they differ in their defaults alone. Either way OUT/input and OUT/target
-hold the same names, and the two patches of a name show the same place.
+sidd takes patches at random positions from one folder per scene, the layout of SIDD-Medium. gopro and rain take a
+regular grid from SOURCE/input and SOURCE/target; they differ only in their defaults. In both cases the patches of one
+name in OUT/input and OUT/target show the same place.
 
-The positions in an image depend on --seed and on its name only: the same command always writes the same files, and
-adding an image changes no other. OUT must be new or empty; nothing is ever deleted or overwritten.
+The positions in an image depend only on --seed and on its name: the same command always writes the same files, and
+an added image changes no others. OUT must be new or empty; nothing is deleted or overwritten.
 """
 
-import argparse
 import os
 import re
 import shutil
 import signal
-import sys
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dgunet.errors import UserError, command_imports, lazy_import, run_cli
+from common import Parser, UserError, at_least, command_imports, lazy_import, run_cli
 
 with command_imports(__name__):
     import numpy as np
 
     from dgunet.data import Pair, find_pairs, pair_size, read_image, report_skipped_files, write_image
+    from dgunet.errors import describe_error
     from dgunet.files import IMAGE_SUFFIXES, nfc
     from dgunet.progress import progress_bar
 
     cv2, natsorted = lazy_import("cv2"), lazy_import("natsort").natsorted
 
 SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)", re.IGNORECASE)
-# Training crops are 256 wide: with an overlap of 256, every crop of the whole image lies inside some patch.
+# Training crops are 256 pixels wide: with an overlap of 256, every crop of the whole image lies inside a patch.
 GRIDS = {
     "gopro": {"size": 512, "overlap": 256, "max_side": 800},  # 1280x720 images become 4 x 2 patches
     "rain": {"size": 512, "overlap": 256, "max_side": 640},  # most of Rain13K is smaller and stays whole
@@ -49,19 +45,17 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 class Cut(NamedTuple):
-    """A pair of images and what to take from it: [(file name without ending, box), ...]."""
+    """A pair of images and its patches: [(file name without suffix, box), ...]."""
 
     pair: Pair
     patches: list[tuple[str, Box]]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What to cut
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------- what to cut
 
 
 def sidd_pairs(source: Path) -> list[Pair]:
-    """Pairs ``NNNN_NOISY_SRGB_010.PNG``, ``NNNN_GT_SRGB_010.PNG`` in the folders of ``source``, one per scene."""
+    """The pairs ``NNNN_NOISY_SRGB_010.PNG``, ``NNNN_GT_SRGB_010.PNG`` in the folders of ``source``, one per scene."""
     hint = "--source is the folder that holds one folder per scene, in SIDD_Medium_Srgb the one named Data"
     if not source.is_dir():
         raise UserError(f"no folder {source}; {hint}")
@@ -94,13 +88,13 @@ def sidd_pairs(source: Path) -> list[Pair]:
 
 
 def random_boxes(height: int, width: int, size: int, count: int, rng: np.random.Generator) -> list[Box]:
-    """``count`` squares anywhere in an image; the first ones do not depend on how many follow."""
+    """``count`` squares at random positions of an image; the first ones do not depend on ``count``."""
     draw = [rng.integers([height - size + 1, width - size + 1]) for _ in range(count)]
     return [(int(top), int(left), size, size) for top, left in draw]
 
 
 def grid_boxes(height: int, width: int, size: int, overlap: int, max_side: int) -> list[Box]:
-    """Overlapping squares that cover an image, the last ones flush with its border.
+    """Overlapping squares that cover an image; the last ones end at its border.
 
     An image with no side above ``max_side`` is one box; a side shorter than ``size`` is not cut.
     """
@@ -123,7 +117,7 @@ def plan_boxes(args, pair: Pair, height: int, width: int) -> list[Box]:
 
 
 def plan(args) -> list[Cut]:
-    """Everything that will be cut; all pairs are found and their sizes checked here."""
+    """The patches of all pairs, whose sizes are checked here."""
     pairs = sidd_pairs(args.source) if args.task == "sidd" else find_pairs(args.source, check_sizes=False)
     cuts, owner = [], {}
     with ThreadPoolExecutor(16) as pool:
@@ -141,7 +135,7 @@ def plan(args) -> list[Cut]:
 
 
 def estimate_bytes(cuts: list[Cut], samples: int = 3) -> int:
-    """About how much will be written, from a patch of a few images."""
+    """An estimate of the bytes to be written, from a patch of a few images."""
     pixels, encoded = 0, 0
     for k in np.linspace(0, len(cuts) - 1, min(samples, len(cuts))).round().astype(int):
         pair, [(_, (top, left, height, width)), *_] = cuts[k]
@@ -152,9 +146,7 @@ def estimate_bytes(cuts: list[Cut], samples: int = 3) -> int:
     return total * encoded // pixels
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Cutting
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- cutting
 
 
 def write_patches(cut: Cut, folder: Path) -> int:
@@ -164,20 +156,20 @@ def write_patches(cut: Cut, folder: Path) -> int:
         image = read_image(path)
         for name, (top, left, height, width) in cut.patches:
             file = folder / side / f"{name}.png"
-            # OpenCV's default PNG setting: levels 1 to 3 save 2 to 20 % of the space for two or three times the
-            # writing time, and do not read any faster.
+            # OpenCV's default PNG compression: levels 1 to 3 save 2 to 20 % of the space, take two to three times as
+            # long to write, and do not read faster.
             write_image(file, image[top : top + height, left : left + width])
             written += file.stat().st_size
     return written
 
 
 def start_worker():
-    cv2.setNumThreads(0)  # the processes share the cores already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
+    cv2.setNumThreads(0)  # the processes share the cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
 
 
 def write_all(cuts: list[Cut], out: Path, part: Path, workers: int) -> int:
-    """Write beside ``out`` and rename at the end: ``out`` is complete or not there. Returns the bytes written."""
+    """Write to ``part`` and rename it to ``out`` at the end, which is so complete or not there; the bytes written."""
     part.mkdir(parents=True)
     try:
         with ProcessPoolExecutor(min(workers, len(cuts)), initializer=start_worker) as pool:
@@ -190,26 +182,14 @@ def write_all(cuts: list[Cut], out: Path, part: Path, workers: int) -> int:
                 raise
         os.replace(part, out)
     except BrokenProcessPool as error:
-        raise UserError(
-            f"a process was ended, perhaps for lack of memory; {after(part)} with fewer --workers"
-        ) from error
+        message = f"a process was killed, perhaps for lack of memory; remove the unfinished {part}, use fewer --workers"
+        raise UserError(message) from error
     except (UserError, OSError) as error:
-        raise UserError(f"{describe(error)}; {after(part)}") from error
+        raise UserError(f"{describe_error(error)}; then remove the unfinished {part} and start again") from error
     return written
 
 
-def after(part: Path) -> str:
-    return f"then remove the unfinished {part} and start again"
-
-
-def describe(error: Exception) -> str:
-    """One line for a UserError or an OSError (no permission, disk full, ...)."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
@@ -220,7 +200,7 @@ def check_out(out: Path, part: Path):
         raise UserError(f"--out: {out} already holds files; choose another --out, or move that folder away")
     if part.exists():
         raise UserError(
-            f"{part} is left from an interrupted run, or another run is writing it now; if none is, remove it"
+            f"{part} is left from an interrupted run, or another run is writing to it; if none is, remove it"
         )
 
 
@@ -234,39 +214,21 @@ def prepare_patches(args):
     free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
     print(f"{args.source}: {len(cuts)} pairs of images" + (f", of which {whole} stay whole" if whole else ""))
     print(f"{total} pairs of patches will be written to {out}")
-    print(f"they will take about {in_words(estimate_bytes(cuts))}; {in_words(free)} are free", flush=True)
+    print(f"they will take about {format_bytes(estimate_bytes(cuts))}; {format_bytes(free)} are free", flush=True)
     written = write_all(cuts, out, part, args.workers)
-    print(f"wrote {total} pairs of patches, {in_words(written)}, to {out}/input and {out}/target")
+    print(f"wrote {total} pairs of patches, {format_bytes(written)}, to {out}/input and {out}/target")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line instead of the whole usage
-        raise UserError(f"{message} (see --help)")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    def number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
-        return int(text)
-
-    number.__name__ = "whole number"  # argparse's name for it in "invalid ... value"
-    return number
+# -------------------------------------------------------------------------------------------------------- command line
 
 
 def parse_args(argv=None):
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser(description=__doc__, **raw)
+    parser = Parser(description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="{sidd,gopro,rain}")
     workers = min(os.cpu_count() or 1, 16)
 
     def add_task(name, about, source, size):
-        add = tasks.add_parser(name, help=about, description=about, allow_abbrev=False).add_argument
+        add = tasks.add_parser(name, help=about, description=about).add_argument
         add("--source", type=Path, required=True, help=source)
         add("--out", type=Path, required=True, help="folder for input/ and target/; must be new or empty")
         add("--size", type=at_least(1), default=size, help="side of a patch in pixels; default %(default)s")
@@ -280,15 +242,11 @@ def parse_args(argv=None):
     for name, default in GRIDS.items():
         about = f"a grid of patches from {'GoPro' if name == 'gopro' else 'Rain13K'}'s images"
         add = add_task(name, about, "folder with input/ and target/", default["size"])
-        text = (
-            "pixels that neighbours share at least; with the side of the training crops or more (256 in the paper), "
-            "every crop of the whole image stays possible; default %(default)s"
-        )
+        text = "least overlap of neighbours in pixels; from the side of the training crops on (256 in the paper) every "
+        text += "crop of the whole image is in a patch; default %(default)s"
         add("--overlap", type=at_least(0), default=default["overlap"], help=text)
-        text = (
-            "images with no side longer than this stay whole; 0 cuts all. An image counts once per patch "
-            "in an epoch, so large ones weigh more; default %(default)s"
-        )
+        text = "images with no side longer than this stay whole; 0 cuts all. An image counts once per patch in an "
+        text += "epoch, so large ones weigh more; default %(default)s"
         add("--max_side", type=at_least(0), default=default["max_side"], help=text)
 
     args = parser.parse_args(argv)
@@ -298,10 +256,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    try:
-        prepare_patches(parse_args(argv))
-    except OSError as error:
-        raise UserError(describe(error)) from error
+    prepare_patches(parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ def test_extent_of_the_blur_on_request(own, tmp_path):
     assert old["options"].pop("--extent") == [5, 15]  # as in a folder made before there was a choice
     manifest.write_text(json.dumps(old))
     run("deblurring", tmp_path / "usual", "--source", own)
-    with pytest.raises(UserError, match=r"was made with --extent \[5\.0, 15\.0\] and now it is \[0\.0, 5\.0\]"):
+    with pytest.raises(UserError, match=r"--extent \[5\.0, 15\.0\].*\[0\.0, 5\.0\]"):
         run("deblurring", tmp_path / "usual", "--source", own, "--extent", 0, 5)
 
 
@@ -331,7 +331,7 @@ def test_running_again_changes_nothing(made, capsys):
     ],
 )
 def test_other_options_are_refused(made, options, named):
-    with pytest.raises(UserError, match=f"was made with {named} .*choose another --out"):
+    with pytest.raises(UserError, match=f"denoising.*{named} "):
         demo.main([*map(str, options), "--out", str(made["denoising"])])
 
 
@@ -339,7 +339,7 @@ def test_foreign_folder_is_refused_and_left_alone(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="did not write; choose another --out"):
+    with pytest.raises(UserError, match=str(out)):
         run("denoising", out)
     assert contents(tmp_path) == {"out/thesis.txt": b"mine"}
 
@@ -349,21 +349,21 @@ def test_added_changed_and_lost_files_are_noticed(own, tmp_path):
     out.mkdir()  # an empty folder may be filled
     run("compressive_sensing", out, "--source", own)
     (out / "train/extra.png").touch()
-    with pytest.raises(UserError, match=r"extra\.png was not written by this script"):
+    with pytest.raises(UserError, match=r"extra\.png"):
         run("compressive_sensing", out, "--source", own)
     (out / "train/extra.png").rename(out / "train/p5.png")
-    with pytest.raises(UserError, match=r"p5\.png was changed"):
+    with pytest.raises(UserError, match=r"p5\.png.*changed"):
         run("compressive_sensing", out, "--source", own)
     (out / "train/p5.png").unlink()
-    with pytest.raises(UserError, match=r"p5\.png was removed"):
+    with pytest.raises(UserError, match=r"p5\.png.*removed"):
         run("compressive_sensing", out, "--source", own)
-    with pytest.raises(UserError, match="was made from other images"):
+    with pytest.raises(UserError, match="--source"):
         run("compressive_sensing", out)
 
 
 def test_a_failure_half_way_leaves_nothing(own, tmp_path, monkeypatch):
     (own / "p9.png").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"p9\.png is not an image"):
+    with pytest.raises(UserError, match=r"p9\.png"):
         run("denoising", tmp_path / "out", "--source", own)
     monkeypatch.setattr(demo, "encode_png", lambda image: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -378,10 +378,10 @@ def test_images_that_cannot_be_used(own, tmp_path):
             run("denoising", tmp_path / "out", "--source", own)
         (own / name).unlink()
 
-    refuse("p1.png", np.zeros((40, 40, 3), np.uint16), r"p1\.png has 16 bits per channel")
-    refuse("p1.png", np.zeros((40, 31, 3), np.uint8), r"p1\.png has 31x40 pixels")
-    refuse("p5.tif", np.zeros((40, 40, 3), np.uint8), "p5.png and p5.tif have the same name")
-    with pytest.raises(UserError, match="both in train and in test"):
+    refuse("p1.png", np.zeros((40, 40, 3), np.uint16), r"p1\.png.*16")
+    refuse("p1.png", np.zeros((40, 31, 3), np.uint8), r"p1\.png.*31x40")
+    refuse("p5.tif", np.zeros((40, 40, 3), np.uint8), "p5.png.*p5.tif")
+    with pytest.raises(UserError, match="train and.* test"):
         run("denoising", tmp_path / "out", "--source", own, "--test_source", own)
 
 
@@ -389,18 +389,19 @@ def test_images_that_cannot_be_used(own, tmp_path):
     "options, line",
     [
         ("", "--task"),
-        ("--task dehazing", "invalid choice"),
-        ("--task deraining --sigma 5", "are for --task denoising"),
-        ("--task deraining --extent 0 5", "is for --task deblurring"),
-        ("--task deblurring --extent 5 0", "--extent is a range of at least 0 pixels, not 5 0"),
-        ("--task denoising --sigma 5", "--sigma needs --noise gaussian"),
-        ("--task denoising --noise gaussian --sigma nan", "--sigma must be above 0"),
-        ("--task denoising --copies 0", "--copies must be at least 1"),
-        ("--task denoising --val_count 3", "--val_count needs --source"),
-        ("--task denoising --seed -1", "--seed must not be negative"),
-        ("--task compressive_sensing --copies 2", "--copies has no meaning"),
-        ("--task denoising --source nowhere", "no folder .*nowhere; check the path"),
-        ("--task denoising --source .", "no images in"),
+        ("--task dehazing", "--task.*dehazing"),
+        ("--task deraining --sigma 5", "--sigma.*deraining"),
+        ("--task deraining --extent 0 5", "--extent.*deraining"),
+        ("--task deraining --screens 5", "--screens.*deraining"),
+        ("--task deblurring --extent 5 0", "--extent.*5 0"),
+        ("--task denoising --sigma 5", "--sigma.*--noise gaussian"),
+        ("--task denoising --noise gaussian --sigma nan", "--sigma.*nan"),
+        ("--task denoising --copies 0", "--copies.*0"),
+        ("--task denoising --val_count 3", "--val_count.*--source"),
+        ("--task denoising --seed -1", "--seed.*-1"),
+        ("--task compressive_sensing --copies 2", "--copies.*compressive_sensing"),
+        ("--task denoising --source nowhere", "nowhere"),
+        ("--task denoising --source .", "no images"),
     ],
 )
 def test_mistakes_are_one_line(options, line, tmp_path, monkeypatch):
@@ -412,7 +413,7 @@ def test_mistakes_are_one_line(options, line, tmp_path, monkeypatch):
 
 
 def test_too_few_images(own, tmp_path):
-    with pytest.raises(UserError, match="smaller --val_count"):
+    with pytest.raises(UserError, match="--val_count"):
         run("denoising", tmp_path / "out", "--source", own, "--val_count", 7)
 
 
@@ -420,7 +421,8 @@ def test_command_line_exits_with_2(tmp_path):
     command = [sys.executable, SCRIPTS / "make_demo_data.py", "--task", "denoising", "--source", "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: no folder {tmp_path / 'nowhere'}; ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and str(tmp_path / "nowhere") in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_default_folder_does_not_depend_on_where_it_is_run(tmp_path, monkeypatch):

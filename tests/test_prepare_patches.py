@@ -156,7 +156,7 @@ def test_refuses_existing_output(sidd, tmp_path, file):
     out = tmp_path / "out"
     (out / file).parent.mkdir(parents=True)
     (out / file).write_bytes(b"precious")
-    with pytest.raises(UserError, match="already holds files; choose another --out"):
+    with pytest.raises(UserError, match=str(out)):
         run("sidd", sidd, out, *SMALL)
     assert contents(out) == {file: b"precious"}
     assert not (tmp_path / ".out.part").exists()
@@ -168,7 +168,7 @@ def test_fills_an_empty_folder_and_refuses_a_file(sidd, tmp_path):
     run("sidd", sidd, out, *SMALL)
     assert len(contents(out)) == 48
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match=str(tmp_path / "file")):
         run("sidd", sidd, tmp_path / "file", *SMALL)
 
 
@@ -176,7 +176,7 @@ def test_reports_an_interrupted_run(sidd, tmp_path):
     part = tmp_path / ".out.part"
     part.mkdir()
     (part / "half.png").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"\.out\.part is left from an interrupted run.*remove it"):
+    with pytest.raises(UserError, match=r"\.out\.part.*remove"):
         run("sidd", sidd, tmp_path / "out", *SMALL)
     assert contents(part) == {"half.png": b"half"}
     assert not (tmp_path / "out").exists()
@@ -185,14 +185,14 @@ def test_reports_an_interrupted_run(sidd, tmp_path):
 @pytest.mark.parametrize("kind, other", [("NOISY", "GT"), ("GT", "NOISY")])
 def test_missing_partner(sidd, tmp_path, kind, other):
     (sidd / SCENES[1] / f"0002_{kind}_SRGB_011.PNG").unlink()
-    message = f"0002_{other}_SRGB_011.PNG has no partner 0002_{kind}_SRGB_011.PNG"
+    message = f"0002_{other}_SRGB_011.PNG.* 0002_{kind}_SRGB_011.PNG"
     with pytest.raises(UserError, match=message):
         run("sidd", sidd, tmp_path / "out", *SMALL)
 
 
 def test_missing_partner_in_paired_folders(paired, tmp_path):
     (paired / "target" / "narrow.png").unlink()
-    with pytest.raises(UserError, match=r"narrow\.png has no partner"):
+    with pytest.raises(UserError, match=r"narrow\.png"):
         run("gopro", paired, tmp_path / "out")
 
 
@@ -200,7 +200,7 @@ def test_missing_partner_in_paired_folders(paired, tmp_path):
 def test_sizes_differ(sidd, paired, tmp_path, task):
     path = {"sidd": sidd / SCENES[0] / "0001_GT_SRGB_010.PNG", "gopro": paired / "target" / "large.png"}[task]
     write_image(path, np.zeros((50, 60, 3), np.uint8))
-    with pytest.raises(UserError, match=rf"{path.name} is 60x50; a pair must have one size"):
+    with pytest.raises(UserError, match=rf"{path.name}.*60x50"):
         run(task, {"sidd": sidd, "gopro": paired}[task], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -219,23 +219,23 @@ def test_sidd_of_other_suffixes_and_what_is_none_of_it(sidd, tmp_path, capsys):
 
 def test_wrong_source(sidd, tmp_path):
     for source, message in (
-        (tmp_path / "nowhere", "no folder .*nowhere; --source is"),
-        (sidd.parent, r"no \*_NOISY_SRGB_\*\.PNG in .*Data"),
-        (sidd / SCENES[0], "no folders in"),
+        (tmp_path / "nowhere", "nowhere.*--source"),
+        (sidd.parent, "NOISY.*Data.*--source"),
+        (sidd / SCENES[0], f"{SCENES[0]}.*--source"),
     ):
         with pytest.raises(UserError, match=message):
             run("sidd", source, tmp_path / "out", *SMALL)
 
 
 def test_too_small_for_a_patch(sidd, tmp_path):
-    with pytest.raises(UserError, match="0001_NOISY_SRGB_010.PNG is 57x40, smaller than a patch"):
+    with pytest.raises(UserError, match="0001_NOISY_SRGB_010.PNG.*57x40.*--size"):
         run("sidd", sidd, tmp_path / "out", "--patches", 4, "--size", 41)
     run("sidd", sidd, tmp_path / "out", "--patches", 4, "--size", 40)
 
 
 def test_unreadable_header(sidd, tmp_path):
     (sidd / SCENES[2] / "0010_GT_SRGB_010.PNG").write_bytes(b"not an image")
-    with pytest.raises(UserError, match="0010_GT_SRGB_010.PNG is not an image that can be read"):
+    with pytest.raises(UserError, match="0010_GT_SRGB_010.PNG"):
         run("sidd", sidd, tmp_path / "out", *SMALL)
 
 
@@ -244,7 +244,7 @@ def test_damaged_image_ends_the_run(sidd, tmp_path, workers):
     path = sidd / SCENES[0] / "0001_GT_SRGB_011.PNG"  # its header is whole, and it is not among the samples
     path.write_bytes(path.read_bytes()[:1000])
     out, part = tmp_path / "out", tmp_path / ".out.part"
-    with pytest.raises(UserError, match=rf"{path.name} is not an image .*; then remove the unfinished {part}"):
+    with pytest.raises(UserError, match=rf"{path.name}.*remove.*{part}"):
         run("sidd", sidd, out, *SMALL, workers=workers)
     assert not out.exists() and part.exists()
 
@@ -252,7 +252,7 @@ def test_damaged_image_ends_the_run(sidd, tmp_path, workers):
 def test_two_images_with_patches_of_one_name(paired, tmp_path):
     for side in ("input", "target"):
         (paired / side / "small.png").rename(paired / side / "narrow_2.png")
-    with pytest.raises(UserError, match=r"narrow\.png and .*narrow_2\.png both give a patch narrow_2\.png"):
+    with pytest.raises(UserError, match=r"narrow\.png.*narrow_2\.png.*narrow_2\.png"):
         run("rain", paired, tmp_path / "out", "--size", 32, "--overlap", 12, "--max_side", 50)
 
 
@@ -269,20 +269,20 @@ def test_command_line(sidd, tmp_path):
     assert "wrote 12 pairs of patches" in done.stdout and len(contents(out)) == 24
     again = command(*good)
     assert again.returncode == 2 and again.stdout == ""
-    assert again.stderr == f"error: --out: {out} already holds files; choose another --out, or move that folder away\n"
+    assert again.stderr.startswith("error: ") and str(out) in again.stderr and again.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "the following arguments are required: {sidd,gopro,rain}"),
-        (["celeba"], "invalid choice: 'celeba'"),
-        (["sidd", "--source", "a"], "required: --out"),
-        (["sidd", "--source", "a", "--out", "b", "--patches", "0"], "--patches: must be at least 1, not 0"),
+        ([], "{sidd,gopro,rain}"),
+        (["celeba"], "celeba"),
+        (["sidd", "--source", "a"], "--out"),
+        (["sidd", "--source", "a", "--out", "b", "--patches", "0"], "--patches"),
         (["sidd", "--source", "a", "--out", "b", "--size", "big"], "--size: invalid whole number value: 'big'"),
-        (["sidd", "--source", "a", "--out", "b", "--overlap", "2"], "unrecognized arguments: --overlap 2"),
-        (["gopro", "--source", "a", "--out", "b", "--seed", "2"], "unrecognized arguments: --seed 2"),
-        (["gopro", "--source", "a", "--out", "b", "--size", "256"], "--overlap 256 must be less than --size 256"),
+        (["sidd", "--source", "a", "--out", "b", "--overlap", "2"], "--overlap 2"),
+        (["gopro", "--source", "a", "--out", "b", "--seed", "2"], "--seed 2"),
+        (["gopro", "--source", "a", "--out", "b", "--size", "256"], "--overlap 256"),
     ],
 )
 def test_wrong_options(arguments, message):
