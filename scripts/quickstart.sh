@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to restored photographs: sets up .venv, shows what the networks that come with the repository do, then
-# trains a small one (on the GPU where there is one) and tests it: some minutes on two cores, the first images in one.
-# Running it again continues where it stopped, or shows the results again.
+# Sets up .venv, restores photographs with the pretrained networks, then trains a small one (on a GPU if there is one) and
+# tests it: some minutes on two cores, the first images in one. Running it again resumes it, or shows the results again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 python=.venv/bin/python
@@ -10,7 +9,7 @@ report=()
 visible=${CUDA_VISIBLE_DEVICES-0}
 export CUDA_VISIBLE_DEVICES=${visible%%,*} # one GPU is plenty
 
-# keep WHAT TOLD: for the end, what plot_stages.py has told, its image on a line of its own.
+# keep WHAT OUTPUT: save the output of plot_stages.py for the end, its image on a line of its own.
 keep() {
     report+=("$1" "    ${2%, drawn in *}" "    ${2#*, drawn in }")
 }
@@ -18,15 +17,15 @@ keep() {
 # shipped TITLE WEIGHTS TASK DATA OPTIONS: draw how a network of pretrained_models/ restores a photograph. DATA is the
 # folder of test images that make_demo_data.py writes below Datasets/demo for TASK and OPTIONS.
 shipped() {
-    local title=$1 weights=$2 task=$3 data=Datasets/demo/$4 image told
+    local title=$1 weights=$2 task=$3 data=Datasets/demo/$4 image output
     image=$results/$(basename "$weights").png
     shift 4
     echo; echo "$title ($weights)"
     $python scripts/make_demo_data.py --task "$task" --out "${data%/test*}" "$@" > /dev/null
-    told=$($python scripts/plot_stages.py --weights "$weights/weights.safetensors" --pair "$data" cat --title "$title" \
+    output=$($python scripts/plot_stages.py --weights "$weights/weights.safetensors" --pair "$data" cat --title "$title" \
         --out "$image")
-    echo "$told"
-    keep "$title, by the network in $weights" "$told"
+    echo "$output"
+    keep "$title, by the network in $weights" "$output"
 }
 
 echo; echo "== 1/3  what the networks that come with the repository do with a photograph"
@@ -43,9 +42,9 @@ $python Denoising/train.py --config configs/denoising/quickstart.yaml TRAINING.R
 
 echo; echo "== 3/3  testing it on photographs it has not seen"
 $python Denoising/test.py --weights $weights --dataset $data/test --results $results --save_images
-told=$($python scripts/plot_stages.py --weights $weights --pair $data/test astronaut --crop 40 160 160 \
+output=$($python scripts/plot_stages.py --weights $weights --pair $data/test astronaut --crop 40 160 160 \
     --title "Sensor noise" --out $results/quickstart.png)
-keep "Sensor noise, by the network trained just now, ${weights%/*}" "$told"
+keep "Sensor noise, by the network trained just now, ${weights%/*}" "$output"
 
 echo; echo "== images to open; dB are PSNR against the true image, before -> after, more is better"
 printf '%s\n' "${report[@]}"

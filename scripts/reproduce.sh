@@ -3,12 +3,12 @@
 #   bash scripts/reproduce.sh DATA
 # DATA holds folders of these names, in lower case or not: Set11, BSD68, Set12 (grey images), CBSD68, Kodak24 (in colour);
 # CC15, Nam25, Rain100L (input/ and target/; Rain100L also as test/Rain100L, where scripts/download_data.py puts it); Test100
-# (as published, N.jpg with both halves); reds_small/test (input/ and target/). What is not there is left out, and told. A run
-# that was interrupted goes on where it was.
+# (as published, N.jpg with both halves); reds_small/test (input/ and target/). Missing sets are skipped and named.
+# An interrupted run is resumed.
 set -euo pipefail
 folder() { find -L "$1" "$1/test" -maxdepth 1 -type d -iname "$2" -print -quit 2>/dev/null || true; }
 missing=()
-there() {  # whether DATA has a set; what it has not is told at the end
+there() {  # whether DATA has a set; the missing ones are listed at the end
     [ -n "$(folder "$data" "$1")" ] && return
     [[ " ${missing[*]} " == *" $1 "* ]] || missing+=("$1")
     return 1
