@@ -53,7 +53,7 @@ with command_imports(__name__):
     from dgunet.proximal import MULTIPLE
     from dgunet.train_state import TrainState
 
-SECTIONS = ("forward", "train", "data", "evaluate", "startup")  # and "probe", which has to be asked for
+SECTIONS = ("forward", "train", "data", "evaluate", "startup")  # and "probe", only on request
 
 
 @dataclass(frozen=True)
@@ -271,14 +271,14 @@ def _direct_ssim(restored: np.ndarray, target: np.ndarray) -> float:
 
 
 def make_timer(run: Callable) -> Timer:
-    """Waits for the GPU before and after a block of calls."""
+    """A timer that waits for the GPU before and after each block of calls."""
     return Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
 
 
 def measure(cases: list[Case], runs: int, seconds: float) -> list[dict]:
     """Median seconds, their interquartile range and the peak memory in bytes of each case; NaN where it fails."""
     groups = [[case] for case in cases] if cases[0].device.startswith("cuda") else [cases]
-    return [result for group in groups for result in _measure_in_turn(group, runs, seconds)]
+    return [row for group in groups for row in _measure_in_turn(group, runs, seconds)]
 
 
 def _measure_in_turn(cases: list[Case], runs: int, seconds: float) -> list[dict]:
@@ -303,13 +303,9 @@ def _measure_in_turn(cases: list[Case], runs: int, seconds: float) -> list[dict]
                 break
             for case in list(pools):
                 found[case].append(call(_measure_again, case))
-    rows = []
-    for case in cases:
-        rows.append({"times": [], "seconds": math.nan, "iqr": math.nan, "peak_memory": math.nan})
-        if case in pools:
-            (all_turns,) = Measurement.merge(found[case])
-            rows[-1] = summary(all_turns) | {"peak_memory": peaks[case]}
-    return rows
+    failed = {"times": [], "seconds": math.nan, "iqr": math.nan, "peak_memory": math.nan}
+    merged = {case: summary(*Measurement.merge(found[case])) | {"peak_memory": peaks[case]} for case in pools}
+    return [merged.get(case, failed) for case in cases]
 
 
 def summary(measurement: Measurement) -> dict:
@@ -334,7 +330,7 @@ def _start(case: Case) -> int:
     for _ in range(3 if cuda or case.compile else 1):
         out = run()
     if not torch.isfinite(out).all() or not out.any():
-        raise ValueError(f"{case.name} computes zeros or NaN, which other values may not be as fast as")
+        raise ValueError(f"{case.name} computes zeros or NaN, which may be faster or slower than other values")
     del out
     if case.profile:
         _profile(case, run)
@@ -403,10 +399,8 @@ def has_bf16(device: str) -> bool:
     return autocast_dtype("auto", torch.device(device)) is not None
 
 
-def matrix_peak(device: str, threads: int, size: int = 0) -> dict[bool, float | None]:
+def matrix_peak(device: str, size: int = 0) -> dict[bool, float | None]:
     """Floating-point operations per second of large matrix products: in float32 (False), in bfloat16 (True) or None."""
-    if threads:
-        torch.set_num_threads(threads)
     cuda, peaks = select(device), {True: None}
     size = size or (8192 if cuda else 3072)
     for bf16 in (True, False) if has_bf16(device) else (False,):
@@ -422,8 +416,6 @@ def probe(args) -> list[dict]:
     """Peak rates of the device, the operations that limit training, its waits for the GPU; rows of the JSON file."""
     cuda, rows = select(args.device), []
     dtype = torch.bfloat16 if has_bf16(args.device) else torch.float32
-    if args.threads:
-        torch.set_num_threads(args.threads)
 
     def report(what: str, run: Callable, amount: float, unit: str):
         seconds = make_timer(run).blocked_autorange().median
@@ -471,8 +463,8 @@ def probe(args) -> list[dict]:
     bf16 = dtype == torch.bfloat16
     run = prepare(Case("train", "waits", args.variants[0], 1, 64, 64, bf16=bf16, device=args.device))
     run(), run()  # loads libraries and chooses algorithms
-    waits = count_waits(lambda: [run() for _ in range(3)], args.device)
-    print(f"waits for the device in three training steps: {waits if cuda else 'none to wait for'}")
+    waits = count_waits(lambda: [run() for _ in range(3)]) if cuda else 0
+    print(f"waits for the device in three training steps: {waits}")
     return [*rows, {"table": "probe", "name": "waits", "count": waits}]
 
 
@@ -482,11 +474,8 @@ def _maps(shape: tuple[int, int, int], channels: int, device: str, dtype: torch.
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def count_waits(run: Callable, device: str) -> int:
+def count_waits(run: Callable) -> int:
     """How often ``run`` makes the CPU wait for the GPU; each place is printed."""
-    if not device.startswith("cuda"):
-        run()
-        return 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -604,15 +593,19 @@ def size(text: str) -> tuple[int, int]:
     return width, height
 
 
-size.__name__ = "WIDTHxHEIGHT"  # argparse's name for it in "invalid ... value"
-
-
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all of these), probe")
     add("--variants", nargs="+", default=["deraining_dgunet"], help=f"of {', '.join(list_models())}")
-    add("--sizes", nargs="+", type=size, default=[(256, 256), (1280, 720)], help="forward: WIDTHxHEIGHT")
+    add(
+        "--sizes",
+        nargs="+",
+        type=size,
+        metavar="WxH",
+        default=[(256, 256), (1280, 720)],
+        help="forward: width x height",
+    )
     add("--batch", type=at_least(1), default=2, help="training: images in a step (default: 2; the paper's is 16)")
     add("--crop", type=at_least(MULTIPLE), default=128, help="training: side of crops (default: 128; the paper's: 256)")
     add("--compile", action="store_true", help="also torch.compile")
@@ -630,14 +623,15 @@ def main():
     args.device = str(pick_device(args.device))
     sections = args.sections or SECTIONS
 
-    cuda = args.device.startswith("cuda")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cuda, threads = args.device.startswith("cuda"), torch.get_num_threads()
     machine = torch.cuda.get_device_name(args.device) if cuda else cpu_name()
-    threads = args.threads or torch.get_num_threads()
     note = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "threads": threads, "torch": torch.__version__}
     print("{date}, {machine}, {threads} CPU threads, PyTorch {torch}".format(**note))
     peaks = {}
     if {"forward", "train"} & set(sections):
-        peaks = matrix_peak(args.device, args.threads)
+        peaks = matrix_peak(args.device)
         bf16 = f", {peaks[True] / 1e12:.2f} in bfloat16" if peaks[True] else "; no bfloat16 in this hardware"
         print(f"matrix products: {peaks[False] / 1e12:.2f} Tflop/s in float32{bf16}")
     note["matrix_peak"] = {"bfloat16": peaks.get(True), "float32": peaks.get(False)}
@@ -662,11 +656,10 @@ def tables(args, section: str, peaks: dict) -> Iterator[list[dict]]:
 
 
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]
 
 
 if __name__ == "__main__":

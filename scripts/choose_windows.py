@@ -1,15 +1,14 @@
-"""Choose the windows of local statistics for weights, on the images that their training held back.
+"""Choose the windows of local statistics for a network, on the images held out from its training.
 
     python scripts/choose_windows.py --weights denoising_gaussian TRAINING.TRAIN_DIR Datasets/train/DIV2K_BSD400
     python scripts/choose_windows.py --weights deraining_mixture --config my_run/config.yaml --bf16 --images 8
 
-Instance norm, channel attention and subspace projection see a whole image at test time and crops in training; with a
-window they see as much as then (dgunet/local.py). Which windows pay differs from network to network. The images are
-those that the last config beside the weights holds back for validation, whole instead of its crops, degraded as it
-says. One operation after the other gets the window with the highest mean PSNR, the others staying as they are: the
-largest of those within 0.01 dB of it. The whole image stays where no window gains so much. Tiles of such sides, which
-take longer, are chosen where they gain so much beside the windows. The last line is what belongs into the weights'
-record.yaml.
+Instance norm, channel attention and subspace projection are computed over a whole image in testing and over crops in
+training; windows give them the size of then (dgunet/local.py). Which windows gain differs between networks. The images
+are those that the last config beside the weights holds out for validation, whole instead of cropped, degraded as the
+config says. For one operation after the other the window with the highest mean PSNR is taken, the others unchanged: the
+largest within 0.01 dB of it, or the whole image if no window gains as much. Tiles of these sides, which take longer,
+are chosen if they gain as much over the windows. The last line is the entry for the weights' record.yaml.
 """
 
 from pathlib import Path
@@ -39,8 +38,8 @@ with command_imports(__name__):
 LEAST_GAIN = 0.01  # dB
 
 
-def held_back(cfg, model: DGUNet) -> CenterCropDataset:
-    """The validation images of a config, whole: ``(input, target)`` of each, of a sensing network the image twice."""
+def held_out(cfg, model: DGUNet) -> CenterCropDataset:
+    """The validation images of a config, uncropped: ``(input, target)``; for compressive sensing the image twice."""
     degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS) if cfg.SYNTHESIS.NAME else None
     sensing = model.degradation is not None
     find = find_images if degrade or sensing else find_pairs
@@ -56,7 +55,7 @@ def held_back(cfg, model: DGUNet) -> CenterCropDataset:
 
 
 def score(model: DGUNet, windows: dict[str, int], samples: list[tuple[Tensor, Tensor]], bf16: bool) -> float:
-    """Mean PSNR in dB over ``samples``, (C, H, W) each; of a network for a range of ratios over several of these."""
+    """Mean PSNR in dB over ``samples``, (C, H, W) each, and over several ratios if the network is for a range."""
     device, known, scores = next(model.parameters()).device, model.degradation, []
     for input, target in samples:
         x, target = (unit_range(image.to(device))[None] for image in (input, target))
@@ -70,29 +69,29 @@ def score(model: DGUNet, windows: dict[str, int], samples: list[tuple[Tensor, Te
     return torch.cat(scores).mean().item()
 
 
+def sides(text: str) -> list[int]:
+    return [int(side) for side in text.split(",")]
+
+
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--weights", required=True, help="name or file")
-    parser.add_argument("--config", type=Path, help="of the run that held images back (default: beside the weights)")
-    parser.add_argument("--windows", default="64,96,128,192,256", help="to try, in pixels (default: %(default)s)")
-    parser.add_argument("--images", type=int, help="take only so many of the images, evenly spread")
+    parser.add_argument("--config", type=Path, help="of the run that held out the images (default: beside the weights)")
+    parser.add_argument("--windows", type=sides, default="64,96,128,192,256", help="in pixels (default: %(default)s)")
+    parser.add_argument("--images", type=int, help="use only so many of the images, evenly spread")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys, such as TRAINING.TRAIN_DIR")
     args = parser.parse_intermixed_args()
-    try:
-        candidates = [int(window) for window in args.windows.split(",")]
-    except ValueError:
-        raise UserError(f"--windows is a list of pixels such as 64,128, not {args.windows!r}") from None
     path = locate(args.weights)
     configs = [args.config] if args.config else natsorted(path.parent.glob("config*.yaml"))
     if not configs:
         raise UserError(f"no config beside {path}; give that of the run with --config")
     model = load_model(args.weights, device=pick_device(args.device))
-    images = held_back(load_config(configs[-1], args.options), model)
+    images = held_out(load_config(configs[-1], args.options), model)
     step = max(len(images) // (args.images or len(images)), 1)
     samples = [images[i] for i in range(0, len(images), step)][: args.images]
-    print(f"{args.weights}: mean PSNR in dB of {len(samples)} images that {configs[-1]} holds back")
+    print(f"{args.weights}: mean PSNR in dB of {len(samples)} images that {configs[-1]} holds out")
 
     measured: dict[tuple, float] = {}
 
@@ -105,7 +104,7 @@ def main():
         return measured[key]
 
     def better(former: dict[str, int], trials: list[dict[str, int]]) -> dict[str, int]:
-        """The trial with the largest windows of those that are as good as the best; the former where none gains."""
+        """The trial with the largest windows among those as good as the best; ``former`` if none gains."""
         best = max(map(measure, trials))
         alike = [trial for trial in trials if measure(trial) > best - LEAST_GAIN]
         return max(alike, key=lambda trial: sum(trial.values())) if best >= measure(former) + LEAST_GAIN else former
@@ -114,9 +113,9 @@ def main():
     whole = measure(windows)
     for name in ("projection", "norm", "attention"):
         others = {other: window for other, window in windows.items() if other != name}
-        windows = better(windows, [{**others, name: side} for side in candidates])
+        windows = better(windows, [{**others, name: side} for side in args.windows])
     if model.degradation is None:  # measurements have tiles of their own: blocks
-        windows = better(windows, [{"tile": side} for side in candidates])
+        windows = better(windows, [{"tile": side} for side in args.windows])
     print(f"whole {whole:.3f}, chosen {measure(windows):.3f} dB\nlocal: {windows or False}")
 
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dgunet.errors import ROOT, UserError, command_imports, lazy_import, run_cli
 
-__all__ = ["ROOT", "Parser", "UserError", "at_least", "command_imports", "lazy_import", "run_cli"]
+__all__ = ["ROOT", "Parser", "UserError", "at_least", "command_imports", "is_free", "lazy_import", "run_cli"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,5 +30,11 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
         return int(text)
 
-    number.__name__ = "whole number"  # argparse's name for it in "invalid ... value"
     return number
+
+
+def is_free(out: Path) -> bool:
+    """Whether a folder is new or empty."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; choose another --out")
+    return not out.exists() or not any(out.iterdir())

@@ -317,8 +317,8 @@ def parse_args(argv=None):
     return args
 
 
-def download_data(args):
-    todo = []
+def main(argv=None):
+    args, todo = parse_args(argv), []
     for item in DOWNLOADS:  # all are checked before the first download
         if not args.list and not set(item.names) & set(args.names):
             continue
@@ -348,10 +348,6 @@ def download_data(args):
                     (downloads / ".lock").unlink()
         if item.then:
             print(f"{item.name}: {item.then.format(root=args.root)}")
-
-
-def main(argv=None):
-    download_data(parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Turn a training run into weights to share: in half precision, with its config, history and curves beside them.
+"""Export a training run as weights to share: in half precision, with its config, history and curves.
 
     python scripts/export_weights.py checkpoints/denoising/my_run --record my_record.yaml --out my_weights
     python scripts/export_weights.py checkpoints/t/step1 checkpoints/t/step2 --record ... --out ...    # the last one's
     python scripts/export_weights.py --renew    # this repository's, after a record.yaml has changed
 
-`model_best.pth` is exported: the best on the validation images, without what training needs to go on. The configs get
-the command that trains with them. The record, which a person writes, says what the weights are for and how they came
-about; it is kept beside them and in their metadata. What it looks like: any pretrained_models/*/record.yaml; what its
-fields mean: dgunet/pretrained.py. --renew also writes docs/models.md, the table of all weights.
+`model_best.pth` is exported: the best on the validation images, without the state of the training. The command that
+trains with a config is added to it. The record, which a person writes, says what the weights are for and how they were
+trained; it is kept beside them and in their metadata. Examples: pretrained_models/*/record.yaml; its fields:
+dgunet/pretrained.py. --renew also writes docs/models.md, the table of all weights.
 """
 
 import dataclasses
@@ -34,10 +34,12 @@ TABLE = ROOT / "docs/models.md"
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of the runs, in the order they built on each other")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of the runs, in the order of training")
     parser.add_argument("--out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--record", type=Path, help="YAML file that says what the weights are for")
-    parser.add_argument("--renew", action="store_true", help="the metadata of this repository's weights, and the table")
+    parser.add_argument(
+        "--renew", action="store_true", help="rewrite the metadata of this repository's weights, and the table"
+    )
     args = parser.parse_args()
     if args.renew and not (args.runs or args.out or args.record):
         for weights in sorted(ROOT.glob(IN_REPOSITORY)):
@@ -112,20 +114,15 @@ def read_record(path: Path) -> dict:
         "scores": isinstance(scores, dict) and all(map(pair, scores.values())),
         "hours": isinstance(record["hours"], int | float),
         "noise_sigma": record["noise_sigma"] is None or pair(record["noise_sigma"]),
-        "local": _are_windows(record.get("local", False)),
     }
     for name, right in sound.items():
         if not right:
             raise UserError(f"{path}: {name} is {record[name]!r:.60}, which is not what dgunet/pretrained.py says")
-    return record
-
-
-def _are_windows(local) -> bool:
     try:
-        check_windows(local)
-    except UserError:
-        return False
-    return True
+        check_windows(record.get("local", False))
+    except UserError as error:
+        raise UserError(f"{path}: local: {error}") from error
+    return record
 
 
 def models_table() -> str:

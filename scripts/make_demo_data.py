@@ -27,24 +27,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common import ROOT, Parser, UserError, at_least, command_imports, lazy_import, run_cli
+from common import ROOT, Parser, UserError, at_least, command_imports, is_free, lazy_import, run_cli
 
 with command_imports(__name__):
     import numpy as np
 
+    from dgunet import synthesis
     from dgunet.data import images_by_name
     from dgunet.files import match_unicode_form, nfc
     from dgunet.metrics import evaluate_pair
     from dgunet.samples import SPLITS, SamplePhoto, sample_photos
-    from dgunet.synthesis import (
-        Degrade,
-        degrade_image,
-        gaussian_noise,
-        motion_blur,
-        photo_noise,
-        rain_streaks,
-        sensor_noise,
-    )
 
     cv2 = lazy_import("cv2")
 
@@ -115,10 +107,7 @@ def choose_photos(args) -> dict[str, list[SamplePhoto]]:
     else:
         own = folder_photos(args.source)
         if len(own) <= args.val_count:
-            raise UserError(
-                f"--source: {args.source} holds {len(own)} images, of which {args.val_count} are held out "
-                "for validation; give more images or a smaller --val_count"
-            )
+            raise UserError(f"--source: {args.source} has {len(own)} images; add some, or choose a smaller --val_count")
         # The last by name: in a numbered series they are the least likely to show a training scene again.
         photos["train"], photos["val"] = own[: -args.val_count], own[-args.val_count :]
     for split, count, first in (("train", args.screens, 0), ("val", -(-args.screens // 10), 10**6)):
@@ -143,23 +132,18 @@ def fingerprints(photos: dict[str, list[SamplePhoto]]) -> dict[str, dict[str, st
 def encode_png(image: np.ndarray) -> bytes:
     """(H, W, 3) uint8 RGB -> the bytes of a PNG file, always the same for the same pixels."""
     fast = [cv2.IMWRITE_PNG_COMPRESSION, 1]  # noise hardly compresses at any level
-    done, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), fast)
-    if not done:
-        raise RuntimeError("OpenCV could not encode a PNG")
-    return data.tobytes()
+    return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), fast)[1].tobytes()
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def make_degradation(args) -> Degrade | None:
+def make_degradation(args) -> synthesis.Degrade | None:
     """The task's function (image, rng) -> image; None for compressive sensing, where the loader measures."""
-    if args.task == "denoising":
-        noises = {"sensor": sensor_noise, "gaussian": partial(gaussian_noise, sigma=args.sigma), "photo": photo_noise}
-        return noises[args.noise]
-    if args.task == "deblurring":
-        return partial(motion_blur, extent=args.extent)
-    return {"deraining": rain_streaks, "compressive_sensing": None}[args.task]
+    gaussian = partial(synthesis.gaussian_noise, sigma=args.sigma)
+    noises = {"sensor": synthesis.sensor_noise, "gaussian": gaussian, "photo": synthesis.photo_noise}
+    blur = partial(synthesis.motion_blur, extent=args.extent)
+    return {"denoising": noises.get(args.noise), "deblurring": blur, "deraining": synthesis.rain_streaks}.get(args.task)
 
 
 def split_files(photos: list[SamplePhoto], split: str, args) -> Iterator[tuple[str, bytes, float | None]]:
@@ -175,7 +159,7 @@ def split_files(photos: list[SamplePhoto], split: str, args) -> Iterator[tuple[s
         copies = args.copies if split == "train" else 1
         for copy in range(1, copies + 1):
             name = f"{photo.name}_{copy}.png" if split == "train" else f"{photo.name}.png"
-            degraded = degrade_image(clean, degradation, args.seed, name)
+            degraded = synthesis.degrade_image(clean, degradation, args.seed, name)
             yield f"{folder}/target/{name}", target, None
             yield f"{folder}/input/{name}", encode_png(degraded), evaluate_pair(degraded, clean, "train_rgb")[0]
 
@@ -217,11 +201,7 @@ def write_all(out: Path, photos: dict[str, list[SamplePhoto]], manifest: dict, a
 
 def check_existing(out: Path, manifest: dict) -> bool:
     """True if `out` holds exactly what would be written, False if it is free, otherwise a UserError."""
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise UserError(f"--out: {out} is a file; choose another --out")
-    if not any(out.iterdir()):
+    if is_free(out):
         return False
     try:
         old = json.loads((out / MANIFEST).read_text(encoding="utf-8"))

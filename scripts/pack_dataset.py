@@ -4,13 +4,12 @@
     python scripts/pack_dataset.py Datasets/train/DIV2K_BSD400 --luma      # compressive sensing: luminance, no pairs
     python Deblurring/train.py TRAINING.TRAIN_DIR Datasets/GoPro/train.h5
 
-Training sees the same samples from either. The images are not compressed: the file takes height x width x 3 bytes for
-each (GoPro 12 GB, Rain13K 15 GB). It is written under another name first: an unfinished one is never taken for a whole.
+The training samples are the same from both. The images are not compressed: the file takes height x width x 3 bytes for
+each (GoPro 12 GB, Rain13K 15 GB). It gets its name when it is complete.
 """
 
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +25,7 @@ with command_imports(__name__):
 
     h5py = lazy_import("h5py")
 
-# Random crops of 256 touch 9 to 16 chunks of this side, those of 128 touch 4 to 9: little is read in vain.
+# A random crop of 256 pixels touches 9 to 16 chunks of this side, one of 128 touches 4 to 9: little else is read.
 CHUNK = 96
 
 
@@ -39,32 +38,25 @@ def main():
     out = args.out or args.source.resolve().with_name(f"{args.source.resolve().name}.h5")
     if out.exists():
         raise UserError(f"{out} exists; remove it, or give another --out")
-    images = dict(luma_images(args.source) if args.luma else paired_images(args.source))
+    if args.luma:
+        images = {nfc(path.name): path for path in list_images(args.source)}
+    else:
+        pairs = find_pairs(args.source)
+        images = {f"{side}/{pair.name}": getattr(pair, side) for pair in pairs for side in ("input", "target")}
     out.parent.mkdir(parents=True, exist_ok=True)
-    alone = lock_dir(out.parent, "packing", "wait for its end")
+    alone = lock_dir(out.parent, "packing", "wait until it ends")
     with alone, atomic_write(out) as unfinished, h5py.File(unfinished, "w") as file:
         pack(file, images, read_luma if args.luma else read_image)
     print(f"wrote {out}: {len(images)} images, {out.stat().st_size / 2**30:.2f} GiB")
 
 
-def paired_images(source: Path) -> Iterator[tuple[str, Path]]:
-    for pair in find_pairs(source):
-        yield f"input/{pair.name}", pair.input
-        yield f"target/{pair.name}", pair.target
-
-
-def luma_images(source: Path) -> Iterator[tuple[str, Path]]:
-    for path in list_images(source):
-        yield nfc(path.name), path
-
-
 def pack(file: h5py.File, images: dict[str, Path], read):
-    """Write every image as a dataset of its own, in chunks that random crops touch few of."""
+    """Write every image as a dataset of its own, in chunks of which random crops touch few."""
     file.attrs["format"] = PACK_FORMAT
     workers = os.cpu_count()
     with ThreadPoolExecutor(workers) as pool, progress_bar(total=len(images), unit="image") as bar:
         names = list(images)
-        for start in range(0, len(names), 4 * workers):  # decoded images that wait take memory
+        for start in range(0, len(names), 4 * workers):  # waiting decoded images take memory
             batch = names[start : start + 4 * workers]
             for name, image in zip(batch, pool.map(read, (images[n] for n in batch)), strict=True):
                 write(file, name, image)

@@ -3,7 +3,7 @@
     python scripts/plot_stages.py --weights W --pair Datasets/demo/denoising/test astronaut --out stages.png
     python scripts/plot_stages.py --weights W --pair Datasets/Set11 barbara --out stages.png
 
-Of compressive sensing, FOLDER holds the images, and what is shown as degraded is x_0 = A_adjoint(y).
+For compressive sensing FOLDER holds the images, and x_0 = A_adjoint(y) is shown as the degraded image.
 """
 
 from pathlib import Path
@@ -49,7 +49,7 @@ def main():
 
 
 def read_pair(model: DGUNet, folder: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The degraded and the true image, (H, W, 3) or (H, W) uint8; of compressive sensing the luminance, twice."""
+    """The degraded image and the ground truth, (H, W, 3) or (H, W) uint8; of compressive sensing the luma, twice."""
     if isinstance(model.degradation, BlockSampling):
         luma = read_luma(choose(images_by_name(folder), name, folder))
         return luma, luma
@@ -59,7 +59,7 @@ def read_pair(model: DGUNet, folder: str, name: str) -> tuple[np.ndarray, np.nda
 
 
 def find_window(size: tuple[int, int], crop: list[int] | None, usual: int, least: int) -> tuple[int, int, int]:
-    """Top, left and side of the part that is shown of an image (H, W): as --crop says, or in the middle."""
+    """Top, left and side of the part of an image (H, W) to show: --crop, or the centre."""
     height, width = size
     side = min(usual, height, width)
     top, left, side = crop or ((height - side) // 2, (width - side) // 2, side)

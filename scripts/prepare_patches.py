@@ -22,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Parser, UserError, at_least, command_imports, lazy_import, run_cli
+from common import Parser, UserError, at_least, command_imports, is_free, lazy_import, run_cli
 
 with command_imports(__name__):
     import numpy as np
@@ -194,29 +194,10 @@ def format_bytes(size: int) -> str:
 
 
 def check_out(out: Path, part: Path):
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; choose another --out")
-    if out.is_dir() and any(out.iterdir()):
+    if not is_free(out):
         raise UserError(f"--out: {out} already holds files; choose another --out, or move that folder away")
     if part.exists():
-        raise UserError(
-            f"{part} is left from an interrupted run, or another run is writing to it; if none is, remove it"
-        )
-
-
-def prepare_patches(args):
-    out = args.out.resolve()
-    part = out.with_name(f".{out.name}.part")
-    check_out(out, part)
-    cuts = plan(args)
-    total = sum(len(cut.patches) for cut in cuts)
-    whole = sum(cut.patches[0][0] == cut.pair.name for cut in cuts)
-    free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
-    print(f"{args.source}: {len(cuts)} pairs of images" + (f", of which {whole} stay whole" if whole else ""))
-    print(f"{total} pairs of patches will be written to {out}")
-    print(f"they will take about {format_bytes(estimate_bytes(cuts))}; {format_bytes(free)} are free", flush=True)
-    written = write_all(cuts, out, part, args.workers)
-    print(f"wrote {total} pairs of patches, {format_bytes(written)}, to {out}/input and {out}/target")
+        raise UserError(f"{part} is of an interrupted run, or another run is writing to it; if none is, remove it")
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -256,7 +237,19 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    prepare_patches(parse_args(argv))
+    args = parse_args(argv)
+    out = args.out.resolve()
+    part = out.with_name(f".{out.name}.part")
+    check_out(out, part)
+    cuts = plan(args)
+    total = sum(len(cut.patches) for cut in cuts)
+    whole = sum(cut.patches[0][0] == cut.pair.name for cut in cuts)
+    free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
+    print(f"{args.source}: {len(cuts)} pairs of images" + (f", of which {whole} stay whole" if whole else ""))
+    print(f"{total} pairs of patches will be written to {out}")
+    print(f"they will take about {format_bytes(estimate_bytes(cuts))}; {format_bytes(free)} are free", flush=True)
+    written = write_all(cuts, out, part, args.workers)
+    print(f"wrote {total} pairs of patches, {format_bytes(written)}, to {out}/input and {out}/target")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each part of the network is worth: one change at a time, several seeds, at one small budget.
+"""Measure what each part of the network contributes: one change at a time, several seeds, one small budget.
 
     python studies/ablation.py --train_dir Datasets/train/DIV2K_BSD400 --out results/ablation
     python studies/ablation.py --train_dir ... --devices 0 1 2 3 --epochs 40        # four GPUs, a run on each at a time
@@ -22,16 +22,13 @@ from shared import UserError, command_imports, markdown_table, matching, run_cli
 with command_imports(__name__):
     import numpy as np
     from matplotlib.figure import Figure
-    from runs import check_images, study_parser, terminate_runs_at_exit, train
+    from runs import SHORT_RUN, check_images, study_parser, terminate_runs_at_exit, train
 
 KERNEL = "one_pixel.npy"
 SMALL = {"width": 16, "growth": 8, "final_growth": 8, "stages": 5}
-COMMON = {
-    "OPTIM.BATCH_SIZE": 4, "OPTIM.LR_INITIAL": 1e-3, "OPTIM.LR_MIN": 1e-5, "OPTIM.WARMUP_EPOCHS": 0,
-    "OPTIM.SCHEDULE": "cosine", "OPTIM.COSINE_EXTRA_EPOCHS": 0, "OPTIM.CLIP_NORM": 1.0, "TRAINING.REPEAT": 1,
-    "TRAINING.TRAIN_PS": 64, "TRAINING.VAL_PS": 256, "TRAINING.VAL_DIR": "", "TRAINING.VAL_HOLD_BACK": 20,
-    "TRAINING.VAL_AFTER_EVERY": 1000, "TRAINING.VAL_TIMES": 1, "TRAINING.SAVE_EACH_VALIDATION": False,
-    "TRAINING.WORKERS": 0, "TRAINING.RESUME": "auto",
+COMMON = SHORT_RUN | {
+    "OPTIM.LR_MIN": 1e-5, "OPTIM.WARMUP_EPOCHS": 0, "OPTIM.SCHEDULE": "cosine", "OPTIM.COSINE_EXTRA_EPOCHS": 0,
+    "TRAINING.VAL_DIR": "", "TRAINING.VAL_TIMES": 1,
 }  # fmt: skip
 TASKS = {
     "denoising": {
@@ -48,9 +45,9 @@ TITLES = {"denoising": "Gaussian noise, sigma 25", "compressive_sensing": "compr
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """A change: arguments of `DGUNet`, and other config keys; of one task, or of all.
+    """A change: arguments of `DGUNet` and other config keys; for one task, or for all.
 
-    ``trained_as``: the task whose train.py can do it, where that is another.
+    ``trained_as``: the task whose train.py is used, if it is another.
     """
 
     group: str
@@ -63,8 +60,8 @@ class Variant:
 
 BASE = Variant("", "as in the paper, 5 stages")
 SENSING, IMAGES = "compressive_sensing", "denoising"
-# The deblurring network is the same, and its degradation can be given: a blur of one pixel is none. (With any known
-# degradation one thing more differs: the last estimate is v_K plus a residual, not y plus one.)
+# The deblurring network is the same, and its degradation can be set: a blur by one pixel is the identity. (With a known
+# degradation the last estimate, too, differs: v_K plus a residual instead of y plus a residual.)
 IDENTITY = {
     "MODEL.NAME": "deblurring_dgunet", "MODEL.DEGRADATION": "blur", "MODEL.NOISE": 25, "LOSS.CHARBONNIER": 1.0,
     "LOSS.EDGE": 0.0, "LOSS.CLAMP": True, "AUGMENT.SATURATION": 0.0,
@@ -135,10 +132,8 @@ def main():
 def settings_of(task: str, variant: Variant, seed: int, args) -> dict:
     """The config keys of a run, but for its device."""
     arguments = ", ".join(f"{key}: {value}" for key, value in (SMALL | variant.arguments).items())
-    own = (
-        variant.settings | {"MODEL.KERNEL": args.out / KERNEL} if variant.trained_as else TASKS[task] | variant.settings
-    )
-    return COMMON | own | {
+    own = {"MODEL.KERNEL": args.out / KERNEL} if variant.trained_as else TASKS[task]
+    return COMMON | own | variant.settings | {
         "MODEL.OVERRIDES": f"{{{arguments}}}", "MODEL.SESSION": f"{variant.name}, seed {seed}", "SEED": seed,
         "OPTIM.NUM_EPOCHS": args.epochs, "TRAINING.TRAIN_DIR": args.train_dir,
         "TRAINING.SAVE_DIR": args.out / "runs" / f"{task}_{args.epochs}",
@@ -146,7 +141,7 @@ def settings_of(task: str, variant: Variant, seed: int, args) -> dict:
 
 
 def scores(rows: list[dict], task: str) -> dict[Variant, list[float]]:
-    """Of each variant that has been run, the PSNR of each seed."""
+    """The PSNR of each seed, by variant, for those that have been run."""
     found = {
         variant: [r["psnr"] for r in rows if (r["task"], r["variant"]) == (task, variant.name)] for variant in VARIANTS
     }
@@ -176,7 +171,7 @@ def report(rows: list[dict], args):
 
 
 def draw(rows: list[dict], tasks: list[str], path: Path):
-    """A panel for each task: each seed's PSNR as a dot, the mean as a bar, variants from top to bottom."""
+    """A panel for each task: a dot for each seed's PSNR, a bar for the mean, variants from top to bottom."""
     figure = Figure(figsize=(6.2 * len(tasks), 5.2), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08)
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):

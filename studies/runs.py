@@ -14,6 +14,12 @@ from dgunet.config import load_config
 from dgunet.data import changed_items, find_images, fingerprint
 from dgunet.engine import changed_settings
 
+SHORT_RUN = {
+    "OPTIM.BATCH_SIZE": 4, "OPTIM.LR_INITIAL": 1e-3, "OPTIM.CLIP_NORM": 1.0, "TRAINING.REPEAT": 1,
+    "TRAINING.TRAIN_PS": 64, "TRAINING.VAL_PS": 256, "TRAINING.VAL_HOLD_BACK": 20, "TRAINING.VAL_AFTER_EVERY": 1000,
+    "TRAINING.SAVE_EACH_VALIDATION": False, "TRAINING.WORKERS": 0, "TRAINING.RESUME": "auto",
+}  # fmt: skip
+
 _running: set[subprocess.Popen] = set()
 
 

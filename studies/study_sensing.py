@@ -10,14 +10,11 @@ centres of held-out images. An interrupted study is resumed by the same command.
 from shared import command_imports, markdown_table, matching, run_cli
 
 with command_imports(__name__):
-    from runs import check_images, study_parser, terminate_runs_at_exit, train
+    from runs import SHORT_RUN, check_images, study_parser, terminate_runs_at_exit, train
 
-COMMON = {
+COMMON = SHORT_RUN | {
     "MODEL.RATIO": 0.25, "MODEL.MATRIX_START": "dct", "MODEL.OVERRIDES": "{stages: 3, rho: 1.0}",
-    "OPTIM.BATCH_SIZE": 4, "OPTIM.LR_INITIAL": 1e-3, "OPTIM.SCHEDULE": "constant", "OPTIM.CLIP_NORM": 1.0,
-    "OPTIM.EMA_DECAY": 0.99, "LOSS.CLAMP": False, "TRAINING.REPEAT": 1, "TRAINING.TRAIN_PS": 64,
-    "TRAINING.VAL_PS": 256, "TRAINING.VAL_HOLD_BACK": 20, "TRAINING.VAL_AFTER_EVERY": 1000,
-    "TRAINING.SAVE_EACH_VALIDATION": False, "TRAINING.WORKERS": 0,
+    "OPTIM.SCHEDULE": "constant", "OPTIM.EMA_DECAY": 0.99, "LOSS.CLAMP": False,
 }  # fmt: skip
 # Three stages take 2.9 times less than seven: stages 1 to K-1 have a U-Net each, the last one has none.
 SEVEN, THREE = 4, 12
@@ -62,7 +59,7 @@ def train_variant(name: str, args) -> float:
     for step, (changes, epochs) in enumerate(VARIANTS[name], start=1):
         session = f"{name.replace(':', '')}, step {step}"
         settings = COMMON | changes | {
-            "OPTIM.NUM_EPOCHS": epochs, "MODEL.SESSION": session, "MODEL.WEIGHTS": weights, "TRAINING.RESUME": "auto",
+            "OPTIM.NUM_EPOCHS": epochs, "MODEL.SESSION": session, "MODEL.WEIGHTS": weights,
             "TRAINING.TRAIN_DIR": args.train_dir, "TRAINING.SAVE_DIR": args.out,
         }  # fmt: skip
         psnr = train("compressive_sensing", settings, args.options)

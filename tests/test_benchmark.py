@@ -63,7 +63,7 @@ def test_hardware_without_bfloat16_is_not_asked_for_it(monkeypatch):
     monkeypatch.setattr(benchmark, "autocast_dtype", lambda choice, device: None)
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *a, dtype=None, **k: randn(*a, **k) if dtype is None else pytest.fail())
-    peaks = benchmark.matrix_peak("cpu", 0, size=64)
+    peaks = benchmark.matrix_peak("cpu", size=64)
     assert peaks[True] is None and peaks[False] > 0
     args = argparse.Namespace(device="cpu", threads=1, profile=False, compile=True)
     cases = benchmark.network_cases(args, "train", "deraining_dgunet", 32, 32, 1)
@@ -143,7 +143,7 @@ def test_probe(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["forward", "--sizes", "12"], "--sizes: invalid WIDTHxHEIGHT value: '12'"),
+        (["forward", "--sizes", "12"], "--sizes: invalid size value: '12'"),
         (["forward", "--sizes", "64x63"], "64x63"),
         (["forward", "--sizes", "0x8"], "0x8"),
         (["train", "--batch", "0"], "--batch"),

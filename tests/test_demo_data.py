@@ -240,7 +240,7 @@ def test_the_same_command_writes_the_same_bytes(made, tmp_path):
     assert contents(tmp_path / "again") == contents(made["deblurring"])
 
 
-def test_copies_and_other_images_do_not_change_a_image(own, tmp_path):
+def test_copies_and_other_images_do_not_change_an_image(own, tmp_path):
     run("denoising", tmp_path / "a", "--source", own, "--val_count", 1)
     (own / "p6.jpg").unlink()
     run("denoising", tmp_path / "b", "--source", own, "--val_count", 1, "--copies", 2)

@@ -279,7 +279,7 @@ def test_command_line(sidd, tmp_path):
         (["celeba"], "celeba"),
         (["sidd", "--source", "a"], "--out"),
         (["sidd", "--source", "a", "--out", "b", "--patches", "0"], "--patches"),
-        (["sidd", "--source", "a", "--out", "b", "--size", "big"], "--size: invalid whole number value: 'big'"),
+        (["sidd", "--source", "a", "--out", "b", "--size", "big"], "--size: invalid number value: 'big'"),
         (["sidd", "--source", "a", "--out", "b", "--overlap", "2"], "--overlap 2"),
         (["gopro", "--source", "a", "--out", "b", "--seed", "2"], "--seed 2"),
         (["gopro", "--source", "a", "--out", "b", "--size", "256"], "--overlap 256"),

@@ -58,7 +58,7 @@ def quickstart(tmp_path):
 
 def test_quickstart(quickstart):
     """Shipped networks come before the training; every file named is there; the end says where the images are."""
-    calls, told = quickstart()
+    calls, printed = quickstart()
     drawn = [k for k, call in enumerate(calls) if "plot_stages.py --weights" in call and "pretrained_models" in call]
     training = next(k for k, call in enumerate(calls) if "Denoising/train.py" in call)
     assert len(drawn) >= 2 and max(drawn) < training
@@ -67,9 +67,9 @@ def test_quickstart(quickstart):
     configs = [word for word in calls[training].split() if word.endswith(".yaml")]
     assert configs and len(shipped) == len(drawn)
     assert all((ROOT / name).is_file() for name in (*shipped, *scripts, *configs))
-    end = told[told.index(next(line for line in told if "images to open" in line)) :]
+    end = printed[printed.index(next(line for line in printed if "images to open" in line)) :]
     assert sum(line.endswith("/image.png") for line in end) == len(drawn) + 1
-    assert told[-1] == "quickstart: noisy 21.98 dB -> restored 29.46 dB"
+    assert printed[-1] == "quickstart: noisy 21.98 dB -> restored 29.46 dB"
 
 
 @pytest.mark.parametrize("visible, used", [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "2,3"}, "2")])
@@ -111,15 +111,15 @@ def test_setting_up_is_done_once_and_again_where_it_failed(tmp_path):
 
 
 @pytest.mark.parametrize("degradation", [None, Blur(torch.full((3, 5), 1 / 15))], ids=["learned", "known blur"])
-def test_stages_of_a_image(tiny_model, image_pairs, run_command, tmp_path, degradation):
+def test_stages_of_an_image(tiny_model, image_pairs, run_command, tmp_path, degradation):
     model = tiny_model(stages=3, degradation=degradation)
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "weights.pth")
     image_pairs(tmp_path / "pairs")
     options = ["--weights", tmp_path / "weights.pth", "--pair", tmp_path / "pairs", "img2", "--title", "Noise"]
     done = run_command([ROOT / "scripts/plot_stages.py", *options, "--out", tmp_path / "new/stages.png"])
     assert done.returncode == 0, done.stderr
-    told, path = done.stdout.strip().split(", drawn in ")
-    before, after = (float(number) for number in told.removeprefix("img2: ").replace(" dB", "").split(" -> "))
+    printed, path = done.stdout.strip().split(", drawn in ")
+    before, after = (float(number) for number in printed.removeprefix("img2: ").replace(" dB", "").split(" -> "))
     assert 15 < before < 30 and after < 30
     assert Path(path).is_absolute() and cv2.imread(path).shape[1] > 500
 
