@@ -212,6 +212,45 @@ def lock_dir(folder: Path, what: str, advice: str = "", wait: bool = False):
         lock.release()
 
 
+class StopSignal:
+    """SIGTERM and Ctrl-C, noted within ``with`` for a loop to stop at a good moment, in all processes at once.
+
+    A second signal, some seconds after the first, ends the process where it is.
+    """
+
+    seconds = 5  # one that comes sooner is an echo of the first
+
+    def __init__(self):
+        self.received = 0  # the number of the signal that reached this process
+        self.agreed = 0  # the one that all processes stop for
+        self._time = 0.0
+
+    def __enter__(self):
+        self.received = self.agreed = 0
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        if not self.received:
+            self.received, self._time = number, time.monotonic()
+        elif time.monotonic() - self._time > self.seconds:
+            if dist.is_initialized():
+                os._exit(128 + number)  # nothing that would wait for the others
+            sys.exit(128 + number)
+
+    def sync(self, device: torch.device, seconds: float = 0.0) -> float:
+        """Agree with all processes, of which a signal may have reached only some; returns the longest ``seconds``."""
+        agreed = torch.tensor([self.received, seconds], dtype=torch.float64, device=device)
+        if dist.is_initialized():
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        self.agreed = int(agreed[0])
+        return agreed[1].item()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

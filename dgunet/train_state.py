@@ -15,7 +15,6 @@ from dgunet.errors import UserError, shorten_list
 from dgunet.hardware import autocast_dtype, memory_format, training_device
 from dgunet.losses import LOSSES, StageLoss
 from dgunet.model import DGUNet, MeasureThenRestore
-from dgunet.state import is_averaged, load_optimizer_state_dict
 from dgunet.transforms import center_crop, unit_range
 
 
@@ -220,11 +219,8 @@ class TrainState:
         return unit_range(x.to(self.device, non_blocking=True)).contiguous(memory_format=self.memory_format)
 
     def state_dict(self) -> dict:
-        """What it needs to go on, besides the weights of `eval_model`: moments, counts, the weights behind an average."""
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "totals": self.counters.values.tolist(),
-        }
+        """What training needs to continue besides the weights of `eval_model`: Adam's moments, counts, raw weights."""
+        state = {"optimizer": self.optimizer.state_dict(), "totals": self.counters.values.tolist()}
         if self.ema is not None:
             state |= {"raw_state_dict": self.model.state_dict(), "averaged": self.averaged}
         if self.good is not None and not self.good_is_current:
@@ -232,18 +228,18 @@ class TrainState:
         return state
 
     def load_state_dict(self, state: dict, path):
-        """Take up a state that `state.check_state` has found good; ``path`` is the file that it comes from.
+        """Continue from a state that `resume.check_state` has found good; ``path`` is the file that it comes from.
 
         Raises:
             UserError: it is of another network.
         """
-        averaged = is_averaged(state)
+        averaged = "averaged" in state
         raw = state["raw_state_dict" if averaged else "state_dict"]
         load_weights(self.model, weights_of({"state_dict": raw}, path), path)
         if averaged and self.ema is not None:
             load_weights(self.ema, weights_of(state, path), path)
             self.averaged = state["averaged"]
-        load_optimizer_state_dict(self.optimizer, state["optimizer"]["state"], path)
+        self._load_moments(state["optimizer"]["state"], path)
         self.counters.values.copy_(torch.tensor(state["totals"], dtype=torch.float64))
         self.save_rollback_weights()
         if self.good is not None and "good_weights" in state:
@@ -251,3 +247,22 @@ class TrainState:
             for name, weights in self.good.items():
                 weights.copy_(state["good_weights"][name])
             self.good_is_current = False
+
+    def _load_moments(self, saved: dict[int, dict[str, Tensor]], path):
+        """Load Adam's moments in their parameters' memory format; its learning rate, decay, ... stay."""
+        own = self.optimizer.state_dict()
+        own["state"] = {
+            i: {"step": torch.zeros(()), "exp_avg": torch.empty_like(p), "exp_avg_sq": torch.empty_like(p)}
+            for i, p in enumerate(self.parameters)
+        }
+        expected, found = (
+            {f"{i}.{key}": value for i, moments in states.items() for key, value in moments.items()}
+            for states in (own["state"], saved)
+        )
+        check_tensors(expected, found, path, "the optimizer of this run", exact=True)
+        negative = [name for name, value in found.items() if not name.endswith(".exp_avg") and (value < 0).any()]
+        if negative:
+            raise UserError(f"{path} holds negative squares in its optimizer state: {shorten_list(negative)}")
+        for name, value in expected.items():
+            value.copy_(found[name])
+        self.optimizer.load_state_dict(own)

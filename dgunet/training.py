@@ -9,12 +9,13 @@ from dgunet.config import parse_args
 from dgunet.data import Pair, exclude, find_images, find_pairs, hold_out, images_by_name
 from dgunet.degradations import degradation_from_config
 from dgunet.distributed import launch
-from dgunet.engine import Trainer, checkpoint_to_resume
+from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.hardware import keep_freed_memory
 from dgunet.model import VARIANTS, DGUNet, create_model, find_variant
 from dgunet.patches import CenterCropDataset, SyntheticPatches, TrainingSet, ValidationSet
 from dgunet.pretrained import locate
+from dgunet.resume import checkpoint_to_resume
 from dgunet.runlog import describe
 from dgunet.synthesis import find_degradation
 

@@ -34,7 +34,7 @@ with command_imports(__name__):
 
     from dgunet.config import load_config
     from dgunet.data import changed_items, find_images, fingerprint
-    from dgunet.engine import changed_settings
+    from dgunet.resume import changed_settings
 
 KERNEL = "one_pixel.npy"
 SMALL = {"width": 16, "growth": 8, "final_growth": 8, "stages": 5}

@@ -164,7 +164,6 @@ def put(key: str, value) -> Callable:
         (lambda state: state["optimizer"]["state"].update({10**3: {"step": torch.zeros(())}}), "unknown: 1000.step"),
         (lambda state: state["optimizer"]["state"].update({1: None}), "optimizer missing, or not as"),
         (lambda state: state["state_dict"].update({"last.rho": torch.full((1,), torch.nan)}), "in last.rho; use"),
-        (lambda state: state["random"].update({"cpu": torch.zeros(7, dtype=torch.uint8)}), "random missing, or not"),
         (lambda state: state["best"].update({"psnr": torch.nan}), "best missing, or not"),
         (lambda state: state["history"].append({"epoch": 1}), "history missing, or not"),
         (lambda state: state.pop("raw_state_dict"), "raw_state_dict missing, or not"),

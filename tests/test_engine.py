@@ -24,12 +24,13 @@ from test_model import Operations
 
 import dgunet.engine
 import dgunet.runlog
+import dgunet.validation
 from dgunet import create_model, load_model
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import find_images
 from dgunet.degradations import BlockSampling, sampling_operator
-from dgunet.distributed import launch
+from dgunet.distributed import StopSignal, launch
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.hardware import autocast_dtype, memory_format
@@ -38,6 +39,7 @@ from dgunet.patches import CenterCropDataset, PairedPatches
 from dgunet.runlog import RunLogger, describe, plot_history
 from dgunet.training import build_model, find_clean_images, train_command
 from dgunet.transforms import unit_range
+from dgunet.validation import validation_batch_size
 
 TRAIN = Path(__file__).resolve().parents[1] / "Denoising" / "train.py"
 OVERRIDES = {"width": 8, "growth": 4, "final_growth": 4, "stages": 3}
@@ -1210,7 +1212,7 @@ def test_signal_stops_a_validation_which_is_then_done_again(folders, image_pairs
     settings = dict(OPTIM__EMA_DECAY=0.9, TRAINING__VAL_TIMES=2)
     make_trainer(folders, session="whole", **settings).fit()
     trainer, looked_at = make_trainer(folders, **settings), []
-    assert trainer._validation_batch() == 2
+    assert validation_batch_size(trainer.train_state, trainer.val_set) == 2
     center_crop = trainer.val_set.center_crop
 
     def signalled(source):
@@ -1253,7 +1255,7 @@ def test_signal_after_a_validation_is_heeded_before_another_step(folders):
 @pytest.mark.parametrize("late", [True, False])
 def test_second_signal_ends_a_run_at_once_if_it_is_late(folders, monkeypatch, late):
     """Not one that comes with the first, as by way of the process that started this one."""
-    monkeypatch.setattr(dgunet.engine, "_LATE", -1 if late else 60)
+    monkeypatch.setattr(StopSignal, "seconds", -1 if late else 60)
     trainer, after = make_trainer(folders), []
 
     def twice(*_):
@@ -1292,11 +1294,11 @@ def test_images_that_are_restored_exactly_are_counted_and_left_out_of_the_mean(
 ):
     scores = iter([torch.inf] * exact + [20.0])
     psnr = lambda restored, target: torch.tensor([next(scores) for _ in restored])  # noqa: E731
-    monkeypatch.setattr(dgunet.engine, "psnr_batch", psnr)
+    monkeypatch.setattr(dgunet.validation, "psnr_batch", psnr)
     with caplog.at_level("INFO", "dgunet"):
         assert make_trainer(folders).validate() == expected
     assert [f"{exact} of 2 validation images" in message for message in caplog.messages] == [True]
-    monkeypatch.setattr(dgunet.engine, "psnr_batch", lambda *_: torch.tensor([torch.nan, torch.inf]))
+    monkeypatch.setattr(dgunet.validation, "psnr_batch", lambda *_: torch.tensor([torch.nan, torch.inf]))
     assert np.isnan(make_trainer(folders).validate()), "a score that is no number is not left out"
 
 
@@ -1304,11 +1306,11 @@ def test_validation_takes_as_many_pixels_at_once_as_training(folders):
     """That fits into the memory. The training pass has 32x32 pixels of each image, validation 16x16."""
     trainer = make_trainer(folders, OPTIM__BATCH_SIZE=12, OPTIM__ACCUMULATE=2)
     trainer.val_set.sizes = {(16, 16)}
-    assert trainer._validation_batch() == 6 * 4
+    assert validation_batch_size(trainer.train_state, trainer.val_set) == 6 * 4
     trainer.train_state.world = 3
-    assert trainer._validation_batch() == 2 * 4
+    assert validation_batch_size(trainer.train_state, trainer.val_set) == 2 * 4
     trainer.val_set.sizes = {(64, 128)}
-    assert trainer._validation_batch() == 1
+    assert validation_batch_size(trainer.train_state, trainer.val_set) == 1
 
 
 def test_gradients_accumulate_in_a_compiled_network(folders):

@@ -409,7 +409,7 @@ def test_known_blurs_are_those_of_their_step_and_image(tmp_path, monkeypatch):
     run("deblurring", "train.py", *words, "MODEL.SESSION", "whole", cwd=tmp_path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_sync_stop_flag", lambda self, _: setattr(self, "stopped", 15))
+        patched.setattr(Trainer, "_sync_stop_flag", lambda self, _=0.0: setattr(self.stop, "agreed", 15))
         run("deblurring", "train.py", *words, "MODEL.SESSION", "parts", cwd=tmp_path, check=143)
     run("deblurring", "train.py", *words, "MODEL.SESSION", "parts", "TRAINING.RESUME", True, cwd=tmp_path)
     whole, parts = (read_checkpoint(tmp_path / f"runs/{name}/model_latest.pth") for name in ("whole", "parts"))
