@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_script
-from luma import LumaPatches
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_model import Operations
 
@@ -34,10 +33,11 @@ from dgunet.distributed import StopSignal, launch
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.hardware import autocast_dtype, memory_format
+from dgunet.luma import LumaPatches
 from dgunet.metrics import psnr_batch
 from dgunet.patches import CenterCropDataset, PairedPatches
 from dgunet.runlog import RunLogger, describe, plot_history
-from dgunet.training import build_model, find_clean_images, train_command
+from dgunet.training import TASKS, build_model, find_clean_images, train_command
 from dgunet.transforms import unit_range
 from dgunet.validation import validation_batch_size
 
@@ -1028,8 +1028,7 @@ def test_dry_run_before_there_is_data(folders, monkeypatch, capsys):
 
     def dry_run(**more):
         monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", *options(folders, **changed, **more)])
-        uses = ("SYNTHESIS", "AUGMENT.MIXUP")
-        train_command("denoising", "", uses, lambda cfg, pairs: PairedPatches(pairs, cfg.TRAINING.TRAIN_PS))
+        train_command(TASKS["denoising"], "")
         return capsys.readouterr().out
 
     out = dry_run()
