@@ -13,14 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import run_cli
+from dgunet.errors import command_imports, run_cli
 
-
-def main():
+with command_imports(__name__):
     from dgunet.training import TASKS, train_command
 
-    train_command(TASKS["deraining"], __doc__)
-
-
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: train_command(TASKS["deraining"], __doc__))
