@@ -173,7 +173,7 @@ def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
             value = yaml.load(text, _Loader)
         except (yaml.YAMLError, ValueError, RecursionError):
             value = text
-        if isinstance(_declared(key), str) and isinstance(value, int | float | datetime.date) and not _is(bool, value):
+        if isinstance(_declared(key), str) and type(value) in (int, float, datetime.date, datetime.datetime):
             value = text  # 007 and 2026-01-05 may well be names of runs
         _assign(cfg, key, value, source="command line")
     if cfg.OPTIM.SCHEDULE == "cosine" and cfg.OPTIM.LR_MIN > cfg.OPTIM.LR_INITIAL:
@@ -183,7 +183,7 @@ def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without what a config has no use for: a key given twice (the last would win) and aliases (endless ones)."""
+    """YAML that refuses a key given twice (the last would win) and aliases (which may never end)."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -219,10 +219,9 @@ def _read_yaml(path: str | Path) -> dict:
 
 
 def changed_keys(cfg: CN, other: CN) -> list[str]:
-    """Dotted names of the keys in which two configs differ; what one of them does not know has its default there."""
-    mine, theirs, known = (dict(_flatten(config)) for config in (cfg, other, _C))
-    default = known.get
-    return [key for key in mine | theirs if mine.get(key, default(key)) != theirs.get(key, default(key))]
+    """Dotted names of the keys in which two configs differ; a key that one of them lacks has its default there."""
+    one, two, default = (dict(_flatten(config)) for config in (cfg, other, _C))
+    return [key for key in one | two if one.get(key, default.get(key)) != two.get(key, default.get(key))]
 
 
 def format_config(cfg: CN) -> str:
@@ -258,8 +257,8 @@ def parse_args(task: str, description: str, uses: tuple[str, ...]) -> tuple[CN, 
     cfg = load_config(args.config, args.options)
     for key in changed_keys(cfg, _C):
         if key.startswith(_NOT_EVERYWHERE) and not key.startswith(uses):
-            told = " and ".join(uses)
-            raise UserError(f"{key} does nothing in {task.replace('_', ' ')}, which uses {told}; leave it out")
+            known = " and ".join(uses)
+            raise UserError(f"{key} does nothing in {task.replace('_', ' ')}, which uses {known}; leave it out")
     return cfg, args
 
 
@@ -332,38 +331,35 @@ def _coerce(default, value, key: str, source: str):
     """Bring a value to the type of the key's default, where nothing is lost by it."""
     if key == "MODEL.RATIO" and not isinstance(value, int | float | str):
         default = ()  # or a range
-    if (_is(bool, default) or default == "auto") and _is(bool, value):  # a switch, or one that may be left to us
-        return value
-    if _is(bool, default) and key in _RANGES and isinstance(value, str | None):  # one that has more than two positions
-        return value or ""
-    if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
+    kind, given = type(default), type(value)  # isinstance would take True for an int
+    if given is bool:
+        if kind is bool or default == "auto":  # a switch, or one that may be left to us
+            return value
+    elif kind is bool:
+        if key in _RANGES and isinstance(value, str | None):  # a switch of more than two positions
+            return value or ""
+    elif kind is float and isinstance(value, int | float | str):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)  # YAML takes 1e-4, without a dot, for text
-        except (ValueError, OverflowError):
-            pass
-    if _is(int, default) and isinstance(value, float) and value.is_integer():
+    elif kind is int and (given is int or (given is float and value.is_integer())):
         return int(value)
-    if _is(int, default) and _is(int, value):
-        return value
-    if isinstance(default, str) and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(default, str) and value is None:
-        return ""
-    if isinstance(default, list) and _is(list, value) and all(_is(int, number) for number in value):
-        return value
-    if isinstance(default, list) and _is(int, value):
-        return [value]
-    if isinstance(default, tuple):
-        ends = value if _is(list, value) and len(value) == 2 else [value, value]
+    elif kind is str and isinstance(value, str | int | float | None):
+        return "" if value is None else str(value)
+    elif kind is list:
+        numbers = value if given is list else [value]
+        if all(type(number) is int for number in numbers):
+            return numbers
+    elif kind is tuple:
+        ends = value if given is list and len(value) == 2 else [value, value]
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            lowest, highest = (float(end) for end in ends if not _is(bool, end))
+            lowest, highest = (float(end) for end in ends if type(end) is not bool)
             if not lowest > highest:
                 return [lowest, highest]
-    kind = {
-        "str": "text", "int": "a whole number", "float": "a number", "bool": "True or False",
-        "list": "a list of whole numbers", "tuple": "a number or a range, [LOWEST, HIGHEST]",
+    expected = {
+        str: "text", int: "a whole number", float: "a number", bool: "True or False",
+        list: "a list of whole numbers", tuple: "a number or a range, [LOWEST, HIGHEST]",
     }  # fmt: skip
-    raise UserError(f"{source}: {key} must be {kind[type(default).__name__]}, got {_short(value)}")
+    raise UserError(f"{source}: {key} must be {expected[kind]}, got {_short(value)}")
 
 
 def _check_range(key: str, value, source: str):
@@ -394,12 +390,8 @@ def _check_range(key: str, value, source: str):
             )
 
 
-def _is(kind: type, value) -> bool:
-    return type(value) is kind  # isinstance would take True for an int
-
-
 def _shorten(text: str, length: int = 100) -> str:
-    """A text of somebody else's on one line."""
+    """A user's text on one line."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 3] + "..."
 
