@@ -12,7 +12,6 @@ from dgunet.degradations import BlockSampling, degradation_from_config, sampling
 from dgunet.distributed import launch
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
-from dgunet.hardware import keep_freed_memory
 from dgunet.luma import LumaPatches
 from dgunet.model import VARIANTS, DGUNet, create_model, find_variant
 from dgunet.patches import (
@@ -175,8 +174,6 @@ def train(
         trainer.resume()
         describe(trainer, config=True, missing=missing)
         return
-    if trainer.device.type == "cpu":
-        keep_freed_memory()
     try:
         trainer.fit()
     except torch.OutOfMemoryError as error:

@@ -346,7 +346,7 @@ def test_known_blur_from_a_config_to_a_score(tmp_path):
         "SPEED.AMP", "fp32", "MODEL.OVERRIDES", "{width: 8, growth: 4, final_growth: 4, stages: 2}",
     ]  # fmt: skip
     done = run("deblurring", "train.py", *words, "MODEL.KERNEL", "other.npy", "MODEL.SESSION", "one", cwd=tmp_path)
-    assert "3 images of clean" in done.stdout and "held back" in done.stdout
+    assert "3 images of clean" in done.stdout and "held out" in done.stdout
     words += ["MODEL.KERNEL", "kernel.npy", "MODEL.WEIGHTS", "runs/one/model_best.pth", "MODEL.SESSION", "two"]
     run("deblurring", "train.py", *words, cwd=tmp_path)
     weights = tmp_path / "runs/two/model_best.pth"
@@ -612,7 +612,7 @@ def test_sensing_in_two_steps_with_either_matrix(tmp_path, matrix, start):
         "MODEL.OVERRIDES.stages", 2,
     ]  # fmt: skip
     done = run("compressive_sensing", "train.py", *common, "MODEL.SESSION", "one", cwd=tmp_path)
-    assert "training    3 images" in done.stdout and "held back" in done.stdout
+    assert "training    3 images" in done.stdout and "held out" in done.stdout
     config = ROOT / "configs/compressive_sensing/dgunet_step2.yaml"
     words = ["--config", config, *common, "TRAINING.TRAIN_PS", 64, "MODEL.WEIGHTS", "runs/one/model_latest.pth"]
     run("compressive_sensing", "train.py", *words, "MODEL.SESSION", "two", cwd=tmp_path)
