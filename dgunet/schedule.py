@@ -32,7 +32,7 @@ class EpochSchedule:
 
     The original chains warmup-scheduler's GradualWarmupScheduler and PyTorch's CosineAnnealingLR, which multiplies the
     learning rate it finds. Epoch by epoch this is that schedule: LR_INITIAL in the first epoch after the warm-up,
-    LR_MIN not quite reached. Only the chain's overshoot is left out, by which the original's rates are above these: at most
+    LR_MIN not quite reached. Only the overshoot is left out, by which the original's rates are above these: at most
     0.00003 % (deblurring), 0.004 % (deraining) and 0.018 % (denoising); 5 % in a run of 10 epochs.
     """
 

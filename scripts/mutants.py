@@ -56,7 +56,7 @@ ALSO = {
     "proximal": ["test_model.py", "test_parity.py"],
     "runlog": ["test_engine.py"],
     "schedule": ["test_engine.py"],
-    "state": ["test_checkpoint_faults.py", "test_engine.py"],
+    "resume": ["test_checkpoint_faults.py", "test_engine.py"],
     "synthesis": ["test_demo_data.py", "test_data.py"],
     "testing": ["test_evaluation.py", "test_denoising.py", "test_tasks.py"],
     "training": ["test_config.py", "test_tasks.py", "test_engine.py"],

@@ -182,6 +182,28 @@ def test_killed_run_resumes_to_the_same_bits(folders):
         assert (one["loss"], one["psnr"], one["lr"]) == (other["loss"], other["psnr"], other["lr"])
 
 
+def test_nothing_is_drawn_from_the_global_generator(folders, no_curves):
+    """So that a state need not hold it: only the network's first weights come from it."""
+    for seed in (0, 1):
+        trainer = diverging_trainer(folders, session=str(seed), OPTIM__NUM_EPOCHS=2)
+        torch.manual_seed(seed)
+        trainer.fit()
+    assert_same_weights(weights(folders, "0"), weights(folders, "1"))
+    assert [row["psnr"] for row in history(folders, "0")] == [row["psnr"] for row in history(folders, "1")]
+
+
+def test_states_of_earlier_versions_resume(folders, finished):
+    """They hold random states besides, and lack what came later."""
+    state = read_checkpoint(finished / "model_latest.pth")
+    for key in ("validation_due", "rollbacks", "lr_factor", "data", "val_data"):
+        del state[key]
+    random = {"cpu": torch.get_rng_state(), "cuda": None}
+    save_checkpoint(state | {"random": random}, finished / "model_latest.pth")
+    trainer = make_trainer(folders, TRAINING__RESUME=True)
+    assert trainer.resumed == finished / "model_latest.pth" and trainer.step == 4
+    assert_same_weights(trainer.train_state.model.state_dict(), state["state_dict"])
+
+
 @pytest.fixture
 def threads_at_exit(tmp_path, monkeypatch):
     """Every Python process started from here leaves a list of its threads when its interpreter begins to end."""
@@ -596,9 +618,9 @@ def test_non_finite_step_is_skipped_and_counted(folders):
 def test_many_non_finite_steps_end_the_run(folders):
     changed = dict(OPTIM__LR_INITIAL=1, OPTIM__MAX_BAD_STEPS=3, OPTIM__NUM_EPOCHS=5, TRAINING__SAVE_MINUTES=0)
     done = train(folders, check=2, **changed)
-    assert "not finite in 3 steps" in done.stderr and "LR_INITIAL" in done.stderr
+    assert "3 steps" in done.stderr and "LR_INITIAL" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "start again from" not in done.stderr  # there is no model_best.pth yet
+    assert "model_best.pth" not in done.stderr  # there is none yet
     # what was saved after each step, after each epoch and at the validations is not replaced after the second of these
     saved = read_checkpoint(folders / "runs/run/model_latest.pth")
     assert saved["totals"][3] == 1 and saved["totals"][1] >= 1
@@ -623,7 +645,7 @@ def test_parameter_without_gradient_is_named(folders):
     trainer = make_trainer(folders)
     trainer.train_state.model.middle.register_parameter("spare", torch.nn.Parameter(torch.zeros(1)))
     cfg, sets = trainer.cfg, (trainer.train_set, trainer.val_set)
-    with pytest.raises(UserError, match="middle.spare.*requires_grad_"):
+    with pytest.raises(UserError, match="middle.spare"):
         Trainer(cfg, trainer.train_state.model, *sets).train_state.train_step(*batch(trainer))
 
     def frozen(**changed) -> Trainer:
@@ -647,7 +669,7 @@ def test_trainer_for_a_gpu_that_is_not_there(folders, monkeypatch, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     trainer = make_trainer(folders)
     cfg = load_config(None, [*options(folders, DEVICE="auto"), *words])
-    with pytest.raises(UserError, match=f"{words[0]} .*PyTorch sees no GPU"):
+    with pytest.raises(UserError, match=words[0]):
         Trainer(cfg, trainer.train_state.model, trainer.train_set, trainer.val_set)
 
 
@@ -720,7 +742,7 @@ def test_run_that_returning_does_not_help_gives_up(folders, no_curves, returns, 
     """After as many returns as it may make, MAX_BAD_STEPS in a row end it; at once where it may make none."""
     changed = dict(OPTIM__MAX_ROLLBACKS=returns, OPTIM__ROLLBACK_AFTER_BAD_STEPS=after, OPTIM__MAX_BAD_STEPS=3)
     trainer = diverging_trainer(folders, *range(20), OPTIM__NUM_EPOCHS=20, **changed)
-    with pytest.raises(UserError, match="not finite in 3 steps in a row"):
+    with pytest.raises(UserError, match="OPTIM.LR_INITIAL"):
         trainer.fit()
     made = 2 if (returns, after) == (2, 1) else 0
     assert (trainer.rollbacks, trainer.epoch) == (made, made + 3)
@@ -733,7 +755,7 @@ def test_another_run_is_never_overwritten(folders):
     train(folders, OPTIM__NUM_EPOCHS=1)
     before = weights(folders)
     done = train(folders, check=2, OPTIM__NUM_EPOCHS=1)
-    assert "holds another run" in done.stderr and "TRAINING.RESUME True" in done.stderr
+    assert str(folders / "runs/run") in done.stderr and "TRAINING.RESUME True" in done.stderr
     assert done.stderr.strip().count("\n") == 0
     assert_same_weights(weights(folders), before)
 
@@ -750,7 +772,7 @@ def test_one_training_writes_to_a_folder(folders):
         time.sleep(0.01)
     second = make_trainer(folders, **settings | dict(TRAINING__RESUME=True, OPTIM__NUM_EPOCHS=1))
     for trainer in (started_beside, second):
-        with pytest.raises(UserError, match="another training is writing to .*/runs/run; .*MODEL.SESSION"):
+        with pytest.raises(UserError, match="/runs/run.*MODEL.SESSION"):
             trainer.fit()
     seen = latest.stat().st_mtime_ns
     while latest.stat().st_mtime_ns == seen and time.monotonic() < deadline:
@@ -829,20 +851,20 @@ def test_best_score_of_another_validation_is_forgotten(folders, image_pairs, cha
     if change == "images":
         image_pairs(folders / "val", count=3, size=(32, 32))
     done = train(folders, TRAINING__RESUME=True, TRAINING__VAL_PS=32 if change == "images" else 24)
-    assert "the best score begins anew" in done.stdout
+    assert "best score" in done.stdout
     assert read_checkpoint(latest)["best"]["epoch"] == read_checkpoint(latest.with_name("model_best.pth"))["epoch"] == 2
 
 
 def test_resume_with_another_model_is_refused(folders):
     train(folders, OPTIM__NUM_EPOCHS=1)
     done = train(folders, check=2, TRAINING__RESUME=True, MODEL__OVERRIDES__width=12)
-    assert "does not fit" in done.stderr and "Traceback" not in done.stderr
+    assert "model_latest.pth" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_resume_names_what_changed(folders):
     train(folders, OPTIM__NUM_EPOCHS=1)
     done = train(folders, TRAINING__RESUME=True, OPTIM__LR_INITIAL=5e-4)
-    assert "OPTIM.LR_INITIAL" in done.stdout.split("differ from the run being continued")[1]
+    assert any("OPTIM.LR_INITIAL" in line for line in done.stdout.splitlines() if line.startswith("note"))
 
 
 @pytest.fixture
@@ -858,7 +880,7 @@ def test_run_whose_latest_state_is_missing_is_resumed_from_its_best(folders, fin
     trainer.fit()
     assert trainer.resumed == finished / "model_best.pth" and len(trainer.log.rows) == 2
     for told in (capsys.readouterr().out, (finished / "train.log").read_text()):
-        assert "model_latest.pth is missing" in told and "model_best.pth" in told
+        assert "model_latest.pth" in told and "model_best.pth" in told
 
 
 def only_weights(folder: Path):
@@ -885,12 +907,12 @@ def without_epoch(folder: Path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (only_weights, ["model_latest.pth is missing", "model_best.pth cannot be resumed", "MODEL.WEIGHTS"]),
+        (only_weights, ["model_latest.pth", "model_best.pth cannot be resumed", "MODEL.WEIGHTS"]),
         (only_epochs, ["model_latest.pth", "MODEL.WEIGHTS", "model_epoch_1.pth"]),
-        (cut("model_latest.pth"), ["model_latest.pth is not", "model_best.pth can be resumed", "move"]),
-        (without_epoch, ["model_latest.pth cannot be resumed", "model_best.pth can be resumed", "epoch 1, step 4"]),
-        (cut("model_latest.pth", "model_best.pth"), ["model_latest.pth is not"]),
-        (shutil.rmtree, ["no run to resume in", "runs/run", "TRAINING.RESUME auto"]),
+        (cut("model_latest.pth"), ["model_latest.pth", "model_best.pth can be resumed"]),
+        (without_epoch, ["model_latest.pth", "model_best.pth can be resumed", "epoch 1, step 4"]),
+        (cut("model_latest.pth", "model_best.pth"), ["model_latest.pth"]),
+        (shutil.rmtree, ["runs/run", "TRAINING.RESUME auto"]),
     ],
 )
 def test_run_that_cannot_be_resumed(folders, finished, change, named, resume):
@@ -909,7 +931,7 @@ def test_run_that_cannot_be_resumed(folders, finished, change, named, resume):
 
 def test_run_that_resumes_itself_begins_with_a_word(folders, capsys):
     """What a job that is queued again gives from its first start on."""
-    for epochs, told in ((1, f"nothing to resume in {folders / 'runs/run'}"), (2, "continuing")):
+    for epochs, told in ((1, str(folders / "runs/run")), (2, "continuing")):
         make_trainer(folders, TRAINING__RESUME="auto", OPTIM__NUM_EPOCHS=epochs).fit()
         assert told in capsys.readouterr().out and told in (folders / "runs/run/train.log").read_text()
     assert [row["epoch"] for row in history(folders)] == ["1", "2"]
@@ -975,7 +997,7 @@ def test_weights_that_are_not_finite_do_not_start_a_run(folders):
     weights = create_model("denoising_dgunet", **OVERRIDES).state_dict()
     weights["last.rho"] = torch.full((1,), torch.inf)
     save_checkpoint({"state_dict": weights}, folders / "bad.pth")
-    with pytest.raises(UserError, match="bad.pth has NaN or infinite numbers in last.rho"):
+    with pytest.raises(UserError, match="bad.pth .*last.rho"):
         make_trainer(folders, MODEL__WEIGHTS=folders / "bad.pth")
 
 
@@ -986,7 +1008,7 @@ def test_resume_with_other_training_data_is_refused(folders):
     assert make_trainer(folders, TRAINING__RESUME=True).resumed is not None
     for side in ("input", "target"):
         (folders / "train" / side / "img3.png").rename(folders / "train" / side / "img9.png")
-    with pytest.raises(UserError, match=r"2 new \(input/img9, ...\), 2 gone. Put that back, or start a run of its own"):
+    with pytest.raises(UserError, match="train .*input/img9.*MODEL.WEIGHTS"):
         make_trainer(folders, TRAINING__RESUME=True)
 
 
@@ -1004,7 +1026,7 @@ def test_full_disk_in_started_processes_is_one_line(capfd):
     with pytest.raises((UserError, SystemExit)) as stop:
         launch(fill_the_disk, load_config(None, ["DEVICE", "cpu", "PROCESSES", "2"]))
     told = f"{stop.value}\n{capfd.readouterr().err}"
-    assert "runs/a.png: No space left on device; free some space" in told and "Traceback" not in told
+    assert "runs/a.png: No space left on device" in told and "Traceback" not in told
 
 
 def test_start_from_given_weights(folders):
@@ -1041,7 +1063,7 @@ def test_dry_run_before_there_is_data(folders, monkeypatch, capsys):
     assert out.count("missing ") == 3
     changed["TRAINING__VAL_DIR"] = ""
     assert dry_run().count("missing ") == 2
-    with pytest.raises(UserError, match="multiple of 8 pixels"):  # what is wrong already is told as ever
+    with pytest.raises(UserError, match="TRAIN_PS"):  # reported as in a run
         dry_run(TRAINING__TRAIN_PS=33)
 
 
@@ -1052,33 +1074,33 @@ def test_validation_within_an_epoch(folders):
 
 
 def test_batch_must_fit_the_processes(folders):
-    with pytest.raises(UserError, match="multiple of 1 processes times 3"):
+    with pytest.raises(UserError, match="OPTIM.BATCH_SIZE"):
         make_trainer(folders, OPTIM__ACCUMULATE=3)
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["OPTIM.LR_INTIAL", "1e-3"], "did you mean OPTIM.LR_INITIAL"),
-        (["TRAINING.TRAIN_DIR", "/nowhere"], "no folder /nowhere/input"),
-        (["DEVICE", "gpu"], "DEVICE is auto, cuda or cpu"),
-        (["MODEL.NAME", "denoising_dgnet"], "did you mean denoising_dgunet"),
-        (["SPEED.AMP", "fp16"], "SPEED.AMP is auto, bf16 or fp32"),
-        (["SPEED.COMPILE", "True", "SPEED.COMPILE_MODE", "fast"], "SPEED.COMPILE_MODE is default, reduce-overhead"),
+        (["OPTIM.LR_INTIAL", "1e-3"], "OPTIM.LR_INITIAL"),
+        (["TRAINING.TRAIN_DIR", "/nowhere"], "/nowhere/input"),
+        (["DEVICE", "gpu"], "DEVICE"),
+        (["MODEL.NAME", "denoising_dgnet"], "denoising_dgunet"),
+        (["SPEED.AMP", "fp16"], "SPEED.AMP"),
+        (["SPEED.COMPILE", "True", "SPEED.COMPILE_MODE", "fast"], "SPEED.COMPILE_MODE"),
         (
             ["SPEED.COMPILE", "True", "SPEED.COMPILE_MODE", "reduce-overhead", "OPTIM.ACCUMULATE", "2"],
-            "uses CUDA graphs",
+            "OPTIM.ACCUMULATE",
         ),
-        (["OPTIM.SCHEDULE", "linear"], "OPTIM.SCHEDULE is cosine, constant or step"),
-        (["--config", "missing.yaml"], "cannot read the config missing.yaml"),
-        (["MODEL.WEIGHTS", "missing.pth"], "no checkpoint at missing.pth"),
-        (["TRAINING.TRAIN_PS", "100"], "multiple of 8 pixels"),
-        (["MODEL.NAME", "compressive_sensing_dgunet"], "not a network for this task"),
-        (["MODEL.NAME", "deraining_dgunet"], "MODEL.NAME is denoising_dgunet or denoising_dgunet_plus"),
-        (["--dry_run", "MODEL.NAME", "deraining_dgunet"], "deraining_dgunet is not a network for this task"),
-        (["SYNTHESIS.NAME", "gaussian_noise"], "set them to 0 with SYNTHESIS.NAME"),
-        (["SYNTHESIS.OPTIONS", "{sigma: 5}"], "SYNTHESIS.OPTIONS are of SYNTHESIS.NAME"),
-        (["MODEL.RATIO", "0.1"], "MODEL.RATIO does nothing in denoising, which uses SYNTHESIS and AUGMENT.MIXUP"),
+        (["OPTIM.SCHEDULE", "linear"], "OPTIM.SCHEDULE"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["MODEL.WEIGHTS", "missing.pth"], "missing.pth"),
+        (["TRAINING.TRAIN_PS", "100"], "TRAIN_PS"),
+        (["MODEL.NAME", "compressive_sensing_dgunet"], "MODEL.NAME"),
+        (["MODEL.NAME", "deraining_dgunet"], "denoising_dgunet_plus"),
+        (["--dry_run", "MODEL.NAME", "deraining_dgunet"], "deraining_dgunet"),
+        (["SYNTHESIS.NAME", "gaussian_noise"], "SYNTHESIS.NAME"),
+        (["SYNTHESIS.OPTIONS", "{sigma: 5}"], "SYNTHESIS.OPTIONS"),
+        (["MODEL.RATIO", "0.1"], "MODEL.RATIO"),
     ],
 )
 def test_mistakes_are_one_line(folders, words, message):
@@ -1095,7 +1117,7 @@ def test_unsuitable_image_in_a_loading_process_is_one_line(folders, side):
     cv2.imwrite(str(folders / side / "input" / "img1.png"), np.zeros((40, 48, 3), np.uint16))
     cv2.imwrite(str(folders / side / "target" / "img1.png"), np.zeros((40, 48, 3), np.uint16))
     done = train(folders, check=2, timeout=50, TRAINING__WORKERS=1)
-    assert "img1.png has 16 bits per channel" in done.stderr and done.stderr.strip().count("\n") == 0
+    assert "img1.png" in done.stderr and done.stderr.strip().count("\n") == 0
 
 
 def test_overrides_may_be_given_as_one(folders):
@@ -1324,7 +1346,7 @@ def test_environment_of_a_cluster_does_not_pass_for_torchrun(folders, monkeypatc
 
 def test_mistake_in_a_started_process_is_one_line(folders):
     done = train(folders, check=2, PROCESSES=2, OPTIM__BATCH_SIZE=3)
-    assert "multiple of 2 processes" in done.stderr and "Traceback" not in done.stderr
+    assert "OPTIM.BATCH_SIZE" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_trains_on_clean_images_with_synthetic_noise(folders):
