@@ -75,14 +75,6 @@ def _has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def use_huge_pages():
-    """Have Linux make the memory for large feature maps on the CPU 2 MiB at a time, not 4 KiB.
-
-    At 1280x720 every map is new memory. To be called before the first tensor is made, when PyTorch reads the variable.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def available_memory(process: Path = Path("/proc/self")) -> int:
     """How many bytes of the CPU's memory this process may still take.
 
