@@ -15,11 +15,12 @@ import unicodedata
 from collections.abc import Hashable
 from pathlib import Path
 
-from dgunet.errors import UserError, lazy_import
+import yaml
+from yacs.config import CfgNode as CN
+
+from dgunet.errors import UserError
 from dgunet.model import ARGUMENTS, DGUNet
 from dgunet.proximal import MULTIPLE
-
-yaml, CN = lazy_import("yaml"), lazy_import("yacs.config").CfgNode
 
 _C, _RANGES, _EPOCHS = CN(), {}, 10**6
 

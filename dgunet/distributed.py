@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  imported later, by DistributedDataParallel, it would keep the group alive
 from torch import Tensor
 
-from dgunet.errors import UserError, friendly_errors, lazy_import, run_cli
+from dgunet.errors import UserError, friendly_errors, run_cli
 from dgunet.hardware import training_device
 
 
@@ -195,7 +195,8 @@ def lock_dir(folder: Path, what: str, advice: str = "", wait: bool = False):
     Raises:
         UserError: another process holds the lock.
     """
-    filelock = lazy_import("filelock")
+    import filelock
+
     # Not a soft lock, which is a file's existence: that would outlive a killed process.
     lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
     try:

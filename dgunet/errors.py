@@ -1,7 +1,6 @@
 """Errors that a user can mend, reported in one line."""
 
 import errno
-import importlib
 import os
 import re
 import select
@@ -10,11 +9,11 @@ import sys
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What `import dgunet` does without: module to the extra of pyproject.toml that installs it; "" is no extra.
+# Modules of other packages, and the extra of pyproject.toml that installs each; "" is no extra. They are imported where
+# they are needed, so that `import dgunet` does without; `describe_error` says what to install where one is missing.
 EXTRAS = {
     **dict.fromkeys(("PIL", "cv2", "psutil", "safetensors", "tqdm"), ""),
     **dict.fromkeys(("filelock", "h5py", "kornia_rs", "matplotlib", "natsort", "scipy", "skimage"), "train"),
@@ -63,21 +62,6 @@ def shorten_list(names: list[str], most: int = 6) -> str:
     """The first names of a list, for a message, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(f"{name:.100}" for name in names[:most]) + more
-
-
-def lazy_import(module: str) -> ModuleType:
-    """A module that only some functions need.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; the message says what to install.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        told = describe_error(error)
-        if told is None:
-            raise
-        raise ModuleNotFoundError(told, name=error.name) from None
 
 
 def describe_error(error: BaseException) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
@@ -84,7 +84,8 @@ def available_memory(process: Path = Path("/proc/self")) -> int:
     Args:
         process: its folder in Linux's ``/proc``.
     """
-    psutil = lazy_import("psutil")
+    import psutil
+
     left = [psutil.virtual_memory().available]
     if sys.platform == "linux":
         import resource  # which other systems lack

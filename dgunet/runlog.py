@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from dgunet.config import format_config
-from dgunet.errors import lazy_import
 from dgunet.figures import set_title
 from dgunet.files import atomic_write
 from dgunet.progress import progress_bar
 
-tqdm = lazy_import("tqdm").tqdm
 log = logging.getLogger("dgunet")
 
 
@@ -154,7 +153,9 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
 
 def plot_history(history: list[dict], steps: int, path: Path, title: str):
     """Plot loss, validation PSNR and learning rate over the epochs into a PNG, the last values in the titles."""
-    figure = lazy_import("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
     for place, (key, label) in enumerate(
         (("loss", "training loss"), ("psnr", "validation PSNR [dB]"), ("lr", "learning rate")), start=1
     ):
@@ -172,4 +173,6 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
             axes.ticklabel_format(axis="y", scilimits=(0, 0))
         axes.grid(alpha=0.3)
     set_title(figure, title)
-    lazy_import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(str(path))
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).print_png(str(path))

@@ -5,10 +5,7 @@ import warnings
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-
-from dgunet.errors import lazy_import
-
-GradualWarmupScheduler = lazy_import("warmup_scheduler").GradualWarmupScheduler
+from warmup_scheduler import GradualWarmupScheduler
 
 
 def decay(epoch: int, optim) -> float:

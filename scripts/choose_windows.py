@@ -18,10 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, lazy_import, run_cli
+from dgunet.errors import UserError, command_imports, run_cli
 
 with command_imports(__name__):
     import torch
+    from natsort import natsorted
     from torch import Tensor
 
     from dgunet.checkpoint import load_model
@@ -37,8 +38,6 @@ with command_imports(__name__):
     from dgunet.proximal import MULTIPLE
     from dgunet.synthesis import find_degradation
     from dgunet.transforms import unit_range
-
-    natsorted = lazy_import("natsort").natsorted
 
 LEAST_GAIN = 0.01  # dB
 

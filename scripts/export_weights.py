@@ -19,9 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import ROOT, UserError, command_imports, lazy_import, run_cli
+from dgunet.errors import ROOT, UserError, command_imports, run_cli
 
 with command_imports(__name__):
+    import yaml
+    from natsort import natsorted
+
     from dgunet.checkpoint import load_model, read_checkpoint
     from dgunet.degradations import ScalableSampling
     from dgunet.local import check_windows
@@ -29,9 +32,6 @@ with command_imports(__name__):
     from dgunet.photos import format_sigma
     from dgunet.pretrained import IN_REPOSITORY, Record
     from dgunet.weights import save_weights
-
-    natsorted = lazy_import("natsort").natsorted
-    yaml = lazy_import("yaml")
 
 TABLE = ROOT / "docs/models.md"
 

@@ -18,17 +18,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, lazy_import, run_cli
+from dgunet.errors import UserError, command_imports, run_cli
 
 with command_imports(__name__):
+    import h5py
     import numpy as np
 
     from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
     from dgunet.distributed import lock_dir
     from dgunet.files import atomic_write, nfc
     from dgunet.progress import progress_bar
-
-    h5py = lazy_import("h5py")
 
 # Random crops of 256 touch 9 to 16 chunks of this side, those of 128 touch 4 to 9: little is read in vain.
 CHUNK = 96

@@ -27,16 +27,18 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, lazy_import, run_cli
+from dgunet.errors import UserError, command_imports, run_cli
 
 with command_imports(__name__):
+    import cv2
     import numpy as np
+    from natsort import natsorted
 
     from dgunet.data import Pair, find_pairs, pair_size, read_image, report_skipped_files, write_image
     from dgunet.files import IMAGE_SUFFIXES, nfc
     from dgunet.progress import progress_bar
 
-    cv2, natsorted = lazy_import("cv2"), lazy_import("natsort").natsorted
+    cv2, natsorted = cv2, natsorted
 
 SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)", re.IGNORECASE)
 # Training crops are 256 wide: with an overlap of 256, every crop of the whole image lies inside some patch.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, lazy_import, run_cli
+from dgunet.errors import UserError, command_imports, run_cli
 
 with command_imports(__name__):
     import torch
@@ -56,7 +56,8 @@ def read_kernel(path: Path, x: Tensor, y: Tensor) -> Tensor:
 
 def methods(args: argparse.Namespace) -> dict:
     """By name, functions of a photograph and its kernel that give an image of the same size."""
-    deepinv = lazy_import("deepinv")
+    import deepinv
+
     from dgunet.integrations.deepinv import Denoiser, Reconstructor
 
     def inside(algorithm):
