@@ -19,31 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dgunet.errors import command_imports, run_cli
 
 with command_imports(__name__):
-    from luma import LumaPatches
-
-    from dgunet.data import find_images
-    from dgunet.degradations import BlockSampling, sampling_operator
-    from dgunet.patches import CenterCropDataset
-    from dgunet.training import crop_options, train_command
-
-
-def train_set(cfg, paths) -> LumaPatches:
-    return LumaPatches(paths, block=cfg.MODEL.BLOCK, **crop_options(cfg))
-
-
-def val_set(cfg, paths) -> CenterCropDataset:
-    """Validates as the original does: in blocks as large as those trained on, which know nothing of each other."""
-    return CenterCropDataset(paths, cfg.TRAINING.VAL_PS, luma=True, multiple=cfg.MODEL.BLOCK, area=256)
-
-
-def degradation(cfg, train_set: LumaPatches) -> BlockSampling:
-    start = cfg.MODEL.MATRIX_START
-    if start == "pca" and not len(train_set):
-        start = "orthonormal"  # a dry run before there are images to take components of
-    return sampling_operator(cfg.MODEL.RATIO, cfg.MODEL.MATRIX, start, lambda: train_set.blocks(), cfg.MODEL.BLOCK)
-
-
-USES = ("MODEL.RATIO", "MODEL.BLOCK", "MODEL.MATRIX")
+    from dgunet.training import TASKS, train_command
 
 if __name__ == "__main__":
-    run_cli(lambda: train_command("compressive_sensing", __doc__, USES, train_set, val_set, find_images, degradation))
+    run_cli(lambda: train_command(TASKS["compressive_sensing"], __doc__))

@@ -16,15 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dgunet.errors import command_imports, run_cli
 
 with command_imports(__name__):
-    from dgunet.patches import SaturationPatches
-    from dgunet.training import crop_options, train_command
-
-
-def train_set(cfg, pairs) -> SaturationPatches:
-    return SaturationPatches(pairs, saturation=cfg.AUGMENT.SATURATION, luma=cfg.MODEL.GREY, **crop_options(cfg))
-
-
-USES = ("SYNTHESIS", "AUGMENT.SATURATION", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY")
+    from dgunet.training import TASKS, train_command
 
 if __name__ == "__main__":
-    run_cli(lambda: train_command("deblurring", __doc__, USES, train_set))
+    run_cli(lambda: train_command(TASKS["deblurring"], __doc__))

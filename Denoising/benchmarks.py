@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
@@ -13,7 +13,7 @@ def read_mat(path: Path, key: str) -> np.ndarray:
     Raises:
         UserError: no such file, not a MATLAB file, or without that variable.
     """
-    h5py = lazy_import("h5py")
+    import h5py
 
     if not path.is_file():
         raise UserError(f"no {path.absolute()}; see Denoising/README.md for where the benchmark's files belong")
@@ -21,7 +21,9 @@ def read_mat(path: Path, key: str) -> np.ndarray:
         if h5py.is_hdf5(path):
             with h5py.File(path) as file:
                 return np.array(file[key]).T  # HDF5 holds MATLAB's axes in reverse
-        return lazy_import("scipy.io").loadmat(path, variable_names=[key])[key]
+        from scipy.io import loadmat
+
+        return loadmat(path, variable_names=[key])[key]
     except KeyError as error:
         raise UserError(f"{path} has no variable {key}; it is another file than the benchmark's") from error
     except ImportError:
@@ -54,7 +56,7 @@ def read_dnd(folder: Path) -> dict[str, np.ndarray]:
 
     A row of boxes is (top, left, bottom, right) of a crop to be restored, counted from 1 and inclusive.
     """
-    h5py = lazy_import("h5py")
+    import h5py
 
     info = folder / "info.mat"
     if not info.is_file():

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, lazy_import, run_cli
+from dgunet.errors import UserError, command_imports, run_cli
 
 with command_imports(__name__):
     import numpy as np
@@ -101,7 +101,9 @@ class DndCrops(ImageSet):
 
 def write_mat(path: Path, content: dict):
     with atomic_write(path) as temporary:
-        lazy_import("scipy.io").savemat(temporary, content, appendmat=False)
+        from scipy.io import savemat
+
+        savemat(temporary, content, appendmat=False)
 
 
 def with_noise(clean: np.ndarray, sigma: float) -> np.ndarray:

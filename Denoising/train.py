@@ -16,15 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dgunet.errors import command_imports, run_cli
 
 with command_imports(__name__):
-    from dgunet.patches import MixupPatches
-    from dgunet.training import crop_options, train_command
-
-
-def train_set(cfg, pairs) -> MixupPatches:
-    return MixupPatches(pairs, mixup=cfg.AUGMENT.MIXUP, mixup_from=cfg.AUGMENT.MIXUP_FROM_EPOCH, **crop_options(cfg))
-
-
-USES = ("SYNTHESIS", "AUGMENT.MIXUP")
+    from dgunet.training import TASKS, train_command
 
 if __name__ == "__main__":
-    run_cli(lambda: train_command("denoising", __doc__, USES, train_set))
+    run_cli(lambda: train_command(TASKS["denoising"], __doc__))

@@ -16,15 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dgunet.errors import command_imports, run_cli
 
 with command_imports(__name__):
-    from dgunet.patches import PairedPatches
-    from dgunet.training import crop_options, train_command
-
-
-def train_set(cfg, pairs) -> PairedPatches:
-    return PairedPatches(pairs, **crop_options(cfg))
-
-
-USES = ("SYNTHESIS",)
+    from dgunet.training import TASKS, train_command
 
 if __name__ == "__main__":
-    run_cli(lambda: train_command("deraining", __doc__, USES, train_set))
+    run_cli(lambda: train_command(TASKS["deraining"], __doc__))

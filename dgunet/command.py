@@ -94,11 +94,9 @@ def _add_restoring(parser: argparse.ArgumentParser, default: str):
 
 
 def _restore(args: argparse.Namespace):
-    from dgunet.hardware import use_huge_pages
     from dgunet.inference import check_tiles, parse_tile
     from dgunet.restoring import restore_photographs
 
-    use_huge_pages()
     try:
         tile = parse_tile(args.tile)
         check_tiles(tile, None)

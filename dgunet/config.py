@@ -15,159 +15,124 @@ import unicodedata
 from collections.abc import Hashable
 from pathlib import Path
 
-from dgunet.errors import UserError, lazy_import
+import yaml
+from yacs.config import CfgNode as CN
+
+from dgunet.errors import UserError
 from dgunet.model import ARGUMENTS, DGUNet
 from dgunet.proximal import MULTIPLE
 
-yaml, CN = lazy_import("yaml"), lazy_import("yacs.config").CfgNode
+_C, _RANGES, _EPOCHS = CN(), {}, 10**6
 
-_C = CN()
-_C.SEED = 1234  # of everything random
-_C.DEVICE = "auto"  # auto (GPUs where there are any), cuda, cpu
-_C.GPU = []  # which GPUs to use, e.g. [0, 1]; empty: all that are visible
-_C.PROCESSES = 0  # 0: one for each GPU, one on the CPU; more on the CPU run over gloo
 
-_C.MODEL = CN()
-_C.MODEL.NAME = "deblurring_dgunet"  # see dgunet.list_models()
-_C.MODEL.SESSION = "DGUNet"  # name of the run: its files go to TRAINING.SAVE_DIR/SESSION
-_C.MODEL.OVERRIDES = CN()  # arguments of DGUNet that differ from the paper's, e.g. {width: 16}
+def _key(name: str, default, allowed=None):
+    """Declare a key, its default and ``allowed`` values: (lowest, highest) of each of its numbers, or [the choices]."""
+    *sections, leaf = name.split(".")
+    node = _C
+    for section in sections:
+        node = node.setdefault(section, CN())
+    node[leaf] = default
+    if allowed is not None:
+        _RANGES[name] = allowed
+
+
+_key("SEED", 1234, (0, 2**32 - 1))  # of everything random
+_key("DEVICE", "auto", ["auto", "cuda", "cpu"])  # auto: GPUs where there are any
+_key("GPU", [], (0, 1023))  # which GPUs to use, e.g. [0, 1]; empty: all that are visible
+_key("PROCESSES", 0, (0, 256))  # 0: one for each GPU, one on the CPU; more on the CPU run over gloo
+
+_key("MODEL.NAME", "deblurring_dgunet")  # see dgunet.list_models()
+_key("MODEL.SESSION", "DGUNet")  # name of the run: its files go to TRAINING.SAVE_DIR/SESSION
+_key("MODEL.OVERRIDES", CN())  # arguments of DGUNet that differ from the paper's, e.g. {width: 16}
 # Compressive sensing: measurements per pixel. Or two numbers, such as [0.01, 0.5]: one network for every ratio between
 # them. Each step then measures with the first M rows of the matrix. In half of the steps M is uniform, so that
 # the last rows are trained often enough; in the others it is log-uniform, or one step in sixteen would be below 4 %.
-_C.MODEL.RATIO = 0.25
-_C.MODEL.BLOCK = 32  # compressive sensing: side of the blocks in pixels, a multiple of 8 up to 128
-_C.MODEL.MATRIX = "learned"  # compressive sensing: learned (with the network) or fixed
+_key("MODEL.RATIO", 0.25, (0.001, 1))
+_key("MODEL.BLOCK", 32, (MULTIPLE, 128))  # compressive sensing: side of the blocks in pixels, a multiple of 8 up to 128
+_key("MODEL.MATRIX", "learned")  # compressive sensing: learned (with the network) or fixed
 # What the matrix starts from, or stays: xavier, orthonormal (Gaussian), dct (lowest frequencies), pca (principal
 # components of training blocks), or a .npy file, which sets the ratio. Empty: xavier if learned, orthonormal if fixed,
 # dct for a range of ratios, which wants the rows that are worth the most first.
 # The matrix of MODEL.WEIGHTS comes before it, unless it is of another ratio, or a file's is to stay fixed.
-_C.MODEL.MATRIX_START = ""
+_key("MODEL.MATRIX_START", "")
 # Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean images: blur. Empty: it is learned.
-_C.MODEL.DEGRADATION = ""
+_key("MODEL.DEGRADATION", "")
 # blur: .npy file of the kernel, (h, w), both odd; or motion: a simulated camera shake for each step. It comes in from
 # beyond the crops, whose margin of half the largest extent, rounded up to a multiple of 8, is cut off.
-_C.MODEL.KERNEL = ""
-_C.MODEL.KERNEL_EXTENT = [5, 25]  # motion: smallest and largest extent, pixels
-_C.MODEL.NOISE = 0.0  # blur: sigma of Gaussian noise on what is blurred while training, on the scale 0 to 255
-_C.MODEL.GREY = False  # blur: train on the luminance, for grey images
-_C.MODEL.WEIGHTS = ""  # to start from: a checkpoint (ours or the authors'), or the name of one; empty: from scratch
+_key("MODEL.KERNEL", "")
+_key("MODEL.KERNEL_EXTENT", [5, 25], (1, 200))  # motion: smallest and largest extent, pixels
+_key("MODEL.NOISE", 0.0, (0, 255))  # blur: sigma of Gaussian noise added to blurred training images (0 to 255)
+_key("MODEL.GREY", False)  # blur: train on the luminance, for grey images
+_key("MODEL.WEIGHTS", "")  # to start from: a checkpoint (ours or the authors'), or the name of one; empty: from scratch
 
-_C.OPTIM = CN()
-_C.OPTIM.BATCH_SIZE = 16  # total over all processes and accumulation steps
-_C.OPTIM.NUM_EPOCHS = 3000
-_C.OPTIM.LR_INITIAL = 1e-4
-_C.OPTIM.LR_MIN = 1e-6  # where the cosine ends: one epoch after the last
-_C.OPTIM.WARMUP_EPOCHS = 3  # in epoch e of them the rate is LR_INITIAL * e / WARMUP_EPOCHS
-_C.OPTIM.SCHEDULE = "cosine"  # after the warm-up: cosine, constant, or step
-_C.OPTIM.COSINE_EXTRA_EPOCHS = 0  # lengthens the cosine (the original's denoising: 40; -1: LR_MIN in the last epoch)
-_C.OPTIM.LR_MILESTONES = []  # step: epochs after which the rate is multiplied by LR_DECAY
-_C.OPTIM.LR_DECAY = 0.5
-_C.OPTIM.WEIGHT_DECAY = 0.0  # Adam's (L2)
-_C.OPTIM.ACCUMULATE = 1  # split each batch into this many forward/backward passes
-_C.OPTIM.CLIP_NORM = 0.0  # largest norm of the gradient; 0: no clipping
-_C.OPTIM.EMA_DECAY = 0.0  # e.g. 0.999: validate and test an exponential moving average of the weights; 0: off
-_C.OPTIM.MAX_BAD_STEPS = 50  # steps in a row with a non-finite loss or gradient before the run gives up
+_key("OPTIM.BATCH_SIZE", 16, (1, 2**16))  # total over all processes and accumulation steps
+_key("OPTIM.NUM_EPOCHS", 3000, (1, _EPOCHS))
+_key("OPTIM.LR_INITIAL", 1e-4, (1e-12, 1))
+_key("OPTIM.LR_MIN", 1e-6, (0, 1))  # where the cosine ends: one epoch after the last
+_key("OPTIM.WARMUP_EPOCHS", 3, (0, _EPOCHS))  # in epoch e of them the lr is LR_INITIAL * e / WARMUP_EPOCHS
+_key("OPTIM.SCHEDULE", "cosine", ["cosine", "constant", "step"])  # after the warm-up
+_key("OPTIM.COSINE_EXTRA_EPOCHS", 0, (-1, _EPOCHS))  # cosine: longer by so many (denoising: 40; -1: LR_MIN in the last)
+_key("OPTIM.LR_MILESTONES", [], (1, _EPOCHS))  # step: epochs after which the lr is multiplied by LR_DECAY
+_key("OPTIM.LR_DECAY", 0.5, (1e-6, 1))
+_key("OPTIM.WEIGHT_DECAY", 0.0, (0, 1))  # Adam's (L2)
+_key("OPTIM.ACCUMULATE", 1, (1, 2**16))  # split each batch into this many forward/backward passes
+_key("OPTIM.CLIP_NORM", 0.0, (0, 10**6))  # largest norm of the gradient; 0: no clipping
+_key("OPTIM.EMA_DECAY", 0.0, (0, 0.999999))  # e.g. 0.999: validate and test a moving average of the weights; 0: off
+_key("OPTIM.MAX_BAD_STEPS", 50, (1, 10**6))  # steps in a row with a non-finite loss or gradient before the run gives up
 # So many of them before the run goes back to its averaged weights, or without EMA to those of the last validation or
-# epoch, with Adam's moments cleared and a lower rate; 0, or not below MAX_BAD_STEPS: never.
-_C.OPTIM.ROLLBACK_AFTER_BAD_STEPS = 10
-_C.OPTIM.ROLLBACK_LR_FACTOR = 0.5  # by which a rollback multiplies all rates from then on
-_C.OPTIM.MAX_ROLLBACKS = 5  # in a run; after them MAX_BAD_STEPS ends it
+# epoch, with Adam's moments cleared and a lower learning rate; 0, or not below MAX_BAD_STEPS: never.
+_key("OPTIM.ROLLBACK_AFTER_BAD_STEPS", 10, (0, 10**6))
+_key("OPTIM.ROLLBACK_LR_FACTOR", 0.5, (1e-6, 1))  # by which a rollback multiplies the lr from then on
+_key("OPTIM.MAX_ROLLBACKS", 5, (0, 1000))  # in a run; after them MAX_BAD_STEPS ends it
 
-_C.LOSS = CN()  # summed over all stages; the weights of its parts, by default those of the tasks but one
-_C.LOSS.CHARBONNIER = 1.0
-_C.LOSS.EDGE = 0.0
-_C.LOSS.MSE = 0.0
-_C.LOSS.CLAMP = False  # no weight: clamp the estimates to [0, 1] first
+# Weights of the losses, which are summed over all stages.
+_key("LOSS.CHARBONNIER", 1.0, (0, 10**6))
+_key("LOSS.EDGE", 0.0, (0, 10**6))
+_key("LOSS.MSE", 0.0, (0, 10**6))
+_key("LOSS.CLAMP", False)  # clamp the estimates to [0, 1] first
 
-_C.TRAINING = CN()
-_C.TRAINING.TRAIN_DIR = ""  # folder with input/ and target/
-_C.TRAINING.EXCLUDE = ""  # text file: names, one to a line, of images to leave out, such as those of a test set
-_C.TRAINING.VAL_DIR = ""  # the same for validation; empty: VAL_HOLD_BACK of TRAIN_DIR
-_C.TRAINING.VAL_HOLD_BACK = 32  # without VAL_DIR: the last by name, so many or a tenth, are only validated with
-_C.TRAINING.SAVE_DIR = "checkpoints"
+_key("TRAINING.TRAIN_DIR", "")  # folder with input/ and target/
+_key("TRAINING.EXCLUDE", "")  # text file: names, one to a line, of images to leave out, such as those of a test set
+_key("TRAINING.VAL_DIR", "")  # the same for validation; empty: VAL_HOLD_BACK of TRAIN_DIR
+_key("TRAINING.VAL_HOLD_BACK", 32, (0, 10**6))  # images held out without VAL_DIR: the last by name, at most a tenth
+_key("TRAINING.SAVE_DIR", "checkpoints")
 # True: continue SAVE_DIR/SESSION where it stopped; auto: where there is none yet, begin it
-_C.TRAINING.RESUME = False
-_C.TRAINING.TRAIN_PS = 256  # side of the random training crops, pixels
-_C.TRAINING.VAL_PS = 256  # side of the central validation crops; 0: whole images. Compressive sensing: of the blocks
-# that the central 256x256 pixels are cut into
-_C.TRAINING.REPEAT = 1  # how often an image counts in an epoch (each time with another crop)
-_C.TRAINING.VAL_AFTER_EVERY = 1  # epochs
-_C.TRAINING.VAL_TIMES = 1  # validations in such an epoch, evenly spaced
-_C.TRAINING.VAL_EPOCHS = []  # if given, validate in these epochs (and from VAL_FROM_EPOCH on) only
-_C.TRAINING.VAL_FROM_EPOCH = 0
-_C.TRAINING.SAVE_EACH_VALIDATION = True  # keep the weights of every validation as model_epoch_N.pth
-_C.TRAINING.SAVE_MINUTES = 15.0  # model_latest.pth is also written this often within an epoch
-_C.TRAINING.WORKERS = 4  # data loading processes of each training process
+_key("TRAINING.RESUME", False, [False, True, "auto"])
+_key("TRAINING.TRAIN_PS", 256, (MULTIPLE, 4096))  # side of the random training crops, pixels
+# Side of the central validation crops; 0: whole images. Compressive sensing: of the blocks that the central 256x256
+# pixels are cut into.
+_key("TRAINING.VAL_PS", 256, (0, 2**16))
+_key("TRAINING.REPEAT", 1, (1, 10**4))  # how often an image counts in an epoch (each time with another crop)
+_key("TRAINING.VAL_AFTER_EVERY", 1, (1, _EPOCHS))  # epochs
+_key("TRAINING.VAL_TIMES", 1, (1, 1000))  # validations in such an epoch, evenly spaced
+_key("TRAINING.VAL_EPOCHS", [], (1, _EPOCHS))  # if given, validate in these epochs (and from VAL_FROM_EPOCH on) only
+_key("TRAINING.VAL_FROM_EPOCH", 0, (0, _EPOCHS))
+_key("TRAINING.SAVE_EACH_VALIDATION", True)  # keep the weights of every validation as model_epoch_N.pth
+_key("TRAINING.SAVE_MINUTES", 15.0, (0, 10**6))  # model_latest.pth is also written this often within an epoch
+_key("TRAINING.WORKERS", 4, (0, 256))  # data loading processes of each training process
 
-_C.SYNTHESIS = CN()
 # Degrade clean images while training, by a function of dgunet/synthesis.py: gaussian_noise, found_noise, sensor_noise,
 # bayer_noise, grain, photo_noise, rain_streaks, added_rain, motion_blur. TRAIN_DIR is then a folder of clean images.
 # Empty: train on pairs.
-_C.SYNTHESIS.NAME = ""
-_C.SYNTHESIS.OPTIONS = CN()  # its arguments that differ from their defaults, e.g. {sigma: [0, 50]}
+_key("SYNTHESIS.NAME", "")
+_key("SYNTHESIS.OPTIONS", CN())  # its arguments that differ from their defaults, e.g. {sigma: [0, 50]}
 
-_C.AUGMENT = CN()
-_C.AUGMENT.FLIP = True  # random flips and rotations by 90 degrees (compressive sensing: flips and transposition)
-_C.AUGMENT.SATURATION = 0.0  # s: a third of the pairs gets its saturation scaled by U(1 - s, 1 + s); 0: off
-_C.AUGMENT.MIXUP = 0.0  # alpha of the Beta distribution that mixes two pairs (denoising: 0.6); 0: off
-_C.AUGMENT.MIXUP_FROM_EPOCH = 6
+_key("AUGMENT.FLIP", True)  # random flips and rotations by 90 degrees (compressive sensing: flips and transposition)
+_key("AUGMENT.SATURATION", 0.0, (0, 1))  # s: a third of the pairs gets its saturation scaled by U(1 - s, 1 + s); 0: off
+_key("AUGMENT.MIXUP", 0.0, (0, 100))  # alpha of the Beta distribution that mixes two pairs (denoising: 0.6); 0: off
+_key("AUGMENT.MIXUP_FROM_EPOCH", 6, (0, _EPOCHS))
 
-_C.SPEED = CN()
-_C.SPEED.AMP = "auto"  # bf16, fp32, or auto: bf16 where the hardware computes it
-_C.SPEED.CHANNELS_LAST = "auto"  # memory format: True, False (NCHW), or auto: whichever trains faster on the hardware
-_C.SPEED.COMPILE = False  # torch.compile: faster after a minute or more of compiling
-_C.SPEED.COMPILE_MODE = "default"  # its mode; reduce-overhead runs CUDA graphs, which helps small networks and crops
-_C.SPEED.CHECKPOINTING = False  # recompute each stage in the backward pass: much less memory, a third more time
+_key("SPEED.AMP", "auto", ["auto", "bf16", "fp32"])  # bf16, fp32, or auto: bf16 where the hardware computes it
+_key("SPEED.CHANNELS_LAST", "auto", ["auto", True, False])  # memory format, False: NCHW; auto: the faster one
+_key("SPEED.COMPILE", False)  # torch.compile: faster after a minute or more of compiling
+# Its mode; reduce-overhead runs CUDA graphs, which helps small networks and crops.
+_key("SPEED.COMPILE_MODE", "default", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+_key("SPEED.CHECKPOINTING", False)  # recompute each stage in the backward pass: much less memory, a third more time
 
-
-# Keys, or how they begin, that are not every task's: its train.py says which it uses.
-_NOT_EVERYWHERE = (
-    "MODEL.RATIO", "MODEL.BLOCK", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY",
-    "SYNTHESIS", "AUGMENT.SATURATION", "AUGMENT.MIXUP",
-)  # fmt: skip
-
-# What `load_config` accepts: (lowest, highest), both included, of a list for each of its numbers; or [the choices].
-_EPOCHS = 10**6
-_RANGES = {
+# Arguments of DGUNet and of the syntheses, where MODEL.OVERRIDES and SYNTHESIS.OPTIONS give them.
+_RANGES |= {
     **{f"MODEL.OVERRIDES.{k}": v for k, v in ARGUMENTS.items() if k != "channels" and v != [True, False]},
-    "SEED": (0, 2**32 - 1),
-    "DEVICE": ["auto", "cuda", "cpu"],
-    "GPU": (0, 1023),
-    "PROCESSES": (0, 256),
     "MODEL.OVERRIDES.rho": (0, 10),
-    "MODEL.RATIO": (0.001, 1),
-    "MODEL.BLOCK": (MULTIPLE, 128),
-    "MODEL.KERNEL_EXTENT": (1, 200),
-    "MODEL.NOISE": (0, 255),
-    "OPTIM.BATCH_SIZE": (1, 2**16),
-    "OPTIM.NUM_EPOCHS": (1, _EPOCHS),
-    "OPTIM.LR_INITIAL": (1e-12, 1),
-    "OPTIM.LR_MIN": (0, 1),
-    "OPTIM.WARMUP_EPOCHS": (0, _EPOCHS),
-    "OPTIM.SCHEDULE": ["cosine", "constant", "step"],
-    "OPTIM.COSINE_EXTRA_EPOCHS": (-1, _EPOCHS),
-    "OPTIM.LR_MILESTONES": (1, _EPOCHS),
-    "OPTIM.LR_DECAY": (1e-6, 1),
-    "OPTIM.WEIGHT_DECAY": (0, 1),
-    "OPTIM.ACCUMULATE": (1, 2**16),
-    "OPTIM.CLIP_NORM": (0, 10**6),
-    "OPTIM.EMA_DECAY": (0, 0.999999),
-    "OPTIM.MAX_BAD_STEPS": (1, 10**6),
-    "OPTIM.ROLLBACK_AFTER_BAD_STEPS": (0, 10**6),
-    "OPTIM.ROLLBACK_LR_FACTOR": (1e-6, 1),
-    "OPTIM.MAX_ROLLBACKS": (0, 1000),
-    **{f"LOSS.{name}": (0, 10**6) for name, weight in _C.LOSS.items() if isinstance(weight, float)},
-    "TRAINING.VAL_HOLD_BACK": (0, 10**6),
-    "TRAINING.RESUME": [False, True, "auto"],
-    "TRAINING.TRAIN_PS": (MULTIPLE, 4096),
-    "TRAINING.VAL_PS": (0, 2**16),
-    "TRAINING.REPEAT": (1, 10**4),
-    "TRAINING.VAL_AFTER_EVERY": (1, _EPOCHS),
-    "TRAINING.VAL_TIMES": (1, 1000),
-    "TRAINING.VAL_EPOCHS": (1, _EPOCHS),
-    "TRAINING.VAL_FROM_EPOCH": (0, _EPOCHS),
-    "TRAINING.SAVE_MINUTES": (0, 10**6),
-    "TRAINING.WORKERS": (0, 256),
     "SYNTHESIS.OPTIONS.sigma": (0, 255),
     "SYNTHESIS.OPTIONS.shot": (1e-9, 1),
     "SYNTHESIS.OPTIONS.read": (1e-9, 1),
@@ -176,13 +141,13 @@ _RANGES = {
     "SYNTHESIS.OPTIONS.width": (0.1, 20),
     "SYNTHESIS.OPTIONS.brightness": (0, 1),
     "SYNTHESIS.OPTIONS.extent": (0, 100),
-    "AUGMENT.SATURATION": (0, 1),
-    "AUGMENT.MIXUP": (0, 100),
-    "AUGMENT.MIXUP_FROM_EPOCH": (0, _EPOCHS),
-    "SPEED.AMP": ["auto", "bf16", "fp32"],
-    "SPEED.CHANNELS_LAST": ["auto", True, False],
-    "SPEED.COMPILE_MODE": ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
 }
+
+# Keys, or how they begin, that are not every task's: its train.py says which it uses.
+_NOT_EVERYWHERE = (
+    "MODEL.RATIO", "MODEL.BLOCK", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY",
+    "SYNTHESIS", "AUGMENT.SATURATION", "AUGMENT.MIXUP",
+)  # fmt: skip
 
 
 def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
@@ -209,7 +174,7 @@ def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
             value = yaml.load(text, _Loader)
         except (yaml.YAMLError, ValueError, RecursionError):
             value = text
-        if isinstance(_declared(key), str) and isinstance(value, int | float | datetime.date) and not _is(bool, value):
+        if isinstance(_declared(key), str) and type(value) in (int, float, datetime.date, datetime.datetime):
             value = text  # 007 and 2026-01-05 may well be names of runs
         _assign(cfg, key, value, source="command line")
     if cfg.OPTIM.SCHEDULE == "cosine" and cfg.OPTIM.LR_MIN > cfg.OPTIM.LR_INITIAL:
@@ -219,7 +184,7 @@ def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without what a config has no use for: a key given twice (the last would win) and aliases (endless ones)."""
+    """YAML that refuses a key given twice (the last would win) and aliases (which may never end)."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -255,10 +220,9 @@ def _read_yaml(path: str | Path) -> dict:
 
 
 def changed_keys(cfg: CN, other: CN) -> list[str]:
-    """Dotted names of the keys in which two configs differ; what one of them does not know has its default there."""
-    mine, theirs, known = (dict(_flatten(config)) for config in (cfg, other, _C))
-    default = known.get
-    return [key for key in mine | theirs if mine.get(key, default(key)) != theirs.get(key, default(key))]
+    """Dotted names of the keys in which two configs differ; a key that one of them lacks has its default there."""
+    one, two, default = (dict(_flatten(config)) for config in (cfg, other, _C))
+    return [key for key in one | two if one.get(key, default.get(key)) != two.get(key, default.get(key))]
 
 
 def format_config(cfg: CN) -> str:
@@ -294,8 +258,8 @@ def parse_args(task: str, description: str, uses: tuple[str, ...]) -> tuple[CN, 
     cfg = load_config(args.config, args.options)
     for key in changed_keys(cfg, _C):
         if key.startswith(_NOT_EVERYWHERE) and not key.startswith(uses):
-            told = " and ".join(uses)
-            raise UserError(f"{key} does nothing in {task.replace('_', ' ')}, which uses {told}; leave it out")
+            known = " and ".join(uses)
+            raise UserError(f"{key} does nothing in {task.replace('_', ' ')}, which uses {known}; leave it out")
     return cfg, args
 
 
@@ -368,38 +332,35 @@ def _coerce(default, value, key: str, source: str):
     """Bring a value to the type of the key's default, where nothing is lost by it."""
     if key == "MODEL.RATIO" and not isinstance(value, int | float | str):
         default = ()  # or a range
-    if (_is(bool, default) or default == "auto") and _is(bool, value):  # a switch, or one that may be left to us
-        return value
-    if _is(bool, default) and key in _RANGES and isinstance(value, str | None):  # one that has more than two positions
-        return value or ""
-    if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
+    kind, given = type(default), type(value)  # isinstance would take True for an int
+    if given is bool:
+        if kind is bool or default == "auto":  # a switch, or one that may be left to us
+            return value
+    elif kind is bool:
+        if key in _RANGES and isinstance(value, str | None):  # a switch of more than two positions
+            return value or ""
+    elif kind is float and isinstance(value, int | float | str):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)  # YAML takes 1e-4, without a dot, for text
-        except (ValueError, OverflowError):
-            pass
-    if _is(int, default) and isinstance(value, float) and value.is_integer():
+    elif kind is int and (given is int or (given is float and value.is_integer())):
         return int(value)
-    if _is(int, default) and _is(int, value):
-        return value
-    if isinstance(default, str) and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(default, str) and value is None:
-        return ""
-    if isinstance(default, list) and _is(list, value) and all(_is(int, number) for number in value):
-        return value
-    if isinstance(default, list) and _is(int, value):
-        return [value]
-    if isinstance(default, tuple):
-        ends = value if _is(list, value) and len(value) == 2 else [value, value]
+    elif kind is str and isinstance(value, str | int | float | None):
+        return "" if value is None else str(value)
+    elif kind is list:
+        numbers = value if given is list else [value]
+        if all(type(number) is int for number in numbers):
+            return numbers
+    elif kind is tuple:
+        ends = value if given is list and len(value) == 2 else [value, value]
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            lowest, highest = (float(end) for end in ends if not _is(bool, end))
+            lowest, highest = (float(end) for end in ends if type(end) is not bool)
             if not lowest > highest:
                 return [lowest, highest]
-    kind = {
-        "str": "text", "int": "a whole number", "float": "a number", "bool": "True or False",
-        "list": "a list of whole numbers", "tuple": "a number or a range, [LOWEST, HIGHEST]",
+    expected = {
+        str: "text", int: "a whole number", float: "a number", bool: "True or False",
+        list: "a list of whole numbers", tuple: "a number or a range, [LOWEST, HIGHEST]",
     }  # fmt: skip
-    raise UserError(f"{source}: {key} must be {kind[type(default).__name__]}, got {_short(value)}")
+    raise UserError(f"{source}: {key} must be {expected[kind]}, got {_short(value)}")
 
 
 def _check_range(key: str, value, source: str):
@@ -430,12 +391,8 @@ def _check_range(key: str, value, source: str):
             )
 
 
-def _is(kind: type, value) -> bool:
-    return type(value) is kind  # isinstance would take True for an int
-
-
 def _shorten(text: str, length: int = 100) -> str:
-    """A text of somebody else's on one line."""
+    """A user's text on one line."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 3] + "..."
 

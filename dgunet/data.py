@@ -11,19 +11,19 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from natsort import natsorted
 from torch import Tensor
 
-from dgunet.errors import UserError, lazy_import, one_line, shorten_list
+from dgunet.errors import UserError, one_line, shorten_list
 from dgunet.files import IMAGE_SUFFIXES, RAW_SUFFIXES, atomic_write, escaped, nfc, open_file
 from dgunet.photos import read_photo
 from dgunet.transforms import apply_orientation
-
-natsorted = lazy_import("natsort").natsorted
 
 PACK_FORMAT = "dgunet images 1"
 WRITABLE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # what `write_image` writes, with all colours
@@ -100,7 +100,8 @@ def open_luma(source: str | Path | Packed):
     image = open_image(source, grey=True)
     if len(image.shape) == 2:
         return image
-    cv2 = lazy_import("cv2")
+    import cv2
+
     return cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[:, :, 0]
 
 
@@ -128,7 +129,7 @@ def _header(file: BinaryIO, path: str | Path) -> _Header | None:
         if kind == "Tiff" and (Path(path).suffix.lower() in RAW_SUFFIXES or magic[8:] == b"CR"):  # Canon's
             return _Header((1, 1), "raw")
         # Not Image.open: that refuses photographs of 180 megapixels.
-        image = getattr(lazy_import(f"PIL.{kind}ImagePlugin"), f"{kind}ImageFile")(file)
+        image = getattr(import_module(f"PIL.{kind}ImagePlugin"), f"{kind}ImageFile")(file)
         if kind == "Tiff" and (50706 in image.tag_v2 or image.tag_v2.get(254, 0) & 1):  # a DNG; a preview
             return _Header((1, 1), "raw")
         if kind == "Tiff":  # whose orientation OpenCV heeds, and Pillow in this size or not, as its version may be
@@ -182,7 +183,9 @@ def _exif_at_the_end(file: BinaryIO) -> bytes | None:
 
 def _orientation(exif: bytes) -> int:
     """1 to 8; a damaged block says nothing."""
-    data = lazy_import("PIL.Image").Exif()
+    from PIL import Image
+
+    data = Image.Exif()
     try:
         data.load(exif)
         turn = data.get(0x0112, 1)
@@ -216,7 +219,8 @@ def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
 
 def _decode_png(path, encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     """The pixels that OpenCV and Pillow give, in a third of their time."""
-    decode = lazy_import("kornia_rs.io").decode_image_png_u8
+    from kornia_rs.io import decode_image_png_u8 as decode
+
     try:
         return decode(encoded, size, "rgb")
     except (KeyboardInterrupt, SystemExit):
@@ -230,7 +234,8 @@ def _damaged(path) -> str:
 
 
 def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
-    cv2 = lazy_import("cv2")
+    import cv2
+
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is told below
     try:
         # UNCHANGED shows what is in the file.
@@ -293,7 +298,8 @@ def write_image(path: str | Path, image: np.ndarray):
 
     The file appears when it is complete.
     """
-    cv2 = lazy_import("cv2")
+    import cv2
+
     path = Path(path)
     if path.suffix.lower() not in WRITABLE:
         raise UserError(f"{path}: give it an ending that says the format, such as {path.name}.png")
@@ -590,7 +596,8 @@ def _packed_file(file: Path):
     """The open file."""
     if file in _open_files:
         return _open_files[file]
-    h5py = lazy_import("h5py")
+    import h5py
+
     try:
         content = h5py.File(file)
         known = content.attrs.get("format") == PACK_FORMAT

@@ -22,7 +22,7 @@ from dgunet import photos
 from dgunet.checkpoint import load_model, read_checkpoint
 from dgunet.data import to_tensor
 from dgunet.degradations import BlockSampling, FirstRows, ScalableSampling, percentage
-from dgunet.errors import UserError, describe_error, lazy_import
+from dgunet.errors import UserError, describe_error
 from dgunet.figures import restore_stages
 from dgunet.hardware import autocast_dtype, pick_device
 from dgunet.metrics import evaluate_pair
@@ -132,7 +132,8 @@ def run(args: argparse.Namespace):
     with tempfile.TemporaryDirectory(prefix="dgunet_demo_", ignore_cleanup_errors=True) as folder:
         # Gradio reads these when it is imported; it looks for Matplotlib's backend, which otherwise lists all fonts.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "MPLBACKEND": "agg"}
-        gr = lazy_import("gradio")
+        import gradio as gr
+
         app = build(networks, device, round(1e6 * args.megapixels))
         app.queue(default_concurrency_limit=4, max_size=40)
         url = app.launch(
@@ -214,7 +215,9 @@ def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
         changed.append("laid on white")
     if (scale := (pixels / (height * width)) ** 0.5) < 1:
         before, after = image.shape[:2], [max(int(scale * side), 1) for side in image.shape[:2]]
-        image = lazy_import("cv2").resize(image, after[::-1], interpolation=lazy_import("cv2").INTER_AREA)
+        import cv2
+
+        image = cv2.resize(image, after[::-1], interpolation=cv2.INTER_AREA)
         changed.append(
             f"scaled from {before[1]}x{before[0]} to {after[1]}x{after[0]} pixels, so that it does not take long "
             "(the command line restores images of any size)"
@@ -225,7 +228,8 @@ def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
 @cache
 def examples() -> dict[str, np.ndarray]:
     """Photographs that come with scikit-image, none of which a shipped network has seen: (H, W, 3) uint8 by name."""
-    Image = lazy_import("PIL.Image")
+    from PIL import Image
+
     found = {}
     for split, names in EXAMPLES.items():
         for photo in sample_photos(split):
@@ -244,7 +248,9 @@ def degrade(task: str, image: np.ndarray, way: str | None, strength: float, seed
     """What the network is given of an image (H, W, 3) uint8, of the same shape; of compressive sensing its luminance
     (H, W), which is then measured."""
     if task == "compressive_sensing":
-        return np.asarray(lazy_import("PIL.Image").fromarray(image).convert("L"))
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(image).convert("L"))
     if way == AS_IT_IS:
         return image
     return degrade_image(image, TASKS[task].ways[way](strength), int(seed), "demo")
@@ -266,7 +272,8 @@ ABOUT = """## DGUNet restores images by proximal gradient descent, unrolled into
 
 def build(networks: list[Network], device: torch.device, pixels: int):
     """The page, a `gradio.Blocks`, for these networks; images of more than so many pixels are scaled down."""
-    gr = lazy_import("gradio")
+    import gradio as gr
+
     with gr.Blocks(title="DGUNet", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(ABOUT)
         for name, task in TASKS.items():
@@ -290,7 +297,8 @@ class _Tab:
         self.sensing = name == "compressive_sensing"
 
     def build(self):
-        gr = lazy_import("gradio")
+        import gradio as gr
+
         task, sensing, photos = self.task, self.sensing, examples()
         ways = [*task.ways, AS_IT_IS]
         network = "25 %" if "25 %" in self.networks else next(iter(self.networks))
@@ -376,7 +384,8 @@ class _Tab:
 
     def take(self, path, image):
         """The visitor's own image, or the former one with a sentence on why it cannot be used."""
-        gr = lazy_import("gradio")
+        import gradio as gr
+
         try:
             return *read_photo(path, self.pixels), gr.update(selected_index=None)
         except UserError as error:
@@ -384,7 +393,9 @@ class _Tab:
 
     def fitting(self, way, label):
         """Which sliders matter; and for the kind of noise the network that is for it, unless one's own is chosen."""
-        update, gaussian = lazy_import("gradio").update, way == "Gaussian noise"
+        import gradio
+
+        update, gaussian = gradio.update, way == "Gaussian noise"
         if self.name == "denoising" and way != AS_IT_IS and self.networks[label].told:
             for_this = (name for name, n in self.networks.items() if n.told and (n.noise_sigma is not None) == gaussian)
             label = label if (self.networks[label].noise_sigma is not None) == gaussian else next(for_this, label)
@@ -409,11 +420,13 @@ class _Tab:
             pair = image, given
             text = f"Left the original, right with {way}: **{psnr(*pair):.2f} dB**. "
             text += _noise_warning(network, given, strength if way == "Gaussian noise" else None)
-        update = lazy_import("gradio").update
+        from gradio import update
+
         return pair, f"{text} Press **Restore**.", update(visible=False), "", None
 
     def restore(self, image, way, strength, seed, label, percent, progress):
-        gr = lazy_import("gradio")
+        import gradio as gr
+
         try:
             given = degrade(self.name, image, way, strength, seed)
             model = load(self.networks[label], self.device)
@@ -438,7 +451,9 @@ class _Tab:
     def show(self, found, k):
         """One of the stages beside x_0."""
         if found is None:
-            return lazy_import("gradio").skip()
+            import gradio
+
+            return gradio.skip()
         k, last = int(k), len(found.stages) - 1
         before = "Aᵀy" if self.sensing else "degraded" if found.scores else "the image"
         score = [f", **{score:.2f} dB**" for score in found.scores] or [""] * (last + 1)

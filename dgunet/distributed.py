@@ -1,4 +1,4 @@
-"""One process for each GPU: starting them, joining them into a group, and what they have to agree on.
+"""One process for each GPU: starting them, joining them into a process group, synchronising them.
 
 Code above this module never branches on the number of processes: a lone process is a world of one.
 """
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  imported later, by DistributedDataParallel, it would keep the group for ever
+import torch.distributed.nn  # noqa: F401  imported later, by DistributedDataParallel, it would keep the group alive
 from torch import Tensor
 
-from dgunet.errors import UserError, friendly_errors, lazy_import, run_cli
+from dgunet.errors import UserError, friendly_errors, run_cli
 from dgunet.hardware import training_device
 
 
@@ -30,8 +30,8 @@ def launch(function: Callable, cfg, *args):
     """Call ``function(cfg, *args)`` in as many processes as the config asks for, each joined to the group.
 
     Under torchrun the processes are there already. Otherwise one process is started for each GPU (or, on the CPU,
-    PROCESSES of them); a single one runs here. SIGTERM and Ctrl-C reach all of them. When one fails, it says why, and
-    all end with its exit status.
+    PROCESSES of them); a single one runs here. SIGTERM and Ctrl-C reach all of them. When one fails, it reports why,
+    and all end with its exit status.
     """
     processes = _count(cfg)
     if os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}:
@@ -53,7 +53,7 @@ def launch(function: Callable, cfg, *args):
 
     def forward_signal(received, _):
         for process in context.processes:
-            if process.is_alive():  # the others have no number any more
+            if process.is_alive():  # the others have no process id any more
                 os.kill(process.pid, received)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -125,10 +125,10 @@ def _run(function: Callable, cfg, args, group: bool):
 
 @contextlib.contextmanager
 def _terminate_together():
-    """Around what the processes of a group do: the first to fail says why, and all end at once with its exit status.
+    """Around the work of a group's processes: the first to fail reports why, and all end at once with its exit status.
 
-    The others might wait for it in NCCL, deaf to signals. So each has a thread that looks for a failure in the group's
-    store every half second.
+    The others might wait for it in NCCL, where they handle no signals. So each has a thread that looks for a failure in
+    the group's store every half second.
     """
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     store = dist.PrefixStore(f"failure of attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -168,7 +168,7 @@ def _terminate_together():
 
 
 def _report(error: BaseException) -> int:
-    """Say on stderr what happened, as the command would; returns the exit status."""
+    """Report an error on stderr as the command would; returns the exit status."""
 
     def fail():
         raise error
@@ -188,15 +188,16 @@ def lock_dir(folder: Path, what: str, advice: str = "", wait: bool = False):
 
     Args:
         folder: its ``.lock`` is the file that is locked, and stays.
-        what: what two must not do at once, e.g. ``"training"``.
-        advice: what else to do.
-        wait: for the other to let go.
+        what: what two processes must not do at once, e.g. ``"training"``.
+        advice: what the user can do, for the message.
+        wait: wait for another process to release the lock.
 
     Raises:
         UserError: another process holds the lock.
     """
-    filelock = lazy_import("filelock")
-    # Not a lock that is a file's existence: that would outlive a killed process.
+    import filelock
+
+    # Not a soft lock, which is a file's existence: that would outlive a killed process.
     lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
     try:
         lock.acquire(blocking=wait)
@@ -210,6 +211,45 @@ def lock_dir(folder: Path, what: str, advice: str = "", wait: bool = False):
         yield
     finally:
         lock.release()
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C, noted within ``with`` for a loop to stop at a good moment, in all processes at once.
+
+    A second signal, some seconds after the first, ends the process where it is.
+    """
+
+    seconds = 5  # one that comes sooner is an echo of the first
+
+    def __init__(self):
+        self.received = 0  # the number of the signal that reached this process
+        self.agreed = 0  # the one that all processes stop for
+        self._time = 0.0
+
+    def __enter__(self):
+        self.received = self.agreed = 0
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        if not self.received:
+            self.received, self._time = number, time.monotonic()
+        elif time.monotonic() - self._time > self.seconds:
+            if dist.is_initialized():
+                os._exit(128 + number)  # nothing that would wait for the others
+            sys.exit(128 + number)
+
+    def sync(self, device: torch.device, seconds: float = 0.0) -> float:
+        """Agree with all processes, of which a signal may have reached only some; returns the longest ``seconds``."""
+        agreed = torch.tensor([self.received, seconds], dtype=torch.float64, device=device)
+        if dist.is_initialized():
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        self.agreed = int(agreed[0])
+        return agreed[1].item()
 
 
 def rank() -> int:

@@ -1,7 +1,6 @@
-"""Mistakes a user can mend, told in one line."""
+"""Errors that a user can mend, reported in one line."""
 
 import errno
-import importlib
 import os
 import re
 import select
@@ -10,11 +9,11 @@ import sys
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What `import dgunet` does without: module to the extra of pyproject.toml that installs it; "" is no extra.
+# Modules of other packages, and the extra of pyproject.toml that installs each; "" is no extra. They are imported where
+# they are needed, so that `import dgunet` does without; `describe_error` says what to install where one is missing.
 EXTRAS = {
     **dict.fromkeys(("PIL", "cv2", "psutil", "safetensors", "tqdm"), ""),
     **dict.fromkeys(("filelock", "h5py", "kornia_rs", "matplotlib", "natsort", "scipy", "skimage"), "train"),
@@ -41,7 +40,7 @@ _ADVICE = {
 
 
 class UserError(ValueError):
-    """A mistake of the user's: its message is one line saying what is wrong and what to do."""
+    """An error of the user's: its message is one line that says what is wrong and what to do."""
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
@@ -53,7 +52,7 @@ def one_line(text: str) -> str:
 
 
 def _os_error_text(message: str) -> str:
-    """What an error says; a loading process hands its own on with the traceback, which ends with that, before it."""
+    """The text of an error; that of a data loading process comes after its traceback, of which it is the last line."""
     if "\nOriginal Traceback" not in message:
         return message
     return re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
@@ -65,26 +64,11 @@ def shorten_list(names: list[str], most: int = 6) -> str:
     return ", ".join(f"{name:.100}" for name in names[:most]) + more
 
 
-def lazy_import(module: str) -> ModuleType:
-    """A module that only some functions need.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; the message says what to install.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        told = describe_error(error)
-        if told is None:
-            raise
-        raise ModuleNotFoundError(told, name=error.name) from None
-
-
 def describe_error(error: BaseException) -> str | None:
     """One line on what is wrong with the user's machine, and what to do; None if that is not what ``error`` shows.
 
-    Told are full disks, files that may not be written, missing packages, too little memory, ended loading processes;
-    also those that a loading process met, which arrive with its traceback as their message.
+    That is so for full disks, files that may not be written, missing packages, too little memory, ended data loading
+    processes; also if they come from such a process, with its traceback as their message.
     """
     text = _os_error_text(str(error)).strip()
     if isinstance(error, UserError):
@@ -117,28 +101,27 @@ def describe_error(error: BaseException) -> str | None:
 
 @contextmanager
 def friendly_errors():
-    """Inside, what `explain` can tell becomes a `UserError`; names that are not UTF-8 can be printed."""
+    """Within it, what `describe_error` describes becomes a `UserError`; names that are not UTF-8 can be printed."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what they say of damaged images is told in other words
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # on damaged images, for which there are errors of our own
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        told = describe_error(error)
-        if told is None:
+        if (message := describe_error(error)) is None:
             raise
-        raise UserError(told) from error
+        raise UserError(message) from error
 
 
 @contextmanager
 def command_imports(module: str):
-    """Around the imports of a file that is a command: where a package is missing, the command says so and exits with 2.
+    """Around the imports of a script: where a package is missing, it reports that and exits with status 2.
 
     Args:
-        module: the file's ``__name__``. Imported by another file, it is no command, and the exception goes on to that.
+        module: the script's ``__name__``; where another module imports it, nothing is changed.
     """
     if module != "__main__":
         yield
@@ -147,18 +130,17 @@ def command_imports(module: str):
     try:
         yield
     except ModuleNotFoundError as error:
-        told = describe_error(error)
-        if told is None:
+        if (message := describe_error(error)) is None:
             raise
-        _print_error(f"error: {told}")
+        _print_error(f"error: {message}")
         sys.exit(2)
 
 
 def run_cli(main):
     """Run ``main()`` as a command and exit with what it returns.
 
-    A ``UserError`` becomes one line on stderr and exit status 2. Where the reader of stdout has left, as in
-    ``command | head -1``, the command ends quietly, with the status of a process that SIGPIPE ends.
+    A ``UserError`` becomes one line on stderr and exit status 2. Where the reader of stdout is gone, as in
+    ``command | head -1``, the command ends silently, with the status of a process that SIGPIPE ends.
     """
     _open_closed_streams()
     try:
@@ -167,7 +149,7 @@ def run_cli(main):
                 status = main()
             except SystemExit as stop:  # argparse's --help prints, too
                 status = stop.code
-            sys.stdout.flush()  # a reader that has left, or a full disk, shows here and not while the interpreter ends
+            sys.stdout.flush()  # a closed pipe or a full disk shows here, not while the interpreter exits
     except UserError as error:
         if isinstance(error.__cause__, BrokenPipeError) and _is_broken_pipe(sys.stdout):
             status = 128 + 13  # SIGPIPE

@@ -25,19 +25,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from natsort import natsorted
 
 from dgunet.data import Pair, find_pairs, images_by_name, read_image, write_image
 from dgunet.degradations import KINDS
 from dgunet.distributed import lock_dir
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 from dgunet.files import IMAGE_SUFFIXES, atomic_write, nfc
 from dgunet.inference import automatic_tile, check_tiles, restore, temporarily_set
 from dgunet.local import check_windows
 from dgunet.metrics import AlignmentError, Metric, evaluate_pair, find_protocol, mean_psnr
 from dgunet.progress import progress_bar
 from dgunet.transforms import to_uint8, unit_range
-
-natsorted = lazy_import("natsort").natsorted
 
 TEXT = dict(newline="", encoding="utf-8", errors="surrogateescape")  # of a table: names need not be UTF-8
 

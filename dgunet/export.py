@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dgunet.checkpoint import load_model
 from dgunet.degradations import KINDS, BlockSampling, ScalableSampling
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 from dgunet.files import atomic_write
 from dgunet.model import VARIANTS, DGUNet
 from dgunet.pretrained import list_pretrained
@@ -216,7 +216,10 @@ def _check_network(model: DGUNet, format: str):
             "sizes that export does not know; torch.export.export(model, (y,), dynamic_shapes=...) takes them"
         )
     if format == "onnx":
-        lazy_import("onnx"), lazy_import("onnxruntime"), lazy_import("onnxscript")
+        import onnx  # noqa: F401  now and not after the network was traced
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+
         if 4 * sum(tensor.numel() for tensor in model.state_dict().values()) > 1.9 * 2**30:
             raise UserError("an ONNX file holds at most 2 GiB, this network has more; export it as .pt2")
 
@@ -253,7 +256,8 @@ def _trace(network: _Estimates) -> torch.export.ExportedProgram:
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, network: _Estimates, metadata: dict[str, str]):
-    onnx = lazy_import("onnx")
+    import onnx
+
     file = torch.onnx.export(
         program, input_names=["y"], output_names=network.names, dynamo=True, verbose=False
     ).model_proto
@@ -274,7 +278,9 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, network: _Est
 
 
 def _read_onnx(path: Path):
-    session = lazy_import("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda y: [torch.from_numpy(x) for x in session.run(None, {"y": y.numpy()})]
 
 

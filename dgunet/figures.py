@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dgunet.degradations import BlockSampling
-from dgunet.errors import lazy_import, one_line
+from dgunet.errors import one_line
 from dgunet.files import atomic_write
 from dgunet.inference import blend_tiles, tile_grid
 from dgunet.inside import after_each_stage
@@ -107,8 +107,9 @@ def draw_stages(
         title: see `set_title`.
         comment: stored in the file, see `photos.read_comment`.
     """
-    Figure = lazy_import("matplotlib.figure").Figure
-    Rectangle = lazy_import("matplotlib.patches").Rectangle
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     columns = -(-(len(tiles) + 1) // 2)
     figure = Figure(figsize=(2.3 * columns, 5.6), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
@@ -125,7 +126,9 @@ def draw_stages(
     for axis in axes:
         axis.set_axis_off()
     encoded = io.BytesIO()
-    canvas = lazy_import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
     canvas.print_png(encoded, metadata={"Comment": comment} if comment else None)
     with atomic_write(out) as temporary:
         temporary.write_bytes(encoded.getbuffer())
@@ -145,7 +148,7 @@ def set_title(figure, text: str):
 
 def drawable(text: str) -> tuple[str, list[str]]:
     """A text that Matplotlib can draw, in a line, and the font families to draw it with."""
-    manager = lazy_import("matplotlib.font_manager")
+    import matplotlib.font_manager as manager
 
     def missing_glyphs(characters: set[str], path: str) -> set[str]:
         font = manager.get_font(path)

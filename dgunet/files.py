@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 
 RAW_SUFFIXES = frozenset(
     ".dng .cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .raf .orf .rw2 .rwl .pef .srw .x3f .3fr .iiq .erf .kdc .mrw".split()
@@ -81,7 +81,8 @@ def _remove_leftovers(path: Path, mine: Path):
     Those of writers at work, perhaps on another machine that shares the disk, stay: of this machine's files the process
     is gone, any other must be a day older than ``mine`` (by the disk's clock; those of the machines may differ).
     """
-    pid_exists = lazy_import("psutil").pid_exists
+    from psutil import pid_exists
+
     start = f".{_label(path.name)}."
     here = f"{start}{platform.node()}."
     for name in _temporaries(path.parent.absolute()):

@@ -1,7 +1,6 @@
-"""What depends on the hardware: devices, precision, memory format, and how the CPU's memory is had."""
+"""What depends on the hardware: devices, precision, memory format, and the CPU's memory."""
 
 import contextlib
-import ctypes
 import os
 import re
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
@@ -33,7 +32,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def training_device(cfg) -> torch.device:
-    """The device of this one of a training's processes: its own GPU of those that the config lists, or the CPU.
+    """The device of this training process: its own GPU of those that the config lists, or the CPU.
 
     Raises:
         UserError: the config asks for GPUs, and PyTorch sees none.
@@ -54,7 +53,7 @@ def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     if choice == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # PyTorch has no public question for this
+        else:  # PyTorch has no public function for this
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
             fast = fast and _has_avx512()  # which ATEN_CPU_CAPABILITY may have taken away
         choice = "bf16" if fast else "fp32"
@@ -76,35 +75,17 @@ def _has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def keep_freed_memory():
-    """Let glibc keep what a training step on the CPU frees: the next one needs it again.
-
-    Given back to the system it would return page by page, each of them cleared first.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # glibc, with the numbers of its malloc.h
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
-        mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
-
-
-def use_huge_pages():
-    """Have Linux make the memory for large feature maps on the CPU 2 MiB at a time, not 4 KiB.
-
-    At 1280x720 every map is new memory. To be called before the first tensor is made, when PyTorch reads the variable.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def available_memory(process: Path = Path("/proc/self")) -> int:
     """How many bytes of the CPU's memory this process may still take.
 
-    The least of what the machine has, and of what is left to the control groups that the process is in (containers,
-    systemd, SLURM), to a SLURM job that is not held in one, and to the process itself (``ulimit -v``, ``ulimit -d``).
+    The least of what the machine has free and what is left of the limits of the process's control groups (containers,
+    systemd, SLURM), of a SLURM job without a control group, and of the process itself (``ulimit -v``, ``ulimit -d``).
 
     Args:
-        process: where Linux tells of the process.
+        process: its folder in Linux's ``/proc``.
     """
-    psutil = lazy_import("psutil")
+    import psutil
+
     left = [psutil.virtual_memory().available]
     if sys.platform == "linux":
         import resource  # which other systems lack
@@ -121,7 +102,7 @@ def available_memory(process: Path = Path("/proc/self")) -> int:
 
 
 def _slurm_limit() -> int | None:
-    """What a SLURM job has asked for on this machine, in bytes."""
+    """The memory that a SLURM job has asked for on this machine, in bytes."""
 
     def number(name: str) -> int:
         text = os.environ.get(name, "")
@@ -161,7 +142,7 @@ def _unescape(text: str) -> str:
 
 
 def _left_in_group(folder: Path, version: int) -> Iterator[int]:
-    """What a control group leaves, in bytes; nothing where it sets no limit. Cached files count as free."""
+    """Bytes left of a control group's limits; none where it sets no limit. Cached files count as free."""
 
     def read(name: str) -> str:
         with contextlib.suppress(OSError):

@@ -8,12 +8,12 @@ import contextlib
 import json
 from pathlib import Path
 
+import huggingface_hub as huggingface
+
 from dgunet.checkpoint import describe_model, load_model, read_checkpoint
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 from dgunet.model import DGUNet, find_variant
 from dgunet.weights import save_weights
-
-huggingface = lazy_import("huggingface_hub")
 
 WEIGHTS = "model.safetensors"
 WHERE = {"revision", "token", "cache_dir", "local_files_only", "force_download"}  # options that are for the Hub alone

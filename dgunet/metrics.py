@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 from dgunet.transforms import unit_range
 
 # cv2 and skimage are imported where they are used: a model that is only trained or run needs neither.
@@ -177,7 +177,8 @@ def find_metrics(names: list[str], device: str | torch.device = "cpu") -> dict[s
     """
     if not names:
         return {}
-    pyiqa = lazy_import("pyiqa")
+    import pyiqa
+
     known = pyiqa.list_models()
     found = {}
     for name in names:
@@ -230,7 +231,9 @@ def _deraining_y(restored: np.ndarray, target: np.ndarray) -> Scores:
 def _gaussian_rgb(restored: np.ndarray, target: np.ndarray) -> Scores:
     # scikit-image cuts the window's radius off the map before its mean: what is left are the positions at
     # which the window fits, so its own border rule has no influence.
-    ssim = lazy_import("skimage.metrics").structural_similarity(
+    from skimage.metrics import structural_similarity
+
+    ssim = structural_similarity(
         restored,
         target,
         data_range=255,
@@ -256,7 +259,7 @@ def _sidd_unit_range(restored: np.ndarray, target: np.ndarray) -> Scores:
 
 
 def _cs_y(restored: np.ndarray, target: np.ndarray) -> Scores:
-    structural_similarity = lazy_import("skimage.metrics").structural_similarity
+    from skimage.metrics import structural_similarity
 
     if restored.dtype == np.uint8:
         restored = _full_luma(restored).astype(np.float64)
@@ -268,7 +271,7 @@ def _cs_y(restored: np.ndarray, target: np.ndarray) -> Scores:
 
 
 def _realblur_aligned(restored: np.ndarray, target: np.ndarray, align: bool) -> Scores:
-    structural_similarity = lazy_import("skimage.metrics").structural_similarity
+    from skimage.metrics import structural_similarity
 
     restored, target = unit_range(_as_colour(restored)), unit_range(_as_colour(target))
     energy = np.sum(restored * restored)
@@ -375,7 +378,7 @@ def _matlab_ssim(restored: np.ndarray, target: np.ndarray, value_range: float) -
 
 def _gaussian_filter(volume: np.ndarray) -> np.ndarray:
     """Separable Gaussian over all axes of a double H x W or H x W x C array, the channel axis included."""
-    cv2 = lazy_import("cv2")
+    import cv2
 
     taps = cv2.getGaussianKernel(_GAUSSIAN_TAPS, _GAUSSIAN_SIGMA)
     filtered = cv2.sepFilter2D(volume, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
@@ -404,7 +407,7 @@ def _studio_luma(image: np.ndarray) -> np.ndarray:
 
 def _full_luma(image: np.ndarray) -> np.ndarray:
     """OpenCV's full-range luma on uint8: fixed-point, so not always the exact sum rounded."""
-    cv2 = lazy_import("cv2")
+    import cv2
 
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[..., 0]
 
@@ -414,7 +417,7 @@ def _align(restored: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.nda
 
     Returns the warped image and the mask (0 or 1, same shape) of where it is defined.
     """
-    cv2 = lazy_import("cv2")
+    import cv2
 
     height, width = target.shape[:2]
     # No tolerance, so that always all of the iterations are made.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dgunet.data import Packed, Pair, find_pairs, image_size, open_image, open_luma, to_tensor
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 from dgunet.proximal import MULTIPLE
 from dgunet.synthesis import Degrade
 from dgunet.transforms import dihedral, pad_to, unit_range
@@ -161,7 +161,8 @@ class SaturationPatches(PairedPatches):
             return input, target
         input, target = unit_range(input), unit_range(target)
         if rng.integers(3) == 0:
-            adjust_saturation = lazy_import("torchvision.transforms.functional").adjust_saturation
+            from torchvision.transforms.functional import adjust_saturation
+
             factor = rng.uniform(1 - self.saturation, 1 + self.saturation)
             input, target = adjust_saturation(input, factor), adjust_saturation(target, factor)
         return input, target
@@ -340,7 +341,9 @@ def make_dataloader(data: Dataset, workers: int, **options) -> Iterator[DataLoad
 
 
 def _init_worker(_):
-    lazy_import("cv2").setNumThreads(0)  # the workers are the parallelism
+    import cv2
+
+    cv2.setNumThreads(0)  # the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A cluster's scheduler signals every process of a job, but the trainer needs its workers to finish the step before
     # it saves. A worker therefore outlives its first SIGTERM: until the trainer ends it, a second one, or a minute.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 from dgunet.files import RAW_SUFFIXES, atomic_write, open_file
 from dgunet.tiff import Tiff, is_tiff
 from dgunet.transforms import apply_orientation
@@ -105,13 +105,16 @@ def _identified(path: Path, file, start: bytes):
 
     As `PIL.Image.open`, but of more pixels than its limit, which some scans have; that is one for the whole process.
     """
-    image = lazy_import("PIL.Image")
+    import PIL.Image as image
+
     image.preinit()  # the usual formats first
     image.init()
     kind = _container(start)
     if kind == "HEIC":
         with contextlib.suppress(ImportError):
-            lazy_import("pillow_heif").register_heif_opener()
+            from pillow_heif import register_heif_opener
+
+            register_heif_opener()
     if kind == "raw" or (is_tiff(start) and path.suffix.lower() in RAW_SUFFIXES):
         return None  # what Pillow reads of it is a preview
     if is_tiff(start) and (tiff := Tiff(path, file)).direct:
@@ -130,7 +133,8 @@ def _unknown(path: Path, start: bytes) -> str:
     kind = _container(start)
     if kind == "HEIC" or (not kind and path.suffix.lower() in (".heic", ".heif", ".hif")):
         with contextlib.suppress(ImportError):
-            lazy_import("pillow_heif")
+            import pillow_heif  # noqa: F401
+
             return "is a HEIC image that pillow-heif cannot read; export it as JPEG"
         return "is a HEIC image; pip install pillow-heif, or export it as JPEG"
     if kind := kind or "raw" * (path.suffix.lower() in RAW_SUFFIXES):
@@ -218,7 +222,9 @@ def _read_by_pillow(path: Path, image, notes: list[str]) -> tuple[np.ndarray, np
     if kind == "TIFF":
         stored = image.tag_v2[256], image.tag_v2[257]
         # What it decodes into; Pillow would check its size against the limit once more.
-        image.im = lazy_import("PIL.Image").new(mode, stored).im
+        from PIL import Image
+
+        image.im = Image.new(mode, stored).im
     image.load()
     clear, alpha = image.info.get("transparency"), None
     if mode in ("RGB", "RGBA") and ";16" in raw:  # which Pillow has reduced to 8
@@ -290,7 +296,8 @@ def _to_8_bit(image, profile: bytes | None, notes: list[str]):
         return image.convert("LA" if clear else "L")
     if mode in ("CMYK", "LAB"):
         notes.append(f"{mode}, now RGB")
-        cms = lazy_import("PIL.ImageCms")
+        import PIL.ImageCms as cms
+
         with contextlib.suppress(cms.PyCMSError, OSError):
             source = io.BytesIO(profile) if profile else cms.createProfile("LAB") if mode == "LAB" else None
             if source is not None:
@@ -301,7 +308,8 @@ def _to_8_bit(image, profile: bytes | None, notes: list[str]):
 
 
 def _decode_deep(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    cv2 = lazy_import("cv2")
+    import cv2
+
     with open_file(path) as file:
         pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
@@ -395,15 +403,21 @@ def is_jpeg(path: Path) -> bool:
 def _jpeg(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
     options = keep | dict(quality=95, subsampling=0, comment=comment)
     encoded = io.BytesIO()
-    lazy_import("PIL.Image").fromarray(pixels).save(encoded, "JPEG", **options)
+    from PIL import Image
+
+    Image.fromarray(pixels).save(encoded, "JPEG", **options)
     return encoded.getvalue()
 
 
 def _png(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
-    info = lazy_import("PIL.PngImagePlugin").PngInfo()
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
     info.add_text("Comment", comment)
     encoded = io.BytesIO()
-    lazy_import("PIL.Image").fromarray(pixels).save(encoded, "PNG", pnginfo=info, **keep)
+    from PIL import Image
+
+    Image.fromarray(pixels).save(encoded, "PNG", pnginfo=info, **keep)
     return encoded.getvalue()
 
 
@@ -413,7 +427,9 @@ def _deep_png(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
         pixels = pixels[..., [0, 0, 0, 1]]
     if pixels.ndim == 3:
         pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
-    encoded = lazy_import("cv2").imencode(".png", pixels)[1].tobytes()
+    import cv2
+
+    encoded = cv2.imencode(".png", pixels)[1].tobytes()
     chunks = [(b"tEXt", b"Comment\0" + comment.encode("latin-1", "replace"))]
     if "icc_profile" in keep and not (pixels.ndim == 3 and keep["icc_profile"][16:20] == b"GRAY"):
         chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(keep["icc_profile"])))

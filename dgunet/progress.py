@@ -4,8 +4,6 @@ import contextlib
 import os
 import sys
 
-from dgunet.errors import lazy_import
-
 
 def progress_bar(*iterable, **options):
     """A progress bar of tqdm's, with its options, on stderr; without a terminal there is none.
@@ -17,4 +15,6 @@ def progress_bar(*iterable, **options):
         columns, rows = os.get_terminal_size(sys.stderr.fileno())
         if columns == 0 or rows == 0:
             options |= {"ncols": (columns or 80) - 1, "nrows": (rows or 24) - 1, "dynamic_ncols": False}
-    return lazy_import("tqdm").tqdm(*iterable, **{"disable": None} | options)
+    from tqdm import tqdm
+
+    return tqdm(*iterable, **{"disable": None} | options)

@@ -17,7 +17,7 @@ import torch
 
 from dgunet import __version__
 from dgunet.checkpoint import load_model, read_checkpoint
-from dgunet.errors import UserError, describe_error, lazy_import, one_line, shorten_list
+from dgunet.errors import UserError, describe_error, one_line, shorten_list
 from dgunet.figures import draw_stages, label_stages, restore_stages
 from dgunet.files import IMAGE_SUFFIXES, open_file
 from dgunet.hardware import pick_device
@@ -118,7 +118,7 @@ def restore_photographs(
             images that could not be restored. All others are there then.
     """
     if stages:
-        lazy_import("matplotlib")  # now and not after the first image
+        import matplotlib  # noqa: F401  now and not after the first image
     bar = None
 
     def say(text: str, file=None):

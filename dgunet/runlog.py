@@ -1,4 +1,4 @@
-"""What a run tells of itself: its history as a table, as curves and in TensorBoard, lines in a log, a bar."""
+"""Logging of a run: its history as a table, as curves and in TensorBoard, lines in a log, a progress bar."""
 
 import csv
 import logging
@@ -8,27 +8,26 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from dgunet.config import format_config
-from dgunet.errors import lazy_import
 from dgunet.figures import set_title
 from dgunet.files import atomic_write
 from dgunet.progress import progress_bar
 
-tqdm = lazy_import("tqdm").tqdm
 log = logging.getLogger("dgunet")
 
 
 class RunLogger:
-    """The history of a run, written to its ``folder`` and told on the console; open within ``with``.
+    """Writes the history of a run to its ``folder`` and logs it on the console, within ``with``.
 
     In the folder: ``history.csv``, ``curves.png``, ``train.log``, and TensorBoard's files where that is installed.
 
     Args:
         folder: the run's.
         title: of the curves.
-        epochs, steps: of the whole run, and of each epoch.
-        main: whether this process is the one that writes and tells; the others only keep the rows.
+        epochs, steps: number of epochs, and of steps in each.
+        main: whether this process is the one that writes and logs; the others only keep the rows.
     """
 
     def __init__(self, folder: Path, title: str, epochs: int, steps: int, main: bool):
@@ -71,17 +70,17 @@ class RunLogger:
         )  # fmt: skip
 
     def progress(self, bar, epoch: int, step: int, status: str, seconds: float):
-        """Show on the bar how it goes; ``seconds`` are those of a step."""
+        """Show the status on the bar, or log it now and then; ``seconds`` is the duration of a step."""
         bar.set_postfix_str(status, refresh=False)
         now = time.monotonic()
-        # Without a terminal a line now and then: at first every 20 seconds, in a run of days some hundreds in all.
+        # Without a terminal a line every 20 seconds at first, in a run of days some hundreds in all.
         if self.main and bar.disable and now - self.last_line > max(20, (now - self.began) / 100):
             left = tqdm.format_interval(((self.epochs + 1 - epoch) * self.steps - step) * seconds)
             log.info("epoch %d/%d  step %d/%d  %s, %s left", epoch, self.epochs, step, self.steps, status, left)
             self.last_line = now
 
     def record(self, row: dict, best_epoch: int):
-        """Add a row to the history, and tell it."""
+        """Add a row to the history and log it."""
         self.rows.append(row)
         if not self.main:
             return
@@ -96,11 +95,12 @@ class RunLogger:
             row["epoch"], self.epochs, row["step"], self.steps, row["loss"], row["lr"], score,
             row["images_per_second"], skipped,
         )  # fmt: skip
-        with atomic_write(self.folder / "history.csv") as temporary, open(temporary, "w", newline="") as file:
-            # Rows of another version may have other columns.
-            writer = csv.DictWriter(file, dict.fromkeys(column for each in (row, *self.rows) for column in each))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        columns = dict.fromkeys(column for each in (row, *self.rows) for column in each)  # other versions have others
+        with atomic_write(self.folder / "history.csv") as temporary:
+            with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self.rows)
         plot_history(self.rows, self.steps, self.folder / "curves.png", self.title)
         if self.board is not None:
             done = (row["epoch"] - 1) * self.steps + row["step"]
@@ -117,7 +117,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def describe(trainer, config: bool = False, missing: list[str] = ()):
-    """Print what a `Trainer` is about to do, what is ``missing`` for it, and with ``config`` also every key."""
+    """Print what a `Trainer` is about to do, what is ``missing`` for that, and with ``config`` also every key."""
     cfg, model = trainer.cfg, trainer.train_state.model
     if not trainer.main:
         return
@@ -132,7 +132,7 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
         *(f"missing     {what}" for what in missing),
         f"training    {len(trainer.train_set) // trainer.train_set.repeat} images of {cfg.TRAINING.TRAIN_DIR}, "
         f"{trainer.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
-        f"validation  {len(trainer.val_set)} images of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held back'}",
+        f"validation  {len(trainer.val_set)} images of {cfg.TRAINING.VAL_DIR or 'them, the last ones, held out'}",
         f"batch       {cfg.OPTIM.BATCH_SIZE} = {trainer.world} processes x {cfg.OPTIM.ACCUMULATE} passes x "
         f"{trainer.train_state.micro_batch_size}",
         f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"
@@ -147,13 +147,15 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
     if trainer.changed:
         print(f"note        these keys differ from the run being continued: {', '.join(trainer.changed)}")
     if trainer.validation_changed:
-        print("note        validated otherwise than before: the best score begins anew")
+        print("note        validation is different than before: the best score begins anew")
     sys.stdout.flush()
 
 
 def plot_history(history: list[dict], steps: int, path: Path, title: str):
-    """Draw loss, validation PSNR and learning rate over the epochs into a PNG, the last of each in its title."""
-    figure = lazy_import("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")
+    """Plot loss, validation PSNR and learning rate over the epochs into a PNG, the last values in the titles."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
     for place, (key, label) in enumerate(
         (("loss", "training loss"), ("psnr", "validation PSNR [dB]"), ("lr", "learning rate")), start=1
     ):
@@ -171,4 +173,6 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
             axes.ticklabel_format(axis="y", scilimits=(0, 0))
         axes.grid(alpha=0.3)
     set_title(figure, title)
-    lazy_import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(str(path))
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).print_png(str(path))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dgunet.data import read_image
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 from dgunet.files import open_file
 
 MIN_SIDE = 32  # pixels; anything smaller is a thumbnail or an icon, not something to train on
@@ -44,7 +44,8 @@ class SamplePhoto:
             image = image[top : top + height, left : left + width]
         if self.short_side:
             scale = self.short_side / min(image.shape[:2])
-            cv2 = lazy_import("cv2")
+            import cv2
+
             image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         return image
 

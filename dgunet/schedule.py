@@ -5,10 +5,7 @@ import warnings
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-
-from dgunet.errors import lazy_import
-
-GradualWarmupScheduler = lazy_import("warmup_scheduler").GradualWarmupScheduler
+from warmup_scheduler import GradualWarmupScheduler
 
 
 def decay(epoch: int, optim) -> float:
@@ -31,44 +28,41 @@ class EpochSchedule:
     """Linear warm-up (``LR_INITIAL * epoch / WARMUP_EPOCHS``), then `decay`.
 
     The original chains warmup-scheduler's GradualWarmupScheduler and PyTorch's CosineAnnealingLR, which multiplies the
-    rate it finds. Epoch by epoch this is that schedule: the base rate in the first epoch after the warm-up, LR_MIN not
-    quite reached. Only the chain's overshoot is left out, by which the original's rates are above these: at most
+    learning rate it finds. Epoch by epoch this is that schedule: LR_INITIAL in the first epoch after the warm-up,
+    LR_MIN not quite reached. Only the overshoot is left out, by which the original's rates are above these: at most
     0.00003 % (deblurring), 0.004 % (deraining) and 0.018 % (denoising); 5 % in a run of 10 epochs.
     """
 
     def __init__(self, optimizer: Optimizer, optim):
         self.optimizer, self.epoch = optimizer, 0
-        self.factor = 1.0  # of all rates, see `lower`
+        self.factor = 1.0  # of all learning rates, see `lower`
         warmup = optim.WARMUP_EPOCHS
         if warmup:
             after = LambdaLR(optimizer, lambda step: decay(warmup + 1 + step, optim))
             self.scheduler = GradualWarmupScheduler(optimizer, 1, warmup, after)
         else:
             self.scheduler = LambdaLR(optimizer, lambda step: decay(max(step, 1), optim))
-        self.rates = self._read_rates()  # of the epoch, without the factor
+        self.rates = [group["lr"] for group in optimizer.param_groups]  # of the epoch, without the factor
 
     def go_to(self, epoch: int):
-        """Set the optimizer's learning rate to that of an epoch, not before the present one."""
+        """Set the optimizer's learning rate to that of an epoch, the current one or a later one."""
         with warnings.catch_warnings():
-            # PyTorch wants optimizer.step() first, which is for schedulers that are stepped after an epoch.
+            # PyTorch warns that optimizer.step() should come first, as where schedulers are stepped after an epoch.
             warnings.simplefilter("ignore", UserWarning)
             while self.epoch < epoch:
                 self.scheduler.step()
                 self.epoch += 1
-                self.rates = self._read_rates()
+                self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self._set_rates()
 
     def lower(self, factor: float):
-        """Multiply the rates of this epoch and of all that follow by a factor."""
+        """Multiply the learning rates of this epoch and of all that follow by a factor."""
         self.factor *= factor
         self._set_rates()
 
     def _set_rates(self):
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.factor
-
-    def _read_rates(self) -> list[float]:
-        return [group["lr"] for group in self.optimizer.param_groups]
 
 
 def validation_steps(epoch: int, steps: int, cfg) -> set[int]:

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.random import Generator
 
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 from dgunet.transforms import to_uint8
 
 
@@ -64,7 +64,8 @@ def found_noise(image: np.ndarray, rng: Generator, sigma: float | tuple[float, f
 
 def jpeg_compress(image: np.ndarray, quality: int) -> np.ndarray:
     """An image (H, W, 3) in [0, 1] as a JPEG of this quality gives it back, its colours at half the resolution."""
-    cv2 = lazy_import("cv2")
+    import cv2
+
     _, file = cv2.imencode(".jpg", to_uint8(image)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     return cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1] / np.float32(255)
 
@@ -105,7 +106,8 @@ def bayer_noise(
 
     image: (H, W, 3) in [0, 1]; shot, read: as in `sensor_noise`. Returns (H, W, 3) in [0, 1], clipped.
     """
-    cv2 = lazy_import("cv2")
+    import cv2
+
     a, b = np.exp([rng.uniform(*np.log(shot)), rng.uniform(*np.log(read))]).astype(np.float32)
     light = to_linear(image)
     gains = np.array([rng.uniform(1.2, 2.4), 1, rng.uniform(1.2, 2.4)], np.float32)  # of red, green and blue
@@ -130,7 +132,9 @@ def grain(image: np.ndarray, rng: Generator, sigma: float | tuple[float, float] 
         sigma = rng.uniform(*sigma)
     own, common = (rng.standard_normal((*image.shape[:2], n), dtype=np.float32) for n in (3, 1))
     shared, size = rng.uniform(0, 1), rng.uniform(0.4, 1.2)
-    noise = lazy_import("cv2").GaussianBlur(np.sqrt(1 - shared) * own + np.sqrt(shared) * common, (0, 0), size)
+    import cv2
+
+    noise = cv2.GaussianBlur(np.sqrt(1 - shared) * own + np.sqrt(shared) * common, (0, 0), size)
     return np.clip(image + noise * np.float32(sigma / 255 / noise.std()), 0, 1).astype(np.float32)
 
 
@@ -194,7 +198,8 @@ def rain_mask(shape: tuple[int, int], rng: Generator, layer: RainLayer, degrees:
     The drops fall in a few groups, each with its own length and a direction some degrees off the common
     one, so that the streaks are not ruled lines.
     """
-    cv2 = lazy_import("cv2")
+    import cv2
+
     mask = np.zeros(shape, np.float32)
     for _ in range(groups):
         kernel = streak_kernel(rng.uniform(*layer.length), layer.width, degrees + rng.normal(0, 2.5))
@@ -295,7 +300,8 @@ def motion_blur(image: np.ndarray, rng: Generator, extent: tuple[float, float] =
     image: (H, W, 3) in [0, 1]; extent: range of the kernel's larger side, in pixels.
     Returns (H, W, 3) in [0, 1].
     """
-    cv2 = lazy_import("cv2")
+    import cv2
+
     kernel = motion_kernel(rng, extent)[::-1, ::-1]  # filter2D correlates; flipped, it convolves
     light = cv2.filter2D(to_linear(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101)
     return to_srgb(np.clip(light, 0, 1))

@@ -33,7 +33,7 @@ from dgunet.evaluation import (
     restore_images,
 )
 from dgunet.files import atomic_write, match_unicode_form, nfc
-from dgunet.hardware import pick_device, use_huge_pages
+from dgunet.hardware import pick_device
 from dgunet.inference import check_tiles, parse_tile
 from dgunet.metrics import find_metrics
 from dgunet.photos import estimate_sigma, format_sigma, noise_mismatch, trained_sigma_range
@@ -125,7 +125,6 @@ def command(
         UserError: at the end, listing the images that could not be tested.
     """
     args = _parse(description, benchmarks, add_options)
-    use_huge_pages()
     network, noise, passes = None, None, {"": {}}
     if args.score_only is None:
         network = _load(task, args.weights, default_weights, args.device)

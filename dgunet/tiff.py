@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 
 _MOST_SAMPLES = 16  # per pixel
 _PREDICTABLE = {5, 8, 32946, 34925, 50000}  # of Compression: LZW, Deflate, Deflate, LZMA, Zstandard
@@ -63,7 +63,8 @@ class Tiff:
 
     def _directories(self):
         """The first directory of tags, and the number of images that are no thumbnails of others."""
-        plugin = lazy_import("PIL.TiffImagePlugin")
+        import PIL.TiffImagePlugin as plugin
+
         self._file.seek(0)
         header = self._file.read(8)
         header += self._file.read(8) if header[2:4] == b"+\0" else b""
@@ -192,7 +193,9 @@ class Tiff:
             where = {tag: values for tag, values in where.items() if values}  # libtiff finds sizes out
             file = b"II*\0" + struct.pack("<I", len(content)) + content[8:] + _directory(tags | where, len(content))
             raw = ("L", "raw", False, 0)
-            grey = lazy_import("PIL.Image").frombytes("L", (across * row, self.height), file, "libtiff", raw)
+            from PIL import Image
+
+            grey = Image.frombytes("L", (across * row, self.height), file, "libtiff", raw)
             values = self._values(np.asarray(grey).reshape(self.height, across, row), side * each)
             values = values.reshape(self.height, across, side, each)
             if self._one(317, 1) == 2:

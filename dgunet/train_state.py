@@ -1,4 +1,4 @@
-"""One step of learning: the network, its loss, optimiser and averaged weights, and what is counted on the way."""
+"""What a training step changes: the network, its optimiser and averaged weights, and the counters of the steps."""
 
 import copy
 import math
@@ -15,12 +15,11 @@ from dgunet.errors import UserError, shorten_list
 from dgunet.hardware import autocast_dtype, memory_format, training_device
 from dgunet.losses import LOSSES, StageLoss
 from dgunet.model import DGUNet, MeasureThenRestore
-from dgunet.state import is_averaged, load_optimizer_state_dict
 from dgunet.transforms import center_crop, unit_range
 
 
 class StepCounts(NamedTuple):
-    """What `StepCounters` have counted."""
+    """The values of `StepCounters`."""
 
     loss: float
     counted: int
@@ -35,8 +34,8 @@ class StepCounts(NamedTuple):
 class StepCounters:
     """Counters of an epoch's steps, kept on the device, so that a step need not wait for it.
 
-    ``loss``: sum over the steps that are ``counted``; ``skipped``: those with a loss or gradient that is not finite;
-    ``skipped_in_a_row``: the last so many, of this epoch or those before.
+    ``loss``: sum over the ``counted`` steps; ``skipped``: steps with a loss or gradient that is not finite;
+    ``skipped_in_a_row``: the number of those since the last other one, in this epoch or before.
     """
 
     def __init__(self, device: torch.device):
@@ -59,11 +58,11 @@ class StepCounters:
 
 
 class TrainState:
-    """A network in training, on this process's device: what each step changes.
+    """A network in training on this process's device, with all that a training step reads and changes.
 
     Args:
         cfg: see `config.py`.
-        model: a DGUNet. One with a known degradation learns from clean images, which it is given measured.
+        model: a DGUNet. One with a known degradation is trained on clean images, from which its input is measured.
 
     Raises:
         UserError: settings that do not go together.
@@ -101,30 +100,33 @@ class TrainState:
             self.model.compile(mode=cfg.SPEED.COMPILE_MODE)
 
     def wrap_ddp(self):
-        """Share the gradients with the other processes, where there is a group: also one of one process."""
+        """Share the gradients with the other processes, where there is a process group (also of one process)."""
         if dist.is_initialized():
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.network, device_ids, gradient_as_bucket_view=True)
 
     def random_draws(self, shared: tuple[int, ...], own: list[tuple[int, ...]]) -> tuple:
-        """The generators for `Degradation.measure`, each seeded by SEED and the numbers given.
+        """The generators for `Degradation.measure`, seeded by SEED and the numbers given; () if none are needed.
 
         Args:
-            shared: of what a batch has in common.
-            own: of each image.
+            shared: numbers for what the images of a batch have in common.
+            own: numbers for each image.
         """
         seeded = lambda device, key: torch.Generator(device).manual_seed(hash((self.cfg.SEED, *key)))  # noqa: E731
         return (seeded("cpu", shared), [seeded(self.device, key) for key in own]) if self.measured else ()
 
     def train_step(self, input: Tensor, target: Tensor, time: tuple[int, int] | None = None):
-        """One optimisation step on this process's share of a batch; nothing here waits for the device.
+        """One optimisation step on this process's part of a batch, without waiting for the device.
 
-        Where the loss or the gradient is not finite the weights, also the averaged ones, stay as they are and the step
-        is counted as skipped. (Until the first step that is not, averaging does wait for the device.)
+        The batch goes through the network in ACCUMULATE chunks of b = B / ACCUMULATE images. Of each chunk the network
+        returns K estimates (b, C, H, W), one of each stage, whose losses are summed; a known degradation may
+        return smaller ones, which are compared with the centres of the targets. Where the loss or the gradient is not
+        finite the weights, also the averaged ones, stay as they are and the step is counted as skipped. (Until the
+        first step that is not, averaging does wait for the device.)
 
         Args:
-            input, target: images (B, C, H, W) in [0, 1].
-            time: (epoch, step), of which a random measurement is a function; default: PyTorch's generator makes it.
+            input, target: images (B, C, H, W) in [0, 1]; B is BATCH_SIZE / processes.
+            time: (epoch, step), which seed a random measurement; default: it is drawn from PyTorch's generator.
 
         Raises:
             UserError: the loss does not depend on a parameter.
@@ -136,7 +138,7 @@ class TrainState:
         for i, (part, part_target) in enumerate(zip(input.chunk(passes), target.chunk(passes), strict=True)):
             if isinstance(self.network, DistributedDataParallel):
                 self.network.require_backward_grad_sync = i == passes - 1  # gradients travel once, with the last pass
-            first = (self.rank * passes + i) * len(part)  # in the batch of all processes
+            first = (self.rank * passes + i) * len(part)  # index in the batch of all processes
             draws = () if time is None else self.random_draws(time, [(*time, first + k) for k in range(len(part))])
             with self.autocast():
                 estimates = self.network(part, *draws)
@@ -146,7 +148,7 @@ class TrainState:
         loss = distributed.sum_over_processes(loss) / self.world
 
         unused = [name for name, p in self.trained.items() if p.grad is None]
-        if unused:  # several processes could not train them, nor could Adam's moments be saved
+        if unused:  # DistributedDataParallel cannot train them, and Adam has no moments of them to save
             raise UserError(
                 f"the loss has no gradient for {shorten_list(unused)}; leave out what the network does not use, or "
                 "freeze it with requires_grad_(False) before the Trainer is made"
@@ -164,14 +166,14 @@ class TrainState:
 
     @torch.no_grad()
     def _average(self):
-        """As AveragedModel does, whose count of the steps is a tensor on the device: each step would wait for it."""
+        """Update the averaged weights as AveragedModel does, which would wait for the device, where its counter is."""
         skipped = self.optimizer.found_inf
         if self.averaged == 0:
             self.ema.load_state_dict(self.model.state_dict())  # with what is not trained, such as a fixed matrix
             self.averaged = 1 - int(skipped)
             return
         averaged, current = list(self.ema.parameters()), list(self.model.parameters())
-        # Towards the weights, or after a skipped step towards the average itself; both to the last bit.
+        # Towards the weights, or after a skipped step towards the average itself, which leaves it exactly as it is.
         aim = torch._foreach_mul(current, 1 - skipped)
         torch._foreach_add_(aim, torch._foreach_mul(averaged, skipped))
         torch._foreach_lerp_(averaged, aim, 1 - self.cfg.OPTIM.EMA_DECAY)
@@ -179,17 +181,14 @@ class TrainState:
 
     @torch.no_grad()
     def save_rollback_weights(self):
-        """Copy the present weights, to return to; where EMA is on, that is to the averaged ones, and nothing is copied.
-
-        Nor is it where the run shall never return (ROLLBACK_AFTER_BAD_STEPS 0).
-        """
+        """Keep a copy of the weights for `roll_back`; not with EMA, which goes back to the averaged ones."""
         if self.ema is None and self.cfg.OPTIM.ROLLBACK_AFTER_BAD_STEPS:
             self.good = {name: p.clone() for name, p in self.trained.items()}
             self.good_is_current = True
 
     @torch.no_grad()
     def roll_back(self) -> bool:
-        """Go back to the averaged weights, or those kept, and clear Adam's moments; False where they are not finite."""
+        """Go back to the averaged weights, or those kept, and clear Adam's moments; False if they are not finite."""
         good = self.good if self.ema is None else dict(self.ema.named_parameters())
         if good is None or not all(good[name].isfinite().all() for name in self.trained):
             return False
@@ -206,7 +205,7 @@ class TrainState:
 
     @property
     def micro_batch_size(self) -> int:
-        """Crops of a batch that go through the network at once."""
+        """Crops that go through this process's network at once."""
         return self.cfg.OPTIM.BATCH_SIZE // (self.world * self.cfg.OPTIM.ACCUMULATE)
 
     @property
@@ -220,11 +219,8 @@ class TrainState:
         return unit_range(x.to(self.device, non_blocking=True)).contiguous(memory_format=self.memory_format)
 
     def state_dict(self) -> dict:
-        """What it needs to go on, besides the weights of `eval_model`: moments, counts, the weights behind an average."""
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "totals": self.counters.values.tolist(),
-        }
+        """What training needs to continue besides the weights of `eval_model`: Adam's moments, counts, raw weights."""
+        state = {"optimizer": self.optimizer.state_dict(), "totals": self.counters.values.tolist()}
         if self.ema is not None:
             state |= {"raw_state_dict": self.model.state_dict(), "averaged": self.averaged}
         if self.good is not None and not self.good_is_current:
@@ -232,18 +228,18 @@ class TrainState:
         return state
 
     def load_state_dict(self, state: dict, path):
-        """Take up a state that `state.check_state` has found good; ``path`` is the file that it comes from.
+        """Continue from a state that `resume.check_state` has found good; ``path`` is the file that it comes from.
 
         Raises:
             UserError: it is of another network.
         """
-        averaged = is_averaged(state)
+        averaged = "averaged" in state
         raw = state["raw_state_dict" if averaged else "state_dict"]
         load_weights(self.model, weights_of({"state_dict": raw}, path), path)
         if averaged and self.ema is not None:
             load_weights(self.ema, weights_of(state, path), path)
             self.averaged = state["averaged"]
-        load_optimizer_state_dict(self.optimizer, state["optimizer"]["state"], path)
+        self._load_moments(state["optimizer"]["state"], path)
         self.counters.values.copy_(torch.tensor(state["totals"], dtype=torch.float64))
         self.save_rollback_weights()
         if self.good is not None and "good_weights" in state:
@@ -251,3 +247,22 @@ class TrainState:
             for name, weights in self.good.items():
                 weights.copy_(state["good_weights"][name])
             self.good_is_current = False
+
+    def _load_moments(self, saved: dict[int, dict[str, Tensor]], path):
+        """Load Adam's moments in their parameters' memory format; its learning rate, decay, ... stay."""
+        own = self.optimizer.state_dict()
+        own["state"] = {
+            i: {"step": torch.zeros(()), "exp_avg": torch.empty_like(p), "exp_avg_sq": torch.empty_like(p)}
+            for i, p in enumerate(self.parameters)
+        }
+        expected, found = (
+            {f"{i}.{key}": value for i, moments in states.items() for key, value in moments.items()}
+            for states in (own["state"], saved)
+        )
+        check_tensors(expected, found, path, "the optimizer of this run", exact=True)
+        negative = [name for name, value in found.items() if not name.endswith(".exp_avg") and (value < 0).any()]
+        if negative:
+            raise UserError(f"{path} holds negative squares in its optimizer state: {shorten_list(negative)}")
+        for name, value in expected.items():
+            value.copy_(found[name])
+        self.optimizer.load_state_dict(own)

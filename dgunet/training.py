@@ -1,92 +1,158 @@
-"""The command line of the tasks' train.py: the data, the network, and a run of the `engine` in every process."""
+"""The tasks' ``train.py``: what each trains on, its command line, and a run of the `engine` in every process."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from dgunet.checkpoint import load_weights, read_checkpoint, weights_of
 from dgunet.config import parse_args
 from dgunet.data import Pair, exclude, find_images, find_pairs, hold_out, images_by_name
-from dgunet.degradations import degradation_from_config
+from dgunet.degradations import BlockSampling, degradation_from_config, sampling_operator
 from dgunet.distributed import launch
-from dgunet.engine import Trainer, checkpoint_to_resume
+from dgunet.engine import Trainer
 from dgunet.errors import UserError
-from dgunet.hardware import keep_freed_memory
+from dgunet.luma import LumaPatches
 from dgunet.model import VARIANTS, DGUNet, create_model, find_variant
-from dgunet.patches import CenterCropDataset, SyntheticPatches, TrainingSet, ValidationSet
+from dgunet.patches import (
+    CenterCropDataset,
+    MixupPatches,
+    PairedPatches,
+    SaturationPatches,
+    SyntheticPatches,
+    TrainingSet,
+    ValidationSet,
+)  # fmt: skip
 from dgunet.pretrained import locate
+from dgunet.resume import checkpoint_to_resume
 from dgunet.runlog import describe
 from dgunet.synthesis import find_degradation
 
 
-def train_command(
-    task: str,
-    description: str,
-    uses: tuple[str, ...],
-    make_train_set: Callable,
-    make_val_set: Callable = lambda cfg, pairs: CenterCropDataset(pairs, cfg.TRAINING.VAL_PS, luma=cfg.MODEL.GREY),
-    find: Callable = find_pairs,
-    make_degradation: Callable = degradation_from_config,
-):
-    """A task's ``train.py``: read the command line, open the data, train in every process.
+def crop_options(cfg) -> dict:
+    """What all training sets take from a config, see `patches.RandomPatches`."""
+    return dict(patch=cfg.TRAINING.TRAIN_PS, repeat=cfg.TRAINING.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
+
+
+def _centers(cfg, items) -> CenterCropDataset:
+    return CenterCropDataset(items, cfg.TRAINING.VAL_PS, luma=cfg.MODEL.GREY)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task trains on.
 
     Args:
-        task: that of its networks in `model.VARIANTS`, and the folder of its configs.
-        description: for ``--help``.
-        uses: of the config's keys that not every task uses, those that this one does, see `config.parse_args`.
+        name: that of its networks in `model.VARIANTS`, and the folder of its configs.
+        uses: the config keys, or how they begin, that not every task uses and this one does.
         make_train_set: from the config and what ``find`` found to a data set indexed with (epoch, index).
         make_val_set: likewise to one for validation.
         find: lists the pairs, or the images, of a folder or of a packed file.
         make_degradation: from the config and the training set to the network's known degradation, or None where it is
             learned. A function that other processes can import.
     """
-    cfg, args = parse_args(task, description, uses)
-    if find_variant(cfg.MODEL.NAME).task != task:
-        names = [name for name, variant in VARIANTS.items() if variant.task == task]
+
+    name: str
+    uses: tuple[str, ...]
+    make_train_set: Callable[..., TrainingSet]
+    make_val_set: Callable[..., ValidationSet] = _centers
+    find: Callable[[str], list] = find_pairs
+    make_degradation: Callable = degradation_from_config
+
+
+def block_sampling(cfg, train_set: LumaPatches) -> BlockSampling:
+    """The measurement of compressive sensing; its matrix may start from components of the training images' blocks."""
+    start = cfg.MODEL.MATRIX_START
+    if start == "pca" and not len(train_set):
+        start = "orthonormal"  # a dry run before there are images
+    return sampling_operator(cfg.MODEL.RATIO, cfg.MODEL.MATRIX, start, lambda: train_set.blocks(), cfg.MODEL.BLOCK)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "deblurring",
+            ("SYNTHESIS", "AUGMENT.SATURATION", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY"),
+            lambda cfg, pairs: SaturationPatches(
+                pairs, saturation=cfg.AUGMENT.SATURATION, luma=cfg.MODEL.GREY, **crop_options(cfg)
+            ),
+        ),
+        Task("deraining", ("SYNTHESIS",), lambda cfg, pairs: PairedPatches(pairs, **crop_options(cfg))),
+        Task(
+            "denoising",
+            ("SYNTHESIS", "AUGMENT.MIXUP"),
+            lambda cfg, pairs: MixupPatches(
+                pairs, mixup=cfg.AUGMENT.MIXUP, mixup_from=cfg.AUGMENT.MIXUP_FROM_EPOCH, **crop_options(cfg)
+            ),
+        ),
+        Task(
+            "compressive_sensing",
+            ("MODEL.RATIO", "MODEL.BLOCK", "MODEL.MATRIX"),
+            lambda cfg, paths: LumaPatches(paths, block=cfg.MODEL.BLOCK, **crop_options(cfg)),
+            # As the original does, in blocks as large as those trained on, each restored by itself.
+            lambda cfg, paths: CenterCropDataset(
+                paths, cfg.TRAINING.VAL_PS, luma=True, multiple=cfg.MODEL.BLOCK, area=256
+            ),
+            find_images,
+            block_sampling,
+        ),
+    )
+}
+
+
+def train_command(task: Task, description: str):
+    """A task's ``train.py``: read the command line (``description`` is for ``--help``), open the data, train."""
+    cfg, args = parse_args(task.name, description, task.uses)
+    _check_keys(cfg, task)
+    missing: list[str] = []
+    train_set, val_set = _open_data(cfg, task, missing if args.dry_run else None)
+    launch(train, cfg, train_set, val_set, task.make_degradation, args.dry_run, missing)
+
+
+def _check_keys(cfg, task: Task):
+    """Refuse keys that do not go together."""
+    if find_variant(cfg.MODEL.NAME).task != task.name:
+        names = [name for name, variant in VARIANTS.items() if variant.task == task.name]
         raise UserError(f"{cfg.MODEL.NAME} is not a network for this task; MODEL.NAME is {' or '.join(names)}")
-    training, missing = cfg.TRAINING, []
-
-    def look(find: Callable, folder: str) -> list:
-        try:
-            return find(folder)
-        except UserError as error:
-            if not args.dry_run:
-                raise
-            missing.append(str(error))
-            return []
-
-    if cfg.MODEL.DEGRADATION:
-        if cfg.SYNTHESIS.NAME:
-            raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the images; set one of the two")
-        find = find_clean_images
-    elif cfg.MODEL.GREY or cfg.MODEL.NOISE:
+    if cfg.MODEL.DEGRADATION and cfg.SYNTHESIS.NAME:
+        raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the images; set one of the two")
+    if (cfg.MODEL.GREY or cfg.MODEL.NOISE) and not cfg.MODEL.DEGRADATION:
         raise UserError("MODEL.GREY and MODEL.NOISE are of a known blur; set MODEL.DEGRADATION blur, or leave them out")
     if cfg.SYNTHESIS.NAME and (cfg.AUGMENT.MIXUP or cfg.AUGMENT.SATURATION):
         raise UserError("AUGMENT.MIXUP and AUGMENT.SATURATION are of pairs; set them to 0 with SYNTHESIS.NAME")
     if cfg.SYNTHESIS.OPTIONS and not cfg.SYNTHESIS.NAME:
         raise UserError("SYNTHESIS.OPTIONS are of SYNTHESIS.NAME; set it, or leave them out")
+
+
+def _open_data(cfg, task: Task, missing: list[str] | None) -> tuple[TrainingSet, ValidationSet]:
+    """The training and the validation set; where ``missing`` is given, what is not there is added to it instead."""
+
+    def look(find: Callable, folder: str) -> list:
+        try:
+            return find(folder)
+        except UserError as error:
+            if missing is None:
+                raise
+            missing.append(str(error))
+            return []
+
+    training = cfg.TRAINING
+    find = find_clean_images if cfg.MODEL.DEGRADATION else task.find
     degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS) if cfg.SYNTHESIS.NAME else None
-    items = look(find_images if degrade else find, training.TRAIN_DIR)
+    items, val_items = look(find_images if degrade else find, training.TRAIN_DIR), []
     if training.EXCLUDE and items:
         items = exclude(items, training.EXCLUDE)
     if training.VAL_DIR:
         val_items = look(find, training.VAL_DIR)
     elif items:
         items, val_items = hold_out(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)
-    else:
-        val_items = []
-    if degrade:
-        train_set = SyntheticPatches(items, degrade, **crop_options(cfg))
-        if not training.VAL_DIR:
-            make_val_set = lambda cfg, items: CenterCropDataset(items, training.VAL_PS, degrade=degrade, seed=cfg.SEED)  # noqa: E731
-    else:
-        train_set = make_train_set(cfg, items)
-    launch(train, cfg, train_set, make_val_set(cfg, val_items), make_degradation, args.dry_run, missing)
-
-
-def crop_options(cfg) -> dict:
-    """What all training sets take from a config, see `patches.RandomPatches`."""
-    return dict(patch=cfg.TRAINING.TRAIN_PS, repeat=cfg.TRAINING.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
+    if not degrade:
+        return task.make_train_set(cfg, items), task.make_val_set(cfg, val_items)
+    train_set = SyntheticPatches(items, degrade, **crop_options(cfg))
+    if training.VAL_DIR:
+        return train_set, task.make_val_set(cfg, val_items)
+    return train_set, CenterCropDataset(val_items, training.VAL_PS, degrade=degrade, seed=cfg.SEED)
 
 
 def find_clean_images(folder: str) -> list[Pair]:
@@ -108,8 +174,6 @@ def train(
         trainer.resume()
         describe(trainer, config=True, missing=missing)
         return
-    if trainer.device.type == "cpu":
-        keep_freed_memory()
     try:
         trainer.fit()
     except torch.OutOfMemoryError as error:
@@ -125,7 +189,7 @@ def build_model(
 
     Args:
         cfg: see `config.py`.
-        train_set, make_degradation: see `train_command`.
+        train_set, make_degradation: see `Task`.
         missing: for a dry run, what is not there yet; weights that are not are added to it.
 
     Raises:

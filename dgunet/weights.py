@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dgunet.errors import UserError, lazy_import
+from dgunet.errors import UserError
 from dgunet.files import atomic_write
 
 
@@ -28,7 +28,8 @@ def save_weights(path: str | Path, state_dict: dict[str, Tensor], model: dict, r
         model: see `checkpoint.describe_model`.
         record: the fields of a `pretrained.Record` but its ``task`` and ``path``, or None.
     """
-    save = lazy_import("safetensors.torch").save
+    from safetensors.torch import save
+
     weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     about = json.dumps({"model": model} | ({} if record is None else {"record": record}))
     encoded = save(weights, {"format": "pt", "dgunet": about, "sha256": _digest(weights, about)})
@@ -45,7 +46,8 @@ def read_weights(path: str | Path) -> dict:
     Raises:
         UserError: not such a file, or a damaged one.
     """
-    safe_open = lazy_import("safetensors").safe_open
+    from safetensors import safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -66,7 +68,8 @@ def read_about(path: str | Path) -> dict:
     Raises:
         UserError: not such a file, or a damaged one.
     """
-    safe_open = lazy_import("safetensors").safe_open
+    from safetensors import safe_open
+
     try:
         with safe_open(path, framework="numpy") as file:
             return json.loads(file.metadata()["dgunet"])

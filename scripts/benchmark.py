@@ -45,7 +45,7 @@ with command_imports(__name__):
     from torch.utils.benchmark import Measurement, Timer
 
     from dgunet.config import load_config
-    from dgunet.hardware import autocast_dtype, keep_freed_memory, pick_device, use_huge_pages
+    from dgunet.hardware import autocast_dtype, pick_device
     from dgunet.instance_norm import HalfInstanceNorm
     from dgunet.layers import ChannelAttentionBlock, ConvBlock
     from dgunet.model import VARIANTS, MeasureThenRestore, create_model, list_models
@@ -152,8 +152,6 @@ def _network(case: Case) -> nn.Module:
 
 
 def _forward(case: Case) -> Callable:
-    if not case.baseline:
-        use_huge_pages()
     model = _network(case).eval()
     y = _images(case, model.channels)
     if not case.baseline:  # as load_model and restore do
@@ -171,8 +169,6 @@ def _forward(case: Case) -> Callable:
 
 
 def _train(case: Case) -> Callable:
-    if not case.baseline and not case.device.startswith("cuda"):
-        keep_freed_memory()
     options = ["DEVICE", case.device.split(":")[0], "OPTIM.BATCH_SIZE", str(case.batch)]
     if case.device.startswith("cuda"):
         options += ["GPU", f"[{torch.cuda.current_device()}]"]

@@ -13,10 +13,11 @@ are chosen if they gain as much over the windows. The last line is the entry for
 
 from pathlib import Path
 
-from common import Parser, UserError, command_imports, lazy_import, run_cli
+from common import Parser, UserError, command_imports, run_cli
 
 with command_imports(__name__):
     import torch
+    from natsort import natsorted
     from torch import Tensor
 
     from dgunet.checkpoint import load_model
@@ -32,8 +33,6 @@ with command_imports(__name__):
     from dgunet.proximal import MULTIPLE
     from dgunet.synthesis import find_degradation
     from dgunet.transforms import unit_range
-
-    natsorted = lazy_import("natsort").natsorted
 
 LEAST_GAIN = 0.01  # dB
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import ROOT, UserError, command_imports, lazy_import, run_cli
+from dgunet.errors import ROOT, UserError, command_imports, run_cli
 
-__all__ = ["ROOT", "Parser", "UserError", "at_least", "command_imports", "is_free", "lazy_import", "run_cli"]
+__all__ = ["ROOT", "Parser", "UserError", "at_least", "command_imports", "is_free", "run_cli"]
 
 
 class Parser(argparse.ArgumentParser):

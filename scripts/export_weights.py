@@ -15,9 +15,12 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from common import ROOT, Parser, UserError, command_imports, lazy_import, run_cli
+from common import ROOT, Parser, UserError, command_imports, run_cli
 
 with command_imports(__name__):
+    import yaml
+    from natsort import natsorted
+
     from dgunet.checkpoint import load_model, read_checkpoint
     from dgunet.degradations import ScalableSampling
     from dgunet.local import check_windows
@@ -25,9 +28,6 @@ with command_imports(__name__):
     from dgunet.photos import format_sigma
     from dgunet.pretrained import IN_REPOSITORY, Record
     from dgunet.weights import save_weights
-
-    natsorted = lazy_import("natsort").natsorted
-    yaml = lazy_import("yaml")
 
 TABLE = ROOT / "docs/models.md"
 

@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common import ROOT, Parser, UserError, at_least, command_imports, is_free, lazy_import, run_cli
+from common import ROOT, Parser, UserError, at_least, command_imports, is_free, run_cli
 
 with command_imports(__name__):
+    import cv2
     import numpy as np
 
     from dgunet import synthesis
@@ -37,8 +38,6 @@ with command_imports(__name__):
     from dgunet.files import match_unicode_form, nfc
     from dgunet.metrics import evaluate_pair
     from dgunet.samples import SPLITS, SamplePhoto, sample_photos
-
-    cv2 = lazy_import("cv2")
 
 TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
 MANIFEST = "demo.json"
@@ -64,8 +63,11 @@ class Screen:
     def load(self, height: int = 320, width: int = 480) -> np.ndarray:
         """(height, width, 3) uint8 RGB, the same for the same seed."""
         rng = np.random.default_rng(self.seed)
-        fonts = sorted(Path(lazy_import("matplotlib").get_data_path(), "fonts/ttf").glob("DejaVuSans*.ttf"))
-        image, draw_module, font_module = (lazy_import(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
+        from matplotlib import get_data_path
+
+        fonts = sorted(Path(get_data_path(), "fonts/ttf").glob("DejaVuSans*.ttf"))
+        from PIL import Image, ImageDraw, ImageFont
+
         dark = rng.random() < 0.3
 
         def colour(ink: bool) -> tuple[int, ...]:
@@ -73,8 +75,8 @@ class Screen:
             shade = rng.integers(low, high, 3)
             return tuple(int(value) for value in (shade if rng.random() < 0.4 else shade[[0, 0, 0]]))
 
-        screen = image.new("RGB", (width, height), colour(ink=False))
-        draw = draw_module.Draw(screen)
+        screen = Image.new("RGB", (width, height), colour(ink=False))
+        draw = ImageDraw.Draw(screen)
         for _ in range(rng.integers(2, 6)):  # windows
             left, top = int(rng.integers(-40, width - 80)), int(rng.integers(-30, height - 60))
             right, bottom = left + int(rng.integers(100, 360)), top + int(rng.integers(60, 260))
@@ -86,7 +88,7 @@ class Screen:
                 draw.line(list(steps), fill=colour(ink=True), width=int(rng.integers(1, 3)))
                 continue
             size = int(rng.integers(9, 22))
-            font = font_module.truetype(str(fonts[rng.integers(len(fonts))]), size)
+            font = ImageFont.truetype(str(fonts[rng.integers(len(fonts))]), size)
             for line in range(top + 4, bottom - size, int(1.4 * size)):
                 words = ("".join(map(chr, rng.integers(33, 127, rng.integers(2, 10)))) for _ in range(8))
                 text = " ".join(words)[: max(1, int((right - left) / size * 1.6))]

@@ -13,17 +13,16 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import Parser, UserError, command_imports, lazy_import, run_cli
+from common import Parser, UserError, command_imports, run_cli
 
 with command_imports(__name__):
+    import h5py
     import numpy as np
 
     from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
     from dgunet.distributed import lock_dir
     from dgunet.files import atomic_write, nfc
     from dgunet.progress import progress_bar
-
-    h5py = lazy_import("h5py")
 
 # A random crop of 256 pixels touches 9 to 16 chunks of this side, one of 128 touches 4 to 9: little else is read.
 CHUNK = 96

@@ -22,17 +22,18 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Parser, UserError, at_least, command_imports, is_free, lazy_import, run_cli
+from common import Parser, UserError, at_least, command_imports, is_free, run_cli
 
 with command_imports(__name__):
+    import cv2
     import numpy as np
+    from natsort import natsorted
 
     from dgunet.data import Pair, find_pairs, pair_size, read_image, report_skipped_files, write_image
     from dgunet.errors import describe_error
     from dgunet.files import IMAGE_SUFFIXES, nfc
     from dgunet.progress import progress_bar
 
-    cv2, natsorted = lazy_import("cv2"), lazy_import("natsort").natsorted
 
 SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)", re.IGNORECASE)
 # Training crops are 256 pixels wide: with an overlap of 256, every crop of the whole image lies inside a patch.

@@ -16,7 +16,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from shared import Parser, UserError, command_imports, lazy_import, markdown_table, run_cli
+from shared import Parser, UserError, command_imports, markdown_table, run_cli
 
 with command_imports(__name__):
     import torch
@@ -53,7 +53,8 @@ def read_kernel(path: Path, x: Tensor, y: Tensor) -> Tensor:
 
 def methods(args: Namespace) -> dict:
     """{name: a function of a photograph and its kernel that returns an image of the same size}."""
-    deepinv = lazy_import("deepinv")
+    import deepinv
+
     from dgunet.integrations.deepinv import Denoiser, Reconstructor
 
     def on_larger_image(algorithm):

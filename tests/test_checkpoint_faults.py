@@ -149,40 +149,39 @@ def put(key: str, value) -> Callable:
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, named",
     [
-        (moment("exp_avg", lambda t: t[:1]), r"of another kind: 1.exp_avg \(1, "),
-        (moment("exp_avg_sq", lambda t: t.flatten()), "1.exp_avg_sq .* instead of"),
-        (moment("exp_avg", lambda t: t.double()), "1.exp_avg float64 instead of float32"),
-        (moment("exp_avg", lambda t: t.to_sparse()), "1.exp_avg is no dense tensor"),
-        (moment("exp_avg", lambda t: 0.5), "1.exp_avg is no dense tensor"),
-        (moment("exp_avg", lambda t: t * torch.nan), "NaN or infinite numbers in 1.exp_avg"),
-        (moment("exp_avg_sq", lambda t: -t - 1), "negative .* 1.exp_avg_sq"),
-        (moment("step", lambda t: t - 3), "negative .* 1.step"),
-        (lambda state: state["optimizer"]["state"].pop(1), "missing: 1.exp_avg"),
-        (lambda state: state["optimizer"]["state"][1].pop("step"), "missing: 1.step"),
-        (lambda state: state["optimizer"]["state"].update({10**3: {"step": torch.zeros(())}}), "unknown: 1000.step"),
-        (lambda state: state["optimizer"]["state"].update({1: None}), "optimizer missing, or not as"),
-        (lambda state: state["state_dict"].update({"last.rho": torch.full((1,), torch.nan)}), "in last.rho; use"),
-        (lambda state: state["random"].update({"cpu": torch.zeros(7, dtype=torch.uint8)}), "random missing, or not"),
-        (lambda state: state["best"].update({"psnr": torch.nan}), "best missing, or not"),
-        (lambda state: state["history"].append({"epoch": 1}), "history missing, or not"),
-        (lambda state: state.pop("raw_state_dict"), "raw_state_dict missing, or not"),
-        (lambda state: state.pop("averaged"), "averaged missing, or not"),
-        (lambda state: state["optimizer"].pop("state"), "optimizer missing, or not"),
-        (lambda state: state.pop("best") and state.pop("totals"), "best, totals missing, or not"),
+        (moment("exp_avg", lambda t: t[:1]), "1.exp_avg"),
+        (moment("exp_avg_sq", lambda t: t.flatten()), "1.exp_avg_sq"),
+        (moment("exp_avg", lambda t: t.double()), "1.exp_avg"),
+        (moment("exp_avg", lambda t: t.to_sparse()), "1.exp_avg"),
+        (moment("exp_avg", lambda t: 0.5), "1.exp_avg"),
+        (moment("exp_avg", lambda t: t * torch.nan), "1.exp_avg"),
+        (moment("exp_avg_sq", lambda t: -t - 1), "1.exp_avg_sq"),
+        (moment("step", lambda t: t - 3), "1.step"),
+        (lambda state: state["optimizer"]["state"].pop(1), "1.exp_avg"),
+        (lambda state: state["optimizer"]["state"][1].pop("step"), "1.step"),
+        (lambda state: state["optimizer"]["state"].update({10**3: {"step": torch.zeros(())}}), "1000.step"),
+        (lambda state: state["optimizer"]["state"].update({1: None}), "optimizer"),
+        (lambda state: state["state_dict"].update({"last.rho": torch.full((1,), torch.nan)}), "last.rho"),
+        (lambda state: state["best"].update({"psnr": torch.nan}), "best"),
+        (lambda state: state["history"].append({"epoch": 1}), "history"),
+        (lambda state: state.pop("raw_state_dict"), "raw_state_dict"),
+        (lambda state: state.pop("averaged"), "averaged"),
+        (lambda state: state["optimizer"].pop("state"), "optimizer"),
+        (lambda state: state.pop("best") and state.pop("totals"), "best, totals"),
     ]
-    + [(lambda state, key=key: state.pop(key), f"{key} missing, or not") for key in ("last_psnr", "history", "config")]
-    + [(put("epoch", value), "epoch missing, or not") for value in (0, -1, True, 1.0, "1", None, 2**40)]
-    + [(put("step", value), "step missing, or not") for value in (-1, [1], torch.tensor(1))]
-    + [(put("totals", value), "totals missing") for value in ([0.0] * 3, [0.0, 1.0, -1.0, 0.0], [torch.inf] * 4, "0")]
-    + [(put("config", text), "config missing") for text in ("", "[", "OPTIM: 3", "&a [*a]", "OPTIM: {BATCH_SIZE: x}")],
+    + [(lambda state, key=key: state.pop(key), key) for key in ("last_psnr", "history", "config")]
+    + [(put("epoch", value), "epoch") for value in (0, -1, True, 1.0, "1", None, 2**40)]
+    + [(put("step", value), "step") for value in (-1, [1], torch.tensor(1))]
+    + [(put("totals", value), "totals") for value in ([0.0] * 3, [0.0, 1.0, -1.0, 0.0], [torch.inf] * 4, "0")]
+    + [(put("config", text), "config") for text in ("", "[", "OPTIM: 3", "&a [*a]", "OPTIM: {BATCH_SIZE: x}")],
 )  # fmt: skip
-def test_state_that_cannot_be_resumed_is_told_in_one_line(tmp_path, state, trainer, change, message):
+def test_state_that_cannot_be_resumed_is_told_in_one_line(tmp_path, state, trainer, change, named):
     content = fresh(state)
     change(content)
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=rf"a\.pth .*\b{named}\b") as error:
         trainer.load_state_dict(read_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth")
     refused(error.value, tmp_path / "a.pth")
 

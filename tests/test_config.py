@@ -1,9 +1,7 @@
 """Configuration: defaults, then YAML, then the command line; and every mistake in one line."""
 
-import ast
 import collections
-import functools
-import importlib.util
+import dataclasses
 import inspect
 import random
 import re
@@ -17,12 +15,10 @@ import yaml
 import dgunet.training
 from dgunet import DGUNet, UserError, distributed
 from dgunet.config import _RANGES, changed_keys, format_config, load_config, parse_args
-from dgunet.data import find_images
 from dgunet.losses import LOSSES
 from dgunet.model import VARIANTS
-from dgunet.patches import PairedPatches
 from dgunet.synthesis import DEGRADATIONS
-from dgunet.training import crop_options, train_command
+from dgunet.training import TASKS, train_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -469,16 +465,10 @@ def test_fuzz(tmp_path, image_pairs, fuzz, capsys, monkeypatch):
             print(dict(counts))
 
 
-FOLDERS = dict(
-    denoising="Denoising", deraining="Deraining", deblurring="Deblurring", compressive_sensing="CompressiveSensing"
-)  # fmt: skip
-
-
 def parsed(monkeypatch, task: str, *words):
     """The config that a task's train.py has from these words."""
-    script = (ROOT / FOLDERS[task] / "train.py").read_text()
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
-    return parse_args(task, "", ast.literal_eval(re.search(r"^USES = (.*)$", script, re.M)[1]))[0]
+    return parse_args(task, "", TASKS[task].uses)[0]
 
 
 @pytest.mark.parametrize(
@@ -528,30 +518,16 @@ def test_dry_run_with_components_of_images_that_are_not_there(tmp_path, monkeypa
 def dry_run(cfg, monkeypatch, words: list[str]):
     """As ``train.py --dry_run`` of the config's task, in this process."""
     task = VARIANTS[cfg.MODEL.NAME].task if cfg.MODEL.NAME in VARIANTS else "denoising"
-    make = lambda cfg, pairs: PairedPatches(pairs, **crop_options(cfg))  # noqa: E731
-    uses, more = ("SYNTHESIS", "AUGMENT", "MODEL"), {}
-    if task == "compressive_sensing":
-        module = sensing_train()
-        uses, make = ("AUGMENT", "MODEL"), module.train_set
-        more = dict(make_val_set=module.val_set, find=find_images, make_degradation=module.degradation)
+    uses = ("AUGMENT", "MODEL") if task == "compressive_sensing" else ("SYNTHESIS", "AUGMENT", "MODEL")
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", "--config", "config.yaml", *words])
     monkeypatch.setattr(dgunet.training, "launch", launch_here)
-    train_command(task, "", uses, make, **more)
+    train_command(dataclasses.replace(TASKS[task], uses=uses), "")
 
 
 def launch_here(function, cfg, *args):
     """`launch` without starting further processes."""
     distributed._count(cfg)
     distributed._run(function, cfg, args, group=False)
-
-
-@functools.cache
-def sensing_train():
-    """CompressiveSensing/train.py, which imports a module of its folder."""
-    spec = importlib.util.spec_from_file_location("sensing_train", ROOT / "CompressiveSensing/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("True", True), ("false", False)])

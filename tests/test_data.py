@@ -19,7 +19,6 @@ import numpy as np
 import pack_dataset
 import pytest
 import torch
-from luma import LumaPatches
 from PIL import Image, features
 
 from dgunet import UserError, data
@@ -41,6 +40,7 @@ from dgunet.degradations import sampling_operator
 from dgunet.distributed import lock_dir
 from dgunet.errors import describe_error
 from dgunet.evaluation import ScoreSheet
+from dgunet.luma import LumaPatches
 from dgunet.patches import (
     CenterCropDataset,
     MixupPatches,

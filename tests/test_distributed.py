@@ -89,13 +89,13 @@ def test_processes_on_the_cpu_share_its_threads(monkeypatch, device, gpus, threa
 def test_gpus_asked_for_are_not_replaced_by_the_cpu(monkeypatch, options):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UserError, match="PyTorch sees no GPU; .* DEVICE cpu"):
+    with pytest.raises(UserError, match="DEVICE cpu"):
         distributed.launch(print, load_config(None, options))
 
 
 def test_gpus_that_are_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"GPU lists \[2\], but the 2 GPUs here are numbered 0 to 1"):
+    with pytest.raises(UserError, match=r"GPU .*\[2\]"):
         distributed.launch(print, load_config(None, ["GPU", "[0, 2]"]))
 
 
@@ -116,7 +116,7 @@ with lock_dir(Path(sys.argv[1]), "test", "wait"):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as owner:
         assert owner.stdout.readline() == b"locked\n"
-        with pytest.raises(UserError, match=f"another test is writing to {tmp_path}; wait"):
+        with pytest.raises(UserError, match=f"{tmp_path}; wait"):
             with distributed.lock_dir(tmp_path, "test", "wait"):
                 pass
         owner.kill()
@@ -135,4 +135,4 @@ def test_disk_without_locks(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "flock", missing)
     with distributed.lock_dir(tmp_path, "test", "wait"):
-        assert "has no file locks" in capsys.readouterr().err
+        assert str(tmp_path) in capsys.readouterr().err

@@ -18,26 +18,28 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_script
-from luma import LumaPatches
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_model import Operations
 
 import dgunet.engine
 import dgunet.runlog
+import dgunet.validation
 from dgunet import create_model, load_model
 from dgunet.checkpoint import read_checkpoint, save_checkpoint
 from dgunet.config import load_config
 from dgunet.data import find_images
 from dgunet.degradations import BlockSampling, sampling_operator
-from dgunet.distributed import launch
+from dgunet.distributed import StopSignal, launch
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
 from dgunet.hardware import autocast_dtype, memory_format
+from dgunet.luma import LumaPatches
 from dgunet.metrics import psnr_batch
 from dgunet.patches import CenterCropDataset, PairedPatches
 from dgunet.runlog import RunLogger, describe, plot_history
-from dgunet.training import build_model, find_clean_images, train_command
+from dgunet.training import TASKS, build_model, find_clean_images, train_command
 from dgunet.transforms import unit_range
+from dgunet.validation import validation_batch_size
 
 TRAIN = Path(__file__).resolve().parents[1] / "Denoising" / "train.py"
 OVERRIDES = {"width": 8, "growth": 4, "final_growth": 4, "stages": 3}
@@ -178,6 +180,28 @@ def test_killed_run_resumes_to_the_same_bits(folders):
     assert_same_weights(killed["raw_state_dict"], whole["raw_state_dict"])
     for one, other in zip(history(folders, "whole"), history(folders, "killed"), strict=True):
         assert (one["loss"], one["psnr"], one["lr"]) == (other["loss"], other["psnr"], other["lr"])
+
+
+def test_nothing_is_drawn_from_the_global_generator(folders, no_curves):
+    """So that a state need not hold it: only the network's first weights come from it."""
+    for seed in (0, 1):
+        trainer = diverging_trainer(folders, session=str(seed), OPTIM__NUM_EPOCHS=2)
+        torch.manual_seed(seed)
+        trainer.fit()
+    assert_same_weights(weights(folders, "0"), weights(folders, "1"))
+    assert [row["psnr"] for row in history(folders, "0")] == [row["psnr"] for row in history(folders, "1")]
+
+
+def test_states_of_earlier_versions_resume(folders, finished):
+    """They hold random states besides, and lack what came later."""
+    state = read_checkpoint(finished / "model_latest.pth")
+    for key in ("validation_due", "rollbacks", "lr_factor", "data", "val_data"):
+        del state[key]
+    random = {"cpu": torch.get_rng_state(), "cuda": None}
+    save_checkpoint(state | {"random": random}, finished / "model_latest.pth")
+    trainer = make_trainer(folders, TRAINING__RESUME=True)
+    assert trainer.resumed == finished / "model_latest.pth" and trainer.step == 4
+    assert_same_weights(trainer.train_state.model.state_dict(), state["state_dict"])
 
 
 @pytest.fixture
@@ -594,9 +618,9 @@ def test_non_finite_step_is_skipped_and_counted(folders):
 def test_many_non_finite_steps_end_the_run(folders):
     changed = dict(OPTIM__LR_INITIAL=1, OPTIM__MAX_BAD_STEPS=3, OPTIM__NUM_EPOCHS=5, TRAINING__SAVE_MINUTES=0)
     done = train(folders, check=2, **changed)
-    assert "not finite in 3 steps" in done.stderr and "LR_INITIAL" in done.stderr
+    assert "3 steps" in done.stderr and "LR_INITIAL" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "start again from" not in done.stderr  # there is no model_best.pth yet
+    assert "model_best.pth" not in done.stderr  # there is none yet
     # what was saved after each step, after each epoch and at the validations is not replaced after the second of these
     saved = read_checkpoint(folders / "runs/run/model_latest.pth")
     assert saved["totals"][3] == 1 and saved["totals"][1] >= 1
@@ -621,7 +645,7 @@ def test_parameter_without_gradient_is_named(folders):
     trainer = make_trainer(folders)
     trainer.train_state.model.middle.register_parameter("spare", torch.nn.Parameter(torch.zeros(1)))
     cfg, sets = trainer.cfg, (trainer.train_set, trainer.val_set)
-    with pytest.raises(UserError, match="middle.spare.*requires_grad_"):
+    with pytest.raises(UserError, match="middle.spare"):
         Trainer(cfg, trainer.train_state.model, *sets).train_state.train_step(*batch(trainer))
 
     def frozen(**changed) -> Trainer:
@@ -645,7 +669,7 @@ def test_trainer_for_a_gpu_that_is_not_there(folders, monkeypatch, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     trainer = make_trainer(folders)
     cfg = load_config(None, [*options(folders, DEVICE="auto"), *words])
-    with pytest.raises(UserError, match=f"{words[0]} .*PyTorch sees no GPU"):
+    with pytest.raises(UserError, match=words[0]):
         Trainer(cfg, trainer.train_state.model, trainer.train_set, trainer.val_set)
 
 
@@ -718,7 +742,7 @@ def test_run_that_returning_does_not_help_gives_up(folders, no_curves, returns, 
     """After as many returns as it may make, MAX_BAD_STEPS in a row end it; at once where it may make none."""
     changed = dict(OPTIM__MAX_ROLLBACKS=returns, OPTIM__ROLLBACK_AFTER_BAD_STEPS=after, OPTIM__MAX_BAD_STEPS=3)
     trainer = diverging_trainer(folders, *range(20), OPTIM__NUM_EPOCHS=20, **changed)
-    with pytest.raises(UserError, match="not finite in 3 steps in a row"):
+    with pytest.raises(UserError, match="OPTIM.LR_INITIAL"):
         trainer.fit()
     made = 2 if (returns, after) == (2, 1) else 0
     assert (trainer.rollbacks, trainer.epoch) == (made, made + 3)
@@ -731,7 +755,7 @@ def test_another_run_is_never_overwritten(folders):
     train(folders, OPTIM__NUM_EPOCHS=1)
     before = weights(folders)
     done = train(folders, check=2, OPTIM__NUM_EPOCHS=1)
-    assert "holds another run" in done.stderr and "TRAINING.RESUME True" in done.stderr
+    assert str(folders / "runs/run") in done.stderr and "TRAINING.RESUME True" in done.stderr
     assert done.stderr.strip().count("\n") == 0
     assert_same_weights(weights(folders), before)
 
@@ -748,7 +772,7 @@ def test_one_training_writes_to_a_folder(folders):
         time.sleep(0.01)
     second = make_trainer(folders, **settings | dict(TRAINING__RESUME=True, OPTIM__NUM_EPOCHS=1))
     for trainer in (started_beside, second):
-        with pytest.raises(UserError, match="another training is writing to .*/runs/run; .*MODEL.SESSION"):
+        with pytest.raises(UserError, match="/runs/run.*MODEL.SESSION"):
             trainer.fit()
     seen = latest.stat().st_mtime_ns
     while latest.stat().st_mtime_ns == seen and time.monotonic() < deadline:
@@ -827,20 +851,20 @@ def test_best_score_of_another_validation_is_forgotten(folders, image_pairs, cha
     if change == "images":
         image_pairs(folders / "val", count=3, size=(32, 32))
     done = train(folders, TRAINING__RESUME=True, TRAINING__VAL_PS=32 if change == "images" else 24)
-    assert "the best score begins anew" in done.stdout
+    assert "best score" in done.stdout
     assert read_checkpoint(latest)["best"]["epoch"] == read_checkpoint(latest.with_name("model_best.pth"))["epoch"] == 2
 
 
 def test_resume_with_another_model_is_refused(folders):
     train(folders, OPTIM__NUM_EPOCHS=1)
     done = train(folders, check=2, TRAINING__RESUME=True, MODEL__OVERRIDES__width=12)
-    assert "does not fit" in done.stderr and "Traceback" not in done.stderr
+    assert "model_latest.pth" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_resume_names_what_changed(folders):
     train(folders, OPTIM__NUM_EPOCHS=1)
     done = train(folders, TRAINING__RESUME=True, OPTIM__LR_INITIAL=5e-4)
-    assert "OPTIM.LR_INITIAL" in done.stdout.split("differ from the run being continued")[1]
+    assert any("OPTIM.LR_INITIAL" in line for line in done.stdout.splitlines() if line.startswith("note"))
 
 
 @pytest.fixture
@@ -856,7 +880,7 @@ def test_run_whose_latest_state_is_missing_is_resumed_from_its_best(folders, fin
     trainer.fit()
     assert trainer.resumed == finished / "model_best.pth" and len(trainer.log.rows) == 2
     for told in (capsys.readouterr().out, (finished / "train.log").read_text()):
-        assert "model_latest.pth is missing" in told and "model_best.pth" in told
+        assert "model_latest.pth" in told and "model_best.pth" in told
 
 
 def only_weights(folder: Path):
@@ -883,12 +907,12 @@ def without_epoch(folder: Path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (only_weights, ["model_latest.pth is missing", "model_best.pth cannot be resumed", "MODEL.WEIGHTS"]),
+        (only_weights, ["model_latest.pth", "model_best.pth cannot be resumed", "MODEL.WEIGHTS"]),
         (only_epochs, ["model_latest.pth", "MODEL.WEIGHTS", "model_epoch_1.pth"]),
-        (cut("model_latest.pth"), ["model_latest.pth is not", "model_best.pth can be resumed", "move"]),
-        (without_epoch, ["model_latest.pth cannot be resumed", "model_best.pth can be resumed", "epoch 1, step 4"]),
-        (cut("model_latest.pth", "model_best.pth"), ["model_latest.pth is not"]),
-        (shutil.rmtree, ["no run to resume in", "runs/run", "TRAINING.RESUME auto"]),
+        (cut("model_latest.pth"), ["model_latest.pth", "model_best.pth can be resumed"]),
+        (without_epoch, ["model_latest.pth", "model_best.pth can be resumed", "epoch 1, step 4"]),
+        (cut("model_latest.pth", "model_best.pth"), ["model_latest.pth"]),
+        (shutil.rmtree, ["runs/run", "TRAINING.RESUME auto"]),
     ],
 )
 def test_run_that_cannot_be_resumed(folders, finished, change, named, resume):
@@ -907,7 +931,7 @@ def test_run_that_cannot_be_resumed(folders, finished, change, named, resume):
 
 def test_run_that_resumes_itself_begins_with_a_word(folders, capsys):
     """What a job that is queued again gives from its first start on."""
-    for epochs, told in ((1, f"nothing to resume in {folders / 'runs/run'}"), (2, "continuing")):
+    for epochs, told in ((1, str(folders / "runs/run")), (2, "continuing")):
         make_trainer(folders, TRAINING__RESUME="auto", OPTIM__NUM_EPOCHS=epochs).fit()
         assert told in capsys.readouterr().out and told in (folders / "runs/run/train.log").read_text()
     assert [row["epoch"] for row in history(folders)] == ["1", "2"]
@@ -973,7 +997,7 @@ def test_weights_that_are_not_finite_do_not_start_a_run(folders):
     weights = create_model("denoising_dgunet", **OVERRIDES).state_dict()
     weights["last.rho"] = torch.full((1,), torch.inf)
     save_checkpoint({"state_dict": weights}, folders / "bad.pth")
-    with pytest.raises(UserError, match="bad.pth has NaN or infinite numbers in last.rho"):
+    with pytest.raises(UserError, match="bad.pth .*last.rho"):
         make_trainer(folders, MODEL__WEIGHTS=folders / "bad.pth")
 
 
@@ -984,7 +1008,7 @@ def test_resume_with_other_training_data_is_refused(folders):
     assert make_trainer(folders, TRAINING__RESUME=True).resumed is not None
     for side in ("input", "target"):
         (folders / "train" / side / "img3.png").rename(folders / "train" / side / "img9.png")
-    with pytest.raises(UserError, match=r"2 new \(input/img9, ...\), 2 gone. Put that back, or start a run of its own"):
+    with pytest.raises(UserError, match="train .*input/img9.*MODEL.WEIGHTS"):
         make_trainer(folders, TRAINING__RESUME=True)
 
 
@@ -1002,7 +1026,7 @@ def test_full_disk_in_started_processes_is_one_line(capfd):
     with pytest.raises((UserError, SystemExit)) as stop:
         launch(fill_the_disk, load_config(None, ["DEVICE", "cpu", "PROCESSES", "2"]))
     told = f"{stop.value}\n{capfd.readouterr().err}"
-    assert "runs/a.png: No space left on device; free some space" in told and "Traceback" not in told
+    assert "runs/a.png: No space left on device" in told and "Traceback" not in told
 
 
 def test_start_from_given_weights(folders):
@@ -1026,8 +1050,7 @@ def test_dry_run_before_there_is_data(folders, monkeypatch, capsys):
 
     def dry_run(**more):
         monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", *options(folders, **changed, **more)])
-        uses = ("SYNTHESIS", "AUGMENT.MIXUP")
-        train_command("denoising", "", uses, lambda cfg, pairs: PairedPatches(pairs, cfg.TRAINING.TRAIN_PS))
+        train_command(TASKS["denoising"], "")
         return capsys.readouterr().out
 
     out = dry_run()
@@ -1040,7 +1063,7 @@ def test_dry_run_before_there_is_data(folders, monkeypatch, capsys):
     assert out.count("missing ") == 3
     changed["TRAINING__VAL_DIR"] = ""
     assert dry_run().count("missing ") == 2
-    with pytest.raises(UserError, match="multiple of 8 pixels"):  # what is wrong already is told as ever
+    with pytest.raises(UserError, match="TRAIN_PS"):  # reported as in a run
         dry_run(TRAINING__TRAIN_PS=33)
 
 
@@ -1051,33 +1074,33 @@ def test_validation_within_an_epoch(folders):
 
 
 def test_batch_must_fit_the_processes(folders):
-    with pytest.raises(UserError, match="multiple of 1 processes times 3"):
+    with pytest.raises(UserError, match="OPTIM.BATCH_SIZE"):
         make_trainer(folders, OPTIM__ACCUMULATE=3)
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["OPTIM.LR_INTIAL", "1e-3"], "did you mean OPTIM.LR_INITIAL"),
-        (["TRAINING.TRAIN_DIR", "/nowhere"], "no folder /nowhere/input"),
-        (["DEVICE", "gpu"], "DEVICE is auto, cuda or cpu"),
-        (["MODEL.NAME", "denoising_dgnet"], "did you mean denoising_dgunet"),
-        (["SPEED.AMP", "fp16"], "SPEED.AMP is auto, bf16 or fp32"),
-        (["SPEED.COMPILE", "True", "SPEED.COMPILE_MODE", "fast"], "SPEED.COMPILE_MODE is default, reduce-overhead"),
+        (["OPTIM.LR_INTIAL", "1e-3"], "OPTIM.LR_INITIAL"),
+        (["TRAINING.TRAIN_DIR", "/nowhere"], "/nowhere/input"),
+        (["DEVICE", "gpu"], "DEVICE"),
+        (["MODEL.NAME", "denoising_dgnet"], "denoising_dgunet"),
+        (["SPEED.AMP", "fp16"], "SPEED.AMP"),
+        (["SPEED.COMPILE", "True", "SPEED.COMPILE_MODE", "fast"], "SPEED.COMPILE_MODE"),
         (
             ["SPEED.COMPILE", "True", "SPEED.COMPILE_MODE", "reduce-overhead", "OPTIM.ACCUMULATE", "2"],
-            "uses CUDA graphs",
+            "OPTIM.ACCUMULATE",
         ),
-        (["OPTIM.SCHEDULE", "linear"], "OPTIM.SCHEDULE is cosine, constant or step"),
-        (["--config", "missing.yaml"], "cannot read the config missing.yaml"),
-        (["MODEL.WEIGHTS", "missing.pth"], "no checkpoint at missing.pth"),
-        (["TRAINING.TRAIN_PS", "100"], "multiple of 8 pixels"),
-        (["MODEL.NAME", "compressive_sensing_dgunet"], "not a network for this task"),
-        (["MODEL.NAME", "deraining_dgunet"], "MODEL.NAME is denoising_dgunet or denoising_dgunet_plus"),
-        (["--dry_run", "MODEL.NAME", "deraining_dgunet"], "deraining_dgunet is not a network for this task"),
-        (["SYNTHESIS.NAME", "gaussian_noise"], "set them to 0 with SYNTHESIS.NAME"),
-        (["SYNTHESIS.OPTIONS", "{sigma: 5}"], "SYNTHESIS.OPTIONS are of SYNTHESIS.NAME"),
-        (["MODEL.RATIO", "0.1"], "MODEL.RATIO does nothing in denoising, which uses SYNTHESIS and AUGMENT.MIXUP"),
+        (["OPTIM.SCHEDULE", "linear"], "OPTIM.SCHEDULE"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["MODEL.WEIGHTS", "missing.pth"], "missing.pth"),
+        (["TRAINING.TRAIN_PS", "100"], "TRAIN_PS"),
+        (["MODEL.NAME", "compressive_sensing_dgunet"], "MODEL.NAME"),
+        (["MODEL.NAME", "deraining_dgunet"], "denoising_dgunet_plus"),
+        (["--dry_run", "MODEL.NAME", "deraining_dgunet"], "deraining_dgunet"),
+        (["SYNTHESIS.NAME", "gaussian_noise"], "SYNTHESIS.NAME"),
+        (["SYNTHESIS.OPTIONS", "{sigma: 5}"], "SYNTHESIS.OPTIONS"),
+        (["MODEL.RATIO", "0.1"], "MODEL.RATIO"),
     ],
 )
 def test_mistakes_are_one_line(folders, words, message):
@@ -1094,7 +1117,7 @@ def test_unsuitable_image_in_a_loading_process_is_one_line(folders, side):
     cv2.imwrite(str(folders / side / "input" / "img1.png"), np.zeros((40, 48, 3), np.uint16))
     cv2.imwrite(str(folders / side / "target" / "img1.png"), np.zeros((40, 48, 3), np.uint16))
     done = train(folders, check=2, timeout=50, TRAINING__WORKERS=1)
-    assert "img1.png has 16 bits per channel" in done.stderr and done.stderr.strip().count("\n") == 0
+    assert "img1.png" in done.stderr and done.stderr.strip().count("\n") == 0
 
 
 def test_overrides_may_be_given_as_one(folders):
@@ -1210,7 +1233,7 @@ def test_signal_stops_a_validation_which_is_then_done_again(folders, image_pairs
     settings = dict(OPTIM__EMA_DECAY=0.9, TRAINING__VAL_TIMES=2)
     make_trainer(folders, session="whole", **settings).fit()
     trainer, looked_at = make_trainer(folders, **settings), []
-    assert trainer._validation_batch() == 2
+    assert validation_batch_size(trainer.train_state, trainer.val_set) == 2
     center_crop = trainer.val_set.center_crop
 
     def signalled(source):
@@ -1253,7 +1276,7 @@ def test_signal_after_a_validation_is_heeded_before_another_step(folders):
 @pytest.mark.parametrize("late", [True, False])
 def test_second_signal_ends_a_run_at_once_if_it_is_late(folders, monkeypatch, late):
     """Not one that comes with the first, as by way of the process that started this one."""
-    monkeypatch.setattr(dgunet.engine, "_LATE", -1 if late else 60)
+    monkeypatch.setattr(StopSignal, "seconds", -1 if late else 60)
     trainer, after = make_trainer(folders), []
 
     def twice(*_):
@@ -1292,11 +1315,11 @@ def test_images_that_are_restored_exactly_are_counted_and_left_out_of_the_mean(
 ):
     scores = iter([torch.inf] * exact + [20.0])
     psnr = lambda restored, target: torch.tensor([next(scores) for _ in restored])  # noqa: E731
-    monkeypatch.setattr(dgunet.engine, "psnr_batch", psnr)
+    monkeypatch.setattr(dgunet.validation, "psnr_batch", psnr)
     with caplog.at_level("INFO", "dgunet"):
         assert make_trainer(folders).validate() == expected
     assert [f"{exact} of 2 validation images" in message for message in caplog.messages] == [True]
-    monkeypatch.setattr(dgunet.engine, "psnr_batch", lambda *_: torch.tensor([torch.nan, torch.inf]))
+    monkeypatch.setattr(dgunet.validation, "psnr_batch", lambda *_: torch.tensor([torch.nan, torch.inf]))
     assert np.isnan(make_trainer(folders).validate()), "a score that is no number is not left out"
 
 
@@ -1304,11 +1327,11 @@ def test_validation_takes_as_many_pixels_at_once_as_training(folders):
     """That fits into the memory. The training pass has 32x32 pixels of each image, validation 16x16."""
     trainer = make_trainer(folders, OPTIM__BATCH_SIZE=12, OPTIM__ACCUMULATE=2)
     trainer.val_set.sizes = {(16, 16)}
-    assert trainer._validation_batch() == 6 * 4
+    assert validation_batch_size(trainer.train_state, trainer.val_set) == 6 * 4
     trainer.train_state.world = 3
-    assert trainer._validation_batch() == 2 * 4
+    assert validation_batch_size(trainer.train_state, trainer.val_set) == 2 * 4
     trainer.val_set.sizes = {(64, 128)}
-    assert trainer._validation_batch() == 1
+    assert validation_batch_size(trainer.train_state, trainer.val_set) == 1
 
 
 def test_gradients_accumulate_in_a_compiled_network(folders):
@@ -1323,7 +1346,7 @@ def test_environment_of_a_cluster_does_not_pass_for_torchrun(folders, monkeypatc
 
 def test_mistake_in_a_started_process_is_one_line(folders):
     done = train(folders, check=2, PROCESSES=2, OPTIM__BATCH_SIZE=3)
-    assert "multiple of 2 processes" in done.stderr and "Traceback" not in done.stderr
+    assert "OPTIM.BATCH_SIZE" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_trains_on_clean_images_with_synthetic_noise(folders):

@@ -806,36 +806,3 @@ def test_random_arguments_are_restored_or_refused_in_one_line(tiny_model, fuzz):
             assert np.isfinite(values).all() and values.min() >= 0 and (whole or values.max() <= 1), where
     print(f"{restored + refused} trials: {restored} restored, {refused} refused")
     assert restored > 10 and refused > 10
-
-
-PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-NO_HUGE_PAGES = not PAGES.exists() or "[never]" in PAGES.read_text()
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        pytest.param("use_huge_pages", marks=pytest.mark.skipif(NO_HUGE_PAGES, reason="has none")),
-        "keep_freed_memory",
-    ],
-)
-def test_memory_of_large_maps_is_not_made_page_by_page(run_command, function):
-    """Of maps of 4 x 64 MiB, made and freed again and again, few of the 65536 pages of 4 KiB are new in the end."""
-    code = f"""
-import resource
-import torch
-import dgunet.training, dgunet.testing, dgunet.hardware  # importing all this makes no tensor yet
-
-def pages():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-dgunet.hardware.{function}()
-for _ in range(6):
-    before = pages()
-    maps = [torch.ones(2**24) for _ in range(4)]
-    del maps
-print(pages() - before)
-"""
-    done = run_command(["-c", code])
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 6500

@@ -162,7 +162,7 @@ def test_every_parameter_group_keeps_its_own_rate():
 
 
 def test_unknown_schedule():
-    with pytest.raises(UserError, match="cosine, constant or step, got 'linear'"):
+    with pytest.raises(UserError, match="OPTIM.SCHEDULE .*'linear'"):
         rates(optim(SCHEDULE="linear"))
 
 

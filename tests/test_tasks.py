@@ -2,7 +2,6 @@
 
 import csv
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import skimage.data
 import torch
 from conftest import run_script
 from export_weights import read_record
-from luma import LumaPatches
 from parity.weights import fill
 from PIL import Image
 
@@ -28,12 +26,13 @@ from dgunet.data import find_pairs, read_image, read_luma, write_image
 from dgunet.degradations import Blur, init_sampling_matrix
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
+from dgunet.luma import LumaPatches
 from dgunet.metrics import evaluate_pair
 from dgunet.model import find_variant
 from dgunet.patches import CenterCropDataset, SaturationPatches
 from dgunet.pretrained import list_pretrained
 from dgunet.synthesis import added_rain, motion_blur
-from dgunet.training import build_model
+from dgunet.training import block_sampling, build_model
 from dgunet.transforms import unit_range
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -347,7 +346,7 @@ def test_known_blur_from_a_config_to_a_score(tmp_path):
         "SPEED.AMP", "fp32", "MODEL.OVERRIDES", "{width: 8, growth: 4, final_growth: 4, stages: 2}",
     ]  # fmt: skip
     done = run("deblurring", "train.py", *words, "MODEL.KERNEL", "other.npy", "MODEL.SESSION", "one", cwd=tmp_path)
-    assert "3 images of clean" in done.stdout and "held back" in done.stdout
+    assert "3 images of clean" in done.stdout and "held out" in done.stdout
     words += ["MODEL.KERNEL", "kernel.npy", "MODEL.WEIGHTS", "runs/one/model_best.pth", "MODEL.SESSION", "two"]
     run("deblurring", "train.py", *words, cwd=tmp_path)
     weights = tmp_path / "runs/two/model_best.pth"
@@ -409,7 +408,7 @@ def test_known_blurs_are_those_of_their_step_and_image(tmp_path, monkeypatch):
     run("deblurring", "train.py", *words, "MODEL.SESSION", "whole", cwd=tmp_path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_sync_stop_flag", lambda self, _: setattr(self, "stopped", 15))
+        patched.setattr(Trainer, "_sync_stop_flag", lambda self, _=0.0: setattr(self.stop, "agreed", 15))
         run("deblurring", "train.py", *words, "MODEL.SESSION", "parts", cwd=tmp_path, check=143)
     run("deblurring", "train.py", *words, "MODEL.SESSION", "parts", "TRAINING.RESUME", True, cwd=tmp_path)
     whole, parts = (read_checkpoint(tmp_path / f"runs/{name}/model_latest.pth") for name in ("whole", "parts"))
@@ -613,7 +612,7 @@ def test_sensing_in_two_steps_with_either_matrix(tmp_path, matrix, start):
         "MODEL.OVERRIDES.stages", 2,
     ]  # fmt: skip
     done = run("compressive_sensing", "train.py", *common, "MODEL.SESSION", "one", cwd=tmp_path)
-    assert "training    3 images" in done.stdout and "held back" in done.stdout
+    assert "training    3 images" in done.stdout and "held out" in done.stdout
     config = ROOT / "configs/compressive_sensing/dgunet_step2.yaml"
     words = ["--config", config, *common, "TRAINING.TRAIN_PS", 64, "MODEL.WEIGHTS", "runs/one/model_latest.pth"]
     run("compressive_sensing", "train.py", *words, "MODEL.SESSION", "two", cwd=tmp_path)
@@ -628,7 +627,6 @@ def test_sensing_in_two_steps_with_either_matrix(tmp_path, matrix, start):
 
 def test_sensing_begins_with_a_network_of_another_ratio(tmp_path, weights):
     """All but the matrix is taken over, if a start for the matrix is given; without one, the shapes do not fit."""
-    degradation = runpy.run_path(ROOT / "CompressiveSensing/train.py")["degradation"]
     given = load_model(weights["compressive_sensing"])
     size = {f"MODEL.OVERRIDES.{key}": given.arguments[key] for key in ("width", "growth", "final_growth", "stages")}
 
@@ -640,7 +638,7 @@ def test_sensing_begins_with_a_network_of_another_ratio(tmp_path, weights):
         }  # fmt: skip
         words = [str(word) for pair in options.items() for word in pair]
         cfg = load_config(ROOT / "configs/compressive_sensing/dgunet.yaml", words)
-        return build_model(cfg, None, degradation).state_dict()
+        return build_model(cfg, None, block_sampling).state_dict()
 
     with pytest.raises(UserError, match="degradation.matrix"):
         trained_from("")

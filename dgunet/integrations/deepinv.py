@@ -6,16 +6,14 @@ The other way round nothing is needed: deepinv's linear operators have ``A`` and
 degradations as they are, ``DGUNet(degradation=physics)``.
 """
 
+import deepinv
 from torch import Tensor
 from torch.nn import functional as F
 
 from dgunet.degradations import Degradation, for_measurements
-from dgunet.errors import lazy_import
 from dgunet.model import DGUNet
 from dgunet.proximal import MULTIPLE
 from dgunet.transforms import pad_to_multiple
-
-deepinv = lazy_import("deepinv")
 
 
 class Reconstructor(deepinv.models.Reconstructor):

@@ -4,17 +4,15 @@ After `install()` its ``ModelLoader().load_from_file("weights.safetensors")`` gi
 in [0, 1]. Needs ``pip install ".[spandrel]"``.
 """
 
+import spandrel
 import torch
 from torch import Tensor
 
 from dgunet.checkpoint import load_model
-from dgunet.errors import lazy_import
 from dgunet.model import DGUNet
 from dgunet.pretrained import list_pretrained
 from dgunet.proximal import MULTIPLE
 from dgunet.weights import read_weights
-
-spandrel = lazy_import("spandrel")
 
 
 class DGUNetArch(spandrel.Architecture[DGUNet]):
