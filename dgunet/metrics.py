@@ -17,17 +17,29 @@ train_rgb         validation during training            float32 or uint8     ``t
 
     psnr, ssim = evaluate_pair(restored, target, "rgb_matlab")
 
+- ``deraining_y``: luma of MATLAB's ``rgb2ycbcr`` (16..235), rounded to integers first; peak 255; SSIM with an 11 x 11
+  Gaussian window where it fits into the image.
+- ``rgb_matlab``: one mean over all pixels and channels; peak 255; MATLAB's ``ssim`` of an H x W x 3 array, which is
+  three-dimensional: the Gaussian window runs over the channels too, edges replicated.
+- ``gaussian_rgb``: the same PSNR; SSIM is the mean of the three channels', with the window of ``deraining_y``.
+- ``sidd_unit_range``: as ``rgb_matlab``, on the range [0, 1], in double; the restored image is clamped to it.
+- ``cs_y``: OpenCV's full-range luma (0..255) of the uint8 images; a float luma is clamped to [0, 1] and not rounded;
+  exactly 100 dB for equal images; SSIM with a uniform 7 x 7 window.
+- ``realblur_aligned``: the restored image matched to the target in intensity and aligned by a homography, scored where
+  they overlap; not symmetric in the two. The alignment is OpenCV's iteration, whose rounding depends on the
+  processor: on photographs scores agree to some 1e-5 dB, on images of a few pixels it may fail on one machine only.
+- ``train_rgb``: both clamped to [0, 1], arithmetic in float32; no SSIM.
+
 Values are per image; the score of a set is the mean of its images' values (PSNR averaged in dB; of images that
 equal their targets it is infinite, see `mean_psnr`). For deraining the overall figure is the mean of the sets'
 means, whatever their sizes.
 
-Every SSIM here is the mean, over the image, of
+Every SSIM here (Wang et al., 2004) is the mean, over the image, of
 
     (2 m_r m_t + C1) (2 c_rt + C2) / ((m_r^2 + m_t^2 + C1) (v_r + v_t + C2))
 
 with C1 = (0.01 L)^2 and C2 = (0.03 L)^2; m, v, c are the means, variances and covariance in a sliding window
-and L the nominal range. The protocols differ in the window, in what happens at the borders and in what they
-call an image.
+and L the nominal range. The protocols differ in the window, at the borders, and in what they call an image.
 """
 
 import contextlib
@@ -67,31 +79,9 @@ def evaluate_pair(
             uint8; network outputs that a protocol scores unrounded are float32 with nominal range [0, 1],
             where uint8 stands for the value divided by 255. For ``cs_y`` a float32 ``restored`` is the luma
             alone, H x W, of a target that may be a colour image.
-        protocol: one of ``PROTOCOLS``.
-            ``deraining_y``: uint8. Luma of MATLAB's ``rgb2ycbcr`` (16..235), rounded to integers first; peak
-            255; SSIM with an 11 x 11 Gaussian window where it fits into the image.
-            ``rgb_matlab``: uint8. One mean over all pixels and channels; peak 255; MATLAB's ``ssim`` of an
-            H x W x 3 array, which is three-dimensional: the Gaussian window runs over the channels too, edges
-            replicated.
-            ``gaussian_rgb``: uint8. The same PSNR; SSIM is the mean of the three channels', each with an 11 x 11
-            Gaussian window where it fits into the image.
-            ``sidd_unit_range``: float32 or uint8. The same on the range [0, 1], evaluated in double;
-            ``restored`` is clamped to it.
-            ``cs_y``: ``restored`` float32 luma or uint8, ``target`` uint8. OpenCV's full-range luma (0..255)
-            of the uint8 images; the float luma is clamped to [0, 1] and not rounded; exactly 100 dB for
-            equal images; SSIM with a uniform 7 x 7 window.
-            ``realblur_aligned``: uint8. Restored image matched to the target in intensity and aligned by a
-            homography; scored where the two overlap. Not symmetric in the two images. The alignment is OpenCV's
-            iteration, whose rounding depends on the processor: on photographs scores agree to some 1e-5 dB, on
-            images of a few pixels it may fail on one machine and not on another.
-            ``train_rgb``: float32 or uint8. Both clamped to [0, 1], arithmetic in float32; no SSIM.
-        align: False makes ``realblur_aligned`` skip the alignment (the intensities are still matched) and
-            score the whole image; the other protocols never align. For pairs on which it fails::
-
-                try:
-                    psnr, ssim = evaluate_pair(restored, target, "realblur_aligned")
-                except AlignmentError:
-                    psnr, ssim = evaluate_pair(restored, target, "realblur_aligned", align=False)
+        protocol: one of ``PROTOCOLS``, see above.
+        align: False makes ``realblur_aligned`` skip the alignment (the intensities are still matched) and score the
+            whole image; the other protocols never align.
 
     Returns:
         ``(psnr, ssim)``, two Python floats. PSNR is ``inf`` for equal images (except in ``cs_y``), SSIM is
@@ -109,10 +99,7 @@ def evaluate_pair(
     '20.172 0.995'
     """
     record = find_protocol(protocol)
-    _check_image("restored", restored, record.restored, protocol)
-    _check_image("target", target, record.target, protocol)
-    _check_shapes(restored, target, protocol)
-
+    _check_images(restored, target, protocol)
     # OpenCV does not read every strided view, such as the flipped channels of an image that it has loaded.
     restored, target = np.ascontiguousarray(restored), np.ascontiguousarray(target)
     options = {"align": align} if record.aligns else {}
@@ -185,7 +172,7 @@ def find_metrics(names: list[str], device: str | torch.device = "cpu") -> dict[s
             near = difflib.get_close_matches(name.lower(), known, n=3) or known[:8]
             raise UserError(f"--metrics: pyiqa {pyiqa.__version__} has no {name}; near are {', '.join(near)}")
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it tells of downloads
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints about downloads
                 metric = pyiqa.create_metric(name, device=device)
         except Exception as error:  # of any kind: a download, a package that this one needs
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -230,15 +217,7 @@ def _deraining_y(restored: np.ndarray, target: np.ndarray) -> Scores:
 def _gaussian_rgb(restored: np.ndarray, target: np.ndarray) -> Scores:
     # scikit-image cuts the window's radius off the map before its mean: what is left are the positions at
     # which the window fits, so its own border rule has no influence.
-    ssim = lazy_import("skimage.metrics").structural_similarity(
-        restored,
-        target,
-        data_range=255,
-        channel_axis=2 if restored.ndim == 3 else None,
-        gaussian_weights=True,
-        sigma=_GAUSSIAN_SIGMA,
-        use_sample_covariance=False,
-    )
+    ssim = _gaussian_ssim(restored, target, data_range=255, channel_axis=2 if restored.ndim == 3 else None)
     return _psnr(restored, target, peak=255), ssim
 
 
@@ -256,20 +235,16 @@ def _sidd_unit_range(restored: np.ndarray, target: np.ndarray) -> Scores:
 
 
 def _cs_y(restored: np.ndarray, target: np.ndarray) -> Scores:
-    structural_similarity = lazy_import("skimage.metrics").structural_similarity
-
     if restored.dtype == np.uint8:
         restored = _full_luma(restored).astype(np.float64)
     else:
         restored = np.clip(restored.astype(np.float64), 0, 1) * 255
     target = _full_luma(target).astype(np.float64)
     psnr = 100.0 if np.array_equal(restored, target) else _psnr(restored, target, peak=255)
-    return psnr, structural_similarity(restored, target, data_range=255)
+    return psnr, lazy_import("skimage.metrics").structural_similarity(restored, target, data_range=255)
 
 
 def _realblur_aligned(restored: np.ndarray, target: np.ndarray, align: bool) -> Scores:
-    structural_similarity = lazy_import("skimage.metrics").structural_similarity
-
     restored, target = unit_range(_as_colour(restored)), unit_range(_as_colour(target))
     energy = np.sum(restored * restored)
     if energy > 0:  # an all-black image has no best factor
@@ -282,16 +257,7 @@ def _realblur_aligned(restored: np.ndarray, target: np.ndarray, align: bool) -> 
     squared_error = np.sum((target - restored) ** 2, dtype=np.float64)
     psnr = _psnr_of_mse(squared_error / np.sum(mask, dtype=np.float64), peak=1)
 
-    _, ssim_map = structural_similarity(
-        target,
-        restored,
-        data_range=1.0,
-        channel_axis=2,
-        full=True,
-        gaussian_weights=True,
-        sigma=_GAUSSIAN_SIGMA,
-        use_sample_covariance=False,
-    )
+    _, ssim_map = _gaussian_ssim(target, restored, data_range=1.0, channel_axis=2, full=True)
     inner = (slice(_GAUSSIAN_RADIUS, -_GAUSSIAN_RADIUS),) * 2
     ssim_map, mask = (ssim_map * mask)[inner], mask[inner]
     ssim = np.mean(ssim_map.sum(axis=(0, 1), dtype=np.float64) / mask.sum(axis=(0, 1), dtype=np.float64))
@@ -362,6 +328,13 @@ def _psnr_of_mse(mse: float, peak: float) -> float:
     return float("inf") if mse == 0 else 10 * np.log10(peak**2 / mse)
 
 
+def _gaussian_ssim(one: np.ndarray, other: np.ndarray, **options):
+    """scikit-image's SSIM, with the Gaussian window of Wang et al."""
+    return lazy_import("skimage.metrics").structural_similarity(
+        one, other, gaussian_weights=True, sigma=_GAUSSIAN_SIGMA, use_sample_covariance=False, **options
+    )
+
+
 def _matlab_ssim(restored: np.ndarray, target: np.ndarray, value_range: float) -> float:
     """MATLAB's ``ssim`` of two double arrays H x W (2-D) or H x W x 3 (3-D), edges replicated."""
     mean_r, mean_t = _gaussian_filter(restored), _gaussian_filter(target)
@@ -376,7 +349,6 @@ def _matlab_ssim(restored: np.ndarray, target: np.ndarray, value_range: float) -
 def _gaussian_filter(volume: np.ndarray) -> np.ndarray:
     """Separable Gaussian over all axes of a double H x W or H x W x C array, the channel axis included."""
     cv2 = lazy_import("cv2")
-
     taps = cv2.getGaussianKernel(_GAUSSIAN_TAPS, _GAUSSIAN_SIGMA)
     filtered = cv2.sepFilter2D(volume, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
     if volume.ndim == 2:
@@ -405,7 +377,6 @@ def _studio_luma(image: np.ndarray) -> np.ndarray:
 def _full_luma(image: np.ndarray) -> np.ndarray:
     """OpenCV's full-range luma on uint8: fixed-point, so not always the exact sum rounded."""
     cv2 = lazy_import("cv2")
-
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[..., 0]
 
 
@@ -415,7 +386,6 @@ def _align(restored: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.nda
     Returns the warped image and the mask (0 or 1, same shape) of where it is defined.
     """
     cv2 = lazy_import("cv2")
-
     height, width = target.shape[:2]
     # No tolerance, so that always all of the iterations are made.
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 0)
@@ -457,29 +427,24 @@ def _as_colour(image: np.ndarray) -> np.ndarray:
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
 
 
-def _check_image(name: str, image: np.ndarray, types: tuple[type, ...], protocol: str):
-    wanted = " or ".join(np.dtype(kind).name for kind in types)
-    if not isinstance(image, np.ndarray) or image.dtype not in types:
-        found = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"{protocol} needs {name} as a {wanted} array, got {found}")
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        raise ValueError(f"{name} must be H x W x 3 (RGB) or H x W, got shape {image.shape}")
-
-
-def _check_shapes(restored: np.ndarray, target: np.ndarray, protocol: str):
-    smallest_side = PROTOCOLS[protocol].smallest_side
-    if PROTOCOLS[protocol].luma and restored.dtype != np.uint8:
-        if restored.ndim != 2:
-            raise ValueError(
-                f"{protocol} needs a float restored image as its luma alone, H x W, got shape {restored.shape}"
-            )
-        fits = restored.shape == target.shape[:2]
-    else:
-        fits = restored.shape == target.shape
-    if not fits:
-        raise ValueError(f"restored and target differ in shape: {restored.shape} and {target.shape}")
-    if min(restored.shape[:2]) < smallest_side:
+def _check_images(restored: np.ndarray, target: np.ndarray, protocol: str):
+    record = PROTOCOLS[protocol]
+    for name, image, types in (("restored", restored, record.restored), ("target", target, record.target)):
+        if not isinstance(image, np.ndarray) or image.dtype not in types:
+            wanted = " or ".join(np.dtype(kind).name for kind in types)
+            found = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(f"{protocol} needs {name} as a {wanted} array, got {found}")
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+            raise ValueError(f"{name} must be H x W x 3 (RGB) or H x W, got shape {image.shape}")
+    luma_alone = record.luma and restored.dtype != np.uint8
+    if luma_alone and restored.ndim != 2:
         raise ValueError(
-            f"{protocol} needs at least {smallest_side} x {smallest_side} pixels, "
+            f"{protocol} needs a float restored image as its luma alone, H x W, got shape {restored.shape}"
+        )
+    if restored.shape != (target.shape[:2] if luma_alone else target.shape):
+        raise ValueError(f"restored and target differ in shape: {restored.shape} and {target.shape}")
+    if min(restored.shape[:2]) < record.smallest_side:
+        raise ValueError(
+            f"{protocol} needs at least {record.smallest_side} x {record.smallest_side} pixels, "
             f"got {restored.shape[0]} x {restored.shape[1]}"
         )

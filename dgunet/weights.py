@@ -1,11 +1,11 @@
-"""Weights to share: a .safetensors file that says itself what network they are of and how they came about.
+"""Weights to share: .safetensors files that describe their network and training.
 
-In its metadata are ``dgunet``, as JSON
+The metadata has ``dgunet``, as JSON
 
     model    what `checkpoint.describe_model` gives, by which the network is built again
-    record   where a person wrote one: what the weights are for and how they came about, see `pretrained.Record`
+    record   optional: what the weights are for and how they were trained, see `pretrained.Record`
 
-and ``sha256``, of all that and of the weights: the format has no checksum of its own.
+and ``sha256``, of that text and the weights: the format has no checksum of its own.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from dgunet.files import atomic_write
 
 
 def save_weights(path: str | Path, state_dict: dict[str, Tensor], model: dict, record: dict | None = None):
-    """Write weights, of the precision they have, to a .safetensors file, whole or not at all.
+    """Write weights to a .safetensors file atomically, in the precision they have.
 
     Args:
-        path: its folder is made if needed.
+        path: of the file; its folder is made if needed.
         state_dict: the weights.
         model: see `checkpoint.describe_model`.
         record: the fields of a `pretrained.Record` but its ``task`` and ``path``, or None.
