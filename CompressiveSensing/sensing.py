@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from dgunet import DGUNet
 from dgunet.data import to_tensor
-from dgunet.errors import UserError
 from dgunet.inference import estimate
 from dgunet.transforms import pad_to_blocks, unit_range
 
@@ -67,18 +66,16 @@ def reconstruct_tiles(
     tile: int = TILE,
     batch: int = 16,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same in tiles that know nothing of each other, as the original tests.
+    """The same in separate tiles, as the original's test script does.
 
     Zeros are added to the next multiple of ``tile``; a side that is one already gets another whole tile of them, as in
     the original. (They change nothing: what is added is cropped again.)
 
     Raises:
-        UserError: tiles that are not of whole blocks.
+        ValueError: tiles that are not of whole blocks.
     """
     height, width = luma.shape
     operator = model.degradation.at(ratio)
-    if tile % operator.block:
-        raise UserError(f"blocks of {operator.block}x{operator.block} do not fill tiles of {tile}x{tile}; --whole does")
     padded = F.pad(unit_range(to_tensor(luma)), (0, tile - width % tile, 0, tile - height % tile))
     rows, columns = (side // tile for side in padded.shape[1:])
     tiles = padded.view(rows, tile, columns, tile).transpose(1, 2).reshape(-1, 1, tile, tile)
