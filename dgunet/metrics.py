@@ -75,10 +75,9 @@ def evaluate_pair(
     """PSNR in dB and SSIM of a restored image against its target, as the named protocol computes them.
 
     Args:
-        restored, target: NumPy arrays, H x W x 3 in RGB order or H x W, of the same shape. 8-bit images are
-            uint8; network outputs that a protocol scores unrounded are float32 with nominal range [0, 1],
-            where uint8 stands for the value divided by 255. For ``cs_y`` a float32 ``restored`` is the luma
-            alone, H x W, of a target that may be a colour image.
+        restored, target: NumPy arrays, H x W x 3 in RGB order or H x W, of the same shape: uint8, or float32 of the
+            nominal range [0, 1] where the protocol scores unrounded images. For ``cs_y`` a float32 ``restored`` is the
+            luma alone, H x W, of a target that may be a colour image.
         protocol: one of ``PROTOCOLS``, see above.
         align: False makes ``realblur_aligned`` skip the alignment (the intensities are still matched) and score the
             whole image; the other protocols never align.
@@ -114,12 +113,10 @@ def psnr_batch(restored: Tensor, target: Tensor) -> Tensor:
         20 log10(1 / rmse),    rmse over all pixels and channels of one image, both clamped to [0, 1]
 
     Args:
-        restored, target: floating-point tensors (B, C, H, W) of the same shape and device, nominal range
-            [0, 1].
+        restored, target: floating-point tensors (B, C, H, W) of the same shape and device, nominal range [0, 1].
 
     Returns:
-        float32 tensor (B,) in dB on the same device, ``inf`` where the images are equal. Nothing is copied to
-        the host.
+        float32 tensor (B,) in dB on the same device, ``inf`` for equal images. Nothing is copied to the host.
 
     Raises:
         ValueError: integer tensors, other than four dimensions, or two shapes.
@@ -127,22 +124,21 @@ def psnr_batch(restored: Tensor, target: Tensor) -> Tensor:
     >>> psnr_batch(torch.full((2, 3, 8, 8), 0.6), torch.full((2, 3, 8, 8), 0.5))
     tensor([20.0000, 20.0000])
     """
-    if restored.shape != target.shape or restored.ndim != 4:
+    floating = restored.is_floating_point() and target.is_floating_point()
+    if restored.shape != target.shape or restored.ndim != 4 or not floating:
         raise ValueError(
-            "psnr_batch needs two tensors of one shape (B, C, H, W), "
-            f"got {tuple(restored.shape)} and {tuple(target.shape)}"
+            "psnr_batch needs two floating-point tensors of one shape (B, C, H, W), "
+            f"got {tuple(restored.shape)}, {restored.dtype} and {tuple(target.shape)}, {target.dtype}"
         )
-    if not (restored.is_floating_point() and target.is_floating_point()):
-        raise ValueError(f"psnr_batch needs floating-point tensors in [0, 1], got {restored.dtype} and {target.dtype}")
     difference = restored.float().clamp(0, 1) - target.float().clamp(0, 1)
     rmse = difference.square().mean(dim=(1, 2, 3)).sqrt()
     return 20 * torch.log10(1 / rmse)
 
 
 def mean_psnr(values: Iterable[float]) -> tuple[float, int]:
-    """Mean of images' PSNR in dB, and how many of these are infinite, of images that equal their targets.
+    """Mean PSNR of images in dB, and how many equal their targets, so that theirs is infinite.
 
-    Those are left out of the mean, which one alone would make infinite; it is so where all are, and NaN of none.
+    Those are left out of the mean, unless all are; the mean of none is NaN.
     """
     values = list(values)
     finite = [value for value in values if value != math.inf]
@@ -156,7 +152,7 @@ Metric = Callable[[np.ndarray, np.ndarray], float]  # of a restored image and it
 def find_metrics(names: list[str], device: str | torch.device = "cpu") -> dict[str, Metric]:
     """Metrics of the pyiqa library by their names there: ``lpips``, ``dists``, ``niqe``, ...
 
-    They see images as they are: nothing is aligned or cut off. Grey ones they are given as three equal channels.
+    They score images as they are, not aligned or cropped; grey ones as three equal channels.
 
     Raises:
         UserError: there is no such metric, or its weights cannot be downloaded.
@@ -188,11 +184,7 @@ def find_metrics(names: list[str], device: str | torch.device = "cpu") -> dict[s
 
 @torch.no_grad()
 def _score_with(name: str, metric: Callable, device, restored: np.ndarray, target: np.ndarray) -> float:
-    """A pyiqa metric's score of two images.
-
-    Raises:
-        ValueError: it cannot score these, such as too small ones.
-    """
+    """A pyiqa metric's score of two images. Raises a ValueError where it cannot score them (too small ones)."""
     if restored.ndim == 2:
         target = _full_luma(target)
     images = [
@@ -286,7 +278,7 @@ class Protocol:
     smallest_side: int = 1
     aligns: bool = False
     luma: bool = False  # a float image is the luma alone, of a target that may have colours
-    version: int = 1  # to be raised with every change that alters a score: scores of another version are computed anew
+    version: int = 1  # raise it with every change that alters a score: scores of other versions are computed again
 
     @property
     def rounded(self) -> bool:
@@ -386,37 +378,19 @@ def _align(restored: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.nda
     Returns the warped image and the mask (0 or 1, same shape) of where it is defined.
     """
     cv2 = lazy_import("cv2")
-    height, width = target.shape[:2]
+    (height, width), inverse = target.shape[:2], cv2.WARP_INVERSE_MAP
     # No tolerance, so that always all of the iterations are made.
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 0)
+    grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (target, restored)]
+    start = np.eye(3, dtype=np.float32)
     try:
-        _, warp = cv2.findTransformECC(
-            cv2.cvtColor(target, cv2.COLOR_RGB2GRAY),
-            cv2.cvtColor(restored, cv2.COLOR_RGB2GRAY),
-            np.eye(3, dtype=np.float32),
-            cv2.MOTION_HOMOGRAPHY,
-            criteria,
-            inputMask=None,
-            gaussFiltSize=5,
-        )
+        _, warp = cv2.findTransformECC(*grey, start, cv2.MOTION_HOMOGRAPHY, criteria, inputMask=None, gaussFiltSize=5)
     except cv2.error as error:
         raise AlignmentError(f"the {height} x {width} image cannot be aligned to its target ({error.err})") from error
 
-    warped = cv2.warpPerspective(
-        restored,
-        warp,
-        (width, height),
-        flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REFLECT,
-    )
-    mask = cv2.warpPerspective(
-        np.ones_like(restored),
-        warp,
-        (width, height),
-        flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=0,
-    )
+    into = warp, (width, height)
+    warped = cv2.warpPerspective(restored, *into, flags=cv2.INTER_CUBIC | inverse, borderMode=cv2.BORDER_REFLECT)
+    mask = cv2.warpPerspective(np.ones_like(restored), *into, flags=cv2.INTER_NEAREST | inverse)  # 0 beyond the border
     if not mask[_GAUSSIAN_RADIUS:-_GAUSSIAN_RADIUS, _GAUSSIAN_RADIUS:-_GAUSSIAN_RADIUS].any():
         raise AlignmentError(f"the {height} x {width} image does not overlap its target once it is aligned")
     return warped, mask
