@@ -64,27 +64,15 @@ BENCHMARKS = {
 }
 
 
-def measure_and_reconstruct(
-    model: DGUNet, image: np.ndarray, whole: bool, bf16: bool, **how
-) -> tuple[np.ndarray, np.ndarray]:
-    return (reconstruct_whole if whole else reconstruct_tiles)(model, image, bf16, **how)
+def measure_and_reconstruct(model: DGUNet, image: np.ndarray, whole: bool, **how) -> tuple[np.ndarray, np.ndarray]:
+    return (reconstruct_whole if whole else reconstruct_tiles)(model, image, **how)
 
 
 def add_options(add: Callable):
     add("--whole", action="store_true", help=f"whole images, not tiles of {TILE}x{TILE}")
-    add(
-        "--ratio",
-        type=float,
-        nargs="+",
-        metavar="R",
-        help="measurements per pixel, of a network for a range of ratios (default: those of the paper)",
-    )
-    add(
-        "--noise",
-        type=noise_sigma,
-        metavar="S",
-        help="measurements with noise of this standard deviation, in 8-bit levels",
-    )
+    several = "measurements per pixel, of a network for a range of ratios (default: those of the paper)"
+    add("--ratio", type=float, nargs="+", metavar="R", help=several)
+    add("--noise", type=noise_sigma, metavar="S", help="standard deviation of noise on measurements, in 8-bit levels")
     add("--bits", type=int, choices=range(1, 17), metavar="1..16", help="measurements rounded to so many bits")
 
 
@@ -94,12 +82,12 @@ def options(args: argparse.Namespace, benchmark: Benchmark) -> dict:
 
 
 def ratios(model: DGUNet, args: argparse.Namespace) -> dict[str, dict]:
-    """The ratios that a network is tested at, by what each adds to a data set's name; of a network for one that one."""
+    """The ratios that a network is tested at, by what each adds to a data set's name; nothing of one for one ratio."""
     sampling = model.degradation
     if TILE % sampling.block and not args.whole:
         raise UserError(
-            f"the network's blocks of {sampling.block}x{sampling.block} pixels do not fill the original's tiles of "
-            f"{TILE}x{TILE}; test whole images, --whole"
+            f"blocks of {sampling.block}x{sampling.block} pixels do not fill the original's tiles of {TILE}x{TILE}; "
+            "test whole images, --whole"
         )
     for ratio in args.ratio or ():
         sampling.at(ratio)  # refuses those that the network is not for
@@ -119,18 +107,9 @@ def paper_key(name: str, model: DGUNet, args: argparse.Namespace, ratio: float |
 
 
 def main():
-    command(
-        "compressive_sensing",
-        __doc__,
-        BENCHMARKS,
-        custom_folder("cs_y", luma),
-        "compressive_sensing_25",
-        method=measure_and_reconstruct,
-        add_options=add_options,
-        options=options,
-        variants=ratios,
-        paper_key=paper_key,
-    )
+    how = dict(method=measure_and_reconstruct, add_options=add_options, options=options, variants=ratios)
+    own = custom_folder("cs_y", luma)
+    command("compressive_sensing", __doc__, BENCHMARKS, own, "compressive_sensing_25", paper_key=paper_key, **how)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def write_mat(path: Path, content: dict):
 def with_noise(clean: np.ndarray, sigma: float) -> np.ndarray:
     """A clean 8-bit image with Gaussian noise, float32: in [0, 1] but for the noise, neither clipped nor rounded.
 
-    As KAIR's test scripts add it: the random numbers begin anew with each image, whose noise is the same every time.
+    As KAIR's test scripts add it: with seed 0 for each image, whose noise is the same every time.
     """
     noise = np.random.RandomState(0).normal(0, sigma / 255, clean.shape)
     return (unit_range(clean) + noise).astype(np.float32)

@@ -145,8 +145,8 @@ def weights_of(content: dict, path="the checkpoint") -> dict[str, Tensor]:
     choice = next(filter(None, ranked), list(found))
     if len(choice) > 1:
         raise UserError(
-            f"{path} holds several networks: {shorten_list([place or 'at the top' for place in choice])}; save the one "
-            "that is meant alone, torch.save(model.state_dict(), path)"
+            f"{path} holds several networks: {shorten_list([place or 'at the top' for place in choice])}; save the "
+            "one to use alone, torch.save(model.state_dict(), path)"
         )
     state_dict = found[choice[0]]
     return convert_original(state_dict, path) if is_original(state_dict) else state_dict
@@ -183,7 +183,7 @@ def _description(content: dict, path) -> dict:
     if "model" not in content or _networks(content["model"]):
         return {}
     match content["model"]:
-        # Names and shapes tell the other arguments; how often a shared stage is applied they do not.
+        # The other arguments follow from names and shapes; how often a shared stage is applied does not.
         case {"name": str() | None, "arguments": {"stages": _, **other}} as description:
             unknown = [str(name) for name in other if name not in DGUNet.default_arguments()]
             if unknown:
@@ -204,22 +204,21 @@ def load_model(
 ) -> DGUNet:
     """Build the network that a checkpoint was made by and load its weights.
 
-    The weights may be some that come with dgunet (``load_model("denoising_gaussian")``, see
-    ``list_models(pretrained=True)``), or in a file, .safetensors or .pth. That may be one of ours or in the original
-    authors' layout, a training checkpoint or a bare state dict, of a wrapped network or not; which weights of a file
-    are meant, `weights_of` says. Where the file does not describe its network, this is found from names and shapes. (A
-    bare state dict with one middle stage does not say how often that is applied: it is taken to be a shared one, of the
-    paper's 7 stages, with a warning where it is none of the paper's networks.)
+    The file may be ours or in the original authors' layout, a training checkpoint or a bare state dict, of a wrapped
+    network or not, see `weights_of`. Where it does not describe its network, this is inferred from names and shapes. (A
+    bare state dict with one middle stage does not say how often that is applied: the paper's 7 stages are assumed, with
+    a warning where it is none of the paper's networks.)
 
     Args:
-        path: the checkpoint file, or the name of weights that come with dgunet.
+        path: a .safetensors or .pth file, or the name of weights that come with dgunet (``"denoising_gaussian"``, see
+            ``list_models(pretrained=True)``).
         task: if given (``"denoising"``, ...), refuse a checkpoint that was made for another task. Deblurring's and
             denoising's DGUNet are the same network, so weights in the original layout pass for both.
         device: where to put the model.
-        degradation: the known degradation of a network that was built with one of your own, or one in the place of the
-            file's. One of `dgunet.degradations` in which nothing is learned, such as a `Blur`, stays as it is given;
-            any other is given the file's values.
-        content: what `read_checkpoint` gave for ``path``, where it has been read already.
+        degradation: the known degradation of a network that was built with one of your own, or one to replace the
+            file's. One of `dgunet.degradations` in which nothing is learned, such as a `Blur`, stays as it is; any
+            other gets the file's values.
+        content: what `read_checkpoint` returned for ``path``, if it has been read already.
 
     Returns:
         The model in evaluation mode.
@@ -255,7 +254,7 @@ def load_model(
 def _build(description: dict, state_dict: dict[str, Tensor], degradation: Degradation | None, path) -> DGUNet:
     """The network, without values (on the ``meta`` device): one that does not fit its weights costs nothing."""
     arguments = description.get("arguments", {})
-    if arguments.keys() != DGUNet.default_arguments().keys():  # not described, or by a version that had fewer
+    if arguments.keys() != DGUNet.default_arguments().keys():  # not described, or by a version with fewer arguments
         arguments = _infer_arguments(state_dict, path) | arguments
     with torch.device("meta"):
         if degradation is None:
@@ -285,7 +284,7 @@ def _infer_arguments(state_dict: dict[str, Tensor], path) -> dict:
             adaptive = any(part.endswith("scale_conv.weight") for part in parts)
             arguments["attention"] = "attention_conv.weight" in parts
             concat = any(name.startswith("middle.") and name.endswith(".fusion.conv.weight") for name in state_dict)
-            concat |= not middle and arguments["attention"]  # of two stages the names do not tell, nor does it matter
+            concat |= not middle and arguments["attention"]  # two stages have no name for it, and do not differ
             arguments["pathways"] = fused or modulated
             arguments["fusion"] = "concat" if concat else "subspace" if fused else "none"
             if modulated or middle:  # of two stages the first has no ISFF
@@ -317,7 +316,7 @@ def _infer_degradation(state_dict: dict[str, Tensor], description: dict, path) -
             block = round(tensors["matrix"].shape[1] ** 0.5)
             known = {"kind": "block_sampling", "block": block, "learned": description.get("learned_matrix", True)}
         return rebuild_degradation(known, tensors)
-    except Exception as error:  # what describes none fails in many ways
+    except Exception as error:  # a description of something else fails in many ways
         raise UserError(
             f"{path} was trained with a known degradation that is not in the file; "
             "pass it as load_model(path, degradation=...)"
@@ -339,15 +338,10 @@ def _matching_variants(arguments: dict, degradation: Degradation | None) -> list
 def load_weights(
     model: DGUNet, state_dict: dict[str, Tensor], path="the checkpoint", keeping_degradation: bool = False
 ):
-    """Load weights under our names into a model; what is on the ``meta`` device is put on the CPU.
+    """Load weights under our names, from the file ``path``, into a model; parts on ``meta`` are put on the CPU.
 
-    Args:
-        model, state_dict: where to, and what.
-        path: the file, for messages.
-        keeping_degradation: leave the known degradation as it is, whatever the file has of one.
-
-    Raises:
-        UserError: see `check_tensors`.
+    With ``keeping_degradation`` the known degradation stays as it is, whatever the file has of one. Raises as
+    `check_tensors`.
     """
     expected = model.state_dict()
     if keeping_degradation:
@@ -366,10 +360,9 @@ def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path, w
     """Check that tensors from a file have the names, the shapes and the kinds of those expected.
 
     Args:
-        expected: tensors of any device; only their shapes and types count.
-        found: those from the file, on the CPU.
-        path: the file, for the message.
-        what: that which they are for.
+        expected: tensors on any device; only their shapes and types count.
+        found: those from the file ``path``, on the CPU.
+        what: what they are for, in messages.
         exact: whether floating-point numbers must have the precision expected.
 
     Raises:

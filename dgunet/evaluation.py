@@ -174,13 +174,11 @@ def evaluate(
         settings: what else the scores depend on; stored with them, as are the protocol's version and the tiles.
         metrics: further scores of the restored images by name, see `metrics.find_metrics`. Images that were scored
             without one are scored again.
-        save_images: whether restored images are written; by default only where they are scored in 8 bits, or not at
-            all.
+        save_images: whether restored images are written; by default those that are scored in 8 bits, or not at all.
         say: called with a line of text now and then, e.g. ``print``.
         **options: of the method; by default those of `restore`: ``tile``, ``self_ensemble``, ``bf16``, ... But without
-            a ``tile``, here or in ``local``, images are scored as the network restores them whole, whatever the memory
-            (what would not fit on a CPU is refused; ``tile=None`` tries it), and only images without targets are
-            restored with "auto". The rows and settings of the result say which tiles "auto" chose.
+            a ``tile``, here or in ``local``, what is scored is restored whole (what would not fit on a CPU is refused;
+            ``tile=None`` tries it), and only images without targets with "auto". The result says which tiles it chose.
 
     Returns:
         The means, each image's scores, and what could not be tested: one image's failure costs no other.
@@ -207,12 +205,8 @@ def evaluate(
         written = not save or all((folder / f"{name}.png").exists() for name in sample.names)
         return all(map(sheet.done, sample.names)) and written and (not keep or data.kept(folder, sample))
 
-    with (
-        contextlib.closing(ScoreSheet(folder, protocol or "none", settings | known, stamps, metrics)) as sheet,
-        temporarily_set(
-            [torch.backends.cudnn], "allow_tf32", False
-        ),  # digits before speed, for which there is bfloat16
-    ):
+    exact = temporarily_set([torch.backends.cudnn], "allow_tf32", False)  # for speed there is bfloat16
+    with contextlib.closing(ScoreSheet(folder, protocol or "none", settings | known, stamps, metrics)) as sheet, exact:
         if sheet.continued:
             say(f"{name}: {sheet.continued} of {len(stamps)} images are done already")
         todo = [sample for sample in data.samples if not done(sample)]
@@ -226,8 +220,7 @@ def evaluate(
                     data.keep(folder, sample, restored)
                 _score(sheet, sample, restored, target, before, tile, rounded, folder if save else None)
         result = sheet.finish(name)
-    line = data.finish(folder, complete=not result.missing) if keep else None
-    if line:
+    if keep and (line := data.finish(folder, complete=not result.missing)):
         say(line)
     if settings.get("tile") == "auto":
         settings["tile"] = f"auto({'+'.join(natsorted({row.tile for row in result.rows}))})"
@@ -361,22 +354,15 @@ def pairs_or_images(source: Path) -> ImageSet:
 
 
 def image_samples(source: Path, read: Callable[[Path], tuple], **options) -> ImageSet:
-    """The images of a folder, or one, each a sample: ``read`` gives what is degraded and the target of a path."""
-    found = images(source).items()
-    return ImageSet([Sample(name, (path,), partial(read, path)) for name, path in found], **options)
-
-
-def images(source: Path) -> dict[str, Path]:
-    """The images of a folder by name, or the one image that ``source`` is.
+    """The images of a folder, or one image, as samples: ``read`` returns a path's degraded image and its target.
 
     Raises:
         UserError: neither of the two, no image in the folder, or two of one name.
     """
-    if not source.is_file():
-        return images_by_name(source)
-    if source.suffix.lower() not in IMAGE_SUFFIXES:
+    found = {nfc(source.stem): source} if source.is_file() else images_by_name(source)
+    if source.is_file() and source.suffix.lower() not in IMAGE_SUFFIXES:
         raise UserError(f"{source} is neither a folder nor an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return {nfc(source.stem): source}
+    return ImageSet([Sample(name, (path,), partial(read, path)) for name, path in found.items()], **options)
 
 
 class ScoreSheet:

@@ -61,11 +61,8 @@ def custom_folder(protocol: str, open: Callable[[Path], ImageSet] = pairs_or_ima
 
 def add_tiling(add: Callable):
     """Add the options of `restore`."""
-    add(
-        "--self_ensemble",
-        action=argparse.BooleanOptionalAction,
-        help="mean over 8 flips and rotations (default: of SIDD and DND, as in the original)",
-    )
+    ensemble = "mean over 8 flips and rotations (default: for SIDD and DND, as in the original)"
+    add("--self_ensemble", action=argparse.BooleanOptionalAction, help=ensemble)
     tiles = "tile side in pixels, whole, or auto: whole where memory allows it (default: as the weights' record says, "
     tiles += "else whole for scores, which tiles change, and auto where there are no targets)"
     add("--tile", type=parse_tile, default=argparse.SUPPRESS, help=tiles)
@@ -75,7 +72,7 @@ def add_tiling(add: Callable):
 
 
 def noise_sigma(text: str) -> float:
-    """An option's value: of Gaussian noise, in 8-bit levels."""
+    """The value of an option: standard deviation of Gaussian noise, in 8-bit levels."""
     if not 0 < float(text) <= 100:
         raise argparse.ArgumentTypeError(f"{text} is not a standard deviation in 8-bit levels, such as 25")
     return float(text)
@@ -104,7 +101,7 @@ def command(
     paper_key: Callable[..., str] = lambda name, model, args: name,
     paper_average: dict[str, tuple[float, float]] | None = None,
 ):
-    """Run a test.py: parse its command line, `evaluate` each data set asked for, print and append the table.
+    """Run a test.py: parse its command line, `evaluate` each data set, print and append the table.
 
     Args:
         task: e.g. ``"denoising"``; weights of another task are refused.
@@ -113,13 +110,13 @@ def command(
         own: how a folder of the user's own is tested, by what is added to its name, given the parsed options.
         default_weights: the name of the weights that are tested without --weights.
         method: see `evaluate`.
-        add_options: adds the options of the task, given an argument parser's ``add_argument``.
-        options: those of the method, given the parsed ones and the test set.
-        variants: how often each data set is tested, given the network and the parsed options: further options of the
-            method, by what is added to the data set's name.
+        add_options: adds the options of the task, given a parser's ``add_argument``; ``options`` are those of the
+            method, given the parsed ones and the test set.
+        variants: further options of the method that each data set is tested with, by what is added to its name, given
+            the network and the parsed options.
         paper_key: the key of the paper's values in a `Benchmark`, given the network's name without its task, the
             network, the parsed options, and those of a variant by name.
-        paper_average: where the mean over all benchmarks is a row of its own: the paper's, by network.
+        paper_average: the paper's mean over all benchmarks, by network, where the table is to have one.
 
     Raises:
         UserError: at the end, listing the images that could not be tested.
@@ -198,20 +195,15 @@ def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Call
     add = parser.add_argument
     noisy = any(benchmark.sigma for benchmark in benchmarks.values())
     usual = "those whose noise the weights are for" if noisy else "all of these"
-    add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own, if there)")
+    add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own)")
     add("--dataset", nargs="+", help=f"{', '.join(benchmarks)}; folders or images (default: {usual})")
     add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
     where = "where everything is written (default: results): TASK.csv, and for each weights TASK/NAME_DIGEST/DATASET/"
     add("--results", type=Path, default=Path("results"), help=where)
     add("--score_only", type=Path, metavar="FOLDER", help="score the images in FOLDER/DATASET, restore nothing")
     add("--save_images", action="store_true", help="write restored images also where the scores do not need it")
-    add(
-        "--metrics",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="further scores, of the pyiqa library: lpips, dists, niqe, ...",
-    )
+    further = "further scores, of the pyiqa library: lpips, dists, niqe, ..."
+    add("--metrics", nargs="+", default=[], metavar="NAME", help=further)
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
     add("--bf16", action="store_true", help="bfloat16 autocast: faster, up to some hundredths of a dB off")
     add("--compile", action="store_true", help="torch.compile: faster after a minute or more of compiling")
