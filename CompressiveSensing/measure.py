@@ -7,8 +7,8 @@
 The .npz holds ``y`` (M, rows, columns) float32, one column of M measurements for each block, of 32x32 pixels in most
 networks; ``matrix`` (M, 1024) float32, which measures a block's pixels row by row, in [0, 1]; ``ratio``, M per pixel of
 a block; and the image's ``height`` and ``width``, to which zeros were added at the right and bottom to fill the last
-blocks (a file without both is of whole blocks). A file of the same kind from a real camera can be reconstructed just
-so. With --ratio the first rows of a network for a range of ratios measure, without it all of them.
+blocks (without both, the image is of whole blocks). reconstruct.py takes such a file of a real camera as well. With
+--ratio the first rows of the matrix of a network for a range of ratios measure, without it all of them.
 """
 
 import argparse

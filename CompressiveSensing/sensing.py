@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 from dgunet import DGUNet
 from dgunet.data import to_tensor
-from dgunet.errors import UserError
 from dgunet.inference import estimate
 from dgunet.transforms import pad_to_blocks, unit_range
 
 TILE = 128  # side of the original's tiles, pixels
+BATCH = 16  # tiles at a time
 
 
 def disturb(y: Tensor, matrix: Tensor, noise: float = 0, bits: int = 0) -> Tensor:
@@ -36,12 +36,7 @@ def disturb(y: Tensor, matrix: Tensor, noise: float = 0, bits: int = 0) -> Tenso
 
 @torch.inference_mode()
 def reconstruct_whole(
-    model: DGUNet,
-    luma: np.ndarray,
-    bf16: bool = False,
-    noise: float = 0,
-    bits: int = 0,
-    ratio: float | None = None,
+    model: DGUNet, luma: np.ndarray, bf16: bool = False, noise: float = 0, bits: int = 0, ratio: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measure a whole image and reconstruct it at once: x_K and x_0 = A_adjoint(y), (H, W) float32, not clipped.
 
@@ -58,38 +53,29 @@ def reconstruct_whole(
 
 @torch.inference_mode()
 def reconstruct_tiles(
-    model: DGUNet,
-    luma: np.ndarray,
-    bf16: bool = False,
-    noise: float = 0,
-    bits: int = 0,
-    ratio: float | None = None,
-    tile: int = TILE,
-    batch: int = 16,
+    model: DGUNet, luma: np.ndarray, bf16: bool = False, noise: float = 0, bits: int = 0, ratio: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same in tiles that know nothing of each other, as the original tests.
+    """The same in separate tiles, as the original's test script does.
 
-    Zeros are added to the next multiple of ``tile``; a side that is one already gets another whole tile of them, as in
+    Zeros are added to the next multiple of `TILE`; a side that is one already gets another whole tile of them, as in
     the original. (They change nothing: what is added is cropped again.)
 
     Raises:
-        UserError: tiles that are not of whole blocks.
+        ValueError: tiles that are not of whole blocks.
     """
     height, width = luma.shape
     operator = model.degradation.at(ratio)
-    if tile % operator.block:
-        raise UserError(f"blocks of {operator.block}x{operator.block} do not fill tiles of {tile}x{tile}; --whole does")
-    padded = F.pad(unit_range(to_tensor(luma)), (0, tile - width % tile, 0, tile - height % tile))
-    rows, columns = (side // tile for side in padded.shape[1:])
-    tiles = padded.view(rows, tile, columns, tile).transpose(1, 2).reshape(-1, 1, tile, tile)
+    padded = F.pad(unit_range(to_tensor(luma)), (0, TILE - width % TILE, 0, TILE - height % TILE))
+    rows, columns = (side // TILE for side in padded.shape[1:])
+    tiles = padded.view(rows, TILE, columns, TILE).transpose(1, 2).reshape(-1, 1, TILE, TILE)
     finals, initials = [], []
     measured = disturb(operator.A(tiles.to(operator.matrix.device)), operator.matrix, noise, bits)
-    for y in measured.split(batch):
+    for y in measured.split(BATCH):
         finals.append(estimate(model, y, bf16).cpu())
         initials.append(operator.A_adjoint(y).cpu())
 
     def stitch(parts: list[torch.Tensor]) -> np.ndarray:
-        whole = torch.cat(parts).view(rows, columns, tile, tile).transpose(1, 2).reshape(rows * tile, columns * tile)
+        whole = torch.cat(parts).view(rows, columns, TILE, TILE).transpose(1, 2).reshape(rows * TILE, columns * TILE)
         return whole[:height, :width].numpy().copy()
 
     return stitch(finals), stitch(initials)

@@ -10,7 +10,7 @@
 
 PSNR and SSIM as the original's test script computes them: on the luminance of OpenCV, unrounded, 128x128 tiles that are
 reconstructed separately. A network for a range of ratios is tested at those of the paper that are in it, where --ratio
-says nothing else. "input" in the table is x_0 = A_adjoint(y). A test that was interrupted goes on where it was.
+says nothing else. "input" in the table is x_0 = A_adjoint(y). An interrupted test resumes.
 """
 
 import argparse
@@ -31,7 +31,7 @@ with command_imports(__name__):
     from dgunet.degradations import RATIOS, ScalableSampling
     from dgunet.errors import UserError
     from dgunet.evaluation import ImageSet, image_samples
-    from dgunet.testing import Benchmark, command, noise_sigma
+    from dgunet.testing import Benchmark, command, custom_folder, noise_sigma
 
 
 def luma(source: Path) -> ImageSet:
@@ -44,13 +44,10 @@ def luma(source: Path) -> ImageSet:
     return image_samples(source, read, read_image=read_luma)
 
 
-def paper(dgunet: list[tuple], plus: list[tuple]) -> dict[str, tuple[float, float]]:
-    named = {"compressive_sensing_dgunet": dgunet, "compressive_sensing_dgunet_plus": plus}
-    return {f"{name} {r:g}": v for name, values in named.items() for r, v in zip(RATIOS, values, strict=True)}
-
-
-def benchmark(place: str, dgunet: list[tuple], plus: list[tuple]) -> Benchmark:
-    return Benchmark(place, "cs_y", paper(dgunet, plus), open=luma)
+def benchmark(name: str, dgunet: list[tuple], plus: list[tuple]) -> Benchmark:
+    both = {"dgunet": dgunet, "dgunet_plus": plus}
+    paper = {f"{key} {r:g}": value for key, values in both.items() for r, value in zip(RATIOS, values, strict=True)}
+    return Benchmark(name, "cs_y", paper, open=luma)
 
 
 BENCHMARKS = {
@@ -67,27 +64,15 @@ BENCHMARKS = {
 }
 
 
-def measure_and_reconstruct(
-    model: DGUNet, image: np.ndarray, whole: bool, bf16: bool, **how
-) -> tuple[np.ndarray, np.ndarray]:
-    return (reconstruct_whole if whole else reconstruct_tiles)(model, image, bf16, **how)
+def measure_and_reconstruct(model: DGUNet, image: np.ndarray, whole: bool, **how) -> tuple[np.ndarray, np.ndarray]:
+    return (reconstruct_whole if whole else reconstruct_tiles)(model, image, **how)
 
 
 def add_options(add: Callable):
     add("--whole", action="store_true", help=f"whole images, not tiles of {TILE}x{TILE}")
-    add(
-        "--ratio",
-        type=float,
-        nargs="+",
-        metavar="R",
-        help="measurements per pixel, of a network for a range of ratios (default: those of the paper)",
-    )
-    add(
-        "--noise",
-        type=noise_sigma,
-        metavar="S",
-        help="measurements with noise of this standard deviation, in 8-bit levels",
-    )
+    several = "measurements per pixel, of a network for a range of ratios (default: those of the paper)"
+    add("--ratio", type=float, nargs="+", metavar="R", help=several)
+    add("--noise", type=noise_sigma, metavar="S", help="standard deviation of noise on measurements, in 8-bit levels")
     add("--bits", type=int, choices=range(1, 17), metavar="1..16", help="measurements rounded to so many bits")
 
 
@@ -97,12 +82,12 @@ def options(args: argparse.Namespace, benchmark: Benchmark) -> dict:
 
 
 def ratios(model: DGUNet, args: argparse.Namespace) -> dict[str, dict]:
-    """The ratios that a network is tested at, by what each adds to a data set's name; of a network for one that one."""
+    """The ratios that a network is tested at, by what each adds to a data set's name; nothing of one for one ratio."""
     sampling = model.degradation
     if TILE % sampling.block and not args.whole:
         raise UserError(
-            f"the network's blocks of {sampling.block}x{sampling.block} pixels do not fill the original's tiles of "
-            f"{TILE}x{TILE}; test whole images, --whole"
+            f"blocks of {sampling.block}x{sampling.block} pixels do not fill the original's tiles of {TILE}x{TILE}; "
+            "test whole images, --whole"
         )
     for ratio in args.ratio or ():
         sampling.at(ratio)  # refuses those that the network is not for
@@ -113,27 +98,18 @@ def ratios(model: DGUNet, args: argparse.Namespace) -> dict[str, dict]:
     return {f"_{100 * ratio:g}%": {"ratio": ratio} for ratio in chosen}
 
 
-def paper_key(model: DGUNet, args: argparse.Namespace, ratio: float | None = None) -> str:
+def paper_key(name: str, model: DGUNet, args: argparse.Namespace, ratio: float | None = None) -> str:
     if args.noise or args.bits:
         return ""
-    ratio = ratio or model.degradation.matrix.shape[0] / model.degradation.block**2
+    ratio = ratio or len(model.degradation.matrix) / model.degradation.block**2
     nearest = min(RATIOS, key=lambda r: abs(r - ratio))
-    return f"{model.name} {nearest:g}" if abs(nearest - ratio) < 0.001 else ""
+    return f"{name} {nearest:g}" if abs(nearest - ratio) < 0.001 else ""
 
 
 def main():
-    command(
-        "compressive_sensing",
-        __doc__,
-        BENCHMARKS,
-        own=lambda args: {"": Benchmark("", "cs_y", open=luma)},
-        method=measure_and_reconstruct,
-        add_options=add_options,
-        options=options,
-        variants=ratios,
-        paper_key=paper_key,
-        default_weights="compressive_sensing_25",
-    )
+    how = dict(method=measure_and_reconstruct, add_options=add_options, options=options, variants=ratios)
+    own = custom_folder("cs_y", luma)
+    command("compressive_sensing", __doc__, BENCHMARKS, own, "compressive_sensing_25", paper_key=paper_key, **how)
 
 
 if __name__ == "__main__":

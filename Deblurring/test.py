@@ -4,11 +4,10 @@
     python Deblurring/test.py --weights model.pth --dataset RealBlur_J RealBlur_R
     python Deblurring/test.py --weights model.pth --dataset path/to/folder   # pairs in input/ and target/, or images
     python Deblurring/test.py --dataset path/to/folder                       # our own weights
-    python Deblurring/test.py --score_only restored                          # score what lies in restored/GoPro/...
+    python Deblurring/test.py --score_only restored                          # score restored/GoPro/...
 
 GoPro and HIDE: PSNR and SSIM of MATLAB on 8-bit RGB, SSIM over three dimensions. RealBlur: after alignment to the
-target; an image that cannot be aligned is scored as it is, and said so. A test that was interrupted goes on where it
-was.
+target; an image that cannot be aligned is scored as it is, with a note. An interrupted test resumes.
 """
 
 import sys
@@ -22,23 +21,15 @@ with command_imports(__name__):
     from dgunet.testing import Benchmark, command, custom_folder
 
 BENCHMARKS = {
-    "GoPro": Benchmark(
-        "GoPro/test",
-        "rgb_matlab",
-        {"deblurring_dgunet": (32.71, 0.960), "deblurring_dgunet_plus": (33.17, 0.963)},
-    ),
-    "HIDE": Benchmark(
-        "HIDE/test",
-        "rgb_matlab",
-        {"deblurring_dgunet": (30.96, 0.940), "deblurring_dgunet_plus": (31.40, 0.944)},
-    ),
+    "GoPro": Benchmark("GoPro/test", "rgb_matlab", dict(dgunet=(32.71, 0.960), dgunet_plus=(33.17, 0.963))),
+    "HIDE": Benchmark("HIDE/test", "rgb_matlab", dict(dgunet=(30.96, 0.940), dgunet_plus=(31.40, 0.944))),
     "RealBlur_J": Benchmark("RealBlur_J/test", "realblur_aligned"),
     "RealBlur_R": Benchmark("RealBlur_R/test", "realblur_aligned"),
 }
 
 
 def main():
-    command("deblurring", __doc__, BENCHMARKS, custom_folder("rgb_matlab"), default_weights="deblurring_motion")
+    command("deblurring", __doc__, BENCHMARKS, custom_folder("rgb_matlab"), "deblurring_motion")
 
 
 if __name__ == "__main__":

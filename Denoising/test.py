@@ -9,8 +9,8 @@
 
 The weights may be this repository's or the original authors'; the variant is recognised. PSNR and SSIM are computed as
 for SIDD: RGB in [0, 1], not rounded to 8 bits, SSIM over three dimensions. Where Gaussian noise is added it is neither
-clipped nor rounded, but the result is rounded to 8 bits; SSIM is the mean of the three channels'. A test that was
-interrupted goes on where it was.
+clipped nor rounded, but the result is rounded to 8 bits; SSIM is the mean of the three channels'. An interrupted test
+resumes.
 """
 
 import argparse
@@ -109,32 +109,21 @@ def write_mat(path: Path, content: dict):
 def with_noise(clean: np.ndarray, sigma: float) -> np.ndarray:
     """A clean 8-bit image with Gaussian noise, float32: in [0, 1] but for the noise, neither clipped nor rounded.
 
-    As KAIR's test scripts add it: the random numbers begin anew with each image, whose noise is the same every time.
+    As KAIR's test scripts add it: with seed 0 for each image, whose noise is the same every time.
     """
     noise = np.random.RandomState(0).normal(0, sigma / 255, clean.shape)
     return (unit_range(clean) + noise).astype(np.float32)
 
 
-def noisy(source: Path, sigma: float) -> ImageSet:
-    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        clean = read_image(path)
+def gaussian(place: str, sigma: float, read: Callable[[Path], np.ndarray] = read_image, usual=True) -> Benchmark:
+    """Clean images, colour or grey as ``read`` reads them, with noise."""
+
+    def noisy(path: Path) -> tuple[np.ndarray, np.ndarray]:
+        clean = read(path)
         return with_noise(clean, sigma), clean
 
-    return image_samples(source, read)
-
-
-def gaussian(place: str, sigma: float, read: Callable = noisy, usual: bool = True) -> Benchmark:
-    return Benchmark(place, "gaussian_rgb", open=partial(read, sigma=sigma), sigma=sigma, usual=usual)
-
-
-def noisy_grey(source: Path, sigma: float) -> ImageSet:
-    """Grey images (H, W) with noise."""
-
-    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        clean = read_luma(path)
-        return with_noise(clean, sigma), clean
-
-    return image_samples(source, read, read_image=read_luma)
+    opened = partial(image_samples, read=noisy, read_image=read)
+    return Benchmark(place, "gaussian_rgb", open=opened, sigma=sigma, usual=usual)
 
 
 @wraps(restore_images)  # whose options it has
@@ -150,7 +139,7 @@ BENCHMARKS = {
     "SIDD": Benchmark(
         "SIDD/test/ValidationNoisyBlocksSrgb.mat",
         "sidd_unit_range",
-        {"denoising_dgunet": (39.88, 0.959), "denoising_dgunet_plus": (39.91, 0.960)},
+        dict(dgunet=(39.88, 0.959), dgunet_plus=(39.91, 0.960)),
         open=SiddBlocks,
         self_ensemble=True,
     ),
@@ -160,14 +149,14 @@ BENCHMARKS = {
     "CC15": Benchmark("CC15", "gaussian_rgb", usual=False),
     "Nam25": Benchmark("nam25", "gaussian_rgb", usual=False),  # 25 other pairs of Nam et al., on which CBDNet is scored
     **{f"{name}_{sigma}": gaussian(name, sigma) for name in ("CBSD68", "Kodak24") for sigma in (15, 25, 50)},
-    **{f"Set12_{sigma}": gaussian("Set12", sigma, noisy_grey, usual=False) for sigma in (15, 25, 50)},
+    **{f"Set12_{sigma}": gaussian("Set12", sigma, read_luma, usual=False) for sigma in (15, 25, 50)},
 }
 
 
 def add_options(add: Callable):
     add_tiling(add)
-    told = "the --dataset is clean images of your own: add Gaussian noise of these standard deviations (8-bit levels)"
-    add("--sigma", nargs="+", type=noise_sigma, default=[], metavar="S", help=told)
+    what = "the --dataset is clean images of your own: add Gaussian noise of these standard deviations (8-bit levels)"
+    add("--sigma", nargs="+", type=noise_sigma, default=[], metavar="S", help=what)
 
 
 def own(args: argparse.Namespace) -> dict[str, Benchmark]:
@@ -180,8 +169,7 @@ def own(args: argparse.Namespace) -> dict[str, Benchmark]:
 
 
 def main():
-    weights = "denoising_gaussian"
-    command("denoising", __doc__, BENCHMARKS, own, method=denoise, add_options=add_options, default_weights=weights)
+    command("denoising", __doc__, BENCHMARKS, own, "denoising_gaussian", method=denoise, add_options=add_options)
 
 
 if __name__ == "__main__":

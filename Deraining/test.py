@@ -4,10 +4,10 @@
     python Deraining/test.py --dataset Rain100L                              # our own weights
     python Deraining/test.py --weights model.pth --dataset Rain100L Test100
     python Deraining/test.py --weights model.pth --dataset path/to/folder    # pairs in input/ and target/, or images
-    python Deraining/test.py --score_only restored                           # score what lies in restored/Rain100L/...
+    python Deraining/test.py --score_only restored                           # score restored/Rain100L/...
 
 PSNR and SSIM as in the literature on deraining: on the rounded luma of MATLAB's rgb2ycbcr, of images rounded to 8
-bits. The average is that of the sets' means. A test that was interrupted goes on where it was.
+bits. The average is that of the sets' means. An interrupted test resumes.
 """
 
 import sys
@@ -40,26 +40,23 @@ def pairs_or_halves(source: Path) -> ImageSet:
     return paired(source) if (source / "input").is_dir() else image_samples(source, read_halves)
 
 
-def benchmark(name: str, dgunet: tuple[float, float], plus: tuple[float, float], **options) -> Benchmark:
-    paper = {"deraining_dgunet": dgunet, "deraining_dgunet_plus": plus}
-    return Benchmark(f"test/{name}", "deraining_y", paper, **options)
-
-
-BENCHMARKS = {
-    "Test100": benchmark("Test100", (30.32, 0.899), (30.86, 0.907), open=pairs_or_halves),
-    "Rain100H": benchmark("Rain100H", (30.66, 0.891), (31.06, 0.897)),
-    "Rain100L": benchmark("Rain100L", (37.42, 0.969), (38.25, 0.974)),
-    "Test2800": benchmark("Test2800", (33.68, 0.938), (34.01, 0.942)),
-    "Test1200": benchmark("Test1200", (33.23, 0.920), (33.08, 0.916)),
+PAPER = {
+    "Test100": dict(dgunet=(30.32, 0.899), dgunet_plus=(30.86, 0.907)),
+    "Rain100H": dict(dgunet=(30.66, 0.891), dgunet_plus=(31.06, 0.897)),
+    "Rain100L": dict(dgunet=(37.42, 0.969), dgunet_plus=(38.25, 0.974)),
+    "Test2800": dict(dgunet=(33.68, 0.938), dgunet_plus=(34.01, 0.942)),
+    "Test1200": dict(dgunet=(33.23, 0.920), dgunet_plus=(33.08, 0.916)),
 }
-AVERAGE = {"deraining_dgunet": (33.06, 0.923), "deraining_dgunet_plus": (33.46, 0.927)}  # the paper's, of all five
+AVERAGE = dict(dgunet=(33.06, 0.923), dgunet_plus=(33.46, 0.927))  # the paper's, of all five
+BENCHMARKS = {
+    name: Benchmark(f"test/{name}", "deraining_y", paper, pairs_or_halves if name == "Test100" else paired)
+    for name, paper in PAPER.items()
+}
 
 
 def main():
-    weights = "deraining_mixture"
-    command(
-        "deraining", __doc__, BENCHMARKS, custom_folder("deraining_y"), paper_average=AVERAGE, default_weights=weights
-    )
+    own = custom_folder("deraining_y")
+    command("deraining", __doc__, BENCHMARKS, own, "deraining_mixture", paper_average=AVERAGE)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Scores of a network on a data set: `evaluate`, what it goes through, and what it keeps.
+"""Scores of a network on a data set: `evaluate` restores its images and scores them, `ScoreSheet` keeps the scores.
 
-A test that is interrupted and started again goes on where it was: the scores of a data set are written as they arrive,
-each with a fingerprint of its image's files, next to a note of the weights and settings that they belong to.
+An interrupted test resumes: the scores of a data set are written as they arrive, each with a fingerprint of its image's
+files, beside a file with the weights and settings that they belong to.
 """
 
 import contextlib
@@ -11,11 +11,12 @@ import inspect
 import json
 import math
 import os
+import re
 import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +39,8 @@ from dgunet.metrics import AlignmentError, Metric, evaluate_pair, find_protocol,
 from dgunet.progress import progress_bar
 from dgunet.transforms import to_uint8, unit_range
 
-TEXT = dict(newline="", encoding="utf-8", errors="surrogateescape")  # of a table: names need not be UTF-8
+TEXT = dict(newline="", encoding="utf-8", errors="surrogateescape")  # of a table: file names need not be UTF-8
+BATCH = 8  # images of one size that are restored at once
 
 # An image; or several, as an array (N, H, W, C) or, of different sizes, a list.
 Images = np.ndarray | list[np.ndarray]
@@ -49,10 +51,10 @@ class Sample:
     """What is restored at a time: an image, or several that belong together."""
 
     name: str
-    files: tuple[Path, ...]  # that it is read from; where they have changed, it is scored anew
+    files: tuple[Path, ...]  # that it is read from; when they change, it is scored again
     read: Callable[[], tuple[Images, Images | None]]  # degraded (8-bit, or floats in [0, 1]) and 8-bit target
     parts: tuple[str, ...] | None = None  # the names of its images, where it has several
-    title: str = ""  # in messages; else the first of the files
+    title: str = ""  # in messages; by default the first of the files
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,25 +63,22 @@ class Sample:
 
 @dataclass
 class ImageSet:
-    """A data set: what a test goes through.
-
-    One whose benchmark wants something of its own to be written overrides `keep`, `kept` and `finish`.
-    """
+    """A data set. A benchmark with output files of its own overrides `keep`, `kept` and `finish`."""
 
     samples: list[Sample]
-    targets: bool = True  # whether its samples have some; what has none is restored, not scored
-    save: bool = False  # whether the restored images are what is wanted
-    read_image: Callable[[Path], np.ndarray] = read_image  # how restored images are read that lie elsewhere
+    targets: bool = True  # whether its samples have targets; without, they are restored, not scored
+    save: bool = False  # whether the restored images are always written
+    read_image: Callable[[Path], np.ndarray] = read_image  # reads restored images of another method (--score_only)
 
     def keep(self, folder: Path, sample: Sample, restored: Images):
-        """Write into the folder of the scores what is wanted of a sample."""
+        """Write a sample's own output into the folder of the scores."""
 
     def kept(self, folder: Path, sample: Sample) -> bool:
-        """Whether that is there."""
+        """Whether that output is there."""
         return True
 
     def finish(self, folder: Path, complete: bool) -> str | None:
-        """Write what is wanted of the whole; one line that tells the user of it."""
+        """Write the output of the whole data set; returns a line to report it."""
 
 
 class Row(NamedTuple):
@@ -92,7 +91,7 @@ class Row(NamedTuple):
     input_ssim: float | None
     note: str
     files: str  # their fingerprint
-    tile: str = ""  # side of the tiles that it was restored in, "whole", or nothing where the method knows none
+    tile: str = ""  # side of the tiles that it was restored in, "whole", or nothing where the method has no tiles
     metrics: Mapping[str, float] = MappingProxyType({})  # further scores by name
 
 
@@ -131,11 +130,11 @@ class Result:
 def restore_images(
     model: torch.nn.Module, degraded: Images, tile: int | str | None = None, **options
 ) -> tuple[Images, Images]:
-    """Restore a sample's images by `dgunet.restore`, which takes the options: not rounded, and the degraded ones."""
+    """Restore a sample's images by `dgunet.restore`, which takes the options: unrounded, and the input."""
     options["tile"] = tile
     if isinstance(degraded, list):
         return restore(model, [unit_range(image) for image in degraded], **options), degraded
-    batches = [degraded] if degraded.ndim < 4 else np.split(degraded, range(8, len(degraded), 8))
+    batches = [degraded] if degraded.ndim < 4 else np.split(degraded, range(BATCH, len(degraded), BATCH))
     return np.concatenate([restore(model, unit_range(batch), **options) for batch in batches]), degraded
 
 
@@ -159,28 +158,27 @@ def evaluate(
         print(result.psnr, result.ssim, [(row.name, row.psnr) for row in result.rows])
 
     Args:
-        model: a network; or a function of a `Sample` and its degraded image(s), as they were read, that gives the
-            restored one(s), uint8 or floats in [0, 1], and those to be scored as the input. Of another method:
+        model: a network; or a function of a `Sample` and its degraded image(s), as read, that returns the restored
+            one(s), uint8 or floats in [0, 1], and those to score as the input. For another method:
             ``evaluate(lambda sample, y: (my_method(y), y), ...)``.
         data: a folder with pairs in ``input/`` and ``target/``; a folder of images or an image, to be restored only;
             or any `ImageSet`.
         protocol: one of `metrics.PROTOCOLS`; None where nothing has a target.
-        folder: where the scores and images are written. Called again with the same model, settings and files, it
-            goes on with what is missing. (What a function, or a degradation of the user's own, computes is not known:
-            its scores are always begun anew. A method is known by its name.) None to write nothing.
-        name: of the data set, in the result and in what is told; by default the folder's.
-        method: how the network restores: a function of it, a sample's degraded image(s) and the options, that gives
+        folder: where scores and images are written; None to write nothing. Called again with the same model, settings
+            and files, the test resumes. (It starts again where it cannot know what is computed: for a function, or a
+            degradation of the user's own. A method is known by its name.)
+        name: of the data set, in the result and in messages; by default the folder's.
+        method: how the network restores: a function of it, a sample's degraded image(s) and the options, that returns
             what a function given as ``model`` does.
-        settings: what else the scores depend on; noted with them. So are the protocol's version and the tiles.
+        settings: what else the scores depend on; stored with them, as are the protocol's version and the tiles.
         metrics: further scores of the restored images by name, see `metrics.find_metrics`. Images that were scored
-            without one are scored anew.
-        save_images: whether restored images are written; None where they are scored as they lie on the disk, or are
-            all that is wanted.
-        say: given a line of text now and then, e.g. ``print``.
-        **options: of the method; by default those of `restore`: ``tile``, ``self_ensemble``, ``bf16``, ... But where no
-            ``tile`` is given, neither here nor in ``local``, images are scored as the network restores them whole,
-            whatever the memory (what would not fit on a CPU is refused; None tries it), and only what has no target is
-            restored with "auto". Of "auto" the tiles that were used are in the rows and settings of the result.
+            without one are scored again.
+        save_images: whether restored images are written; by default those that are scored in 8 bits, or not at all.
+        say: called with a line of text now and then, e.g. ``print``.
+        **options: of the method; by default those of `restore`: ``tile``, ``self_ensemble``, ``bf16``, ... But without
+            a ``tile``, here or in ``local``, what is scored is restored whole (what would not fit on a CPU is refused;
+            ``tile=None`` tries it), and only images without targets with "auto". The result says which tiles it chose.
+
     Returns:
         The means, each image's scores, and what could not be tested: one image's failure costs no other.
 
@@ -188,140 +186,146 @@ def evaluate(
         UserError: no such data, an unsuitable network, or another process that writes to the folder.
         ValueError: unknown protocol.
     """
-    seconds, count = 0.0, 0  # restoring, and images restored
     if not isinstance(data, ImageSet):
         name, data = name or Path(data).name, pairs_or_images(Path(data))
-    folder = Path(folder) if folder is not None else None
-    network = isinstance(model, torch.nn.Module)
-    tiles = None
-    if network and inspect.unwrap(method) is restore_images:
-        if options.get("local") is None:  # noted with the scores: a record may change
-            options["local"] = getattr(model, "local", None) or False
-        tiles = _Tiles(model, options, data)
-    settings = options | ({"tile": tiles.asked} if tiles else {}) | (settings or {})
-    degradation = getattr(model, "degradation", None)
-    known = degradation is None or type(degradation) in KINDS.values()
-    known &= getattr(method, "__name__", "<lambda>") != "<lambda>"  # partials and other objects have no name either
-    if network and known:
-        note = settings | {"weights": digest_of(model)}
-        if tiles is None:
-            note["method"] = f"{method.__module__}.{method.__qualname__}"
-    else:
-        note = {"scored": time.time()}
-    # of what test.py's options for other methods are, nothing is known here
-    advice = "use smaller images" if tiles is None else "restore it in tiles, --tile 512, which changes its score"
-    note["protocol_version"] = version = find_protocol(protocol).version if protocol else 1
     if metrics and not data.targets:
         raise UserError(f"{name}: --metrics are of images with targets, in input/ and target/; leave it out")
-    stamps = {
-        name: stamp for sample in data.samples for stamp in [_file_fingerprint(sample.files)] for name in sample.names
-    }
+    folder = Path(folder) if folder is not None else None
+    predict = _Predictor(model, method, options, data)
+    settings = predict.settings | (settings or {})
+    version = find_protocol(protocol).version if protocol else 1
+    known = predict.fingerprint() | {"protocol_version": version}
     rounded = data.targets and find_protocol(protocol).rounded
     keep = folder is not None and save_images is not False
     save = keep and (save_images or data.save or rounded)
+    stamps = {name: _file_fingerprint(sample.files) for sample in data.samples for name in sample.names}
 
-    def written(sample: Sample) -> bool:
-        images = not save or all((folder / f"{name}.png").exists() for name in sample.names)
-        return images and (not keep or data.kept(folder, sample))
+    def done(sample: Sample) -> bool:
+        written = not save or all((folder / f"{name}.png").exists() for name in sample.names)
+        return all(map(sheet.done, sample.names)) and written and (not keep or data.kept(folder, sample))
 
-    with contextlib.closing(ScoreSheet(folder, protocol or "none", note, stamps, metrics)) as sheet, _disable_tf32():
+    exact = temporarily_set([torch.backends.cudnn], "allow_tf32", False)  # for speed there is bfloat16
+    with contextlib.closing(ScoreSheet(folder, protocol or "none", settings | known, stamps, metrics)) as sheet, exact:
         if sheet.continued:
             say(f"{name}: {sheet.continued} of {len(stamps)} images are done already")
-        done = {sample.name for sample in data.samples if all(map(sheet.done, sample.names)) and written(sample)}
-        if sheet.found and network:
-            _remove_old_results(folder, [sample for sample in data.samples if sample.name not in done])
-        for sample in progress_bar(data.samples, desc=name, unit="image"):
-            if sample.name in done:
-                continue
-            with _attempt(sample.title or str(sample.files[0]), sheet.failures, advice):
+        todo = [sample for sample in data.samples if not done(sample)]
+        if sheet.found and predict.network:
+            _remove_old_results(folder, todo)
+        for sample in progress_bar(todo, desc=name, unit="image"):
+            with _attempt(sample.title or str(sample.files[0]), sheet.failures, predict.advice):
                 degraded, target = sample.read()
-                used = "" if tiles is None else tiles.choose(options, degraded)
-                begun = time.monotonic()
-                if network:
-                    restored, before = method(model, degraded, **options)
-                else:
-                    restored, before = model(sample, degraded)
-                seconds += time.monotonic() - begun
-                count += len(sample.names)
+                restored, before, tile = predict(sample, degraded)
                 if keep:
                     data.keep(folder, sample, restored)
-                before = None if before is target else before  # what is only degraded on the way by a network
-                images = (_per_image(sample, given) for given in (restored, target, before))
-                for part, x, x_true, y in zip(sample.names, *images, strict=True):
-                    if rounded:
-                        x, y = to_uint8(x), None if y is None else to_uint8(y)
-                    if save:
-                        write_image(folder / f"{part}.png", to_uint8(x))
-                    if x_true is None:
-                        sheet.mark_done(part, used)
-                    else:
-                        sheet.add(part, x, x_true, y, used)
+                _score(sheet, sample, restored, target, before, tile, rounded, folder if save else None)
         result = sheet.finish(name)
-    line = data.finish(folder, complete=not result.missing) if keep else None
-    if line:
+    if keep and (line := data.finish(folder, complete=not result.missing)):
         say(line)
     if settings.get("tile") == "auto":
         settings["tile"] = f"auto({'+'.join(natsorted({row.tile for row in result.rows}))})"
     result.settings, result.version = settings, version
-    result.seconds_per_image = seconds / count if count else math.nan
+    result.seconds_per_image = predict.seconds / predict.count if predict.count else math.nan
     return result
 
 
-class _Tiles:
-    """Which tiles a data set is restored in, so that this is known of each score.
+class _Predictor:
+    """Restores samples by a network or a function, and keeps the time; see `evaluate`.
 
-    Args:
-        model: a network.
-        options: of `restore`. Where they have no ``tile``, and none in ``local``, what is scored is restored whole,
-            and what is only to be restored "auto".
-        data: which of the two.
+    Where the network restores by `restore`, it chooses the tiles, so that they are stored with each score.
     """
 
-    def __init__(self, model, options: dict, data: ImageSet):
-        local = check_windows(options["local"]).get("tile")
-        self.model, self.given = model, "tile" in options or local is not None
-        unasked = "auto" if local is not None or (data.save and not data.targets) else None
-        tile = options.get("tile", unasked)
-        if tile == "auto":
-            tile = local or tile
-        check_tiles(tile, options.get("tile_overlap"))
-        self.tile, self.asked = tile, "whole" if tile is None else tile  # the second in words
+    def __init__(self, model, method: Callable, options: dict, data: ImageSet):
+        self.model, self.method, self.options, self.settings = model, method, options, options
+        self.network = isinstance(model, torch.nn.Module)
+        self.tiled = self.network and inspect.unwrap(method) is restore_images
+        self.seconds, self.count = 0.0, 0  # of restoring, and images restored
+        self.advice = "use smaller images"  # where memory is short
+        if self.tiled:
+            self.advice = "restore it in tiles, --tile 512, which changes its score"
+            if options.get("local") is None:  # stored with the scores: a record may change
+                options["local"] = getattr(model, "local", None) or False
+            local = check_windows(options["local"]).get("tile")
+            self.asked = "tile" in options or local is not None
+            tile = options.get("tile", "auto" if local is not None or (data.save and not data.targets) else None)
+            self.tile = local if local is not None and tile == "auto" else tile
+            check_tiles(self.tile, options.get("tile_overlap"))
+            self.settings = options | {"tile": "whole" if self.tile is None else self.tile}
 
-    def choose(self, options: dict, degraded: Images) -> str:
-        """Put the tile of a sample's images into the options; what it is, in words.
+    def fingerprint(self) -> dict:
+        """What identifies the computation besides its settings: the weights, or where they do not, the time."""
+        degradation = getattr(self.model, "degradation", None)
+        known = degradation is None or type(degradation) in KINDS.values()
+        known &= getattr(self.method, "__name__", "<lambda>") != "<lambda>"  # partials have no name either
+        if not (self.network and known):
+            return {"scored": time.time()}
+        name = {} if self.tiled else {"method": f"{self.method.__module__}.{self.method.__qualname__}"}
+        return {"weights": digest_of(self.model)} | name
+
+    def __call__(self, sample: Sample, degraded: Images) -> tuple[Images, Images, str]:
+        """The restored image(s), those to score as the input, and the tiles in words."""
+        options, tile = self.options, ""
+        if self.tiled:
+            options = options | {"tile": self._choose_tile(degraded)}
+            tile = "whole" if options["tile"] is None else str(options["tile"])
+        start = time.monotonic()
+        if self.network:
+            restored, before = self.method(self.model, degraded, **options)
+        else:
+            restored, before = self.model(sample, degraded)
+        self.seconds += time.monotonic() - start
+        self.count += len(sample.names)
+        return restored, before, tile
+
+    def _choose_tile(self, degraded: Images) -> int | None:
+        """The side of the tiles; None for whole images.
 
         Raises:
-            UserError: they are to be restored whole without having been asked for, and do not fit into the memory of a
-                CPU, which would end the process without a word. (A GPU's is an error that can be told.)
+            UserError: whole images that nobody asked for do not fit into the memory of a CPU, which would end the
+                process without a message. (A GPU's gives an error.)
         """
-        options["tile"] = self.tile
         device = next((value.device for value in self.model.parameters()), torch.device("cpu"))
-        unasked = self.tile is None and not self.given
-        if isinstance(self.tile, str) or (unasked and device.type == "cpu"):
-            tile = self._automatic(degraded, device)
-            if unasked and tile is not None:
-                raise UserError(
-                    "it may need more memory than is free to be restored whole, as scores are by default; --tile 512 "
-                    "restores it in tiles, which changes its score, --tile whole tries nevertheless"
-                )
-            options["tile"] = tile
-        return "whole" if options["tile"] is None else str(options["tile"])
-
-    def _automatic(self, degraded: Images, device: torch.device) -> int | None:
-        """The tile that the memory allows for the largest of the images; None for all of them whole."""
-        if not all(hasattr(self.model, name) for name in ("channels", "arguments")):
-            return None  # `restore` says what it needs
-        batches = degraded if isinstance(degraded, list) else [degraded[:8] if degraded.ndim == 4 else degraded]
-        sizes = [batch.shape[:2] if batch.ndim == 2 else batch.shape[-3:-1] for batch in batches]
-        height, width = max(sizes, key=math.prod)
-        batch = len(batches[0]) if batches[0].ndim == 4 else 1
+        checked = self.tile is None and not self.asked and device.type == "cpu"
+        if not (self.tile == "auto" or checked) or not hasattr(self.model, "arguments"):  # which `restore` refuses
+            return self.tile
+        stack = isinstance(degraded, np.ndarray) and degraded.ndim == 4
+        images = degraded if stack or isinstance(degraded, list) else [degraded]
+        height, width = max((image.shape[:2] for image in images), key=math.prod)
+        shape = (min(len(images), BATCH) if stack else 1, self.model.channels, height, width)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tiles are noted with the scores
-            return automatic_tile(self.model, (batch, self.model.channels, height, width), device)
+            warnings.simplefilter("ignore")  # the tiles are stored with the scores
+            tile = automatic_tile(self.model, shape, device)
+        if checked and tile is not None:
+            raise UserError(
+                "it may need more memory than is free to be restored whole, as scores are by default; --tile 512 "
+                "restores it in tiles, which changes its score, --tile whole tries nevertheless"
+            )
+        return tile
+
+
+def _score(
+    sheet: "ScoreSheet", sample: Sample, restored: Images, target: Images | None, before: Images, tile: str,
+    rounded: bool, folder: Path | None,
+):  # fmt: skip
+    """Score a sample's images, as 8-bit ones where ``rounded``, and write them into the folder, if any."""
+    before = None if before is target else before  # nothing was degraded that could be scored as the input
+    given = (restored, target, before)
+    if sample.parts is None:
+        given = ([images] for images in given)
+    else:
+        given = ([None] * len(sample.names) if images is None else images for images in given)
+    for name, x, x_true, y in zip(sample.names, *given, strict=True):
+        if rounded:
+            x, y = to_uint8(x), None if y is None else to_uint8(y)
+        if folder is not None:
+            write_image(folder / f"{name}.png", to_uint8(x))
+        if x_true is None:
+            sheet.mark_done(name, tile)
+        else:
+            sheet.add(name, x, x_true, y, tile)
 
 
 def _remove_old_results(folder: Path, samples: list[Sample]):
-    """Remove the images that another network, or other settings, made of samples: they would pass for these'."""
+    """Remove the images that another network, or other settings, made of samples: they would be taken for new ones."""
     read = {file.absolute() for sample in samples for file in sample.files}
     for path in (folder.absolute() / f"{name}.png" for sample in samples for name in sample.names):
         if path not in read:
@@ -349,37 +353,29 @@ def pairs_or_images(source: Path) -> ImageSet:
 
 
 def image_samples(source: Path, read: Callable[[Path], tuple], **options) -> ImageSet:
-    """The images of a folder, or one, each a sample: ``read`` gives what is degraded and the target of a path."""
-    found = images(source).items()
-    return ImageSet([Sample(name, (path,), partial(read, path)) for name, path in found], **options)
-
-
-def images(source: Path) -> dict[str, Path]:
-    """The images of a folder by name, or the one image that ``source`` is.
+    """The images of a folder, or one image, as samples: ``read`` returns a path's degraded image and its target.
 
     Raises:
         UserError: neither of the two, no image in the folder, or two of one name.
     """
-    if not source.is_file():
-        return images_by_name(source)
-    if source.suffix.lower() not in IMAGE_SUFFIXES:
+    found = {nfc(source.stem): source} if source.is_file() else images_by_name(source)
+    if source.is_file() and source.suffix.lower() not in IMAGE_SUFFIXES:
         raise UserError(f"{source} is neither a folder nor an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return {nfc(source.stem): source}
+    return ImageSet([Sample(name, (path,), partial(read, path)) for name, path in found.items()], **options)
 
 
 class ScoreSheet:
     """The scores of one data set, computed on other threads and kept in ``folder/scores.csv``.
 
     Args:
-        folder: where the sheet and the note of its settings lie; None to keep them in memory alone.
+        folder: where the sheet and ``settings.json`` lie; None to keep the scores in memory alone.
         protocol: see `metrics.evaluate_pair`.
-        settings: what all of the scores depend on. A sheet that was begun with the same settings is continued, and
-            `done` knows its images; another one is begun anew.
-        files: the images that the data set consists of, by name, each with a fingerprint of its files. An image
-            whose fingerprint has changed is not `done`.
+        settings: what all of the scores depend on. A sheet with the same settings is continued, and `done` knows its
+            images; with others it starts again.
+        files: the images of the data set by name, each with a fingerprint of its files. An image whose fingerprint has
+            changed is not `done`.
         metrics: further scores by name, functions of the restored image and its target. An image that lacks one is
             not `done`.
-        threads: how many; None for one per core.
 
     Raises:
         UserError: another process has a sheet open in this folder. It is free again after `finish`, or once that
@@ -388,7 +384,7 @@ class ScoreSheet:
 
     def __init__(
         self, folder: Path | None, protocol: str, settings: dict, files: dict[str, str],
-        metrics: Mapping[str, Metric] = MappingProxyType({}), threads: int | None = None,
+        metrics: Mapping[str, Metric] = MappingProxyType({}),
     ):  # fmt: skip
         self.metrics, self.metrics_lock = metrics, threading.Lock()
         self.columns = list(metrics)  # of further scores, also those from before
@@ -402,17 +398,16 @@ class ScoreSheet:
             self.folder_lock.enter_context(lock_dir(folder.absolute(), "test", advice))
             settings = settings | {"protocol": protocol}
             settings = json.dumps(settings, sort_keys=True, default=lambda number: number.item())  # NumPy's
-            note = folder / "settings.json"
-            self.found = note.exists()
-            if self.found and note.read_bytes() == settings.encode():
+            stored = folder / "settings.json"
+            self.found = stored.exists()
+            if self.found and stored.read_bytes() == settings.encode():
                 self._read()
-            self._write()  # before the note: killed in between, the former scores must not pass for these settings'
-            note.write_text(settings)
+            self._write()  # before the settings: killed in between, old scores must not be taken for theirs
+            stored.write_text(settings)
         self.continued = sum(map(self.done, self.rows))
         # The filters behind the metrics work outside of Python's lock, so threads use all cores.
-        threads = threads or os.cpu_count()
-        self.pool = ThreadPoolExecutor(threads)
-        self.slots = threading.BoundedSemaphore(2 * threads)  # images that wait take memory
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.slots = threading.BoundedSemaphore(2 * os.cpu_count())  # images that wait take memory
         self.lock = threading.Lock()
         self.jobs = []
         self.failures: list[str] = []
@@ -430,11 +425,11 @@ class ScoreSheet:
         self.jobs.append((name, job))
 
     def mark_done(self, name: str, tile: str = ""):
-        """Note an image that has no target as done."""
+        """Record an image without a target as done."""
         self._append(Row(name, None, None, None, None, "", self.files[name], tile))
 
     def finish(self, dataset: str) -> Result:
-        """Wait for all scores; what they come to."""
+        """Wait for all scores; their means."""
         for name, job in self.jobs:
             try:
                 job.result()
@@ -444,17 +439,14 @@ class ScoreSheet:
         self._write()
         self.close()
         rows = list(self.rows.values())
-        scored = [row[1:5] for row in rows if row.psnr is not None]
-        columns = list(zip(*scored, strict=True)) or [()] * 4
-        (psnr, identical), (input_psnr, identical_inputs) = map(mean_psnr, columns[::2])
-        ssim, input_ssim = (statistics.fmean(column) if column else math.nan for column in columns[1::2])
+        scored = [row for row in rows if row.psnr is not None]
+        psnr, identical = mean_psnr(row.psnr for row in scored)
+        input_psnr, identical_inputs = mean_psnr(row.input_psnr for row in scored)
         return Result(
-            dataset, self.protocol, len(scored), psnr, ssim, input_psnr, input_ssim, identical=identical,
-            identical_inputs=identical_inputs, missing=len(self.files) - len(rows), rows=rows,
-            metrics={
-                name: statistics.fmean(row.metrics[name] for row in rows) if rows else math.nan for name in self.metrics
-            },
-            failures=self.failures,
+            dataset, self.protocol, len(scored), psnr, _mean(row.ssim for row in scored), input_psnr,
+            _mean(row.input_ssim for row in scored), identical=identical, identical_inputs=identical_inputs,
+            metrics={name: _mean(row.metrics[name] for row in rows) for name in self.metrics},
+            missing=len(self.files) - len(rows), rows=rows, failures=self.failures,
         )  # fmt: skip
 
     def close(self):
@@ -512,23 +504,14 @@ class ScoreSheet:
             writer.writerows(map(self._cells, self.rows.values()))
 
 
-def _per_image(sample: Sample, given: Images | None) -> Images | list:
-    """A sample's image by image."""
-    if given is None:
-        return [None] * len(sample.names)
-    return given if sample.parts is not None else [given]
-
-
-@contextlib.contextmanager
-def _disable_tf32() -> Iterator[None]:
-    """Inside, GPUs convolve float32 as such, not as TF32: digits before speed; for speed there is bfloat16."""
-    with temporarily_set([torch.backends.cudnn], "allow_tf32", False):
-        yield
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return statistics.fmean(values) if values else math.nan
 
 
 @contextlib.contextmanager
 def _attempt(title: str, failures: list[str], advice: str) -> Iterator[None]:
-    """Around the work on a sample: where that cannot be done, it is noted as a failure, and the test goes on.
+    """Around the work on a sample: what it cannot do is added to the failures, and the test goes on.
 
     ``advice`` is what to do where memory is short.
     """
@@ -536,21 +519,19 @@ def _attempt(title: str, failures: list[str], advice: str) -> Iterator[None]:
         yield
     except UserError as error:
         failures.append(str(error) if title in str(error) else f"{title}: {error}")
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        failures.append(f"{title}: out of GPU memory; {advice}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # of every image
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
             raise UserError(f"--compile does not work here ({reason}); test without it") from error
-        short = "can't allocate memory" in str(error) or "out of memory" in str(error)  # of the CPU; of other devices
-        if isinstance(error, RuntimeError) and not short:
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not short and not re.search("can't allocate memory|out of memory", str(error)):  # a CPU's; another device's
             raise
+        torch.cuda.empty_cache()
         failures.append(f"{title}: out of memory; {advice}")
 
 
 def digest_of(model: torch.nn.Module) -> str:
-    """What a network computes, as a number: of its arguments and weights."""
+    """A fingerprint of a network's arguments and weights."""
     digest = hashlib.sha256(json.dumps(getattr(model, "arguments", None), sort_keys=True).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -17,17 +17,29 @@ train_rgb         validation during training            float32 or uint8     ``t
 
     psnr, ssim = evaluate_pair(restored, target, "rgb_matlab")
 
+- ``deraining_y``: luma of MATLAB's ``rgb2ycbcr`` (16..235), rounded to integers first; peak 255; SSIM with an 11 x 11
+  Gaussian window where it fits into the image.
+- ``rgb_matlab``: one mean over all pixels and channels; peak 255; MATLAB's ``ssim`` of an H x W x 3 array, which is
+  three-dimensional: the Gaussian window runs over the channels too, edges replicated.
+- ``gaussian_rgb``: the same PSNR; SSIM is the mean of the three channels', with the window of ``deraining_y``.
+- ``sidd_unit_range``: as ``rgb_matlab``, on the range [0, 1], in double; the restored image is clamped to it.
+- ``cs_y``: OpenCV's full-range luma (0..255) of the uint8 images; a float luma is clamped to [0, 1] and not rounded;
+  exactly 100 dB for equal images; SSIM with a uniform 7 x 7 window.
+- ``realblur_aligned``: the restored image matched to the target in intensity and aligned by a homography, scored where
+  they overlap; not symmetric in the two. The alignment is OpenCV's iteration, whose rounding depends on the
+  processor: on photographs scores agree to some 1e-5 dB, on images of a few pixels it may fail on one machine only.
+- ``train_rgb``: both clamped to [0, 1], arithmetic in float32; no SSIM.
+
 Values are per image; the score of a set is the mean of its images' values (PSNR averaged in dB; of images that
 equal their targets it is infinite, see `mean_psnr`). For deraining the overall figure is the mean of the sets'
 means, whatever their sizes.
 
-Every SSIM here is the mean, over the image, of
+Every SSIM here (Wang et al., 2004) is the mean, over the image, of
 
     (2 m_r m_t + C1) (2 c_rt + C2) / ((m_r^2 + m_t^2 + C1) (v_r + v_t + C2))
 
 with C1 = (0.01 L)^2 and C2 = (0.03 L)^2; m, v, c are the means, variances and covariance in a sliding window
-and L the nominal range. The protocols differ in the window, in what happens at the borders and in what they
-call an image.
+and L the nominal range. The protocols differ in the window, at the borders, and in what they call an image.
 """
 
 import contextlib
@@ -63,35 +75,12 @@ def evaluate_pair(
     """PSNR in dB and SSIM of a restored image against its target, as the named protocol computes them.
 
     Args:
-        restored, target: NumPy arrays, H x W x 3 in RGB order or H x W, of the same shape. 8-bit images are
-            uint8; network outputs that a protocol scores unrounded are float32 with nominal range [0, 1],
-            where uint8 stands for the value divided by 255. For ``cs_y`` a float32 ``restored`` is the luma
-            alone, H x W, of a target that may be a colour image.
-        protocol: one of ``PROTOCOLS``.
-            ``deraining_y``: uint8. Luma of MATLAB's ``rgb2ycbcr`` (16..235), rounded to integers first; peak
-            255; SSIM with an 11 x 11 Gaussian window where it fits into the image.
-            ``rgb_matlab``: uint8. One mean over all pixels and channels; peak 255; MATLAB's ``ssim`` of an
-            H x W x 3 array, which is three-dimensional: the Gaussian window runs over the channels too, edges
-            replicated.
-            ``gaussian_rgb``: uint8. The same PSNR; SSIM is the mean of the three channels', each with an 11 x 11
-            Gaussian window where it fits into the image.
-            ``sidd_unit_range``: float32 or uint8. The same on the range [0, 1], evaluated in double;
-            ``restored`` is clamped to it.
-            ``cs_y``: ``restored`` float32 luma or uint8, ``target`` uint8. OpenCV's full-range luma (0..255)
-            of the uint8 images; the float luma is clamped to [0, 1] and not rounded; exactly 100 dB for
-            equal images; SSIM with a uniform 7 x 7 window.
-            ``realblur_aligned``: uint8. Restored image matched to the target in intensity and aligned by a
-            homography; scored where the two overlap. Not symmetric in the two images. The alignment is OpenCV's
-            iteration, whose rounding depends on the processor: on photographs scores agree to some 1e-5 dB, on
-            images of a few pixels it may fail on one machine and not on another.
-            ``train_rgb``: float32 or uint8. Both clamped to [0, 1], arithmetic in float32; no SSIM.
-        align: False makes ``realblur_aligned`` skip the alignment (the intensities are still matched) and
-            score the whole image; the other protocols never align. For pairs on which it fails::
-
-                try:
-                    psnr, ssim = evaluate_pair(restored, target, "realblur_aligned")
-                except AlignmentError:
-                    psnr, ssim = evaluate_pair(restored, target, "realblur_aligned", align=False)
+        restored, target: NumPy arrays, H x W x 3 in RGB order or H x W, of the same shape: uint8, or float32 of the
+            nominal range [0, 1] where the protocol scores unrounded images. For ``cs_y`` a float32 ``restored`` is the
+            luma alone, H x W, of a target that may be a colour image.
+        protocol: one of ``PROTOCOLS``, see above.
+        align: False makes ``realblur_aligned`` skip the alignment (the intensities are still matched) and score the
+            whole image; the other protocols never align.
 
     Returns:
         ``(psnr, ssim)``, two Python floats. PSNR is ``inf`` for equal images (except in ``cs_y``), SSIM is
@@ -109,10 +98,7 @@ def evaluate_pair(
     '20.172 0.995'
     """
     record = find_protocol(protocol)
-    _check_image("restored", restored, record.restored, protocol)
-    _check_image("target", target, record.target, protocol)
-    _check_shapes(restored, target, protocol)
-
+    _check_images(restored, target, protocol)
     # OpenCV does not read every strided view, such as the flipped channels of an image that it has loaded.
     restored, target = np.ascontiguousarray(restored), np.ascontiguousarray(target)
     options = {"align": align} if record.aligns else {}
@@ -127,12 +113,10 @@ def psnr_batch(restored: Tensor, target: Tensor) -> Tensor:
         20 log10(1 / rmse),    rmse over all pixels and channels of one image, both clamped to [0, 1]
 
     Args:
-        restored, target: floating-point tensors (B, C, H, W) of the same shape and device, nominal range
-            [0, 1].
+        restored, target: floating-point tensors (B, C, H, W) of the same shape and device, nominal range [0, 1].
 
     Returns:
-        float32 tensor (B,) in dB on the same device, ``inf`` where the images are equal. Nothing is copied to
-        the host.
+        float32 tensor (B,) in dB on the same device, ``inf`` for equal images. Nothing is copied to the host.
 
     Raises:
         ValueError: integer tensors, other than four dimensions, or two shapes.
@@ -140,22 +124,21 @@ def psnr_batch(restored: Tensor, target: Tensor) -> Tensor:
     >>> psnr_batch(torch.full((2, 3, 8, 8), 0.6), torch.full((2, 3, 8, 8), 0.5))
     tensor([20.0000, 20.0000])
     """
-    if restored.shape != target.shape or restored.ndim != 4:
+    floating = restored.is_floating_point() and target.is_floating_point()
+    if restored.shape != target.shape or restored.ndim != 4 or not floating:
         raise ValueError(
-            "psnr_batch needs two tensors of one shape (B, C, H, W), "
-            f"got {tuple(restored.shape)} and {tuple(target.shape)}"
+            "psnr_batch needs two floating-point tensors of one shape (B, C, H, W), "
+            f"got {tuple(restored.shape)}, {restored.dtype} and {tuple(target.shape)}, {target.dtype}"
         )
-    if not (restored.is_floating_point() and target.is_floating_point()):
-        raise ValueError(f"psnr_batch needs floating-point tensors in [0, 1], got {restored.dtype} and {target.dtype}")
     difference = restored.float().clamp(0, 1) - target.float().clamp(0, 1)
     rmse = difference.square().mean(dim=(1, 2, 3)).sqrt()
     return 20 * torch.log10(1 / rmse)
 
 
 def mean_psnr(values: Iterable[float]) -> tuple[float, int]:
-    """Mean of images' PSNR in dB, and how many of these are infinite, of images that equal their targets.
+    """Mean PSNR of images in dB, and how many equal their targets, so that theirs is infinite.
 
-    Those are left out of the mean, which one alone would make infinite; it is so where all are, and NaN of none.
+    Those are left out of the mean, unless all are; the mean of none is NaN.
     """
     values = list(values)
     finite = [value for value in values if value != math.inf]
@@ -169,7 +152,7 @@ Metric = Callable[[np.ndarray, np.ndarray], float]  # of a restored image and it
 def find_metrics(names: list[str], device: str | torch.device = "cpu") -> dict[str, Metric]:
     """Metrics of the pyiqa library by their names there: ``lpips``, ``dists``, ``niqe``, ...
 
-    They see images as they are: nothing is aligned or cut off. Grey ones they are given as three equal channels.
+    They score images as they are, not aligned or cropped; grey ones as three equal channels.
 
     Raises:
         UserError: there is no such metric, or its weights cannot be downloaded.
@@ -186,7 +169,7 @@ def find_metrics(names: list[str], device: str | torch.device = "cpu") -> dict[s
             near = difflib.get_close_matches(name.lower(), known, n=3) or known[:8]
             raise UserError(f"--metrics: pyiqa {pyiqa.__version__} has no {name}; near are {', '.join(near)}")
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it tells of downloads
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints about downloads
                 metric = pyiqa.create_metric(name, device=device)
         except Exception as error:  # of any kind: a download, a package that this one needs
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -202,11 +185,7 @@ def find_metrics(names: list[str], device: str | torch.device = "cpu") -> dict[s
 
 @torch.no_grad()
 def _score_with(name: str, metric: Callable, device, restored: np.ndarray, target: np.ndarray) -> float:
-    """A pyiqa metric's score of two images.
-
-    Raises:
-        ValueError: it cannot score these, such as too small ones.
-    """
+    """A pyiqa metric's score of two images. Raises a ValueError where it cannot score them (too small ones)."""
     if restored.ndim == 2:
         target = _full_luma(target)
     images = [
@@ -231,17 +210,7 @@ def _deraining_y(restored: np.ndarray, target: np.ndarray) -> Scores:
 def _gaussian_rgb(restored: np.ndarray, target: np.ndarray) -> Scores:
     # scikit-image cuts the window's radius off the map before its mean: what is left are the positions at
     # which the window fits, so its own border rule has no influence.
-    from skimage.metrics import structural_similarity
-
-    ssim = structural_similarity(
-        restored,
-        target,
-        data_range=255,
-        channel_axis=2 if restored.ndim == 3 else None,
-        gaussian_weights=True,
-        sigma=_GAUSSIAN_SIGMA,
-        use_sample_covariance=False,
-    )
+    ssim = _gaussian_ssim(restored, target, data_range=255, channel_axis=2 if restored.ndim == 3 else None)
     return _psnr(restored, target, peak=255), ssim
 
 
@@ -259,20 +228,16 @@ def _sidd_unit_range(restored: np.ndarray, target: np.ndarray) -> Scores:
 
 
 def _cs_y(restored: np.ndarray, target: np.ndarray) -> Scores:
-    from skimage.metrics import structural_similarity
-
     if restored.dtype == np.uint8:
         restored = _full_luma(restored).astype(np.float64)
     else:
         restored = np.clip(restored.astype(np.float64), 0, 1) * 255
     target = _full_luma(target).astype(np.float64)
     psnr = 100.0 if np.array_equal(restored, target) else _psnr(restored, target, peak=255)
-    return psnr, structural_similarity(restored, target, data_range=255)
+    return psnr("skimage.metrics").structural_similarity(restored, target, data_range=255)
 
 
 def _realblur_aligned(restored: np.ndarray, target: np.ndarray, align: bool) -> Scores:
-    from skimage.metrics import structural_similarity
-
     restored, target = unit_range(_as_colour(restored)), unit_range(_as_colour(target))
     energy = np.sum(restored * restored)
     if energy > 0:  # an all-black image has no best factor
@@ -285,16 +250,7 @@ def _realblur_aligned(restored: np.ndarray, target: np.ndarray, align: bool) -> 
     squared_error = np.sum((target - restored) ** 2, dtype=np.float64)
     psnr = _psnr_of_mse(squared_error / np.sum(mask, dtype=np.float64), peak=1)
 
-    _, ssim_map = structural_similarity(
-        target,
-        restored,
-        data_range=1.0,
-        channel_axis=2,
-        full=True,
-        gaussian_weights=True,
-        sigma=_GAUSSIAN_SIGMA,
-        use_sample_covariance=False,
-    )
+    _, ssim_map = _gaussian_ssim(target, restored, data_range=1.0, channel_axis=2, full=True)
     inner = (slice(_GAUSSIAN_RADIUS, -_GAUSSIAN_RADIUS),) * 2
     ssim_map, mask = (ssim_map * mask)[inner], mask[inner]
     ssim = np.mean(ssim_map.sum(axis=(0, 1), dtype=np.float64) / mask.sum(axis=(0, 1), dtype=np.float64))
@@ -323,7 +279,7 @@ class Protocol:
     smallest_side: int = 1
     aligns: bool = False
     luma: bool = False  # a float image is the luma alone, of a target that may have colours
-    version: int = 1  # to be raised with every change that alters a score: scores of another version are computed anew
+    version: int = 1  # raise it with every change that alters a score: scores of other versions are computed again
 
     @property
     def rounded(self) -> bool:
@@ -363,6 +319,15 @@ def _psnr(restored: np.ndarray, target: np.ndarray, peak: float) -> float:
 
 def _psnr_of_mse(mse: float, peak: float) -> float:
     return float("inf") if mse == 0 else 10 * np.log10(peak**2 / mse)
+
+
+def _gaussian_ssim(one: np.ndarray, other: np.ndarray, **options):
+    """scikit-image's SSIM, with the Gaussian window of Wang et al."""
+    from skimage.metrics import structural_similarity
+
+    return structural_similarity(
+        one, other, gaussian_weights=True, sigma=_GAUSSIAN_SIGMA, use_sample_covariance=False, **options
+    )
 
 
 def _matlab_ssim(restored: np.ndarray, target: np.ndarray, value_range: float) -> float:
@@ -419,37 +384,19 @@ def _align(restored: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.nda
     """
     import cv2
 
-    height, width = target.shape[:2]
+    (height, width), inverse = target.shape[:2], cv2.WARP_INVERSE_MAP
     # No tolerance, so that always all of the iterations are made.
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 0)
+    grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (target, restored)]
+    start = np.eye(3, dtype=np.float32)
     try:
-        _, warp = cv2.findTransformECC(
-            cv2.cvtColor(target, cv2.COLOR_RGB2GRAY),
-            cv2.cvtColor(restored, cv2.COLOR_RGB2GRAY),
-            np.eye(3, dtype=np.float32),
-            cv2.MOTION_HOMOGRAPHY,
-            criteria,
-            inputMask=None,
-            gaussFiltSize=5,
-        )
+        _, warp = cv2.findTransformECC(*grey, start, cv2.MOTION_HOMOGRAPHY, criteria, inputMask=None, gaussFiltSize=5)
     except cv2.error as error:
         raise AlignmentError(f"the {height} x {width} image cannot be aligned to its target ({error.err})") from error
 
-    warped = cv2.warpPerspective(
-        restored,
-        warp,
-        (width, height),
-        flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REFLECT,
-    )
-    mask = cv2.warpPerspective(
-        np.ones_like(restored),
-        warp,
-        (width, height),
-        flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=0,
-    )
+    into = warp, (width, height)
+    warped = cv2.warpPerspective(restored, *into, flags=cv2.INTER_CUBIC | inverse, borderMode=cv2.BORDER_REFLECT)
+    mask = cv2.warpPerspective(np.ones_like(restored), *into, flags=cv2.INTER_NEAREST | inverse)  # 0 beyond the border
     if not mask[_GAUSSIAN_RADIUS:-_GAUSSIAN_RADIUS, _GAUSSIAN_RADIUS:-_GAUSSIAN_RADIUS].any():
         raise AlignmentError(f"the {height} x {width} image does not overlap its target once it is aligned")
     return warped, mask
@@ -460,29 +407,24 @@ def _as_colour(image: np.ndarray) -> np.ndarray:
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
 
 
-def _check_image(name: str, image: np.ndarray, types: tuple[type, ...], protocol: str):
-    wanted = " or ".join(np.dtype(kind).name for kind in types)
-    if not isinstance(image, np.ndarray) or image.dtype not in types:
-        found = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"{protocol} needs {name} as a {wanted} array, got {found}")
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        raise ValueError(f"{name} must be H x W x 3 (RGB) or H x W, got shape {image.shape}")
-
-
-def _check_shapes(restored: np.ndarray, target: np.ndarray, protocol: str):
-    smallest_side = PROTOCOLS[protocol].smallest_side
-    if PROTOCOLS[protocol].luma and restored.dtype != np.uint8:
-        if restored.ndim != 2:
-            raise ValueError(
-                f"{protocol} needs a float restored image as its luma alone, H x W, got shape {restored.shape}"
-            )
-        fits = restored.shape == target.shape[:2]
-    else:
-        fits = restored.shape == target.shape
-    if not fits:
-        raise ValueError(f"restored and target differ in shape: {restored.shape} and {target.shape}")
-    if min(restored.shape[:2]) < smallest_side:
+def _check_images(restored: np.ndarray, target: np.ndarray, protocol: str):
+    record = PROTOCOLS[protocol]
+    for name, image, types in (("restored", restored, record.restored), ("target", target, record.target)):
+        if not isinstance(image, np.ndarray) or image.dtype not in types:
+            wanted = " or ".join(np.dtype(kind).name for kind in types)
+            found = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(f"{protocol} needs {name} as a {wanted} array, got {found}")
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+            raise ValueError(f"{name} must be H x W x 3 (RGB) or H x W, got shape {image.shape}")
+    luma_alone = record.luma and restored.dtype != np.uint8
+    if luma_alone and restored.ndim != 2:
         raise ValueError(
-            f"{protocol} needs at least {smallest_side} x {smallest_side} pixels, "
+            f"{protocol} needs a float restored image as its luma alone, H x W, got shape {restored.shape}"
+        )
+    if restored.shape != (target.shape[:2] if luma_alone else target.shape):
+        raise ValueError(f"restored and target differ in shape: {restored.shape} and {target.shape}")
+    if min(restored.shape[:2]) < record.smallest_side:
+        raise ValueError(
+            f"{protocol} needs at least {record.smallest_side} x {record.smallest_side} pixels, "
             f"got {restored.shape[0]} x {restored.shape[1]}"
         )

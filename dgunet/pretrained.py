@@ -16,7 +16,7 @@ IN_REPOSITORY = "[A-Z]*/pretrained_models/*/weights.safetensors"
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of weights. Beside the file it is ``record.yaml``, which a person writes; in the file, metadata."""
+    """What is known of weights: metadata of their file, from the ``record.yaml`` beside it."""
 
     name: str  # by which `load_model` knows them
     task: str  # "denoising", ...
@@ -29,7 +29,7 @@ class Record:
     hours: float  # that the training took on the hardware
     hardware: str
     date: str  # year-month-day
-    noise_sigma: tuple[float, float] | None = None  # weakest and strongest noise they are for, in 8-bit levels
+    noise_sigma: tuple[float, float] | None = None  # weakest and strongest noise they were trained for, 8-bit
     local: dict[str, int] | bool = False  # windows for local statistics, see `inference.restore`; False: none pay
 
 
@@ -53,10 +53,10 @@ def find_pretrained(name: str) -> Record:
 
 
 def locate(weights: str | Path) -> Path:
-    """The file that a path, or the name of weights that come with dgunet, means.
+    """The file of a path, or of the name of weights that come with dgunet.
 
     Raises:
-        UserError: it can only be meant as a name, and no weights have it.
+        UserError: it can only be a name, and no weights have it.
     """
     path = Path(weights)
     if path.suffix or path.name != str(weights) or os.path.isfile(path):

@@ -45,27 +45,24 @@ from dgunet.transforms import unit_range
 class Benchmark:
     """A published test set, or how a folder of the user's own is tested."""
 
-    place: str  # a folder, or a file, under the data root; nothing for the user's own
+    place: str  # a folder, or a file, under the data root; empty for the user's own
     protocol: str | None  # see `metrics.PROTOCOLS`; None where a server scores
-    paper: dict[str, tuple[float, float]] = field(default_factory=dict)  # by network: PSNR, SSIM
+    paper: dict[str, tuple[float, float]] = field(default_factory=dict)  # PSNR, SSIM by network, without its task
     open: Callable[[Path], ImageSet] = paired
-    self_ensemble: bool = False  # whether the original restores it so
+    self_ensemble: bool = False  # whether the original uses it here
     sigma: float | None = None  # of the Gaussian noise that is added, in 8-bit levels
     usual: bool = True  # whether it is tested where no --dataset is given
 
 
-def custom_folder(protocol: str) -> Callable[[argparse.Namespace], dict[str, Benchmark]]:
-    """Folders of the user's own: pairs, scored by the protocol, or images, restored only."""
-    return lambda args: {"": Benchmark("", protocol, open=pairs_or_images)}
+def custom_folder(protocol: str, open: Callable[[Path], ImageSet] = pairs_or_images) -> Callable:
+    """How folders of the user's own are tested: by default pairs, scored by the protocol, or images, restored only."""
+    return lambda args: {"": Benchmark("", protocol, open=open)}
 
 
 def add_tiling(add: Callable):
-    """The options of `restore`."""
-    add(
-        "--self_ensemble",
-        action=argparse.BooleanOptionalAction,
-        help="mean over 8 flips and rotations (default: of SIDD and DND, as in the original)",
-    )
+    """Add the options of `restore`."""
+    ensemble = "mean over 8 flips and rotations (default: for SIDD and DND, as in the original)"
+    add("--self_ensemble", action=argparse.BooleanOptionalAction, help=ensemble)
     tiles = "tile side in pixels, whole, or auto: whole where memory allows it (default: as the weights' record says, "
     tiles += "else whole for scores, which tiles change, and auto where there are no targets)"
     add("--tile", type=parse_tile, default=argparse.SUPPRESS, help=tiles)
@@ -75,7 +72,7 @@ def add_tiling(add: Callable):
 
 
 def noise_sigma(text: str) -> float:
-    """An option's value: of Gaussian noise, in 8-bit levels."""
+    """The value of an option: standard deviation of Gaussian noise, in 8-bit levels."""
     if not 0 < float(text) <= 100:
         raise argparse.ArgumentTypeError(f"{text} is not a standard deviation in 8-bit levels, such as 25")
     return float(text)
@@ -95,31 +92,31 @@ def command(
     description: str,
     benchmarks: dict[str, Benchmark],
     own: Callable[[argparse.Namespace], dict[str, Benchmark]],
+    default_weights: str,
     *,
     method: Callable = restore_images,
     add_options: Callable[[Callable], None] = add_tiling,
     options: Callable[[argparse.Namespace, Benchmark], dict] = tiling,
     variants: Callable[[torch.nn.Module, argparse.Namespace], dict[str, dict]] = lambda model, args: {"": {}},
-    paper_key: Callable[..., str] = lambda model, args: model.name,
+    paper_key: Callable[..., str] = lambda name, model, args: name,
     paper_average: dict[str, tuple[float, float]] | None = None,
-    default_weights: str | None = None,
 ):
-    """Run a test.py: parse its command line, `evaluate` each data set asked for, print and append the table.
+    """Run a test.py: parse its command line, `evaluate` each data set, print and append the table.
 
     Args:
         task: e.g. ``"denoising"``; weights of another task are refused.
         description: the script's docstring.
         benchmarks: the published test sets, by name.
-        own: what a folder of the user's own is tested as, by what is added to its name, given the parsed options.
+        own: how a folder of the user's own is tested, by what is added to its name, given the parsed options.
+        default_weights: the name of the weights that are tested without --weights.
         method: see `evaluate`.
-        add_options: adds the options of the task, given an argument parser's ``add_argument``.
-        options: those of the method, given the parsed ones and the test set.
-        variants: how often each data set is tested, given the network and the parsed options: further options of the
-            method, by what is added to the data set's name.
-        paper_key: under which name the paper's values stand in the benchmarks, given the network, the parsed options,
-            and those of a variant by name.
-        paper_average: where the mean over all benchmarks is a row of its own: the paper's, by network.
-        default_weights: the name of this repository's own weights for the task, tested where none are given.
+        add_options: adds the options of the task, given a parser's ``add_argument``; ``options`` are those of the
+            method, given the parsed ones and the test set.
+        variants: further options of the method that each data set is tested with, by what is added to its name, given
+            the network and the parsed options.
+        paper_key: the key of the paper's values in a `Benchmark`, given the network's name without its task, the
+            network, the parsed options, and those of a variant by name.
+        paper_average: the paper's mean over all benchmarks, by network, where the table is to have one.
 
     Raises:
         UserError: at the end, listing the images that could not be tested.
@@ -127,61 +124,57 @@ def command(
     args = _parse(description, benchmarks, add_options)
     network, noise, passes = None, None, {"": {}}
     if args.score_only is None:
-        network = _load(task, args.weights, default_weights, args.device)
+        network = _load(task, args, default_weights)
         folder = args.results / task / _folder_of(network)
         passes = variants(network.model, args)
         noise = network.noise_sigma if any(benchmark.sigma for benchmark in benchmarks.values()) else None
-        if args.compile:
-            network.model.compile()  # once for the first size, and once more for all other sizes
     elif args.score_only.is_dir():
         folder = args.results / task / f"scores_of_{args.score_only.absolute().name}"
     else:
         raise UserError(f"no folder {args.score_only.absolute()} with restored images")
-    metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device)) if args.metrics else {}
+    metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device))
     tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, own(args))
-    alone = len(tests) == 1
-    tests = {name + end: (*test, further) for name, test in tests.items() for end, further in passes.items()}
-    results, failures = [], []
-    for name, (word, benchmark, further) in tests.items():
+
+    def test(name: str, word: str, benchmark: Benchmark, further: dict) -> Result:
+        source = _find(word, args.data_root, benchmarks)
+        data = benchmark.open(source)
+        common = dict(protocol=benchmark.protocol, folder=folder / name, name=name, metrics=metrics, say=print)
+        if network is None:
+            if not data.targets:
+                raise UserError(f"{source} has no input/ and target/, so there is nothing to score against")
+            restored = _read_restored(args.score_only, (name, Path(word).name), data)
+            result = evaluate(restored, data, save_images=False, **common)
+            result.seconds_per_image = math.nan
+            return result
         levels: list[float] = []
-        try:
-            source = _find(word, args.data_root, benchmarks)
-            data = benchmark.open(source)
-            common = dict(data=data, protocol=benchmark.protocol, folder=folder / name, name=name, say=print)
-            common |= dict(metrics=metrics)
-            if network is None:
-                if not data.targets:
-                    raise UserError(f"{source} has no input/ and target/, so there is nothing to score against")
-                restored = _read_restored(args.score_only, (name, Path(word).name), data)
-                result = evaluate(restored, save_images=False, **common)
-                result.seconds_per_image = math.nan
-            else:
-                chosen = options(args, benchmark) | further | dict(bf16=args.bf16)
-                common |= dict(settings=dict(compile=args.compile), save_images=args.save_images or None)
-                restoring = method if noise is None else _record_sigmas(method, levels)
-                result = evaluate(network.model, method=restoring, **common, **chosen)
-        except UserError as error:
-            if alone:
-                raise
-            if (failure := f"{word}: {error}") not in failures:  # of another variant
-                failures.append(failure)
-            continue
-        failures += result.failures
-        notes = [f"{row.name}: {row.note}" for row in result.rows if row.note]
-        if notes:
-            print(f"note: {len(notes)} of {len(result.rows)} in {name}:", *notes, sep="\n  ")
-        _warn_about_identical(name, result)
-        _warn_about_tiles(name, result)
-        if levels:
-            _warn_about_noise(name, noise, levels)
-        if network is not None and not result.missing:
-            result.paper = benchmark.paper.get(paper_key(network.model, args, **further))
-        if result.images:
-            results.append(result)
+        common |= dict(settings=dict(compile=args.compile), save_images=args.save_images or None, bf16=args.bf16)
+        restoring = method if noise is None else _record_sigmas(method, levels)
+        result = evaluate(network.model, data, method=restoring, **common, **options(args, benchmark), **further)
+        _warn_about_noise(name, noise, levels)
+        if not result.missing:
+            variant = network.name.removeprefix(f"{task}_")
+            result.paper = benchmark.paper.get(paper_key(variant, network.model, args, **further))
+        return result
+
+    results, failures = [], []
+    for name, (word, benchmark) in tests.items():
+        for end, further in passes.items():
+            try:
+                result = test(name + end, word, benchmark, further)
+            except UserError as error:
+                if len(tests) == 1:
+                    raise
+                if (failure := f"{word}: {error}") not in failures:  # of another variant
+                    failures.append(failure)
+                continue
+            failures += result.failures
+            _report(result)
+            if result.images:
+                results.append(result)
     published = [result for result in results if result.dataset in benchmarks and not result.missing]
     if paper_average is not None and len(published) == len(benchmarks):
         results.append(average(published))
-        results[-1].paper = paper_average.get(network and network.name)
+        results[-1].paper = network and paper_average.get(network.name.removeprefix(f"{task}_"))
     if results:
         print(format_table(results))
         table = args.results / f"{task}.csv"
@@ -201,14 +194,15 @@ def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Call
     add = parser.add_argument
     noisy = any(benchmark.sigma for benchmark in benchmarks.values())
     usual = "those whose noise the weights are for" if noisy else "all of these"
-    add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own, if there)")
+    add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own)")
     add("--dataset", nargs="+", help=f"{', '.join(benchmarks)}; folders or images (default: {usual})")
     add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
     where = "where everything is written (default: results): TASK.csv, and for each weights TASK/NAME_DIGEST/DATASET/"
     add("--results", type=Path, default=Path("results"), help=where)
     add("--score_only", type=Path, metavar="FOLDER", help="score the images in FOLDER/DATASET, restore nothing")
     add("--save_images", action="store_true", help="write restored images also where the scores do not need it")
-    add("--metrics", nargs="+", metavar="NAME", help="further scores, of the pyiqa library: lpips, dists, niqe, ...")
+    further = "further scores, of the pyiqa library: lpips, dists, niqe, ..."
+    add("--metrics", nargs="+", default=[], metavar="NAME", help=further)
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
     add("--bf16", action="store_true", help="bfloat16 autocast: faster, up to some hundredths of a dB off")
     add("--compile", action="store_true", help="torch.compile: faster after a minute or more of compiling")
@@ -221,27 +215,27 @@ class _Network(NamedTuple):
     name: str
     source: str  # as it was given
     path: Path
-    noise_sigma: tuple[float, float] | None  # weakest and strongest noise that it is for
+    noise_sigma: tuple[float, float] | None  # weakest and strongest noise that it was trained for
 
 
-def _load(task: str, weights: str | None, default_weights: str | None, device: str) -> _Network:
-    source = weights or default_weights
-    if source is None:
-        raise UserError("give --weights MODEL.pth, or --score_only FOLDER for images that are already restored")
+def _load(task: str, args: argparse.Namespace, default_weights: str) -> _Network:
+    source = args.weights or default_weights
     path = locate(source)
-    content = read_checkpoint(path)  # once: the file may be another one a moment later
-    if not weights:
+    content = read_checkpoint(path)  # once: training may replace the file a moment later
+    if not args.weights:
         print(f"no --weights given: this repository's own {default_weights} ({content['record']['trained_for']})")
-    model = load_model(path, task=task, device=pick_device(device), content=content)
+    model = load_model(path, task=task, device=pick_device(args.device), content=content)
+    if args.compile:
+        model.compile()  # once for the first size, and once more for all other sizes
     name, noise = model.name or "DGUNet", trained_sigma_range(content)
     print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, from {path}")
     return _Network(model, name, source, path, noise)
 
 
 def _folder_of(network: _Network) -> str:
-    """What the folder of a network's results is called: the name of weights that come along, else with their digest.
+    """The name of the folder of a network's results: that of weights that come along, else with a digest of them.
 
-    So many files are called model_best.pth, in folders of one name, and replaced as training goes on.
+    Many files are called model_best.pth, in folders of one name, and replaced as training goes on.
     """
     if network.path != Path(network.source):
         return network.source
@@ -249,7 +243,7 @@ def _folder_of(network: _Network) -> str:
 
 
 def _default(benchmarks: dict[str, Benchmark], noise: tuple[float, float] | None) -> list[str]:
-    """The test sets of the Gaussian noise that a network is for, if any, or else those of none."""
+    """The test sets with the Gaussian noise that a network is for, if any, else those without added noise."""
     sigmas = {name: benchmark.sigma for name, benchmark in benchmarks.items() if benchmark.usual}
     fitting = [name for name, sigma in sigmas.items() if sigma and noise and noise[0] <= sigma <= noise[1]]
     return fitting or [name for name, sigma in sigmas.items() if sigma is None]
@@ -258,7 +252,7 @@ def _default(benchmarks: dict[str, Benchmark], noise: tuple[float, float] | None
 def _tests(
     words: list[str], benchmarks: dict[str, Benchmark], own: dict[str, Benchmark]
 ) -> dict[str, tuple[str, Benchmark]]:
-    """By name in tables: what --dataset names, and how it is tested."""
+    """The words of --dataset and how each is tested, by the data set's name in tables."""
     known = {name.lower(): name for name in benchmarks}
     tests = {}
     words = [word if Path(word).exists() else known.get(word.lower(), str(match_unicode_form(word))) for word in words]
@@ -272,7 +266,7 @@ def _tests(
 
 
 def label(word: str) -> str:
-    """Name of the user's own folder or image in tables, and of its folder; so many are called ``test``."""
+    """The name of a folder or image of the user's own in tables; with its parent's, for many are called ``test``."""
     path = Path(os.path.abspath(word))
     if path.is_file():
         path = path.with_suffix("")
@@ -280,7 +274,7 @@ def label(word: str) -> str:
 
 
 def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
-    """Where a published test set is, or what else --dataset names."""
+    """The folder or file of a word of --dataset."""
     if word in benchmarks:
         place = benchmarks[word].place
         if not (source := find_folder(data_root, place)).exists():
@@ -311,7 +305,7 @@ def _read_restored(root: Path, names: tuple[str, ...], data: ImageSet) -> Callab
     """For `evaluate`: the images in one of the folders of these names in ``root``, or in ``root`` itself."""
     folders = (find_folder(root, name) for name in names)
     folder = next((folder for folder in folders if folder.is_dir()), root)
-    there = images_by_name(folder, tell=False)  # what is missing is told
+    there = images_by_name(folder, tell=False)  # what is missing is reported
 
     def read(sample: Sample, degraded: Images) -> tuple[Images, Images]:
         for name in sample.names:
@@ -324,7 +318,7 @@ def _read_restored(root: Path, names: tuple[str, ...], data: ImageSet) -> Callab
 
 
 def _record_sigmas(method: Callable, levels: list[float]) -> Callable:
-    """The same method, which notes the noise of the images, in 8-bit levels."""
+    """The same method; the estimated noise of the images, in 8-bit levels, is appended to ``levels``."""
 
     @functools.wraps(method)
     def restore(model: torch.nn.Module, degraded: Images, **options) -> tuple[Images, Images]:
@@ -336,35 +330,32 @@ def _record_sigmas(method: Callable, levels: list[float]) -> Callable:
     return restore
 
 
-def _warn_about_noise(name: str, trained: tuple[float, float], levels: list[float]):
-    """One sentence where images seem to have stronger or weaker Gaussian noise than the weights are for."""
+def _warn_about_noise(name: str, trained: tuple[float, float] | None, levels: list[float]):
     unlike = [level for level in levels if noise_mismatch(level, trained)]
     if unlike:
-        weakest, strongest = f"{min(unlike):.0f}", f"{max(unlike):.0f}"
-        found = weakest if weakest == strongest else f"{weakest} to {strongest}"
+        found = format_sigma((round(min(unlike)), round(max(unlike))))
         print(
             f"note: {len(unlike)} of {len(levels)} in {name}: noise of about sigma {found}, but these weights were "
-            f"trained for sigma {format_sigma(trained)}: they blur where it is weaker, and leave some where it is "
-            "stronger"
+            f"trained for sigma {format_sigma(trained)}: they blur weaker noise and leave some of stronger noise"
         )
 
 
-def _warn_about_identical(name: str, result: Result):
-    """That images which equal their targets, whose PSNR is infinite, are not in the mean."""
-    count = result.images
+def _report(result: Result):
+    """Print what a data set's mean scores do not say."""
+    name, rows, count = result.dataset, result.rows, result.images
+    if notes := [f"{row.name}: {row.note}" for row in rows if row.note]:
+        print(f"note: {len(notes)} of {len(rows)} in {name}:", *notes, sep="\n  ")
     for number, what in ((result.identical, "restored images"), (result.identical_inputs, "inputs")):
-        if number:
+        if number:  # their PSNR is infinite
             left_out = "which has no finite PSNR" if number == count else "left out of the mean PSNR"
             print(f"note: in {name}, {number} of {count} {what} identical to the target, {left_out}")
-
-
-def _warn_about_tiles(name: str, result: Result):
-    """That the memory was too little for some images, whose scores are not the whole images' then."""
-    sides = sorted({row.tile for row in result.rows} - {"", "whole"}, key=int)
-    if sides and str(result.settings.get("tile")).startswith("auto"):
-        count = sum(row.tile in sides for row in result.rows)
-        told = f"in {name}, {count} of {len(result.rows)} restored in tiles of {' and '.join(sides)} pixels"
-        print(f"note: {told}, as --tile auto does where memory is short; that changes the result")
+    tiled = [row.tile for row in rows if row.tile not in ("", "whole")]
+    if tiled and str(result.settings["tile"]).startswith("auto"):
+        sides = " and ".join(sorted(set(tiled), key=int))
+        print(
+            f"note: in {name}, {len(tiled)} of {len(rows)} restored in tiles of {sides} pixels, as --tile auto does "
+            "where memory is short; that changes the result"
+        )
 
 
 def average(results: list[Result]) -> Result:
@@ -380,7 +371,7 @@ def average(results: list[Result]) -> Result:
 
 
 def format_table(results: list[Result]) -> str:
-    """The measured values beside the paper's, a line for each data set."""
+    """A table of the measured values beside the paper's, a line for each data set."""
     header = ["dataset", "images", "input PSNR/SSIM", "PSNR/SSIM", "paper", "difference", *results[0].metrics]
     rows = [header]
     for r in results:
@@ -400,24 +391,26 @@ def format_table(results: list[Result]) -> str:
 def append_results(path: Path, results: list[Result], weights: str, model: str):
     """Add a row for each result to a CSV file of all results so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = _COLUMNS + [name for r in results[:1] for name in r.metrics]
-    rows = []
-    for r in results:
-        settings = " ".join(f"{key}={_setting_text(value)}" for key, value in r.settings.items())
-        values = (
-            datetime.datetime.now().isoformat(timespec="seconds"), weights, model, r.label, r.protocol, r.images,
-            f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.input_psnr:.4f}", f"{r.input_ssim:.6f}",
-            f"{r.seconds_per_image:.3f}", settings, " ".join(sys.argv), r.identical, r.identical_inputs, r.version,
-            *(f"{value:.6f}" for value in r.metrics.values()),
-        )  # fmt: skip
-        rows.append(dict(zip(columns, values, strict=True)))
-    with lock_dir(path.parent, "test", wait=True):  # tests that end together do not mix their rows
+    rows = [
+        {
+            "date": datetime.datetime.now().isoformat(timespec="seconds"), "weights": weights, "model": model,
+            "dataset": r.label, "protocol": r.protocol, "images": r.images, "psnr": f"{r.psnr:.4f}",
+            "ssim": f"{r.ssim:.6f}", "input_psnr": f"{r.input_psnr:.4f}", "input_ssim": f"{r.input_ssim:.6f}",
+            "seconds_per_image": f"{r.seconds_per_image:.3f}",
+            "settings": " ".join(f"{key}={_setting_text(value)}" for key, value in r.settings.items()),
+            # New columns come after these: scripts/reproduce.sh counts them.
+            "command": " ".join(sys.argv), "identical": r.identical, "identical_inputs": r.identical_inputs,
+            "protocol_version": r.version, **{name: f"{value:.6f}" for name, value in r.metrics.items()},
+        }
+        for r in results
+    ]  # fmt: skip
+    with lock_dir(path.parent, "test", wait=True):  # tests that end together must not mix their rows
         before = path.read_bytes() if path.exists() else b""
         head, newline, others = before.partition(b"\n")
         known = head.decode(TEXT["encoding"], TEXT["errors"]).strip().split(",") if head else []
         if known and "psnr" not in known:
             raise UserError(f"{path} is no table of results as test.py writes it; move it away, and start again")
-        columns = known + [name for name in columns if name not in known]
+        columns = known + [name for name in rows[0] if name not in known]
         if columns != known or not newline:  # a new table, or scores that it has had no columns for
             with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 file.write(",".join(columns).encode() + b"\r\n" + others)
@@ -430,9 +423,3 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
 def _setting_text(value) -> str:
     """A setting without spaces: windows as ``norm64+projection128``."""
     return "+".join(f"{name}{size}" for name, size in value.items()) if isinstance(value, dict) else str(value)
-
-
-_COLUMNS = (
-    "date,weights,model,dataset,protocol,images,psnr,ssim,input_psnr,input_ssim,seconds_per_image,settings,command,"
-    "identical,identical_inputs,protocol_version"  # new ones last: scripts/reproduce.sh counts them
-).split(",")

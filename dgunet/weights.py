@@ -1,13 +1,14 @@
-"""Weights to share: a .safetensors file that says itself what network they are of and how they came about.
+"""Weights to share: .safetensors files that describe their network and training.
 
-In its metadata are ``dgunet``, as JSON
+The metadata has ``dgunet``, as JSON
 
     model    what `checkpoint.describe_model` gives, by which the network is built again
-    record   where a person wrote one: what the weights are for and how they came about, see `pretrained.Record`
+    record   optional: what the weights are for and how they were trained, see `pretrained.Record`
 
-and ``sha256``, of all that and of the weights: the format has no checksum of its own.
+and ``sha256``, of that text and the weights: the format has no checksum of its own.
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -20,10 +21,10 @@ from dgunet.files import atomic_write
 
 
 def save_weights(path: str | Path, state_dict: dict[str, Tensor], model: dict, record: dict | None = None):
-    """Write weights, of the precision they have, to a .safetensors file, whole or not at all.
+    """Write weights to a .safetensors file atomically, in the precision they have.
 
     Args:
-        path: its folder is made if needed.
+        path: of the file; its folder is made if needed.
         state_dict: the weights.
         model: see `checkpoint.describe_model`.
         record: the fields of a `pretrained.Record` but its ``task`` and ``path``, or None.
@@ -46,39 +47,32 @@ def read_weights(path: str | Path) -> dict:
     Raises:
         UserError: not such a file, or a damaged one.
     """
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-            metadata = file.metadata() or {}
+    with _open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        metadata = file.metadata() or {}
         about = json.loads(metadata.get("dgunet", "{}"))
         if "dgunet" in metadata and metadata.get("sha256") != _digest(weights, metadata["dgunet"]):
             raise ValueError("its checksum differs")
-        content = {key: about[key] for key in ("model", "record") if key in about}
+        content = {"state_dict": weights} | {key: about[key] for key in ("model", "record") if key in about}
         noise = content.get("record", {}).get("noise_sigma")
-    except Exception as error:  # a file of another kind makes the reader fail in any way there is
-        raise UserError(_damaged(path)) from error
-    return {"state_dict": weights, **content, **({} if noise is None else {"noise_sigma": noise})}
+    return content | ({} if noise is None else {"noise_sigma": noise})
 
 
 def read_about(path: str | Path) -> dict:
-    """The ``model`` and ``record`` of a file of ours, without reading its weights.
+    """The ``model`` and ``record`` of a file of ours, without reading its weights; raises as `read_weights`."""
+    with _open(path, "numpy") as file:
+        return json.loads(file.metadata()["dgunet"])
 
-    Raises:
-        UserError: not such a file, or a damaged one.
-    """
+
+@contextlib.contextmanager
+def _open(path: str | Path, framework: str):
     from safetensors import safe_open
 
     try:
-        with safe_open(path, framework="numpy") as file:
-            return json.loads(file.metadata()["dgunet"])
-    except Exception as error:
-        raise UserError(_damaged(path)) from error
-
-
-def _damaged(path: str | Path) -> str:
-    return f"{path} is not a safetensors file, or is damaged; download or copy it again"
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except Exception as error:  # a file of another kind makes the reader fail in any way there is
+        raise UserError(f"{path} is not a safetensors file, or is damaged; download or copy it again") from error
 
 
 def _digest(weights: dict[str, Tensor], about: str) -> str:

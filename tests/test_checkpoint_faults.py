@@ -310,7 +310,6 @@ OTHER_TENSORS = {
     "transposed": lambda t: t.transpose(0, 1).contiguous() if t.dim() > 1 and t.shape[0] != t.shape[1] else t[None],
     "flat": lambda t: t.flatten()[:, None],
     "expanded": lambda t: torch.ones(()).expand(*t.shape, 10**9),
-    "expanded to its shape": lambda t: torch.ones(()).expand(t.shape) if t.numel() > 1 else t[None],
     "sparse": lambda t: t.to_sparse(),
     "rows of a sparse one": lambda t: t.reshape(1, -1).to_sparse_csr(),
     "quantised": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),

@@ -138,11 +138,10 @@ def test_sidd_mistakes(tmp_path, weights, sidd_blocks):
     assert "ValidationNoisyBlocksSrgb.mat" in run_test(weights, "--dataset", "SIDD", cwd=tmp_path, check=2).stderr
     folder = tmp_path / "Datasets" / "SIDD" / "test"
     write_mat(folder / "ValidationNoisyBlocksSrgb.mat", "SomethingElse", sidd_blocks[0], "v5")
-    assert (
-        "no variable ValidationNoisyBlocksSrgb" in run_test(weights, "--dataset", "SIDD", cwd=tmp_path, check=2).stderr
-    )
+    assert "ValidationNoisyBlocksSrgb" in run_test(weights, "--dataset", "SIDD", cwd=tmp_path, check=2).stderr
     (folder / "ValidationNoisyBlocksSrgb.mat").write_text("not a MATLAB file")
-    assert "not a MATLAB file" in run_test(weights, "--dataset", "SIDD", cwd=tmp_path, check=2).stderr
+    error = run_test(weights, "--dataset", "SIDD", cwd=tmp_path, check=2).stderr
+    assert "ValidationNoisyBlocksSrgb.mat" in error and error.strip().count("\n") == 0
 
 
 @pytest.fixture
@@ -189,11 +188,11 @@ def test_dnd(tmp_path, weights, dnd):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (b"cut", "is not a MATLAB file, or is damaged"),
-        (None, "see Denoising/README.md"),
-        (np.zeros((40, 64, 3), np.float32), "smaller than its boxes"),
-        (np.zeros((48, 64), np.float32), "should hold an image (H, W, 3) of floats, got float32 (48, 64)"),
-        (np.zeros((48, 64, 3), np.uint8), "of floats, got uint8"),
+        (b"cut", "damaged"),
+        (None, "Denoising/README.md"),
+        (np.zeros((40, 64, 3), np.float32), "info.mat"),
+        (np.zeros((48, 64), np.float32), "float32 (48, 64)"),
+        (np.zeros((48, 64, 3), np.uint8), "uint8"),
     ],
     ids=["damaged", "missing", "small", "grey", "bytes"],
 )
@@ -212,7 +211,7 @@ def test_dnd_image_that_cannot_be_read_does_not_cost_the_others(
     with pytest.raises(SystemExit) as end:
         run_cli(command("denoising").main)
     said = capsys.readouterr().err
-    assert end.value.code == 2 and message in said and "error: 1 not tested, all others were" in said
+    assert end.value.code == 2 and message in said and "0001.mat" in said and "error: 1 " in said
     assert [p.name for p in (out(tmp_path, weights) / "DND/matfiles").iterdir()] == ["0002.mat"]
 
 
@@ -226,7 +225,7 @@ def test_dnd_boxes_that_are_none(tmp_path, boxes):
             file["info/boxes"] = boxes.T
             references = np.array([file["info/boxes"].ref], dtype=h5py.ref_dtype)
             file["info"].create_dataset("boundingboxes", data=references, dtype=h5py.ref_dtype)
-    with pytest.raises(UserError, match="info.mat .*; download it again"):
+    with pytest.raises(UserError, match="info.mat"):
         read_dnd(tmp_path)
 
 
@@ -264,9 +263,9 @@ def write(path: Path, image: np.ndarray):
 @pytest.mark.parametrize(
     "image, message",
     [
-        (np.zeros((20, 20), np.uint8), "is grey"),
-        (np.zeros((20, 20, 4), np.uint8), "has transparency"),
-        (np.zeros((20, 20, 3), np.uint16), "has 16 bits per channel"),
+        (np.zeros((20, 20), np.uint8), "grey"),
+        (np.zeros((20, 20, 4), np.uint8), "transparency"),
+        (np.zeros((20, 20, 3), np.uint16), "16 bits"),
     ],
 )
 def test_unsuitable_image_is_reported_and_the_others_are_scored(tmp_path, weights, image_pairs, image, message):
@@ -274,20 +273,20 @@ def test_unsuitable_image_is_reported_and_the_others_are_scored(tmp_path, weight
     for side in ("input", "target"):
         write(tmp_path / "set" / side / "unsuitable.png", image)
     done = run_test(weights, "--dataset", "set", cwd=tmp_path, check=2)
-    assert message in done.stderr and "unsuitable.png" in done.stderr and "convert" in done.stderr
+    assert message in done.stderr and "unsuitable.png" in done.stderr
     assert results(tmp_path)[0]["images"] == "2"
 
 
 def test_data_mistakes(tmp_path, weights, image_pairs):
-    assert "no folder" in run_test(weights, "--dataset", "nowhere", cwd=tmp_path, check=2).stderr
+    assert "nowhere" in run_test(weights, "--dataset", "nowhere", cwd=tmp_path, check=2).stderr
     (tmp_path / "empty").mkdir()
-    assert "no images in" in run_test(weights, "--dataset", "empty", cwd=tmp_path, check=2).stderr
+    assert "empty" in run_test(weights, "--dataset", "empty", cwd=tmp_path, check=2).stderr
     image_pairs(tmp_path / "set", count=2, size=(24, 24))
     write(tmp_path / "set/input/alone.png", np.zeros((24, 24, 3), np.uint8))
     error = run_test(weights, "--dataset", "set", cwd=tmp_path, check=2).stderr
-    assert "alone.png has no partner" in error and error.strip().count("\n") == 0
+    assert "alone.png" in error and error.strip().count("\n") == 0
     write(tmp_path / "set/target/alone.png", np.zeros((25, 24, 3), np.uint8))
-    assert "differ in size" in run_test(weights, "--dataset", "set", cwd=tmp_path, check=2).stderr
+    assert "alone.png" in run_test(weights, "--dataset", "set", cwd=tmp_path, check=2).stderr
 
 
 def test_weight_mistakes(tmp_path):
@@ -295,12 +294,12 @@ def test_weight_mistakes(tmp_path):
     save_checkpoint(create_model("deraining_dgunet").state_dict(), other)
     (tmp_path / "text.pth").write_text("these are no weights")
     for path, message in (
-        (other, "not a network for denoising"),
-        (tmp_path / "text.pth", "not a PyTorch checkpoint"),
-        (tmp_path / "nowhere.pth", "no checkpoint at"),
+        (other, "deraining"),
+        (tmp_path / "text.pth", "damaged"),
+        (tmp_path / "nowhere.pth", "checkpoint"),
     ):
         error = run_test(path, cwd=tmp_path, check=2).stderr
-        assert message in error and error.strip().count("\n") == 0
+        assert message in error and path.name in error and error.strip().count("\n") == 0
 
 
 def test_interrupted_test_goes_on_where_it_was(tmp_path, weights, image_pairs):
