@@ -31,17 +31,17 @@ from dgunet.progress import progress_bar
 from dgunet.proximal import MULTIPLE
 
 FORMATS = ("onnx", "pt2")
-STEPS = 3  # of an export: to trace the network, to write the file, to compare its output with the network's
-LARGEST_DIFFERENCE = 1e-3  # from the network's own estimates that a file may have
+STEPS = 3  # of an export: tracing the network, writing the file, comparing its output with the network's
+LARGEST_DIFFERENCE = 1e-3  # between the file's estimates and the network's own
 
 
 def add_arguments(parser):
     add = parser.add_argument
     add("weights", metavar="WEIGHTS", help="a checkpoint, or the name of weights that come with dgunet (dgunet list)")
     add("--out", required=True, type=Path, metavar="FILE", help="file to write, .onnx or .pt2; must not exist")
-    add("--format", choices=FORMATS, help="what to write, where the file's name does not end with it")
-    add("--ratio", type=float, metavar="R", help="measurements per pixel, of a sensing network for a range of ratios")
-    add("--stages", action="store_true", help="give the estimates of all stages, the restored image first")
+    add("--format", choices=FORMATS, help="the format, where the file's name does not end with it")
+    add("--ratio", type=float, metavar="R", help="measurements per pixel, for a sensing network for a range of ratios")
+    add("--stages", action="store_true", help="output the estimates of all stages, the restored image first")
 
 
 def run(args):
@@ -50,7 +50,7 @@ def run(args):
     model = load_model(args.weights)
     print(f"{args.weights}: {model.name or 'a DGUNet'}; exporting takes minutes", flush=True)
     if model.local:
-        print("note: the file is of whole images; how these weights are made local (docs/local.md) is not exported")
+        print("note: local statistics (docs/local.md), which these weights use, are not exported")
     with _progress() as told:
         difference = export_model(model, args.out, args.format, args.stages, _about(args.weights), told, args.ratio)
     print(
@@ -99,21 +99,21 @@ def export_model(
 
     The input ``y`` is (B, C, H, W), in [0, 1], sides multiples of 8 and at least 16; in compressive sensing it is the
     measurements (B, M, h, w) of at least 2x2 blocks. The output ``restored`` is the restored image, clamped to [0, 1]
-    as `restore` does. The file holds a few facts about the network as its metadata (.pt2: as ``metadata.json``).
+    as `restore` does. The file's metadata describe the network (.pt2: as ``metadata.json``).
 
     Args:
         model: a DGUNet whose degradation is learned or one of `dgunet.degradations`.
-        path: the file to write, must not exist; written atomically, after it was run.
-        format: ``"onnx"`` or ``"pt2"``; None for what the file's name ends with.
-        stages: give the estimates of all stages, ``x_K`` (the restored image), ..., ``x_1``.
+        path: the file to write, must not exist; written atomically, and only if its output was right.
+        format: ``"onnx"`` or ``"pt2"``; None for the ending of the file's name.
+        stages: output the estimates of all stages, ``x_K`` (the restored image), ..., ``x_1``.
         about: further metadata, such as ``{"licence": "MIT"}``.
         told: called before each step with how many of the `STEPS` are done, and with what comes next.
-        ratio: of a compressive-sensing network, measurements per pixel; one for a range of ratios needs it, for the
-            file's input has a fixed number of channels.
+        ratio: measurements per pixel; needed for a compressive-sensing network for a range of ratios, as the file's
+            input has a fixed number of channels.
 
     Returns:
-        The largest difference between the file's output and the network's, on random images of a size other than the
-        one that it was made with.
+        The largest difference between the file's output and the network's, on random images of another size than the
+        network was traced with.
 
     Raises:
         UserError: the file exists, no such format, or a network that cannot be exported; nothing is written.
@@ -138,14 +138,12 @@ def export_model(
         expected = network(y) if stages else [network(y)]
         difference = max((a - b).abs().max().item() for a, b in zip(read(temporary)(y), expected, strict=True))
         if not difference <= LARGEST_DIFFERENCE:
-            raise UserError(
-                f"exported, {model.name or 'the network'} differs from itself by {difference:.1g}; not written"
-            )
+            raise UserError(f"{path}: its output differs from the network's by {difference:.1g}, so it is not written")
     return difference
 
 
 def describe(model: DGUNet) -> dict[str, str]:
-    """What the file says about the network."""
+    """The file's metadata."""
     from dgunet import __version__
 
     known = model.degradation
@@ -168,7 +166,7 @@ def describe(model: DGUNet) -> dict[str, str]:
 
 
 def example(model: DGUNet, rows: int, columns: int, batch: int = 1) -> Tensor:
-    """What the network takes for random images of so many units of the smallest size."""
+    """An input of the network for random images, whose sides are so many times the smallest possible side."""
     generator = torch.Generator().manual_seed(0)
     size = (batch, model.channels, rows * _size_multiple(model), columns * _size_multiple(model))
     x = torch.rand(size, generator=generator)
@@ -178,12 +176,12 @@ def example(model: DGUNet, rows: int, columns: int, batch: int = 1) -> Tensor:
 
 
 def _size_multiple(model: DGUNet) -> int:
-    """Of what the sides of an image are multiples."""
+    """The number that the sides of an image must be multiples of."""
     return math.lcm(MULTIPLE, getattr(model.degradation, "block", 1))
 
 
 class _Estimates(nn.Module):
-    """What is exported: from ``y`` the restored image, or the estimates of all stages, clamped."""
+    """The exported module: from ``y`` to the restored image, or to the estimates of all stages, clamped."""
 
     def __init__(self, model: DGUNet, stages: bool):
         super().__init__()
@@ -196,13 +194,13 @@ class _Estimates(nn.Module):
 
 
 def _check_file(path: Path, format: str | None) -> str:
-    """The format of a file to be written."""
+    """The format of the file to write."""
     ending = path.suffix.lower().removeprefix(".")
     format = format or ending
     if format not in FORMATS:
-        raise UserError(f"{path}: what shall it be? give a name that ends with .onnx or .pt2, or --format")
+        raise UserError(f"{path}: unknown format; use a name that ends with .onnx or .pt2, or --format")
     if ending in FORMATS and ending != format:
-        raise UserError(f"{path} should end with .{format} to hold {format}; change one of the two")
+        raise UserError(f"{path} does not end with .{format}; change the name or --format")
     if path.exists():
         raise UserError(f"{path} exists; remove it, or choose another name")
     return format
@@ -212,24 +210,23 @@ def _check_network(model: DGUNet, format: str):
     known = model.degradation
     if known is not None and type(known) not in KINDS.values():
         raise UserError(
-            f"the network's known degradation is a {type(known).__name__}, code of your own, whose measurements have "
-            "sizes that export does not know; torch.export.export(model, (y,), dynamic_shapes=...) takes them"
+            f"the network's known degradation is a {type(known).__name__}, not one of dgunet's; the sizes of its "
+            "measurements are unknown. Use torch.export.export(model, (y,), dynamic_shapes=...)"
         )
     if format == "onnx":
         lazy_import("onnx"), lazy_import("onnxruntime"), lazy_import("onnxscript")
         if 4 * sum(tensor.numel() for tensor in model.state_dict().values()) > 1.9 * 2**30:
-            raise UserError("an ONNX file holds at most 2 GiB, this network has more; export it as .pt2")
+            raise UserError("the network is larger than the 2 GiB of an ONNX file; export it as .pt2")
 
 
 def _at_ratio(model: DGUNet, ratio: float | None) -> DGUNet:
     """The network for one ratio."""
     known = model.degradation
     if ratio is not None and not isinstance(known, BlockSampling):
-        raise UserError("--ratio is of compressive-sensing networks; leave it out")
+        raise UserError("--ratio is for compressive-sensing networks; leave it out")
     if ratio is None and isinstance(known, ScalableSampling):
         raise UserError(
-            "the network is for a range of ratios, but the file's input has a fixed number of measurements; choose one "
-            "with --ratio, such as 0.25"
+            "the network is for a range of ratios, but a file is for one; choose it with --ratio, such as 0.25"
         )
     if ratio is None or known.at(ratio) is known:
         return model
@@ -242,13 +239,13 @@ def _trace(network: _Estimates) -> torch.export.ExportedProgram:
     model = network.model
     y = example(model, rows=4, columns=6, batch=2)
     step = _size_multiple(model) // getattr(model.degradation, "block", 1)  # of y's own sides
-    # From 2 on: PyTorch lays out a side of length 1 in another way.
+    # At least 2: PyTorch specialises sides of length 1.
     height, width = (torch.export.Dim(name, min=2) for name in ("rows", "columns"))
     sides = {2: height, 3: width} if step == 1 else {2: step * height, 3: step * width}
     program = torch.export.export(network, (y,), dynamic_shapes=({0: torch.export.Dim("batch")} | sides,))
-    for part in program.graph_module.modules():  # what is inside autocast is a graph of its own
+    for part in program.graph_module.modules():  # autocast regions are graphs of their own
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # paths of this machine
+            node.meta.pop("stack_trace", None)  # has paths of this machine
     return program
 
 
@@ -260,10 +257,10 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, network: _Est
     graph = file.graph
     del graph.value_info[:]
     for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
-        del part.metadata_props[:]  # how the exporter came to it, which takes more room than the node
-    measured = isinstance(network.model.degradation, BlockSampling)
+        del part.metadata_props[:]  # the exporter's notes, larger than the node itself
+    sensing = isinstance(network.model.degradation, BlockSampling)
     for value, sides in [
-        (graph.input[0], ("rows", "columns") if measured else ("height", "width")),
+        (graph.input[0], ("rows", "columns") if sensing else ("height", "width")),
         *((value, ("height", "width")) for value in graph.output),
     ]:
         for axis, name in zip((0, 2, 3), ("batch", *sides), strict=True):
@@ -295,6 +292,6 @@ def _read_pt2(path: Path):
 
 
 def _about(weights: str) -> dict[str, str]:
-    """Licence and purpose of weights that come with dgunet; nothing of others."""
+    """Licence and purpose of weights that come with dgunet; empty for others."""
     records = [record for record in list_pretrained() if weights == record.name]
     return {key: str(getattr(record, key)) for record in records for key in ("licence", "trained_for", "not_for")}

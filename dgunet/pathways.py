@@ -1,4 +1,4 @@
-"""Inter-stage information pathways: what a stage learns from the features of the stage before it."""
+"""Inter-stage information pathways: how the features of a stage reach the next (ISFF, feature fusion)."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from dgunet.layers import conv3x3
 
 
 class ISFF(nn.Module):
-    """Inter-stage feature fusion at one scale: the previous stage's features modulate this stage's.
+    """Inter-stage feature fusion (ISFF) at one scale: the previous stage's features modulate this stage's.
 
     With e and d the encoder and decoder features of the previous stage,
 
@@ -33,12 +33,12 @@ class ISFF(nn.Module):
             self.shift_conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor, encoded: Tensor, decoded: Tensor) -> Tensor:
-        shared = self.encoder_conv(encoded).add_(self.decoder_conv(decoded))
+        s = self.encoder_conv(encoded).add_(self.decoder_conv(decoded))  # conv(e) + conv(d)
         if not self.adaptive:
-            return shared.add_(x)
-        shared = F.leaky_relu(shared, 0.1, inplace=True)
-        scale = self.scale_conv(shared).sigmoid_()
-        return self.shift_conv(shared).add_(x).addcmul_(x, scale)
+            return s.add_(x)
+        s = F.leaky_relu(s, 0.1, inplace=True)
+        scale = self.scale_conv(s).sigmoid_()
+        return self.shift_conv(s).add_(x).addcmul_(x, scale)  # x * sigmoid(conv(s)) + conv(s) + x
 
 
 class ConcatFusion(nn.Module):
@@ -53,7 +53,7 @@ class ConcatFusion(nn.Module):
 
 
 class SubspaceFusion(nn.Module):
-    """Projects the previous stage's features onto a learned subspace before fusing them.
+    """Projects the previous stage's features onto a learned subspace (NBNet) before fusing them.
 
     From ``cat[x, bridge]`` a conv3x3 gives ``rank`` basis maps V; the bridge is replaced by its orthogonal projection
     ``V (V^T V)^-1 V^T bridge`` onto their span, and the result is ``conv3x3(cat[x, projected]) + x``.
