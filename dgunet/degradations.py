@@ -106,26 +106,19 @@ class BlockSampling(nn.Module):
                 f"block sampling measures (B, 1, H, W) with sides that are multiples of {self.block}, "
                 f"got {tuple(x.shape)}"
             )
+        b, (height, width) = self.block, x.shape[2:]
         with torch.autocast(x.device.type, enabled=False):
-            b, (height, width) = self.block, x.shape[2:]
-            x = x.to(self.matrix.dtype)
-            if torch.compiler.is_exporting():  # the same, but for rounded gradients; the other does not take free sizes
-                blocks = F.pixel_unshuffle(x, b).permute(0, 2, 3, 1)
-            else:
-                blocks = x.reshape(-1, height // b, b, width // b, b).transpose(2, 3).flatten(3)
+            blocks = x.to(self.matrix.dtype).reshape(-1, height // b, b, width // b, b).transpose(2, 3).flatten(3)
             return (blocks @ self.matrix.mT).permute(0, 3, 1, 2)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         """The adjoint: (B, M, h, w) to images (B, 1, h*block, w*block)."""
         if y.dim() != 4 or y.shape[1] != self.matrix.shape[0]:
             raise ValueError(f"measurements are (B, {self.matrix.shape[0]}, h, w), got {tuple(y.shape)}")
+        b, (rows, columns) = self.block, y.shape[2:]
         with torch.autocast(y.device.type, enabled=False):
-            b, (rows, columns) = self.block, y.shape[2:]
-            blocks = y.to(self.matrix.dtype).permute(0, 2, 3, 1) @ self.matrix
-            if torch.compiler.is_exporting():  # as in A
-                return F.pixel_shuffle(blocks.permute(0, 3, 1, 2), b)
-            blocks = blocks.view(-1, rows, columns, b, b).transpose(2, 3)
-            return blocks.reshape(-1, 1, rows * b, columns * b)
+            blocks = y.to(self.matrix.dtype).permute(0, 2, 3, 1) @ self.matrix  # (B, h, w, b^2)
+            return blocks.view(-1, rows, columns, b, b).transpose(2, 3).reshape(-1, 1, rows * b, columns * b)
 
     def at(self, ratio: float | None) -> "BlockSampling | FirstRows":
         """The operator that takes ``ratio`` measurements per pixel: itself, for its own ratio or None.

@@ -7,31 +7,31 @@
 Height, width and number of images stay free. docs/export.md shows how to run the files.
 """
 
-import contextlib
 import copy
 import json
 import math
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dgunet.checkpoint import load_model
 from dgunet.degradations import KINDS, BlockSampling, ScalableSampling
 from dgunet.errors import UserError, lazy_import
 from dgunet.files import atomic_write
 from dgunet.model import VARIANTS, DGUNet
+from dgunet.pathways import SubspaceFusion, project
 from dgunet.pretrained import list_pretrained
 from dgunet.progress import progress_bar
 from dgunet.proximal import MULTIPLE
 
 FORMATS = ("onnx", "pt2")
-STEPS = 3  # of an export: tracing the network, writing the file, comparing its output with the network's
 LARGEST_DIFFERENCE = 1e-3  # between the file's estimates and the network's own
 
 
@@ -51,39 +51,11 @@ def run(args):
     print(f"{args.weights}: {model.name or 'a DGUNet'}; exporting takes minutes", flush=True)
     if model.local:
         print("note: local statistics (docs/local.md), which these weights use, are not exported")
-    with _progress() as told:
-        difference = export_model(model, args.out, args.format, args.stages, _about(args.weights), told, args.ratio)
+    difference = export_model(model, args.out, args.format, args.stages, _about(args.weights), args.ratio)
     print(
         f"wrote {args.out}: {args.out.stat().st_size / 2**20:.1f} MiB in {time.monotonic() - began:.0f} s; "
         f"run on another size, it differs from the network by {difference:.1g} at most"
     )
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, str], None]]:
-    """For `export_model` to tell what it does: on a terminal a bar with a clock, for a step may take minutes."""
-    over = threading.Event()
-    shown = "{l_bar}{bar}| {n}/{total} [{elapsed}]"
-    with progress_bar(total=STEPS, leave=False, bar_format=shown) as bar:
-
-        def tell(done: int, doing: str):
-            if bar.disable:
-                print(f"{doing} (step {done + 1} of {STEPS})", flush=True)
-            else:
-                bar.n = done
-                bar.set_description(doing)
-
-        def tick():
-            while not over.wait(1):
-                bar.refresh()
-
-        clock = threading.Thread(target=tick, daemon=True)
-        clock.start()
-        try:
-            yield tell
-        finally:
-            over.set()
-            clock.join()
 
 
 def export_model(
@@ -92,7 +64,6 @@ def export_model(
     format: str | None = None,
     stages: bool = False,
     about: Mapping[str, str] | None = None,
-    told: Callable[[int, str], None] = lambda done, doing: None,
     ratio: float | None = None,
 ) -> float:
     """Write a network to a file that runs without this package, in float32, whatever device and type it has here.
@@ -107,7 +78,6 @@ def export_model(
         format: ``"onnx"`` or ``"pt2"``; None for the ending of the file's name.
         stages: output the estimates of all stages, ``x_K`` (the restored image), ..., ``x_1``.
         about: further metadata, such as ``{"licence": "MIT"}``.
-        told: called before each step with how many of the `STEPS` are done, and with what comes next.
         ratio: measurements per pixel; needed for a compressive-sensing network for a range of ratios, as the file's
             input has a fixed number of channels.
 
@@ -126,16 +96,22 @@ def export_model(
         raise UserError("local statistics are not exported; export the network itself, whose statistics are global")
     network = _Estimates(copy.deepcopy(model).to("cpu", torch.float32).eval(), stages)
     metadata = {**describe(model), **(about or {})}
-    with warnings.catch_warnings(), torch.no_grad(), atomic_write(path) as temporary:
+    y = example(model, rows=3, columns=5)
+    write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_pt2, _read_pt2)
+    with (
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        atomic_write(path) as temporary,
+        progress_bar(total=3, leave=False, desc="tracing the network") as bar,
+    ):
         warnings.simplefilter("ignore")  # of the exporters, about themselves
-        told(0, "tracing the network")
-        program = _trace(network)
-        told(1, "writing the file")
-        write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_pt2, _read_pt2)
-        write(program, temporary, network, metadata)
-        told(2, "running the file")
-        y = example(model, rows=3, columns=5).float().cpu()
         expected = network(y) if stages else [network(y)]
+        program = _trace(network)
+        bar.update()
+        bar.set_description("writing the file")
+        write(program, temporary, network, metadata)
+        bar.update()
+        bar.set_description("running the file")
         difference = max((a - b).abs().max().item() for a, b in zip(read(temporary)(y), expected, strict=True))
         if not difference <= LARGEST_DIFFERENCE:
             raise UserError(f"{path}: its output differs from the network's by {difference:.1g}, so it is not written")
@@ -235,8 +211,38 @@ def _at_ratio(model: DGUNet, ratio: float | None) -> DGUNet:
     return model
 
 
+def eliminate(gram: Tensor, eye: Tensor, ridge: float) -> Tensor:
+    """`pathways.inverse_cholesky` in the operations that ONNX has: unrolled elimination of ``[gram, eye]``.
+
+    That leaves ``[L^T, L^-1]``. No pivot is smaller than the ridge but by rounding.
+    """
+    rest, rows = torch.cat([gram, eye], dim=2), []
+    for k in range(gram.shape[1]):
+        row = rest[:, k : k + 1]
+        row = row * row[:, :, k : k + 1].clamp_min(ridge).rsqrt()
+        rest = rest - row[:, :, : gram.shape[1]].mT * row
+        rows.append(row)
+    return torch.cat(rows, dim=1)[:, :, gram.shape[1] :]
+
+
+class _ExportedSampling(BlockSampling):
+    """`BlockSampling` in operations that take any size (and round gradients otherwise)."""
+
+    def A(self, x: Tensor) -> Tensor:
+        return (F.pixel_unshuffle(x, self.block).permute(0, 2, 3, 1) @ self.matrix.mT).permute(0, 3, 1, 2)
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return F.pixel_shuffle((y.permute(0, 2, 3, 1) @ self.matrix).permute(0, 3, 1, 2), self.block)
+
+
 def _trace(network: _Estimates) -> torch.export.ExportedProgram:
-    model = network.model
+    """Trace the network, after replacing what cannot be exported."""
+    model, known = network.model, network.model.degradation
+    if isinstance(known, BlockSampling):
+        model.degradation = _ExportedSampling(block=known.block, learned=known.learned, matrix=known.matrix)
+    for module in model.modules():
+        if isinstance(module, SubspaceFusion):
+            module.project = partial(project, precision=torch.float32, inverse_factor=eliminate)
     y = example(model, rows=4, columns=6, batch=2)
     step = _size_multiple(model) // getattr(model.degradation, "block", 1)  # of y's own sides
     # At least 2: PyTorch specialises sides of length 1.

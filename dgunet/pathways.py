@@ -1,5 +1,7 @@
 """Inter-stage information pathways: how the features of a stage reach the next (ISFF, feature fusion)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,7 +73,18 @@ class SubspaceFusion(nn.Module):
         return self.merge_conv(torch.cat([x, projected], dim=1)).add_(x)
 
 
-def project(basis: Tensor, features: Tensor, precision: torch.dtype | None = None) -> Tensor:
+def inverse_cholesky(gram: Tensor, eye: Tensor, ridge: float) -> Tensor:
+    """The inverse of the Cholesky factor L of matrices (B, rank, rank), ``gram = L L^T``, with eigenvalues >= ridge."""
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    return torch.linalg.solve_triangular(factor, eye, upper=False)
+
+
+def project(
+    basis: Tensor,
+    features: Tensor,
+    precision: torch.dtype | None = None,
+    inverse_factor: Callable[[Tensor, Tensor, float], Tensor] = inverse_cholesky,
+) -> Tensor:
     """Orthogonal projection of feature maps onto the span of basis maps, ``V (V^T V)^-1 V^T features``.
 
     The projection does not change when a basis map is rescaled, so the maps are taken as if they had unit length: a
@@ -82,22 +95,21 @@ def project(basis: Tensor, features: Tensor, precision: torch.dtype | None = Non
     Args:
         basis: (B, rank, H, W).
         features: (B, C, H, W).
-        precision: of the small Gram matrix; None for float64, or float32 where there is no other (Apple's GPU, exported
-            networks). Both are within 1e-3 of the exact projection up to a condition number of 1e5.
+        precision: of the small Gram matrix; None for float64, or float32 on devices that have no other (Apple's GPU).
+            Both are within 1e-3 of the exact projection up to a condition number of 1e5.
+        inverse_factor: for float32, see `inverse_cholesky`; exported networks need another (export.py).
 
     Returns:
         (B, C, H, W), dtype of ``features``.
     """
-    exporting = torch.compiler.is_exporting()
-    if precision is None:
-        precision = torch.float32 if exporting else gram_precision(features)
+    precision = precision or gram_precision(features)
     with torch.autocast(features.device.type, enabled=False):
-        whole = basis.is_contiguous() and basis.device.type == "cpu" and not exporting
+        whole = basis.is_contiguous() and basis.device.type == "cpu"
         V, maps = _columns(basis.float(), whole), _columns(features.float(), whole)
         if precision == torch.float64:
             solution = solve_projection(_product(V.double(), V.double()), _product(V, maps))[:, None]
         else:
-            V = _orthonormalise(V)
+            V = _orthonormalise(V, inverse_factor)
             solution = _product(V, maps)[:, None]
         projected = (solution.mT @ V.mT).mT if whole else V @ solution  # in the memory format of the maps
         projected = projected.to(features.dtype).flatten(1, 2)  # (B, HW, C)
@@ -105,7 +117,7 @@ def project(basis: Tensor, features: Tensor, precision: torch.dtype | None = Non
 
 
 def gram_precision(maps: Tensor) -> torch.dtype:
-    """That of a Gram matrix of these maps: float64, or float32 on a device that has no other (Apple's GPU)."""
+    """The precision for a Gram matrix of maps: float64, or float32 on a device that has no other (Apple's GPU)."""
     return torch.float32 if maps.device.type == "mps" else torch.float64
 
 
@@ -119,53 +131,37 @@ def solve_projection(gram: Tensor, cross: Tensor) -> Tensor:
     Returns:
         (..., rank, C), float32.
     """
-    # Rounding errors of the Gram matrix must not make it indefinite.
+    # The ridge keeps a Gram matrix with rounding errors positive definite.
     ridge = 1e-8 if gram.dtype == torch.float64 else 1e-5
     unit = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30).rsqrt()[..., None]  # (..., rank, 1): 1 / length
     gram = unit * gram * unit.mT + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor, _ = torch.linalg.cholesky_ex(gram)  # the _ex form does not wait for the device to report success
-    # Two triangular systems: cholesky_solve would wait for the device, and CUDA graphs could not hold it.
+    # cholesky_ex and triangular systems: cholesky and cholesky_solve would wait for the device.
+    factor, _ = torch.linalg.cholesky_ex(gram)
     half = torch.linalg.solve_triangular(factor, unit * cross.to(gram.dtype), upper=False)
     return (unit * torch.linalg.solve_triangular(factor.mT, half, upper=True)).float()
 
 
-def _orthonormalise(V: Tensor, ridge: float = 1e-5) -> Tensor:
-    """An orthonormal basis of the span of columns, in float32 throughout: Cholesky QR, done twice.
+def _orthonormalise(V: Tensor, inverse_factor: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+    """An orthonormal basis of the span of columns, in float32: Cholesky QR, done twice.
 
-    In float32 a Gram matrix has errors of 1e-6, which the ridge has to exceed. The first time it makes directions
-    short that have eigenvalues near it or below; the second time gives them unit length again, but for those that
-    rounding made. (The division by 1 + ridge is for the others: none of theirs is lost.)
+    The ridge exceeds the errors of a float32 Gram matrix, 1e-6. The first pass shortens directions whose eigenvalues
+    are about as small as the ridge; the second restores their unit length, except where they are rounding errors. (The
+    division by 1 + ridge keeps the length of all others.)
     """
+    ridge = 1e-5
     V = V / V.detach().abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)  # squares have twice the range
     V = V * V.square().sum(dim=(1, 2), keepdim=True).clamp_min(1e-30).rsqrt()
     for _ in range(2):
         gram = _product(V, V)
         eye = torch.eye(gram.shape[1], device=V.device).expand_as(gram)
-        V = V @ _inverse_factor((gram + ridge * eye) / (1 + ridge), eye, ridge).mT[:, None]
+        V = V @ inverse_factor((gram + ridge * eye) / (1 + ridge), eye, ridge).mT[:, None]
     return V
-
-
-def _inverse_factor(gram: Tensor, eye: Tensor, ridge: float) -> Tensor:
-    """The inverse of the Cholesky factor L of matrices (B, rank, rank), ``gram = L L^T``."""
-    if not torch.compiler.is_exporting():
-        factor, _ = torch.linalg.cholesky_ex(gram)
-        return torch.linalg.solve_triangular(factor, eye, upper=False)
-    # In the operations that ONNX has: elimination of ``[gram, eye]``, unrolled, which leaves ``[L^T, L^-1]``. With the
-    # ridge no pivot is smaller than that, which rounding shall not change.
-    rest, rows = torch.cat([gram, eye], dim=2), []
-    for k in range(gram.shape[1]):
-        row = rest[:, k : k + 1]
-        row = row * row[:, :, k : k + 1].clamp_min(ridge).rsqrt()
-        rest = rest - row[:, :, : gram.shape[1]].mT * row
-        rows.append(row)
-    return torch.cat(rows, dim=1)[:, :, gram.shape[1] :]
 
 
 def _columns(maps: Tensor, whole: bool) -> Tensor:
     """Maps (B, C, H, W) as the columns of matrices (B, S, HW / S, C), with no copy.
 
-    NCHW maps on a CPU stay ``whole``, S = 1. Others are cut into their H rows: one product over all pixels for each
-    image would leave most of a GPU idle.
+    NCHW maps on a CPU stay ``whole``, S = 1. Others are cut into their H rows, which keeps more of a GPU busy.
     """
     return maps.flatten(2).mT[:, None] if whole else maps.permute(0, 2, 3, 1)
 
