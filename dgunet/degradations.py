@@ -329,16 +329,20 @@ class MotionBlur(Blur):
     The network then restores any known blur: ``model(y, Blur(kernel))[0]``.
 
     Args:
-        shortest, longest: extent of the kernels, their larger side in pixels, see `synthesis.motion_kernel`.
+        shortest, longest: extent of the kernels, their larger side in pixels.
         noise: see `Blur`.
+        sample_kernel: draws the kernels of `measure`, given a NumPy generator and (shortest, longest), such as
+            `synthesis.motion_kernel`. Checkpoints do not hold it.
     """
 
     image_to_image = False  # it has no kernel of its own
 
-    def __init__(self, shortest: float = 5, longest: float = 25, noise: float = 0.0):
+    def __init__(
+        self, shortest: float = 5, longest: float = 25, noise: float = 0.0, sample_kernel: Callable | None = None
+    ):
         super().__init__(torch.empty(1, 1), noise)
         self.register_buffer("kernel", None, persistent=False)  # of the last `measure`
-        self.shortest, self.longest = shortest, longest
+        self.shortest, self.longest, self.sample_kernel = shortest, longest, sample_kernel
 
     def measure(
         self, x: Tensor, shared: torch.Generator | None = None, own: list[torch.Generator] | None = None
@@ -352,12 +356,12 @@ class MotionBlur(Blur):
             own: see `Blur.measure`.
 
         Raises:
-            UserError: images that are too small for the blur.
+            UserError: images that are too small for the blur, or no ``sample_kernel``.
         """
-        from dgunet.synthesis import motion_kernel  # with NumPy's random numbers, which take long to import
-
+        if self.sample_kernel is None:
+            raise UserError("this MotionBlur draws no kernels: set its sample_kernel, dgunet.synthesis.motion_kernel")
         rng = np.random.default_rng(torch.randint(2**62, (), generator=shared).item())
-        self.kernel = torch.from_numpy(motion_kernel(rng, (self.shortest, self.longest))).to(x.device)
+        self.kernel = torch.from_numpy(self.sample_kernel(rng, (self.shortest, self.longest))).to(x.device)
         m = self.margin
         if min(x.shape[-2:]) < 2 * m + MULTIPLE:
             raise UserError(f"blurs of {self.longest:g} pixels need crops of at least {2 * m + MULTIPLE} pixels")

@@ -80,7 +80,16 @@ class _HubModel(
 
 
 def from_pretrained(name: str | Path, **options) -> DGUNet:
-    """See `DGUNet.from_pretrained`."""
+    """A network from the Hugging Face Hub, in evaluation mode.
+
+    Args:
+        name: a repository, a folder that `save_pretrained` wrote, or weights that come with dgunet.
+        **options: of `load_model` (device, task, degradation), and of huggingface_hub's ``ModelHubMixin``
+            (revision, token, cache_dir, local_files_only, force_download).
+
+    Raises:
+        UserError: there is none, or as `load_model`.
+    """
     if not Path(name).is_dir() and "/" not in str(name):  # the Hub's names are user/name
         return load_model(name, **{key: value for key, value in options.items() if key not in HUB_OPTIONS})
     try:
@@ -93,13 +102,24 @@ def from_pretrained(name: str | Path, **options) -> DGUNet:
 
 
 def save_pretrained(model: DGUNet, folder: str | Path, about: str = "", **options):
-    """See `DGUNet.save_pretrained`."""
+    """Write a network to a folder in the Hub's layout.
+
+    Args:
+        about: for the model card: what the weights are for and how they were trained.
+        **options: of huggingface_hub's ``ModelHubMixin.save_pretrained``.
+    """
     options.setdefault("model_card_kwargs", _card(model, str(folder), about))
     return _HubModel(model).save_pretrained(folder, config=describe_model(model), **options)
 
 
 def push_to_hub(model: DGUNet, repo_id: str, about: str = "", **options) -> str:
-    """See `DGUNet.push_to_hub`."""
+    """Upload a network to the Hub; returns the commit's URL.
+
+    Args:
+        repo_id: ``user/name``; created if needed.
+        about: see `save_pretrained`.
+        **options: of huggingface_hub's ``ModelHubMixin.push_to_hub`` (private, token, commit_message, ...).
+    """
     options.setdefault("model_card_kwargs", _card(model, repo_id, about))
     return _HubModel(model).push_to_hub(repo_id, config=describe_model(model), **options)
 

@@ -15,13 +15,13 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module  # of modules that import this one
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import dgunet  # for dgunet.hub and dgunet.pretrained, which import this module and are imported when first used
 from dgunet.degradations import Degradation, LearnedDegradation, block_sampling, for_measurements
 from dgunet.errors import UserError
 from dgunet.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
@@ -164,37 +164,16 @@ class DGUNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options) -> "DGUNet":
-        """A network from the Hugging Face Hub, in evaluation mode. Needs the extra ``hub``.
-
-        Args:
-            name: of a repository there, a folder that `save_pretrained` wrote, or of weights that come with dgunet.
-            **options: of `load_model` (device, task, degradation), and of huggingface_hub's ``ModelHubMixin``
-                (revision, token, cache_dir, local_files_only, force_download).
-
-        Raises:
-            UserError: there is none, or as `load_model`.
-        """
-        return import_module("dgunet.hub").from_pretrained(name, **options)
+        """See `dgunet.hub.from_pretrained`."""
+        return dgunet.hub.from_pretrained(name, **options)
 
     def save_pretrained(self, folder: str | Path, about: str = "", **options):
-        """Write the network to a folder as the Hugging Face Hub has it. Needs the extra ``hub``.
-
-        Args:
-            folder: made if needed.
-            about: a sentence or more for the model card: what the weights are for and how they came about.
-            **options: of huggingface_hub's ``ModelHubMixin.save_pretrained``.
-        """
-        return import_module("dgunet.hub").save_pretrained(self, folder, about, **options)
+        """See `dgunet.hub.save_pretrained`."""
+        return dgunet.hub.save_pretrained(self, folder, about, **options)
 
     def push_to_hub(self, repo_id: str, about: str = "", **options) -> str:
-        """Upload the network to the Hugging Face Hub; returns the commit's address. Needs the extra ``hub``.
-
-        Args:
-            repo_id: ``user/name``; made if needed.
-            about: see `save_pretrained`.
-            **options: of huggingface_hub's ``ModelHubMixin.push_to_hub`` (private, token, commit_message, ...).
-        """
-        return import_module("dgunet.hub").push_to_hub(self, repo_id, about, **options)
+        """See `dgunet.hub.push_to_hub`."""
+        return dgunet.hub.push_to_hub(self, repo_id, about, **options)
 
     def iter_stages(self):
         """Yields the K stages in order; a shared middle stage is stored once and applied K-2 times."""
@@ -333,7 +312,7 @@ def list_models(pretrained: bool = False) -> list[str]:
             `pretrained.list_pretrained` says what they are for.
     """
     if pretrained:
-        return [record.name for record in import_module("dgunet.pretrained").list_pretrained()]
+        return [record.name for record in dgunet.pretrained.list_pretrained()]
     return list(VARIANTS)
 
 

@@ -7,7 +7,7 @@ import torch
 from dgunet.checkpoint import load_weights, read_checkpoint, weights_of
 from dgunet.config import parse_args
 from dgunet.data import Pair, exclude, find_images, find_pairs, hold_out, images_by_name
-from dgunet.degradations import degradation_from_config
+from dgunet.degradations import MotionBlur, degradation_from_config
 from dgunet.distributed import launch
 from dgunet.engine import Trainer, checkpoint_to_resume
 from dgunet.errors import UserError
@@ -16,7 +16,7 @@ from dgunet.model import VARIANTS, DGUNet, create_model, find_variant
 from dgunet.patches import CenterCropDataset, SyntheticPatches, TrainingSet, ValidationSet
 from dgunet.pretrained import locate
 from dgunet.runlog import describe
-from dgunet.synthesis import find_degradation
+from dgunet.synthesis import find_degradation, motion_kernel
 
 
 def train_command(
@@ -133,6 +133,8 @@ def build_model(
     """
     torch.manual_seed(cfg.SEED)
     degradation = make_degradation(cfg, train_set)
+    if isinstance(degradation, MotionBlur):
+        degradation.sample_kernel = motion_kernel
     arguments = {**cfg.MODEL.OVERRIDES, **({"channels": 1} if cfg.MODEL.GREY else {})}
     model = create_model(cfg.MODEL.NAME, degradation, checkpointing=cfg.SPEED.CHECKPOINTING, **arguments)
     path = cfg.MODEL.WEIGHTS

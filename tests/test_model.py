@@ -34,6 +34,7 @@ from dgunet.instance_norm import HalfInstanceNorm
 from dgunet.layers import ChannelAttention
 from dgunet.original_checkpoints import is_unused
 from dgunet.pathways import SubspaceFusion, project
+from dgunet.synthesis import motion_kernel
 
 SPECS = json.loads((Path(__file__).parent / "parity" / "specs.json").read_text())
 SMALL = dict(width=16, growth=8, final_growth=8)
@@ -421,7 +422,7 @@ def test_blur_measures_with_its_noise():
     assert torch.equal(Blur(blur.kernel).measure(x), blur.A(x))
 
 
-@pytest.mark.parametrize("blur", [Blur(torch.ones(3, 3) / 9, noise=0.1), MotionBlur(3, 9, noise=0.1)])
+@pytest.mark.parametrize("blur", [Blur(torch.ones(3, 3) / 9, noise=0.1), MotionBlur(3, 9, 0.1, motion_kernel)])
 def test_measurement_does_not_depend_on_how_a_batch_is_divided(blur):
     """The kernel is of the batch's generator, noise of each image's own, whichever others are beside it."""
 
@@ -437,7 +438,7 @@ def test_measurement_does_not_depend_on_how_a_batch_is_divided(blur):
 
 
 def test_simulated_blur_is_another_at_each_step_and_comes_in_from_beyond_the_borders():
-    blur, x, kernels = MotionBlur(5, 25), torch.rand(2, 1, 72, 80), []
+    blur, x, kernels = MotionBlur(5, 25, sample_kernel=motion_kernel), torch.rand(2, 1, 72, 80), []
     torch.manual_seed(0)
     for _ in range(3):
         y = blur.measure(x)
@@ -452,6 +453,8 @@ def test_simulated_blur_is_another_at_each_step_and_comes_in_from_beyond_the_bor
     assert "kernel" not in blur.state_dict()
     with pytest.raises(UserError, match="40"):
         blur.measure(x[..., :39])
+    with pytest.raises(UserError, match="sample_kernel"):
+        MotionBlur(5, 25).measure(x)
 
 
 def test_network_for_any_blur_is_given_one():
