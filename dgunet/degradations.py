@@ -55,10 +55,7 @@ class ResidualBlock(nn.Module):
 
 
 class LearnedDegradation(nn.Module):
-    """Learned stand-in for an unknown degradation: ``A`` and ``A_adjoint`` are residual blocks, image to image.
-
-    ``A_adjoint`` is not constrained to be the adjoint of ``A``: the paper learns both freely.
-    """
+    """An unknown degradation: ``A`` and ``A_adjoint`` are residual blocks, learned freely (not as adjoints)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -70,16 +67,14 @@ class BlockSampling(nn.Module):
     """Block compressive sensing: every block of ``block x block`` pixels is measured by the same matrix.
 
     That is a convolution with stride ``block`` and its transpose, here written as a matrix product (cuDNN would round
-    a convolution's inputs to TF32). Always computed in float32, whatever autocast says: measurements sum a thousand
-    pixels, for which bfloat16 is too coarse.
+    a convolution's inputs to TF32), in float32 also under autocast: bfloat16 is too coarse for sums of 1000 pixels.
 
     Args:
-        ratio: measurements per pixel, in (0, 1]; the matrix has ceil(ratio * block^2) rows
-            (11, 41, 103, 256, 512 for 1, 4, 10, 25, 50 % of 32x32).
+        ratio: measurements per pixel, in (0, 1]; the matrix has ceil(ratio * block^2) rows.
         block: side of a block in pixels.
         learned: whether the matrix is trained with the network (the original's code) or fixed (the paper's text).
-        matrix: (M, block^2) initial values, see `init_sampling_matrix`; default Xavier normal if learned, else a
-            Gaussian with orthonormal rows.
+        matrix: (M, block^2) initial values; default ``"xavier"`` of `init_sampling_matrix` if learned, else
+            ``"orthonormal"``.
     """
 
     start = ""  # MODEL.MATRIX_START as the user set it, see `keep_on_load`
@@ -101,12 +96,10 @@ class BlockSampling(nn.Module):
 
     def A(self, x: Tensor) -> Tensor:
         """Measures images (B, 1, H, W), H and W multiples of ``block``, as (B, M, H/block, W/block)."""
-        if x.dim() != 4 or x.shape[1] != 1 or x.shape[2] % self.block or x.shape[3] % self.block:
-            raise ValueError(
-                f"block sampling measures (B, 1, H, W) with sides that are multiples of {self.block}, "
-                f"got {tuple(x.shape)}"
-            )
-        b, (height, width) = self.block, x.shape[2:]
+        b = self.block
+        if x.dim() != 4 or x.shape[1] != 1 or x.shape[2] % b or x.shape[3] % b:
+            raise ValueError(f"block sampling is of (B, 1, H, W) with multiples of {b} for sides, got {tuple(x.shape)}")
+        height, width = x.shape[2:]
         with torch.autocast(x.device.type, enabled=False):
             blocks = x.to(self.matrix.dtype).reshape(-1, height // b, b, width // b, b).transpose(2, 3).flatten(3)
             return (blocks @ self.matrix.mT).permute(0, 3, 1, 2)
@@ -121,11 +114,7 @@ class BlockSampling(nn.Module):
             return blocks.view(-1, rows, columns, b, b).transpose(2, 3).reshape(-1, 1, rows * b, columns * b)
 
     def at(self, ratio: float | None) -> "BlockSampling | FirstRows":
-        """The operator that takes ``ratio`` measurements per pixel: itself, for its own ratio or None.
-
-        Raises:
-            UserError: another ratio.
-        """
+        """The operator that takes ``ratio`` measurements per pixel: itself. Other ratios than its own are a UserError."""
         if ratio is not None and num_rows(ratio, self.block) != len(self.matrix):
             raise UserError(
                 f"this network is for a ratio of {self.percent} only, not {ratio:g}; use weights for that ratio, or "
@@ -150,12 +139,7 @@ class BlockSampling(nn.Module):
 
 
 class FirstRows:
-    """Block sampling with the first rows of a `ScalableSampling`'s matrix.
-
-    Args:
-        matrix: these rows, (M, block^2), a view.
-        block: side of a block in pixels.
-    """
+    """Block sampling with the first M rows of a `ScalableSampling`'s ``matrix``, a view (M, block^2)."""
 
     def __init__(self, matrix: Tensor, block: int):
         self.matrix, self.block = matrix, block
@@ -171,12 +155,8 @@ class ScalableSampling(BlockSampling):
 
     Args:
         lowest: the smallest M.
-        block: side of a block in pixels.
-        learned: see `BlockSampling`.
+        block, learned: see `BlockSampling`.
         matrix: (highest M, block^2), the most important rows first.
-
-    Raises:
-        ValueError: a ``lowest`` that is not from 1 to the number of rows; as `BlockSampling`.
     """
 
     def __init__(self, lowest: int, block: int, learned: bool, matrix: Tensor):
@@ -202,11 +182,7 @@ class ScalableSampling(BlockSampling):
         return self.lowest <= num_rows(ratio, self.block) <= len(self.matrix)
 
     def for_measurements(self, y: Tensor) -> FirstRows:
-        """The operator that made a measurement (B, M, h, w).
-
-        Raises:
-            ValueError: an M out of the range.
-        """
+        """The operator that made a measurement (B, M, h, w)."""
         if y.dim() != 4 or not self.lowest <= y.shape[1] <= len(self.matrix):
             raise ValueError(
                 f"measurements are (B, M, h, w) with M from {self.lowest} to {len(self.matrix)}, got {tuple(y.shape)}"
@@ -216,15 +192,10 @@ class ScalableSampling(BlockSampling):
     def measure(
         self, x: Tensor, shared: torch.Generator | None = None, own: list[torch.Generator] | None = None
     ) -> Tensor:
-        """Measures images (B, 1, H, W) with a random number M of rows: (B, M, h, w).
+        """Measures images (B, 1, H, W) with a random number M of rows: (B, M, h, w). See `Degradation`.
 
         M is uniform over the range in half of the calls, log-uniform in the other half: for a range of 1 to 50 %, a
         fifth of the calls is below 4 %, and a third above 25 %.
-
-        Args:
-            x: the images.
-            shared: a generator on the CPU; default: PyTorch's.
-            own: not used.
         """
         choice, position = torch.rand(2, generator=shared, dtype=torch.float64).tolist()
         lowest, end = self.lowest, len(self.matrix) + 1
@@ -250,16 +221,11 @@ class ScalableSampling(BlockSampling):
 
 
 class Blur(nn.Module):
-    """A known uniform blur: each channel is convolved with a kernel, with reflected borders.
-
-    Always computed in the kernel's precision, whatever autocast says.
+    """A known uniform blur: each channel is convolved with a kernel, with reflected borders; never in low precision.
 
     Args:
         kernel: (h, w), both odd, not normalised (a blur that keeps the brightness sums to 1).
         noise: sigma of the Gaussian noise that `measure` adds, in the unit of the images.
-
-    Raises:
-        ValueError: a kernel of another shape.
     """
 
     image_to_image = True
@@ -281,13 +247,7 @@ class Blur(nn.Module):
     def measure(
         self, x: Tensor, shared: torch.Generator | None = None, own: list[torch.Generator] | None = None
     ) -> Tensor:
-        """``A(x)`` of images (B, C, H, W) with noise.
-
-        Args:
-            x: the images.
-            shared: not used.
-            own: a generator for the noise of each image, on x's device; default: PyTorch's.
-        """
+        """``A(x)`` of images (B, C, H, W) with noise, see `Degradation`."""
         y = self.A(x)
         if not self.noise:
             return y
@@ -348,28 +308,16 @@ class MotionBlur(Blur):
         self, x: Tensor, shared: torch.Generator | None = None, own: list[torch.Generator] | None = None
     ) -> Tensor:
         """Images (B, C, H, W), blurred by one random kernel and cropped to their centre, (B, C, H - 2m, W - 2m), with m
-        a multiple of 8: as in a photograph, light from beyond the borders blurs into the image.
-
-        Args:
-            x: the images.
-            shared: a generator for the kernel, on the CPU; default: PyTorch's.
-            own: see `Blur.measure`.
-
-        Raises:
-            UserError: images that are too small for the blur, or no ``sample_kernel``.
+        a multiple of 8: as in a photograph, light from beyond the borders blurs into the image. See `Degradation`.
         """
         if self.sample_kernel is None:
             raise UserError("this MotionBlur draws no kernels: set its sample_kernel, dgunet.synthesis.motion_kernel")
         rng = np.random.default_rng(torch.randint(2**62, (), generator=shared).item())
         self.kernel = torch.from_numpy(self.sample_kernel(rng, (self.shortest, self.longest))).to(x.device)
-        m = self.margin
+        m = math.ceil(self.longest / 2 / MULTIPLE) * MULTIPLE
         if min(x.shape[-2:]) < 2 * m + MULTIPLE:
             raise UserError(f"blurs of {self.longest:g} pixels need crops of at least {2 * m + MULTIPLE} pixels")
         return super().measure(x, shared, own)[..., m:-m, m:-m]
-
-    @property
-    def margin(self) -> int:
-        return math.ceil(self.longest / 2 / MULTIPLE) * MULTIPLE
 
     def settings(self) -> dict:
         return {"shortest": self.shortest, "longest": self.longest, "noise": self.noise}
@@ -384,12 +332,7 @@ class MotionBlur(Blur):
 
 
 # The known degradations that checkpoints can hold, by their ``kind`` there.
-KINDS = {
-    "block_sampling": BlockSampling,
-    "scalable_sampling": ScalableSampling,
-    "blur": Blur,
-    "motion_blur": MotionBlur,
-}
+KINDS = dict(block_sampling=BlockSampling, scalable_sampling=ScalableSampling, blur=Blur, motion_blur=MotionBlur)
 
 
 def for_measurements(degradation: Degradation, y: Tensor) -> Degradation:
@@ -406,11 +349,7 @@ def describe_degradation(degradation: Degradation | None) -> dict | None:
 
 
 def rebuild_degradation(description: dict, tensors: dict[str, Tensor]) -> Degradation:
-    """A known degradation from its description and its tensors by name.
-
-    Raises:
-        Exception: of any kind, where these do not fit.
-    """
+    """A known degradation from its description and its tensors by name; any exception where these do not fit."""
     settings = {name: value for name, value in description.items() if name != "kind"}
     degradation = KINDS[description["kind"]](**settings, **tensors)
     if describe_degradation(degradation) != description:
@@ -419,11 +358,7 @@ def rebuild_degradation(description: dict, tensors: dict[str, Tensor]) -> Degrad
 
 
 def degradation_from_config(cfg, train_set=None) -> Degradation | None:
-    """The known degradation that a config's MODEL.DEGRADATION names; None where it is learned.
-
-    Raises:
-        UserError: an unknown name, or a missing or unsuitable kernel.
-    """
+    """The known degradation that a config's MODEL.DEGRADATION names; None where it is learned."""
     name, kernel = cfg.MODEL.DEGRADATION, cfg.MODEL.KERNEL
     if name not in ("", "blur"):
         raise UserError(f"MODEL.DEGRADATION must be blur, or empty for a learned one, got {name!r}")
@@ -433,8 +368,7 @@ def degradation_from_config(cfg, train_set=None) -> Degradation | None:
         return None
     noise = cfg.MODEL.NOISE / 255
     if kernel == "motion":
-        extent = cfg.MODEL.KERNEL_EXTENT
-        return MotionBlur(min(extent), max(extent), noise)
+        return MotionBlur(min(cfg.MODEL.KERNEL_EXTENT), max(cfg.MODEL.KERNEL_EXTENT), noise)
     try:
         return Blur(torch.from_numpy(read_array(Path(kernel))), noise)
     except ValueError as error:
@@ -450,8 +384,7 @@ def init_sampling_matrix(
         start: ``"xavier"`` (normal, as in the original's code), ``"orthonormal"`` (Gaussian with orthonormal rows, as
             in the paper's text), ``"dct"`` (the cosines of lowest frequency, in zigzag order), or ``"pca"`` (the
             principal components of training blocks). The rows of the last three are orthonormal.
-        ratio: measurements per pixel, in (0, 1].
-        block: side of a block in pixels.
+        ratio, block: see `BlockSampling`.
         blocks: for ``"pca"``: returns training blocks, (N, block^2).
 
     Raises:
@@ -474,11 +407,7 @@ def init_sampling_matrix(
 
 
 def num_rows(ratio: float, block: int) -> int:
-    """The number of rows of a sampling matrix, ceil(ratio * block^2).
-
-    Raises:
-        UserError: a ratio out of (0, 1].
-    """
+    """The number of rows of a sampling matrix, ceil(ratio * block^2): 11, 41, 103, 256, 512 for the paper's ratios."""
     if not 0 < ratio <= 1:
         raise UserError(f"the ratio of measurements to pixels must be in (0, 1], got {ratio}")
     # round() first: 0.07 * 1600 is 112.00000000000001 in floating point, and must count as 112
@@ -512,15 +441,13 @@ def block_sampling(
     Args:
         ratio: measurements per pixel, in (0, 1]; or the lowest and the highest.
         block, learned, matrix: see `BlockSampling`. For a range of ratios the matrix starts from the DCT by default.
-
-    Raises:
-        ValueError: an impossible ratio, or a matrix that does not fit.
     """
     if not isinstance(ratio, Sequence):
         return BlockSampling(ratio, block, learned, matrix)
     if len(ratio) != 2 or not ratio[0] <= ratio[1]:
         raise ValueError(f"a range of ratios is (lowest, highest), got {ratio!r:.100}")
-    matrix = init_sampling_matrix("dct", ratio[1], block) if matrix is None else matrix
+    if matrix is None:
+        matrix = init_sampling_matrix("dct", ratio[1], block)  # the first rows have to be the most important ones
     return ScalableSampling(num_rows(ratio[0], block), block, learned, matrix)
 
 
@@ -534,33 +461,26 @@ def sampling_operator(
     """The block sampling that a config describes.
 
     Args:
-        ratio: measurements per pixel, in (0, 1]; or the lowest and the highest, for all between them.
+        ratio: see `block_sampling`.
         matrix: ``"learned"`` (trained with the network) or ``"fixed"``.
         start: its initial values: a name that `init_sampling_matrix` knows, or a .npy file with (M, block^2) values,
-            which set the (highest) ratio. Empty: dct for a range; else xavier for a learned matrix, orthonormal for a
-            fixed one.
+            which set the (highest) ratio. Empty: the defaults of `block_sampling`.
         blocks: training blocks for ``"pca"``, see `init_sampling_matrix`.
         block: side of a block in pixels; None for that of the file's blocks.
-
-    Raises:
-        UserError: neither learned nor fixed, an impossible ratio, or a file that holds no such matrix.
     """
     if matrix not in ("learned", "fixed"):
         raise UserError(f"MODEL.MATRIX must be learned or fixed, got {matrix!r}; set MODEL.MATRIX_START to a .npy file")
-    learned, scalable = matrix == "learned", isinstance(ratio, Sequence)
-    if scalable:
-        start = start or "dct"  # the first rows have to be the most important ones
-    initial = start or ("xavier" if learned else "orthonormal")
+    scalable, values = isinstance(ratio, Sequence), None
     try:
-        if initial in STARTS:
-            values = init_sampling_matrix(initial, ratio[-1] if scalable else ratio, block, blocks)
-        else:
-            values = torch.from_numpy(read_array(Path(initial)))
+        if start in STARTS:
+            values = init_sampling_matrix(start, ratio[-1] if scalable else ratio, block, blocks)
+        elif start:
+            values = torch.from_numpy(read_array(Path(start)))
             block = block or math.isqrt((values.shape or (0,))[-1])
-        operator = block_sampling(ratio, block, learned, values)
+        operator = block_sampling(ratio, block, matrix == "learned", values)
     except (OSError, ValueError) as error:
-        raise UserError(f"MODEL.RATIO {ratio}, MODEL.MATRIX_START {initial}: {error}") from error
-    operator.start = start
+        raise UserError(f"MODEL.RATIO {ratio}, MODEL.MATRIX_START {start or 'empty'}: {error}") from error
+    operator.start = start or ("dct" if scalable else "")
     return operator
 
 
@@ -569,10 +489,10 @@ def read_array(path: Path) -> np.ndarray:
     with open_file(path) as file:
         try:
             values = np.load(file, allow_pickle=False)
-            numbers = values.dtype.kind in "iuf"
+            kind = values.dtype.kind
         except Exception as error:  # a damaged file, or an .npz, fails in many ways
             raise ValueError("not a .npy file with an array, or damaged") from error
-    if not numbers:
+    if kind not in "iuf":
         raise ValueError(f"expected numbers, got {values.dtype}")
     with np.errstate(over="ignore"):
         values = values.astype(np.float32)

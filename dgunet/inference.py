@@ -9,7 +9,7 @@ from numbers import Integral
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgunet.degradations import MotionBlur
 from dgunet.errors import UserError
@@ -39,22 +39,18 @@ def restore(
     Args:
         model: a DGUNet for C channels whose degradation is learned, or a known one from image to image (`Blur`); of any
             floating type (``model.half()``), and compiled (``model.compile()``) or not.
-        image: one of
-            a NumPy array (H, W, C), (B, H, W, C), or for C = 1 also (H, W): uint8, uint16, or floats in [0, 1];
-            a tensor (C, H, W), (B, C, H, W), or for C = 1 also (H, W): uint8, uint16, or floats in [0, 1];
-            a list or tuple of such, of any sizes.
-            It is not modified.
+        image: a NumPy array (H, W, C) or (B, H, W, C), a tensor (C, H, W) or (B, C, H, W), for C = 1 also (H, W):
+            uint8, uint16, or floats in [0, 1]; or a list or tuple of such, of any sizes. It is not modified.
         tile: side in pixels of the tiles that the image is restored in; None for the whole image at once; "auto"
             for the tile that ``local`` has, else the whole image if it fits into memory, else tiles, with a warning.
-            Tiles give another result than the whole image: channel attention, instance norm and subspace projection
-            see only the tile. Which is better depends: docs/local.md.
+            Tiles change the result: channel attention, instance norm and subspace projection see only the tile.
         tile_overlap: pixels that neighbouring tiles share, at most half of their side; seams are blended linearly over
             them. None for a quarter of the tile, at most 64.
         self_ensemble: mean over the 8 flips and rotations: 8 times the work for some hundredths of a dB.
         bf16: run the network under bfloat16 autocast.
         local: windows in pixels for local statistics, as in ``{"norm": 64, "attention": 64, "projection": 64}``, see
             `with_local_statistics`, or ``{"tile": 128}``; False for the statistics of the whole image, as in the paper;
-            None for what the weights' record says (``model.local``; False where there is none).
+            None for what the weights' record says (``model.local``). docs/local.md compares them.
 
     Returns:
         The restored image(s), of the same type, shape and dtype as ``image``, tensors on the same device.
@@ -74,10 +70,7 @@ def restore(
     windows = check_windows(getattr(model, "local", None) if local is None else local)
     if windows.keys() - {"tile"}:
         model = with_local_statistics(model, windows)
-    with (
-        temporarily_set([part for part in model.modules() if _depends_on_mode(part)], "training", False),
-        torch.no_grad(),
-    ):
+    with temporarily_set(model.modules(), "training", False), torch.no_grad():
         x = x.to(device)
         if isinstance(tile, str):
             tile = windows.get("tile") or automatic_tile(model, x.shape, device)
@@ -90,21 +83,6 @@ def restore(
         )
         restored = (total / len(turns)).clamp(0, 1)
     return back(restored)
-
-
-# PyTorch's modules in a DGUNet that compute the same in training and in evaluation mode.
-_MODELESS = {nn.Conv2d, nn.ConvTranspose2d, nn.PReLU, nn.Identity, nn.ModuleList, nn.Sequential}
-
-
-def _depends_on_mode(part: nn.Module) -> bool:
-    """Whether a module may compute something else in training mode, such as a user's own degradation.
-
-    No part of a DGUNet does without gradients, so its mode stays as it is: another thread may be training it.
-    """
-    if type(part) is nn.InstanceNorm2d:
-        return part.track_running_stats
-    compiled = "_orig_mod" in part._modules  # torch.compile's wrapper has the mode of what it wraps
-    return not (compiled or type(part) in _MODELESS or type(part).__module__.startswith("dgunet."))
 
 
 _overrides: dict[tuple[int, str], list] = {}  # (object, attribute): number of users, value before the first
@@ -127,7 +105,7 @@ def temporarily_set(objects: Iterable, name: str, value) -> Iterator[None]:
         yield
     finally:
         with _overrides_lock:
-            for one in objects:
+            for one in reversed(objects):  # torch.compile's wrapper shares the mode of the network in it
                 override = _overrides[id(one), name]
                 override[0] -= 1
                 if not override[0]:
@@ -184,9 +162,6 @@ def estimate(model, y: Tensor, bf16: bool = False) -> Tensor:
         model: a DGUNet; weights of any floating type.
         y: degraded images (B, C, H, W) with sides that are multiples of 8, or measurements; float32.
         bf16: run the network under bfloat16 autocast.
-
-    Raises:
-        UserError: an estimate is NaN or infinite.
     """
     y = y.to(next(model.parameters()).dtype)
     with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, enabled=bf16):
@@ -305,19 +280,14 @@ def _as_batch(image, channels: int):
     """The image(s) as a (B, C, H, W) float32 tensor, and a function that converts the result to the caller's type."""
     if isinstance(image, np.ndarray):
         if isinstance(image, np.ma.MaskedArray):
-            raise UserError("restore takes no masked arrays, whose masked pixels have no value; use image.filled(0)")
+            raise UserError("restore takes no masked arrays; use image.filled(0)")
         layout, dtype = "HWC", image.dtype
-        floating = np.issubdtype(dtype, np.floating)
-        depths = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
-        scale = 1 if floating else depths.get(dtype.newbyteorder("="))
+        scale = 1 if dtype.kind == "f" else {"u1": 255, "u2": 65535}.get(dtype.str[1:])
         # np.array copies: from_numpy would share the caller's memory
         x = torch.from_numpy(np.array(image, dtype=np.float32)) if scale else None
     elif isinstance(image, Tensor):
         if image.is_nested or image.layout != torch.strided or image.is_quantized or image.device.type == "meta":
-            raise UserError(
-                "restore takes ordinary tensors, not nested, sparse, quantised or meta ones; "
-                "image.to_dense() or image.dequantize() makes them so, a list takes images of several sizes"
-            )
+            raise UserError("restore takes no nested, sparse, quantised or meta tensors; pass a dense one, or a list")
         layout, dtype = "CHW", image.dtype
         scale = 1 if image.is_floating_point() else {torch.uint8: 255, torch.uint16: 65535}.get(dtype)
         x = image.detach().to(torch.float32) if scale else None
@@ -325,12 +295,10 @@ def _as_batch(image, channels: int):
         raise UserError(f"restore takes a NumPy array, a tensor, or a list of them, not {type(image).__name__}")
     if scale is None:
         raise UserError(f"restore takes uint8, uint16 or floats in [0, 1], got {dtype}")
-    shape = tuple(image.shape)
-    grey = x.dim() == 2
-    if grey:
+    shape, home = tuple(image.shape), x.device
+    if x.dim() == 2:
         x = x[..., None] if layout == "HWC" else x[None]
-    single = x.dim() == 3
-    if single:
+    if x.dim() == 3:
         x = x[None]
     if x.dim() != 4 or x.numel() == 0:
         raise UserError(f"restore takes images ({', '.join(layout)}) or batches of them, got shape {shape}")
@@ -349,20 +317,13 @@ def _as_batch(image, channels: int):
         raise UserError("the image has pixels that are NaN or infinite; replace them before restoring")
     if scale == 1 and (high > 4 or low < -3):  # strong noise stays within this
         raise UserError(f"float images must be in [0, 1], got {low:.3g} to {high:.3g}; divide by 255 (or 65535)")
-    home = x.device
 
     def back(restored: Tensor):
         restored = restored.to(home)
-        if layout == "HWC":
-            restored = restored.permute(0, 2, 3, 1)
-        if single:
-            restored = restored[0]
-        if grey:
-            restored = restored[..., 0] if layout == "HWC" else restored[0]
         if scale != 1:
             restored = (restored * scale).round()
-        if layout == "HWC":
-            return np.ascontiguousarray(restored.numpy().astype(dtype))
-        return restored.to(dtype).contiguous()
+        if layout == "CHW":
+            return restored.to(dtype).reshape(shape).contiguous()
+        return np.ascontiguousarray(restored.permute(0, 2, 3, 1).numpy().astype(dtype)).reshape(shape)
 
     return x, back

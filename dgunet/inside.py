@@ -62,12 +62,7 @@ def trace(model: DGUNet, y: Tensor, degradation: Degradation | None = None) -> T
     It runs `DGUNet.forward` with hooks: the last estimate is ``model(y)[0]``, bit for bit. The stages of a compiled
     network run uncompiled.
 
-    Args:
-        model: any DGUNet.
-        y, degradation: arguments of its ``forward``.
-
-    Raises:
-        ValueError: as ``forward``.
+    ``y`` and ``degradation`` are the arguments of ``forward``.
     """
     steps: list[Step] = []
     v: list[Tensor] = []
@@ -110,7 +105,7 @@ def after_each_stage(model: DGUNet, call: Callable[[Stage, tuple, tuple], None])
         yield
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepMeasures:
     """Measures of a stage; differences are root mean squares, in the unit of the images. None: does not apply."""
 
@@ -134,40 +129,21 @@ class StepMeasures:
 
 
 def measure_step(step: Step, y: Tensor, truth: Tensor) -> StepMeasures:
-    """Measure what a stage changes, and how well its degradation explains y.
-
-    Args:
-        step: of `trace`.
-        y: the network's input.
-        truth: the true image (B, C, H, W), in [0, 1].
-    """
-    measures = {
-        "k": step.k,
-        "rho": step.rho,
-        "psnr_v": psnr_batch(step.v, truth).mean().item(),
-        "psnr_x": psnr_batch(step.x, truth).mean().item(),
-        "gradient_step": rms(step.gradient_step),
-        "proximal_step": rms(step.proximal_step),
-    }
+    """Measure what a stage of `trace` changes, and how well its degradation explains y, given the true image."""
+    psnr_v, psnr_x = (psnr_batch(image, truth).mean().item() for image in (step.v, step.x))
+    found = StepMeasures(step.k, step.rho, psnr_v, psnr_x, rms(step.gradient_step), rms(step.proximal_step))
     if (A := step.degradation) is None:
-        return StepMeasures(**measures)
-    measures |= {
-        "data_term_before": data_term(A, step.before, y),
-        "data_term_v": data_term(A, step.v, y),
-        "data_term_x": data_term(A, step.x, y),
-        "data_term_truth": data_term(A, truth, y),
-        "adjoint_mismatch": adjoint_mismatch(A, step.before, y),
-        "descent": descent(A, step.before, y),
-    }
+        return found
+    found.data_term_before, found.data_term_v, found.data_term_x, found.data_term_truth = (
+        data_term(A, x, y) for x in (step.before, step.v, step.x, truth)
+    )
+    found.adjoint_mismatch, found.descent = adjoint_mismatch(A, step.before, y), descent(A, step.before, y)
     if y.shape == truth.shape:
+        found.data_term_truth_tinted = rms(_without_means(A.A(truth) - y))
+        found.truth_to_y, found.truth_to_y_tinted = rms(truth - y), rms(_without_means(truth - y))
         change, way = (_without_means(end - step.before) for end in (step.v, y))
-        measures |= {
-            "data_term_truth_tinted": rms(_without_means(A.A(truth) - y)),
-            "truth_to_y": rms(truth - y),
-            "truth_to_y_tinted": rms(_without_means(truth - y)),
-            "towards_y": _cosine(change, way) if way.any() else None,
-        }
-    return StepMeasures(**measures)
+        found.towards_y = _cosine(change, way) if way.any() else None
+    return found
 
 
 def rms(x: Tensor) -> float:
@@ -207,11 +183,7 @@ def adjoint_mismatch(degradation: Degradation, x: Tensor, y: Tensor, probes: int
     Learned operators are not linear: A stands for its derivative at ``x``, A_adjoint for its derivative at the
     residual ``A(x) - y``. Constant offsets do not count here, but in `descent`.
 
-    Args:
-        degradation: any with ``A`` and ``A_adjoint`` that PyTorch can differentiate.
-        x: image (B, C, H, W).
-        y: the measurement.
-        probes: number of random e; the mean over d is exact.
+    ``probes`` is the number of random e; the mean over d is exact. PyTorch has to be able to differentiate both.
     """
     residual, pull_back = torch.func.vjp(degradation.A, x)
     generator = torch.Generator().manual_seed(0)

@@ -39,11 +39,7 @@ STEP = 2 * MULTIPLE  # windows are multiples of it: half a window lies on the gr
 
 
 def check_windows(local) -> dict[str, int]:
-    """The windows in pixels of the image, and the tile, that `restore`'s ``local`` asks for; empty for none.
-
-    Raises:
-        UserError: an unknown operation, or a window that is not a multiple of 16 pixels.
-    """
+    """The windows in pixels of the image, and the tile, that `restore`'s ``local`` asks for; empty for none."""
     if local is None or local is False:
         return {}
     if not isinstance(local, Mapping) or not all(name in KEYS for name in local):
@@ -63,9 +59,6 @@ def with_local_statistics(model: DGUNet, windows: Mapping[str, int]) -> DGUNet:
         windows: side in pixels of the image, a multiple of 16, by operation: ``norm`` (half instance norm),
             ``attention`` (channel attention), ``projection`` (subspace projection). Operations that are not named stay
             global, and so do all on an image smaller than the window. A ``tile`` is for `restore`, and ignored.
-
-    Raises:
-        UserError: as `check_windows`.
     """
     windows = {name: window for name, window in check_windows(windows).items() if name != "tile"}
     known = [model.degradation] if model.degradation is not None else []
@@ -89,10 +82,8 @@ def with_local_statistics(model: DGUNet, windows: Mapping[str, int]) -> DGUNet:
 class LocalHalfInstanceNorm(nn.Module):
     """`HalfInstanceNorm` with the mean and variance of a window around each pixel.
 
-    Args:
-        norm: its weights are shared.
-        window: its side in pixels of the image.
-        cell: spacing of the grid in pixels of the map: 8 at the scale 1, 1 at the scale 1/8.
+    ``window`` is its side in pixels of the image, ``cell`` the spacing of the grid in pixels of the map: 8 at the scale
+    1, 1 at the scale 1/8.
     """
 
     def __init__(self, norm: HalfInstanceNorm, window: int, cell: int):
@@ -125,27 +116,17 @@ class LocalChannelAttention(nn.Module):
 
 
 def window_moments(x: Tensor, count: int, cell: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of windows of ``count`` x ``count`` cells around each cell of maps, in float32.
+    """Mean and variance of windows of ``count`` x ``count`` cells around each cell of ``cell`` x ``cell`` pixels.
 
-    Args:
-        x: (B, C, H, W), sides multiples of ``cell``.
-        count: side of a window in cells.
-        cell: side of a cell in pixels.
-
-    Returns:
-        Two of (B, C, H / cell, W / cell).
+    From (B, C, H, W) to two of (B, C, H / cell, W / cell), in float32.
     """
     x = x.float()
-    if cell == 1:
-        within, means = None, x
-    else:
-        # Centred before squaring, for precision.
-        means = F.avg_pool2d(x, cell)
-        within = F.avg_pool2d((x - to_pixels(means, cell, mode="nearest")).square_(), cell)
+    means = F.avg_pool2d(x, cell)
+    # Centred before squaring, for precision.
+    within = F.avg_pool2d((x - to_pixels(means, cell, mode="nearest")).square_(), cell)
     centre = means.mean(dim=(2, 3), keepdim=True)
     mean = window_means(means - centre, count)
-    square = (means - centre).square()
-    variance = window_means(square if within is None else square + within, count) - mean.square()
+    variance = window_means((means - centre).square() + within, count) - mean.square()
     return mean + centre, variance.clamp_min_(0)
 
 
@@ -178,15 +159,7 @@ def project_locally(basis: Tensor, features: Tensor, window: int) -> Tensor:
 
     The maps are cut into cells of half a window. A window is 2x2 cells, and its Gram matrix is the sum of theirs. A
     pixel gets the coefficients of the four windows that its cell belongs to, interpolated by its distance to their
-    centres.
-
-    Args:
-        basis: (B, rank, H, W).
-        features: (B, C, H, W).
-        window: side in pixels, even.
-
-    Returns:
-        (B, C, H, W), dtype of ``features``.
+    centres. Shapes are those of `project`; ``window`` is its side in pixels, even.
     """
     side, (height, width) = window // 2, basis.shape[2:]
     if height <= window and width <= window:

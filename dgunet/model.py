@@ -52,12 +52,9 @@ class Stage(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
     ) -> tuple[Tensor, StageFeatures | None]:
-        """x_{k-1} (B, C, H, W), y and the features of stage k-1 to x_k (B, C, H, W) and the features of stage k.
+        """x_{k-1} (B, C, H, W) and the features of stage k-1 (`StageFeatures`, None for k = 1) to those of stage k.
 
-        Args:
-            y: (B, C, H, W), or a measurement as the ``known`` degradation's ``A`` gives it.
-            previous: the shapes are in `StageFeatures`; None in the first stage.
-            known: the network's known degradation; None where it is learned.
+        y is (B, C, H, W), or the ``known`` degradation's measurement; ``known`` is None where it is learned.
         """
         v = self.gradient_step(x, y, known)
         return self.proximal(v, previous)  # IPMM: x_k = prox_k(v_k; features of stage k-1)
@@ -87,18 +84,14 @@ class DGUNet(nn.Module):
             ``"none"`` (then the last stage has none either); see `pathways`.
         isff: inter-stage feature fusion in the encoders, ``"adaptive"`` (images), ``"additive"`` (compressive
             sensing), or ``"none"``; see `ISFF`.
-        attention: the stage's estimate attends to the features for the next stage's fusion (compressive sensing), see
-            `ProximalMapping`.
-        final_fusion: feature fusion in the last stage, ``"concat"`` (to width + final_growth) or ``"subspace"``.
-        final_growth: see ``final_fusion``; in [0, 1024].
+        attention: the estimate attends to the features for the next stage (compressive sensing), see `ProximalMapping`.
+        final_fusion, final_growth: feature fusion in the last stage, ``"concat"`` (to width + final_growth channels,
+            in [0, 1024]) or ``"subspace"``.
         gradient: False leaves out the gradient steps, ``v_k = x_{k-1}``.
         degradation: None to learn it (each stage its own; shared middle stages share it), or a known one: of
             `dgunet.degradations`, one of deepinv's linear operators, or any object with ``A(x)`` and ``A_adjoint(y)``.
         rho: initial value of the learned step sizes; 1 projects onto the data where A has orthonormal rows.
         checkpointing: recompute each stage in the backward pass instead of keeping its activations.
-
-    Raises:
-        ValueError: an argument out of its range.
     """
 
     def __init__(
@@ -121,13 +114,9 @@ class DGUNet(nn.Module):
     ):
         values = locals()  # of the arguments
         super().__init__()
-        if degradation is not None:
-            missing = [name for name in ("A", "A_adjoint") if not callable(getattr(degradation, name, None))]
-            if missing:
-                raise ValueError(
-                    f"a known degradation has the methods A(x) and A_adjoint(y); {type(degradation).__name__} has no "
-                    + " and no ".join(missing)
-                )
+        missing = [name for name in ("A", "A_adjoint") if not callable(getattr(degradation, name, None))]
+        if degradation is not None and missing:
+            raise ValueError(f"the degradation {type(degradation).__name__} has no method {' and no '.join(missing)}")
         # load_model rebuilds the network from name and arguments, and from `describe_degradation` of a known one.
         self.name = None
         self.local: dict[str, int] = {}  # windows for statistics at test time, see `inference.restore`
@@ -196,16 +185,12 @@ class DGUNet(nn.Module):
     _compiled = False
 
     def forward(self, y: Tensor, degradation: Degradation | None = None) -> list[Tensor]:
-        """Returns the estimates x_K, ..., x_1, the restored image first.
+        """Returns the estimates x_K, ..., x_1, (B, C, H, W) each, the restored image first.
 
         Args:
             y: degraded image (B, C, H, W), range [0, 1], sides multiples of 8; of a known degradation the
                 measurement that its ``A_adjoint`` takes.
             degradation: a known one instead of the network's own known one.
-
-        Raises:
-            ValueError: a known degradation where the network's is learned; wrong number of channels, or sides that are
-                not multiples of 8.
         """
         if self._compiled:
             torch.compiler.cudagraph_mark_step_begin()
@@ -218,7 +203,7 @@ class DGUNet(nn.Module):
         self._check(x)
         features = None
         estimates = []
-        for stage in self.iter_stages():
+        for stage in self.iter_stages():  # x_{k-1} to x_k
             if self.checkpointing and torch.is_grad_enabled():
                 x, features = checkpoint(stage, x, y, features, known, use_reentrant=False)
             else:
@@ -305,23 +290,14 @@ VARIANTS = {
 
 
 def list_models(pretrained: bool = False) -> list[str]:
-    """Names that `create_model` knows: the rows of the paper's tables.
-
-    Args:
-        pretrained: list the weights that come with dgunet instead, by the names that `load_model` knows;
-            `pretrained.list_pretrained` says what they are for.
-    """
+    """The names for `create_model`, rows of the paper's tables; or of the ``pretrained`` weights for `load_model`."""
     if pretrained:
         return [record.name for record in dgunet.pretrained.list_pretrained()]
     return list(VARIANTS)
 
 
 def find_variant(name: str) -> Variant:
-    """The variant of a name.
-
-    Raises:
-        UserError: unknown name.
-    """
+    """The variant of a name; an unknown one is a UserError."""
     if name not in VARIANTS:
         guess = difflib.get_close_matches(name, VARIANTS, n=1)
         hint = f"did you mean {guess[0]}?" if guess else f"known are {', '.join(VARIANTS)}"
@@ -338,21 +314,18 @@ def create_model(name: str, degradation: Degradation | None = None, **overrides)
             measures 25 % of 32x32 blocks with a learned matrix.
         **overrides: arguments of `DGUNet` that differ from the paper's, and in compressive sensing of
             `block_sampling`, e.g. ``ratio=0.1``, or ``ratio=(0.01, 0.5)`` for one network for that range.
-
-    Raises:
-        UserError: unknown name, or unknown override.
     """
     variant = find_variant(name)
-    known = list(inspect.signature(DGUNet).parameters)
-    own = inspect.signature(variant.degradation).parameters if variant.degradation and degradation is None else ()
+    build = variant.degradation if degradation is None else None
+    names = list(inspect.signature(DGUNet).parameters)
+    sampling_names = list(inspect.signature(build).parameters) if build else []
     for key in overrides:
-        if key not in (*known, *own):
-            raise UserError(f"{name} has no argument {key!r}; it takes {', '.join((*known, *own))}")
-    arguments = {key: value for key, value in overrides.items() if key in known}
-    if own:
-        degradation = variant.degradation(**{key: value for key, value in overrides.items() if key in own})
+        if key not in names + sampling_names:
+            raise UserError(f"{name} has no argument {key!r}; it takes {', '.join(names + sampling_names)}")
+    if build:
+        degradation = build(**{key: overrides.pop(key) for key in sampling_names if key in overrides})
     try:
-        model = DGUNet(**variant.arguments | arguments, degradation=degradation)
+        model = DGUNet(**variant.arguments | overrides, degradation=degradation)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     model.name = name

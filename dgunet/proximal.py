@@ -141,8 +141,4 @@ def make_fusion(fusion: str, width: int, out_width: int) -> nn.Module | None:
     """The module that merges a stage's shallow features with the previous stage's, both ``width`` channels."""
     if fusion == "none":
         return None
-    if fusion == "subspace":
-        return SubspaceFusion(width)
-    if fusion == "concat":
-        return ConcatFusion(width, out_width)
-    raise ValueError(f"fusion must be 'subspace', 'concat' or 'none', got {fusion!r}")
+    return SubspaceFusion(width) if fusion == "subspace" else ConcatFusion(width, out_width)

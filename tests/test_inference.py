@@ -248,15 +248,6 @@ def test_threads_leave_the_mode_as_it_was(tiny_model, count):
     assert all(part.training for part in model.modules())
 
 
-def test_a_network_in_training_is_not_disturbed(tiny_model):
-    """What another thread trains sees training mode all the time."""
-    model, seen = tiny_model(stages=2).train(), []
-    hook = model.last.register_forward_pre_hook(lambda *_: seen.append({part.training for part in model.modules()}))
-    restore(model, random_image(16, 16))
-    hook.remove()
-    assert seen == [{True}]
-
-
 @pytest.mark.parametrize("put_in", [nn.Dropout(0.5), nn.BatchNorm2d(3), nn.Sequential(nn.Dropout(0.5))], ids=repr)
 def test_parts_that_mind_the_mode_are_in_evaluation_mode(tiny_model, put_in):
     model = tiny_model(stages=1)
