@@ -114,12 +114,9 @@ class BlockSampling(nn.Module):
             return blocks.view(-1, rows, columns, b, b).transpose(2, 3).reshape(-1, 1, rows * b, columns * b)
 
     def at(self, ratio: float | None) -> "BlockSampling | FirstRows":
-        """The operator that takes ``ratio`` measurements per pixel: itself. Other ratios than its own are a UserError."""
+        """The operator that takes ``ratio`` measurements per pixel: itself. Another ratio is a UserError."""
         if ratio is not None and num_rows(ratio, self.block) != len(self.matrix):
-            raise UserError(
-                f"this network is for a ratio of {self.percent} only, not {ratio:g}; use weights for that ratio, or "
-                'train a network for a range of ratios, MODEL.RATIO "[0.01, 0.5]"'
-            )
+            raise UserError(f"this network is for a ratio of {self.percent} only, not {ratio:g}; use other weights")
         return self
 
     @property
@@ -166,11 +163,7 @@ class ScalableSampling(BlockSampling):
         self.lowest = lowest
 
     def at(self, ratio: float | None) -> BlockSampling | FirstRows:
-        """The operator that takes ``ratio`` measurements per pixel; itself, with all rows, for None.
-
-        Raises:
-            UserError: a ratio out of the range.
-        """
+        """The operator that takes ``ratio`` measurements per pixel; itself, with all rows, for None."""
         if ratio is None:
             return self
         if not self.covers(ratio):
@@ -385,16 +378,12 @@ def init_sampling_matrix(
             in the paper's text), ``"dct"`` (the cosines of lowest frequency, in zigzag order), or ``"pca"`` (the
             principal components of training blocks). The rows of the last three are orthonormal.
         ratio, block: see `BlockSampling`.
-        blocks: for ``"pca"``: returns training blocks, (N, block^2).
-
-    Raises:
-        ValueError: an unknown start, a ratio out of range, or fewer blocks than rows.
+        blocks: for ``"pca"``: returns training blocks, (N, block^2), at least as many as rows.
     """
     rows = num_rows(ratio, block)
-    if start == "xavier":
-        return nn.init.xavier_normal_(torch.empty(rows, block**2))
-    if start == "orthonormal":
-        return nn.init.orthogonal_(torch.empty(rows, block**2))
+    if start in ("xavier", "orthonormal"):
+        fill = nn.init.xavier_normal_ if start == "xavier" else nn.init.orthogonal_
+        return fill(torch.empty(rows, block**2))
     if start == "dct":
         return _cosines(block, rows)
     if start == "pca":
@@ -436,12 +425,7 @@ def _cosines(block: int, rows: int) -> Tensor:
 def block_sampling(
     ratio: float | Sequence[float] = 0.25, block: int = 32, learned: bool = True, matrix: Tensor | None = None
 ) -> BlockSampling:
-    """The block sampling of a network: `BlockSampling`, or for a range of ratios `ScalableSampling`.
-
-    Args:
-        ratio: measurements per pixel, in (0, 1]; or the lowest and the highest.
-        block, learned, matrix: see `BlockSampling`. For a range of ratios the matrix starts from the DCT by default.
-    """
+    """`BlockSampling`, or for a range of ratios (lowest, highest) `ScalableSampling`, by default of the DCT."""
     if not isinstance(ratio, Sequence):
         return BlockSampling(ratio, block, learned, matrix)
     if len(ratio) != 2 or not ratio[0] <= ratio[1]:

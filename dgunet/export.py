@@ -78,22 +78,15 @@ def export_model(
         format: ``"onnx"`` or ``"pt2"``; None for the ending of the file's name.
         stages: output the estimates of all stages, ``x_K`` (the restored image), ..., ``x_1``.
         about: further metadata, such as ``{"licence": "MIT"}``.
-        ratio: measurements per pixel; needed for a compressive-sensing network for a range of ratios, as the file's
-            input has a fixed number of channels.
+        ratio: measurements per pixel, of a compressive-sensing network for a range of ratios.
 
     Returns:
-        The largest difference between the file's output and the network's, on random images of another size than the
-        network was traced with.
-
-    Raises:
-        UserError: the file exists, no such format, or a network that cannot be exported; nothing is written.
+        The largest difference between the file's output and the network's, on random images of another size.
     """
     path = Path(path)
     format = _check_file(path, format)
     _check_network(model, format)
     model = _at_ratio(model, ratio)
-    if hasattr(model, "windows"):
-        raise UserError("local statistics are not exported; export the network itself, whose statistics are global")
     network = _Estimates(copy.deepcopy(model).to("cpu", torch.float32).eval(), stages)
     metadata = {**describe(model), **(about or {})}
     y = example(model, rows=3, columns=5)
@@ -124,17 +117,17 @@ def describe(model: DGUNet) -> dict[str, str]:
 
     known = model.degradation
     shape, unit = f"(B, {model.channels}, H, W)", f"multiples of {_size_multiple(model)}"
-    taken = f"degraded images {shape} in [0, 1], H and W {unit}"
+    inputs = f"degraded images {shape} in [0, 1], H and W {unit}"
     if isinstance(known, BlockSampling):
         rows, b = known.matrix.shape[0], known.block
-        taken = f"measurements (B, {rows}, H/{b}, W/{b}) of images in [0, 1], H and W {unit}"
+        inputs = f"measurements (B, {rows}, H/{b}, W/{b}) of images in [0, 1], H and W {unit}"
     return {
         "name": model.name or "DGUNet",
         "task": VARIANTS[model.name].task if model.name in VARIANTS else "unknown",
         "licence": "unknown",
         "multiple": str(_size_multiple(model)),
         "value_range": "0 1",
-        "input": taken,
+        "input": inputs,
         "output": f"restored images {shape} in [0, 1]",
         "made_by": f"dgunet {__version__}",
         "paper": "Deep Generalized Unfolding Networks for Image Restoration (Mou, Wang, Zhang; CVPR 2022)",
@@ -145,10 +138,8 @@ def example(model: DGUNet, rows: int, columns: int, batch: int = 1) -> Tensor:
     """An input of the network for random images, whose sides are so many times the smallest possible side."""
     generator = torch.Generator().manual_seed(0)
     size = (batch, model.channels, rows * _size_multiple(model), columns * _size_multiple(model))
-    x = torch.rand(size, generator=generator)
-    if model.degradation is None:
-        return x
-    return copy.deepcopy(model.degradation).to("cpu", torch.float32).A(x).detach()
+    x, known = torch.rand(size, generator=generator), model.degradation
+    return x if known is None else copy.deepcopy(known).to("cpu", torch.float32).A(x).detach()
 
 
 def _size_multiple(model: DGUNet) -> int:
@@ -184,6 +175,8 @@ def _check_file(path: Path, format: str | None) -> str:
 
 def _check_network(model: DGUNet, format: str):
     known = model.degradation
+    if hasattr(model, "windows"):
+        raise UserError("local statistics are not exported; export the network itself, whose statistics are global")
     if known is not None and type(known) not in KINDS.values():
         raise UserError(
             f"the network's known degradation is a {type(known).__name__}, not one of dgunet's; the sizes of its "
@@ -201,9 +194,7 @@ def _at_ratio(model: DGUNet, ratio: float | None) -> DGUNet:
     if ratio is not None and not isinstance(known, BlockSampling):
         raise UserError("--ratio is for compressive-sensing networks; leave it out")
     if ratio is None and isinstance(known, ScalableSampling):
-        raise UserError(
-            "the network is for a range of ratios, but a file is for one; choose it with --ratio, such as 0.25"
-        )
+        raise UserError("the network is for a range of ratios, but a file is for one; choose it with --ratio 0.25")
     if ratio is None or known.at(ratio) is known:
         return model
     model = copy.deepcopy(model)
@@ -265,10 +256,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, network: _Est
     for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]  # the exporter's notes, larger than the node itself
     sensing = isinstance(network.model.degradation, BlockSampling)
-    for value, sides in [
-        (graph.input[0], ("rows", "columns") if sensing else ("height", "width")),
-        *((value, ("height", "width")) for value in graph.output),
-    ]:
+    for value in (graph.input[0], *graph.output):
+        sides = ("rows", "columns") if sensing and value is graph.input[0] else ("height", "width")
         for axis, name in zip((0, 2, 3), ("batch", *sides), strict=True):
             value.type.tensor_type.shape.dim[axis].dim_param = name
     onnx.helper.set_model_props(file, metadata)
@@ -289,12 +278,7 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path, network: _Esti
 
 def _read_pt2(path: Path):
     module = torch.export.load(BytesIO(path.read_bytes())).module()
-
-    def run(y: Tensor) -> list[Tensor]:
-        restored = module(y)
-        return [restored] if isinstance(restored, Tensor) else list(restored)
-
-    return run
+    return lambda y: [restored] if isinstance(restored := module(y), Tensor) else list(restored)
 
 
 def _about(weights: str) -> dict[str, str]:

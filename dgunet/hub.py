@@ -25,8 +25,7 @@ CARD = """---
 
 {{ about }}
 
-A deep generalized unfolding network for image restoration ([paper]({{ paper_url }})), of the
-implementation dgunet.
+A deep generalized unfolding network for image restoration ([paper]({{ paper_url }})), by dgunet.
 
 ```python
 # from a clone of dgunet: pip install ".[hub]"
@@ -80,15 +79,10 @@ class _HubModel(
 
 
 def from_pretrained(name: str | Path, **options) -> DGUNet:
-    """A network from the Hugging Face Hub, in evaluation mode.
+    """A network from a repository on the Hub, a folder of `save_pretrained`, or weights that come with dgunet.
 
-    Args:
-        name: a repository, a folder that `save_pretrained` wrote, or weights that come with dgunet.
-        **options: of `load_model` (device, task, degradation), and of huggingface_hub's ``ModelHubMixin``
-            (revision, token, cache_dir, local_files_only, force_download).
-
-    Raises:
-        UserError: there is none, or as `load_model`.
+    Options are those of `load_model` (device, task, degradation), and of huggingface_hub's ``ModelHubMixin``
+    (revision, token, cache_dir, local_files_only, force_download).
     """
     if not Path(name).is_dir() and "/" not in str(name):  # the Hub's names are user/name
         return load_model(name, **{key: value for key, value in options.items() if key not in HUB_OPTIONS})
@@ -102,27 +96,21 @@ def from_pretrained(name: str | Path, **options) -> DGUNet:
 
 
 def save_pretrained(model: DGUNet, folder: str | Path, about: str = "", **options):
-    """Write a network to a folder in the Hub's layout.
+    """Write a network to a folder in the Hub's layout. Options are those of ``ModelHubMixin.save_pretrained``.
 
-    Args:
-        about: for the model card: what the weights are for and how they were trained.
-        **options: of huggingface_hub's ``ModelHubMixin.save_pretrained``.
+    ``about`` is for the model card: what the weights are for and how they were trained.
     """
-    options.setdefault("model_card_kwargs", _card(model, str(folder), about))
-    return _HubModel(model).save_pretrained(folder, config=describe_model(model), **options)
+    return _HubModel(model).save_pretrained(folder, **_options(model, str(folder), about), **options)
 
 
 def push_to_hub(model: DGUNet, repo_id: str, about: str = "", **options) -> str:
-    """Upload a network to the Hub; returns the commit's URL.
+    """Upload a network to ``user/name`` on the Hub; returns the commit's URL.
 
-    Args:
-        repo_id: ``user/name``; created if needed.
-        about: see `save_pretrained`.
-        **options: of huggingface_hub's ``ModelHubMixin.push_to_hub`` (private, token, commit_message, ...).
+    ``about``: see `save_pretrained`. Options are those of ``ModelHubMixin.push_to_hub`` (private, token, ...).
     """
-    options.setdefault("model_card_kwargs", _card(model, repo_id, about))
-    return _HubModel(model).push_to_hub(repo_id, config=describe_model(model), **options)
+    return _HubModel(model).push_to_hub(repo_id, **_options(model, repo_id, about), **options)
 
 
-def _card(model: DGUNet, repo_id: str, about: str) -> dict:
-    return {"network": model.name or "DGUNet", "repo_id": repo_id, "about": about or "What it was trained for: ..."}
+def _options(model: DGUNet, repo_id: str, about: str) -> dict:
+    card = {"network": model.name or "DGUNet", "repo_id": repo_id, "about": about or "What it was trained for: ..."}
+    return {"config": describe_model(model), "model_card_kwargs": card}

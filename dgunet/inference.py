@@ -158,10 +158,7 @@ def _check_network(model) -> torch.device:
 def estimate(model, y: Tensor, bf16: bool = False) -> Tensor:
     """The network's final estimate x_K, (B, C, H, W) float32, without gradients.
 
-    Args:
-        model: a DGUNet; weights of any floating type.
-        y: degraded images (B, C, H, W) with sides that are multiples of 8, or measurements; float32.
-        bf16: run the network under bfloat16 autocast.
+    ``y`` is degraded images (B, C, H, W) with sides that are multiples of 8, or measurements; float32.
     """
     y = y.to(next(model.parameters()).dtype)
     with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, enabled=bf16):
@@ -185,10 +182,8 @@ def blend_tiles(
 ) -> Tensor:
     """Compute an image (..., H, W) tile by tile, and blend the overlaps.
 
-    Args:
-        areas, overlap: see `tile_grid`.
-        size: height and width of the whole.
-        compute: from the indices (..., rows, columns) of a tile to (..., h, w), float32.
+    ``areas`` and ``overlap`` are of `tile_grid`, ``size`` is (H, W), ``compute`` maps the indices (..., rows, columns)
+    of a tile to (..., h, w), float32.
     """
     indices = [(..., rows, columns) for rows, columns in areas]
     if len(areas) == 1:
@@ -210,8 +205,8 @@ def tile_grid(
 ) -> tuple[list[tuple[slice, slice]], int]:
     """The tiles (rows, columns) of an image, and the number of pixels that neighbours share at least.
 
-    They are as few as tiles of this side can be, all of one size, and no larger than needed for that. They begin at
-    multiples of ``step``, so that the grid of the network's scales and of its local statistics is the whole image's.
+    They are as few as possible, of one size, and no larger than needed. They begin at multiples of ``step``, so that
+    the grid of the network's scales and of its local statistics is the whole image's.
     """
     if tile is None or (height <= tile and width <= tile):
         return [(slice(0, height), slice(0, width))], 0
@@ -263,13 +258,13 @@ def automatic_tile(model, shape: tuple[int, int, int, int], device: torch.device
     else:
         free = available_memory()
     batch, _, height, width = shape
-    if estimate_memory(model, batch * height * width) <= 0.9 * free:
+    needed = estimate_memory(model, batch * height * width)
+    if needed <= 0.9 * free:
         return None
     side = int((0.9 * free / estimate_memory(model, batch)) ** 0.5) // 64 * 64
     side = max(min(side, 1024), 128)
     warnings.warn(
-        f"restoring {width}x{height} pixels at once would need about "
-        f"{estimate_memory(model, batch * height * width) / 2**30:.0f} GiB, {free / 2**30:.0f} are free: "
+        f"restoring {width}x{height} pixels at once needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free: "
         f"using tiles of {side} (tile={side}); tile=None forces the whole image",
         stacklevel=3,
     )

@@ -57,12 +57,9 @@ class Trace:
 
 
 def trace(model: DGUNet, y: Tensor, degradation: Degradation | None = None) -> Trace:
-    """Run a network and record what each stage computes.
+    """Run a network on the arguments of its ``forward`` and record what each stage computes.
 
-    It runs `DGUNet.forward` with hooks: the last estimate is ``model(y)[0]``, bit for bit. The stages of a compiled
-    network run uncompiled.
-
-    ``y`` and ``degradation`` are the arguments of ``forward``.
+    It is `DGUNet.forward` with hooks: the last estimate is ``model(y)[0]``, bit for bit. Compiled ones run uncompiled.
     """
     steps: list[Step] = []
     v: list[Tensor] = []
@@ -168,8 +165,7 @@ def data_term(degradation: Degradation, x: Tensor, y: Tensor) -> float:
 def descent(degradation: Degradation, x: Tensor, y: Tensor) -> float:
     """How close a stage's step is to gradient descent on its own data term: 1 the same direction, below 0 uphill.
 
-    The cosine of the angle between ``A_adjoint(A(x) - y)`` and the gradient of ``||A(x) - y||^2 / 2``, which has the
-    true adjoint of A's derivative at x.
+    The cosine of the angle between ``A_adjoint(A(x) - y)`` and the gradient of ``||A(x) - y||^2 / 2``.
     """
     residual, pull_back = torch.func.vjp(lambda x: degradation.A(x) - y, x)
     (gradient,) = pull_back(residual)
@@ -198,12 +194,9 @@ def adjoint_mismatch(degradation: Degradation, x: Tensor, y: Tensor, probes: int
 
 
 def impulse_response(operator: Callable[[Tensor], Tensor], at: Tensor, row: int, column: int) -> Tensor:
-    """Impulse response of an operator to one pixel, in all channels: the mean over the output's channels, (H, W).
+    """Impulse response to one pixel, in all channels: the mean over the output's channels, (H, W).
 
-    Args:
-        operator: a function of images (1, C, H, W), such as ``degradation.A``.
-        at: the image at which it is linearised, as learned operators are not linear.
-        row, column: of the pixel.
+    The operator, such as ``degradation.A``, is linearised at an image (1, C, H, W): learned ones are not linear.
     """
     impulse = torch.zeros_like(at)
     impulse[0, :, row, column] = 1

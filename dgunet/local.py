@@ -10,11 +10,10 @@ information aggregation", ECCV 2022); for the projection it is new.
     x = local(y)[0]
 
 Statistics are taken on a grid with one position per 8x8 pixels of the image (one value of a map at the scale 1/8) and
-interpolated bilinearly; near the border the nearest window inside the image is used. There are no seams, and no running
-sums over the image, which would lose digits.
+interpolated bilinearly; near the border the nearest window inside the image is used.
 
-Convolutions' zero padding differs, too: in a crop every pixel is near it, and a network may have learned to rely on
-that (docs/local.md). Only tiles reproduce it, ``{"tile": 128}``.
+Zero padding differs, too: in a crop every pixel is near it, and a network may rely on that (docs/local.md). Only tiles
+reproduce it, ``{"tile": 128}``.
 """
 
 import copy
@@ -54,11 +53,9 @@ def check_windows(local) -> dict[str, int]:
 def with_local_statistics(model: DGUNet, windows: Mapping[str, int]) -> DGUNet:
     """A copy of the network for inference with statistics over windows around each pixel.
 
-    Args:
-        model: its weights are shared, not copied.
-        windows: side in pixels of the image, a multiple of 16, by operation: ``norm`` (half instance norm),
-            ``attention`` (channel attention), ``projection`` (subspace projection). Operations that are not named stay
-            global, and so do all on an image smaller than the window. A ``tile`` is for `restore`, and ignored.
+    ``windows`` gives sides in pixels of the image, multiples of 16, by operation: ``norm`` (half instance norm),
+    ``attention`` (channel attention), ``projection`` (subspace projection). Operations that are not named stay global,
+    and so do all on an image smaller than the window. A ``tile`` is for `restore`, and ignored. The weights are shared.
     """
     windows = {name: window for name, window in check_windows(windows).items() if name != "tile"}
     known = [model.degradation] if model.degradation is not None else []
@@ -155,11 +152,10 @@ def to_pixels(cells: Tensor, cell: int, mode: str = "bilinear") -> Tensor:
 
 
 def project_locally(basis: Tensor, features: Tensor, window: int) -> Tensor:
-    """`project` in windows that overlap by half, blended linearly between their centres.
+    """`project` in windows of this (even) side that overlap by half, blended linearly between their centres.
 
     The maps are cut into cells of half a window. A window is 2x2 cells, and its Gram matrix is the sum of theirs. A
-    pixel gets the coefficients of the four windows that its cell belongs to, interpolated by its distance to their
-    centres. Shapes are those of `project`; ``window`` is its side in pixels, even.
+    pixel gets the coefficients of the four windows of its cell, interpolated by its distance to their centres.
     """
     side, (height, width) = window // 2, basis.shape[2:]
     if height <= window and width <= window:

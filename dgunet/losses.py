@@ -54,9 +54,6 @@ class StageLoss(nn.Module):
     Args:
         weights: e.g. ``{"charbonnier": 1.0, "edge": 0.05}``; the names are those of `LOSSES`.
         clamp: clamp the estimates to [0, 1] first (denoising and compressive sensing in the original).
-
-    Raises:
-        UserError: an unknown loss, or no weight above 0.
     """
 
     def __init__(self, weights: dict[str, float], clamp: bool = False):

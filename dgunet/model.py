@@ -175,8 +175,7 @@ class DGUNet(nn.Module):
     def compile(self, **options):
         """`torch.compile` the stages one by one, with its ``options``.
 
-        That makes 3 graphs: the middle stages share one, even with weights of their own. One graph of all K stages
-        takes three times as long to compile.
+        That makes 3 graphs (the middle stages share one) in a third of the time that one graph of all stages takes.
         """
         for stage in dict.fromkeys(self.iter_stages()):
             stage.compile(**options)
@@ -247,8 +246,7 @@ def _check_arguments(arguments: dict):
 class MeasureThenRestore(nn.Module):
     """A network as it is trained. One with a known degradation gets clean images (B, C, H, W) and measures them first.
 
-    Estimates that are smaller than the images are of their centres. `Degradation` says why, which ``generators`` its
-    ``measure`` takes, and which other operator may be ``measuring``.
+    `Degradation` says when estimates are smaller (of the images' centres), and what ``generators`` are.
     """
 
     def __init__(self, model: DGUNet):
@@ -310,8 +308,7 @@ def create_model(name: str, degradation: Degradation | None = None, **overrides)
 
     Args:
         name: one of `list_models()`.
-        degradation: a known one instead of the variant's. That is learned; in compressive sensing it is known and
-            measures 25 % of 32x32 blocks with a learned matrix.
+        degradation: a known one instead of the variant's own: learned, or in compressive sensing block sampling.
         **overrides: arguments of `DGUNet` that differ from the paper's, and in compressive sensing of
             `block_sampling`, e.g. ``ratio=0.1``, or ``ratio=(0.01, 0.5)`` for one network for that range.
     """

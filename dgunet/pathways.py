@@ -17,12 +17,8 @@ class ISFF(nn.Module):
         s = LeakyReLU_0.1(conv(e) + conv(d)),    out = x * sigmoid(conv(s)) + conv(s) + x        (``adaptive``)
         out = x + conv(e) + conv(d)                                                              (otherwise)
 
-    The second form is what the original computes for compressive sensing.
-
-    Args:
-        channels: channels of ``x`` and of ``e``.
-        decoder_channels: channels of ``d``.
-        adaptive: choose the spatially adaptive form.
+    The second form is what the original computes for compressive sensing. ``x`` and e have ``channels`` channels, d has
+    ``decoder_channels``.
     """
 
     def __init__(self, channels: int, decoder_channels: int, adaptive: bool = True):
@@ -87,20 +83,16 @@ def project(
 ) -> Tensor:
     """Orthogonal projection of feature maps onto the span of basis maps, ``V (V^T V)^-1 V^T features``.
 
-    The projection does not change when a basis map is rescaled, so the maps are taken as if they had unit length: a
-    ridge on the diagonal of their Gram matrix bounds its condition number then, whatever the maps are. Coinciding,
-    constant and zero maps are therefore harmless. Runs in float32 whatever autocast says, and never waits for the
-    device.
+    The projection does not depend on the scale of a basis map, so they are scaled to unit length: a ridge on the
+    diagonal of their Gram matrix then bounds its condition number, also of coinciding, constant and zero maps. Runs in
+    float32 whatever autocast says, and never waits for the device.
 
     Args:
         basis: (B, rank, H, W).
-        features: (B, C, H, W).
+        features: (B, C, H, W), as the result.
         precision: of the small Gram matrix; None for float64, or float32 on devices that have no other (Apple's GPU).
             Both are within 1e-3 of the exact projection up to a condition number of 1e5.
         inverse_factor: for float32, see `inverse_cholesky`; exported networks need another (export.py).
-
-    Returns:
-        (B, C, H, W), dtype of ``features``.
     """
     precision = precision or gram_precision(features)
     with torch.autocast(features.device.type, enabled=False):
@@ -122,14 +114,9 @@ def gram_precision(maps: Tensor) -> torch.dtype:
 
 
 def solve_projection(gram: Tensor, cross: Tensor) -> Tensor:
-    """The coefficients ``(V^T V)^-1 V^T maps`` of a projection.
+    """The coefficients ``(V^T V)^-1 V^T maps`` (..., rank, C) of a projection, float32.
 
-    Args:
-        gram: ``V^T V`` (..., rank, rank), in float64 where the device has it.
-        cross: ``V^T maps`` (..., rank, C), float32.
-
-    Returns:
-        (..., rank, C), float32.
+    ``gram`` is ``V^T V`` (..., rank, rank), in float64 where the device has it; ``cross`` is ``V^T maps``.
     """
     # The ridge keeps a Gram matrix with rounding errors positive definite.
     ridge = 1e-8 if gram.dtype == torch.float64 else 1e-5

@@ -39,8 +39,7 @@ def center_crop(x: Tensor, height: int, width: int) -> Tensor:
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """`pad_to` the next multiples of a number."""
-    height, width = (-(-side // multiple) * multiple for side in x.shape[2:])
-    return pad_to(x, height, width)
+    return pad_to(x, *(-(-side // multiple) * multiple for side in x.shape[2:]))
 
 
 def pad_to_blocks(x: Tensor, block: int) -> Tensor:

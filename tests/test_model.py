@@ -349,6 +349,13 @@ def test_import_is_light(run_command):
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+def test_model_imports_nothing_above_it(run_command):
+    code = "import dgunet.model, sys; print(*(name for name in sys.modules if name.startswith('dgunet.')))"
+    done = run_command(["-c", code])
+    parts = {"model", "degradations", "proximal", "pathways", "layers", "instance_norm", "errors", "files"}
+    assert set(done.stdout.split()) == {f"dgunet.{part}" for part in parts}, done.stderr
+
+
 # ------------------------------------------------------------------------------------------------- known degradations
 
 

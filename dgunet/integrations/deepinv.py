@@ -21,9 +21,8 @@ deepinv = lazy_import("deepinv")
 class Reconstructor(deepinv.models.Reconstructor):
     """A DGUNet as a deepinv reconstructor, for its ``test`` and ``Trainer``; gradients pass.
 
-    Args:
-        model: if its degradation is learned, the physics are ignored; if it is known, the physics replace it. The
-            network must have been trained for them: `degradations.MotionBlur` trains for any blur.
+    If the network's degradation is learned, the physics are ignored; if it is known, the physics replace it. The
+    network must have been trained for them: `degradations.MotionBlur` trains for any blur.
     """
 
     def __init__(self, model: DGUNet):
@@ -33,13 +32,8 @@ class Reconstructor(deepinv.models.Reconstructor):
     def forward(self, y: Tensor, physics: Degradation | None = None, **kwargs) -> Tensor:
         """The restored images x_K, (B, C, H, W), of any size.
 
-        Args:
-            y: degraded images (B, C, H, W), range [0, 1]; of a known degradation, measurements.
-            physics: the operator that measured them; None for the network's own known degradation.
-            **kwargs: ignored; deepinv passes them to all of its models.
-
-        Raises:
-            ValueError: another number of channels than the network's.
+        ``y`` is degraded images (B, C, H, W), range [0, 1], or measurements by ``physics``; None stands for the
+        network's own known degradation. Further arguments, which deepinv passes to all of its models, are ignored.
         """
         if self.model.degradation is None:
             height, width = y.shape[-2:]
@@ -71,10 +65,7 @@ class Denoiser(deepinv.models.Denoiser):
     """A denoising DGUNet as a deepinv denoiser, the prior of its plug-and-play algorithms.
 
     The network is blind to sigma: it removes the noise that it was trained for, so one for a range of sigmas is best.
-
-    Args:
-        model: a network whose degradation is learned. A network for colour restores a grey image as three equal
-            channels, and the mean is returned.
+    A network for colour restores a grey image as three equal channels, and the mean is returned.
     """
 
     def __init__(self, model: DGUNet):
@@ -91,11 +82,8 @@ class Denoiser(deepinv.models.Denoiser):
 
 
 class Physics(deepinv.physics.LinearPhysics):
-    """A known degradation, such as `BlockSampling` or `Blur`, as a deepinv operator.
-
-    Args:
-        degradation: has ``A(x)`` and ``A_adjoint(y)``.
-        **options: of ``deepinv.physics.LinearPhysics``, e.g. ``noise_model``.
+    """A known degradation, such as `BlockSampling` or `Blur`, as a deepinv operator, with the options of
+    ``deepinv.physics.LinearPhysics``, e.g. ``noise_model``.
     """
 
     def __init__(self, degradation: Degradation, **options):

@@ -20,21 +20,15 @@ spandrel = lazy_import("spandrel")
 class DGUNetArch(spandrel.Architecture[DGUNet]):
     """Detects DGUNets by the names of their weights.
 
-    Names and shapes say everything but how often a shared middle stage is applied, and spandrel drops the file's
-    metadata. Weights that come with dgunet are recognised; others with one middle stage are assumed to have 7 stages,
-    as in the paper.
+    They do not say how often a shared middle stage is applied, and spandrel drops the file's metadata. Weights that
+    come with dgunet are recognised; others with one middle stage are assumed to have 7 stages, as in the paper.
     """
 
     def __init__(self):
         super().__init__(id="DGUNet", detect=spandrel.util.KeyCondition.has_all("last.rho"))
 
     def load(self, state_dict: dict) -> spandrel.ImageModelDescriptor[DGUNet]:
-        """The network of a state dict.
-
-        Raises:
-            UserError: not a DGUNet's.
-            spandrel.UnsupportedModelError: a network for measurements instead of images.
-        """
+        """The network of a state dict."""
         # On the CPU: spandrel moves the model to its device.
         weights = {name: value.cpu() for name, value in state_dict.items() if isinstance(value, Tensor)}
         model = load_model("the state dict", content={"state_dict": weights, **_shipped(weights)})
