@@ -1,5 +1,5 @@
-"""For torch.hub: `model = torch.hub.load(REPOSITORY, "denoising_gaussian")`, or the name of other weights that come
-with dgunet, which `torch.hub.list` tells; or `"load_model", PATH`; or `"create_model", NAME`, without weights.
+"""For torch.hub: `model = torch.hub.load(REPOSITORY, "denoising_gaussian")`, or another name of `torch.hub.list`; or
+`"load_model", PATH`; or `"create_model", NAME`, without weights.
 """
 
 from dgunet import create_model, load_model  # noqa: F401

@@ -7,41 +7,41 @@
 Height, width and number of images stay free. docs/export.md shows how to run the files.
 """
 
-import contextlib
 import copy
 import json
 import math
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dgunet.checkpoint import load_model
 from dgunet.degradations import KINDS, BlockSampling, ScalableSampling
 from dgunet.errors import UserError
 from dgunet.files import atomic_write
 from dgunet.model import VARIANTS, DGUNet
+from dgunet.pathways import SubspaceFusion, project
 from dgunet.pretrained import list_pretrained
 from dgunet.progress import progress_bar
 from dgunet.proximal import MULTIPLE
 
 FORMATS = ("onnx", "pt2")
-STEPS = 3  # of an export: to trace the network, to write the file, to compare its output with the network's
-LARGEST_DIFFERENCE = 1e-3  # from the network's own estimates that a file may have
+LARGEST_DIFFERENCE = 1e-3  # between the file's estimates and the network's own
 
 
 def add_arguments(parser):
     add = parser.add_argument
     add("weights", metavar="WEIGHTS", help="a checkpoint, or the name of weights that come with dgunet (dgunet list)")
     add("--out", required=True, type=Path, metavar="FILE", help="file to write, .onnx or .pt2; must not exist")
-    add("--format", choices=FORMATS, help="what to write, where the file's name does not end with it")
-    add("--ratio", type=float, metavar="R", help="measurements per pixel, of a sensing network for a range of ratios")
-    add("--stages", action="store_true", help="give the estimates of all stages, the restored image first")
+    add("--format", choices=FORMATS, help="the format, where the file's name does not end with it")
+    add("--ratio", type=float, metavar="R", help="measurements per pixel, for a sensing network for a range of ratios")
+    add("--stages", action="store_true", help="output the estimates of all stages, the restored image first")
 
 
 def run(args):
@@ -50,40 +50,12 @@ def run(args):
     model = load_model(args.weights)
     print(f"{args.weights}: {model.name or 'a DGUNet'}; exporting takes minutes", flush=True)
     if model.local:
-        print("note: the file is of whole images; how these weights are made local (docs/local.md) is not exported")
-    with _progress() as told:
-        difference = export_model(model, args.out, args.format, args.stages, _about(args.weights), told, args.ratio)
+        print("note: local statistics (docs/local.md), which these weights use, are not exported")
+    difference = export_model(model, args.out, args.format, args.stages, _about(args.weights), args.ratio)
     print(
         f"wrote {args.out}: {args.out.stat().st_size / 2**20:.1f} MiB in {time.monotonic() - began:.0f} s; "
         f"run on another size, it differs from the network by {difference:.1g} at most"
     )
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, str], None]]:
-    """For `export_model` to tell what it does: on a terminal a bar with a clock, for a step may take minutes."""
-    over = threading.Event()
-    shown = "{l_bar}{bar}| {n}/{total} [{elapsed}]"
-    with progress_bar(total=STEPS, leave=False, bar_format=shown) as bar:
-
-        def tell(done: int, doing: str):
-            if bar.disable:
-                print(f"{doing} (step {done + 1} of {STEPS})", flush=True)
-            else:
-                bar.n = done
-                bar.set_description(doing)
-
-        def tick():
-            while not over.wait(1):
-                bar.refresh()
-
-        clock = threading.Thread(target=tick, daemon=True)
-        clock.start()
-        try:
-            yield tell
-        finally:
-            over.set()
-            clock.join()
 
 
 def export_model(
@@ -92,75 +64,70 @@ def export_model(
     format: str | None = None,
     stages: bool = False,
     about: Mapping[str, str] | None = None,
-    told: Callable[[int, str], None] = lambda done, doing: None,
     ratio: float | None = None,
 ) -> float:
     """Write a network to a file that runs without this package, in float32, whatever device and type it has here.
 
     The input ``y`` is (B, C, H, W), in [0, 1], sides multiples of 8 and at least 16; in compressive sensing it is the
     measurements (B, M, h, w) of at least 2x2 blocks. The output ``restored`` is the restored image, clamped to [0, 1]
-    as `restore` does. The file holds a few facts about the network as its metadata (.pt2: as ``metadata.json``).
+    as `restore` does. The file's metadata describe the network (.pt2: as ``metadata.json``).
 
     Args:
         model: a DGUNet whose degradation is learned or one of `dgunet.degradations`.
-        path: the file to write, must not exist; written atomically, after it was run.
-        format: ``"onnx"`` or ``"pt2"``; None for what the file's name ends with.
-        stages: give the estimates of all stages, ``x_K`` (the restored image), ..., ``x_1``.
+        path: the file to write, must not exist; written atomically, and only if its output was right.
+        format: ``"onnx"`` or ``"pt2"``; None for the ending of the file's name.
+        stages: output the estimates of all stages, ``x_K`` (the restored image), ..., ``x_1``.
         about: further metadata, such as ``{"licence": "MIT"}``.
-        told: called before each step with how many of the `STEPS` are done, and with what comes next.
-        ratio: of a compressive-sensing network, measurements per pixel; one for a range of ratios needs it, for the
-            file's input has a fixed number of channels.
+        ratio: measurements per pixel, of a compressive-sensing network for a range of ratios.
 
     Returns:
-        The largest difference between the file's output and the network's, on random images of a size other than the
-        one that it was made with.
-
-    Raises:
-        UserError: the file exists, no such format, or a network that cannot be exported; nothing is written.
+        The largest difference between the file's output and the network's, on random images of another size.
     """
     path = Path(path)
     format = _check_file(path, format)
     _check_network(model, format)
     model = _at_ratio(model, ratio)
-    if hasattr(model, "windows"):
-        raise UserError("local statistics are not exported; export the network itself, whose statistics are global")
     network = _Estimates(copy.deepcopy(model).to("cpu", torch.float32).eval(), stages)
     metadata = {**describe(model), **(about or {})}
-    with warnings.catch_warnings(), torch.no_grad(), atomic_write(path) as temporary:
+    y = example(model, rows=3, columns=5)
+    write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_pt2, _read_pt2)
+    with (
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        atomic_write(path) as temporary,
+        progress_bar(total=3, leave=False, desc="tracing the network") as bar,
+    ):
         warnings.simplefilter("ignore")  # of the exporters, about themselves
-        told(0, "tracing the network")
-        program = _trace(network)
-        told(1, "writing the file")
-        write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_pt2, _read_pt2)
-        write(program, temporary, network, metadata)
-        told(2, "running the file")
-        y = example(model, rows=3, columns=5).float().cpu()
         expected = network(y) if stages else [network(y)]
+        program = _trace(network)
+        bar.update()
+        bar.set_description("writing the file")
+        write(program, temporary, network, metadata)
+        bar.update()
+        bar.set_description("running the file")
         difference = max((a - b).abs().max().item() for a, b in zip(read(temporary)(y), expected, strict=True))
         if not difference <= LARGEST_DIFFERENCE:
-            raise UserError(
-                f"exported, {model.name or 'the network'} differs from itself by {difference:.1g}; not written"
-            )
+            raise UserError(f"{path}: its output differs from the network's by {difference:.1g}, so it is not written")
     return difference
 
 
 def describe(model: DGUNet) -> dict[str, str]:
-    """What the file says about the network."""
+    """The file's metadata."""
     from dgunet import __version__
 
     known = model.degradation
     shape, unit = f"(B, {model.channels}, H, W)", f"multiples of {_size_multiple(model)}"
-    taken = f"degraded images {shape} in [0, 1], H and W {unit}"
+    inputs = f"degraded images {shape} in [0, 1], H and W {unit}"
     if isinstance(known, BlockSampling):
         rows, b = known.matrix.shape[0], known.block
-        taken = f"measurements (B, {rows}, H/{b}, W/{b}) of images in [0, 1], H and W {unit}"
+        inputs = f"measurements (B, {rows}, H/{b}, W/{b}) of images in [0, 1], H and W {unit}"
     return {
         "name": model.name or "DGUNet",
         "task": VARIANTS[model.name].task if model.name in VARIANTS else "unknown",
         "licence": "unknown",
         "multiple": str(_size_multiple(model)),
         "value_range": "0 1",
-        "input": taken,
+        "input": inputs,
         "output": f"restored images {shape} in [0, 1]",
         "made_by": f"dgunet {__version__}",
         "paper": "Deep Generalized Unfolding Networks for Image Restoration (Mou, Wang, Zhang; CVPR 2022)",
@@ -168,22 +135,20 @@ def describe(model: DGUNet) -> dict[str, str]:
 
 
 def example(model: DGUNet, rows: int, columns: int, batch: int = 1) -> Tensor:
-    """What the network takes for random images of so many units of the smallest size."""
+    """An input of the network for random images, whose sides are so many times the smallest possible side."""
     generator = torch.Generator().manual_seed(0)
     size = (batch, model.channels, rows * _size_multiple(model), columns * _size_multiple(model))
-    x = torch.rand(size, generator=generator)
-    if model.degradation is None:
-        return x
-    return copy.deepcopy(model.degradation).to("cpu", torch.float32).A(x).detach()
+    x, known = torch.rand(size, generator=generator), model.degradation
+    return x if known is None else copy.deepcopy(known).to("cpu", torch.float32).A(x).detach()
 
 
 def _size_multiple(model: DGUNet) -> int:
-    """Of what the sides of an image are multiples."""
+    """The number that the sides of an image must be multiples of."""
     return math.lcm(MULTIPLE, getattr(model.degradation, "block", 1))
 
 
 class _Estimates(nn.Module):
-    """What is exported: from ``y`` the restored image, or the estimates of all stages, clamped."""
+    """The exported module: from ``y`` to the restored image, or to the estimates of all stages, clamped."""
 
     def __init__(self, model: DGUNet, stages: bool):
         super().__init__()
@@ -196,13 +161,13 @@ class _Estimates(nn.Module):
 
 
 def _check_file(path: Path, format: str | None) -> str:
-    """The format of a file to be written."""
+    """The format of the file to write."""
     ending = path.suffix.lower().removeprefix(".")
     format = format or ending
     if format not in FORMATS:
-        raise UserError(f"{path}: what shall it be? give a name that ends with .onnx or .pt2, or --format")
+        raise UserError(f"{path}: unknown format; use a name that ends with .onnx or .pt2, or --format")
     if ending in FORMATS and ending != format:
-        raise UserError(f"{path} should end with .{format} to hold {format}; change one of the two")
+        raise UserError(f"{path} does not end with .{format}; change the name or --format")
     if path.exists():
         raise UserError(f"{path} exists; remove it, or choose another name")
     return format
@@ -210,10 +175,12 @@ def _check_file(path: Path, format: str | None) -> str:
 
 def _check_network(model: DGUNet, format: str):
     known = model.degradation
+    if hasattr(model, "windows"):
+        raise UserError("local statistics are not exported; export the network itself, whose statistics are global")
     if known is not None and type(known) not in KINDS.values():
         raise UserError(
-            f"the network's known degradation is a {type(known).__name__}, code of your own, whose measurements have "
-            "sizes that export does not know; torch.export.export(model, (y,), dynamic_shapes=...) takes them"
+            f"the network's known degradation is a {type(known).__name__}, not one of dgunet's; the sizes of its "
+            "measurements are unknown. Use torch.export.export(model, (y,), dynamic_shapes=...)"
         )
     if format == "onnx":
         import onnx  # noqa: F401  now and not after the network was traced
@@ -221,19 +188,16 @@ def _check_network(model: DGUNet, format: str):
         import onnxscript  # noqa: F401
 
         if 4 * sum(tensor.numel() for tensor in model.state_dict().values()) > 1.9 * 2**30:
-            raise UserError("an ONNX file holds at most 2 GiB, this network has more; export it as .pt2")
+            raise UserError("the network is larger than the 2 GiB of an ONNX file; export it as .pt2")
 
 
 def _at_ratio(model: DGUNet, ratio: float | None) -> DGUNet:
     """The network for one ratio."""
     known = model.degradation
     if ratio is not None and not isinstance(known, BlockSampling):
-        raise UserError("--ratio is of compressive-sensing networks; leave it out")
+        raise UserError("--ratio is for compressive-sensing networks; leave it out")
     if ratio is None and isinstance(known, ScalableSampling):
-        raise UserError(
-            "the network is for a range of ratios, but the file's input has a fixed number of measurements; choose one "
-            "with --ratio, such as 0.25"
-        )
+        raise UserError("the network is for a range of ratios, but a file is for one; choose it with --ratio 0.25")
     if ratio is None or known.at(ratio) is known:
         return model
     model = copy.deepcopy(model)
@@ -241,17 +205,47 @@ def _at_ratio(model: DGUNet, ratio: float | None) -> DGUNet:
     return model
 
 
+def eliminate(gram: Tensor, eye: Tensor, ridge: float) -> Tensor:
+    """`pathways.inverse_cholesky` in the operations that ONNX has: unrolled elimination of ``[gram, eye]``.
+
+    That leaves ``[L^T, L^-1]``. No pivot is smaller than the ridge but by rounding.
+    """
+    rest, rows = torch.cat([gram, eye], dim=2), []
+    for k in range(gram.shape[1]):
+        row = rest[:, k : k + 1]
+        row = row * row[:, :, k : k + 1].clamp_min(ridge).rsqrt()
+        rest = rest - row[:, :, : gram.shape[1]].mT * row
+        rows.append(row)
+    return torch.cat(rows, dim=1)[:, :, gram.shape[1] :]
+
+
+class _ExportedSampling(BlockSampling):
+    """`BlockSampling` in operations that take any size (and round gradients otherwise)."""
+
+    def A(self, x: Tensor) -> Tensor:
+        return (F.pixel_unshuffle(x, self.block).permute(0, 2, 3, 1) @ self.matrix.mT).permute(0, 3, 1, 2)
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return F.pixel_shuffle((y.permute(0, 2, 3, 1) @ self.matrix).permute(0, 3, 1, 2), self.block)
+
+
 def _trace(network: _Estimates) -> torch.export.ExportedProgram:
-    model = network.model
+    """Trace the network, after replacing what cannot be exported."""
+    model, known = network.model, network.model.degradation
+    if isinstance(known, BlockSampling):
+        model.degradation = _ExportedSampling(block=known.block, learned=known.learned, matrix=known.matrix)
+    for module in model.modules():
+        if isinstance(module, SubspaceFusion):
+            module.project = partial(project, precision=torch.float32, inverse_factor=eliminate)
     y = example(model, rows=4, columns=6, batch=2)
     step = _size_multiple(model) // getattr(model.degradation, "block", 1)  # of y's own sides
-    # From 2 on: PyTorch lays out a side of length 1 in another way.
+    # At least 2: PyTorch specialises sides of length 1.
     height, width = (torch.export.Dim(name, min=2) for name in ("rows", "columns"))
     sides = {2: height, 3: width} if step == 1 else {2: step * height, 3: step * width}
     program = torch.export.export(network, (y,), dynamic_shapes=({0: torch.export.Dim("batch")} | sides,))
-    for part in program.graph_module.modules():  # what is inside autocast is a graph of its own
+    for part in program.graph_module.modules():  # autocast regions are graphs of their own
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # paths of this machine
+            node.meta.pop("stack_trace", None)  # has paths of this machine
     return program
 
 
@@ -264,12 +258,10 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, network: _Est
     graph = file.graph
     del graph.value_info[:]
     for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
-        del part.metadata_props[:]  # how the exporter came to it, which takes more room than the node
-    measured = isinstance(network.model.degradation, BlockSampling)
-    for value, sides in [
-        (graph.input[0], ("rows", "columns") if measured else ("height", "width")),
-        *((value, ("height", "width")) for value in graph.output),
-    ]:
+        del part.metadata_props[:]  # the exporter's notes, larger than the node itself
+    sensing = isinstance(network.model.degradation, BlockSampling)
+    for value in (graph.input[0], *graph.output):
+        sides = ("rows", "columns") if sensing and value is graph.input[0] else ("height", "width")
         for axis, name in zip((0, 2, 3), ("batch", *sides), strict=True):
             value.type.tensor_type.shape.dim[axis].dim_param = name
     onnx.helper.set_model_props(file, metadata)
@@ -292,15 +284,10 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path, network: _Esti
 
 def _read_pt2(path: Path):
     module = torch.export.load(BytesIO(path.read_bytes())).module()
-
-    def run(y: Tensor) -> list[Tensor]:
-        restored = module(y)
-        return [restored] if isinstance(restored, Tensor) else list(restored)
-
-    return run
+    return lambda y: [restored] if isinstance(restored := module(y), Tensor) else list(restored)
 
 
 def _about(weights: str) -> dict[str, str]:
-    """Licence and purpose of weights that come with dgunet; nothing of others."""
+    """Licence and purpose of weights that come with dgunet; empty for others."""
     records = [record for record in list_pretrained() if weights == record.name]
     return {key: str(getattr(record, key)) for record in records for key in ("licence", "trained_for", "not_for")}

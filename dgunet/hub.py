@@ -1,7 +1,7 @@
-"""Networks on the Hugging Face Hub, or in folders as it has them: what is behind `DGUNet.from_pretrained`.
+"""Networks on the Hugging Face Hub, or in folders of its layout: `DGUNet.from_pretrained` and the like.
 
-A folder has ``model.safetensors``, which says itself what network it is of, a known degradation included (see
-`weights`), so that `load_model` reads it, too; ``config.json``, the same for the Hub to show; and a model card.
+A folder has ``model.safetensors``, whose metadata describe the network and its known degradation (see `weights`), so
+that `load_model` reads it, too; ``config.json``, the same description; and a model card.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from dgunet.model import DGUNet, find_variant
 from dgunet.weights import save_weights
 
 WEIGHTS = "model.safetensors"
-WHERE = {"revision", "token", "cache_dir", "local_files_only", "force_download"}  # options that are for the Hub alone
+HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}  # not of `load_model`
 CARD = """---
 {{ card_data }}
 ---
@@ -25,8 +25,7 @@ CARD = """---
 
 {{ about }}
 
-A deep generalized unfolding network for image restoration ([paper]({{ paper_url }})), of the
-implementation dgunet.
+A deep generalized unfolding network for image restoration ([paper]({{ paper_url }})), by dgunet.
 
 ```python
 # from a clone of dgunet: pip install ".[hub]"
@@ -38,7 +37,7 @@ restored = restore(model, image)  # (H, W, C), or a tensor (C, H, W): any size; 
 """
 
 
-class _Shared(
+class _HubModel(
     huggingface.ModelHubMixin,
     model_card_template=CARD,
     paper_url="https://arxiv.org/abs/2204.13348",
@@ -47,7 +46,7 @@ class _Shared(
     pipeline_tag="image-to-image",
     tags=["image-restoration", "deep-unfolding", "pytorch"],
 ):
-    """A network as the mixin wants it. PyTorchModelHubMixin would write weights that do not say what they are of."""
+    """A network for the mixin. (PyTorchModelHubMixin would write weights without our metadata.)"""
 
     def __init__(self, model: DGUNet):
         self.model = model
@@ -66,7 +65,7 @@ class _Shared(
                 local_files_only=local_files_only, token=token,
             )  # fmt: skip
         content, config = read_checkpoint(path), Path(path).with_name("config.json")
-        if "model" not in content and config.is_file():  # written anew by a program that drops what is not weights
+        if "model" not in content and config.is_file():  # rewritten by a program that drops the metadata
             with contextlib.suppress(ValueError):
                 described = json.loads(config.read_text(encoding="utf-8"))
                 content |= {"model": described} if isinstance(described, dict) and "arguments" in described else {}
@@ -80,29 +79,38 @@ class _Shared(
 
 
 def from_pretrained(name: str | Path, **options) -> DGUNet:
-    """See `DGUNet.from_pretrained`."""
-    if not Path(name).is_dir() and "/" not in str(name):  # the Hub's have the name of a user in front
-        return load_model(name, **{key: value for key, value in options.items() if key not in WHERE})
+    """A network from a repository on the Hub, a folder of `save_pretrained`, or weights that come with dgunet.
+
+    Options are those of `load_model` (device, task, degradation), and of huggingface_hub's ``ModelHubMixin``
+    (revision, token, cache_dir, local_files_only, force_download).
+    """
+    if not Path(name).is_dir() and "/" not in str(name):  # the Hub's names are user/name
+        return load_model(name, **{key: value for key, value in options.items() if key not in HUB_OPTIONS})
     try:
-        return _Shared.from_pretrained(name, **options)
+        return _HubModel.from_pretrained(name, **options)
     except UserError:
         raise
     except (huggingface.errors.HfHubHTTPError, huggingface.errors.HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"no folder {name}, nor does the Hub give such a repository: {reason:.300}") from error
+        raise UserError(f"{name} is neither a folder nor a readable repository on the Hub: {reason:.300}") from error
 
 
 def save_pretrained(model: DGUNet, folder: str | Path, about: str = "", **options):
-    """See `DGUNet.save_pretrained`."""
-    options.setdefault("model_card_kwargs", _card(model, str(folder), about))
-    return _Shared(model).save_pretrained(folder, config=describe_model(model), **options)
+    """Write a network to a folder in the Hub's layout. Options are those of ``ModelHubMixin.save_pretrained``.
+
+    ``about`` is for the model card: what the weights are for and how they were trained.
+    """
+    return _HubModel(model).save_pretrained(folder, **_options(model, str(folder), about), **options)
 
 
 def push_to_hub(model: DGUNet, repo_id: str, about: str = "", **options) -> str:
-    """See `DGUNet.push_to_hub`."""
-    options.setdefault("model_card_kwargs", _card(model, repo_id, about))
-    return _Shared(model).push_to_hub(repo_id, config=describe_model(model), **options)
+    """Upload a network to ``user/name`` on the Hub; returns the commit's URL.
+
+    ``about``: see `save_pretrained`. Options are those of ``ModelHubMixin.push_to_hub`` (private, token, ...).
+    """
+    return _HubModel(model).push_to_hub(repo_id, **_options(model, repo_id, about), **options)
 
 
-def _card(model: DGUNet, repo_id: str, about: str) -> dict:
-    return {"network": model.name or "DGUNet", "repo_id": repo_id, "about": about or "What it was trained for: ..."}
+def _options(model: DGUNet, repo_id: str, about: str) -> dict:
+    card = {"network": model.name or "DGUNet", "repo_id": repo_id, "about": about or "What it was trained for: ..."}
+    return {"config": describe_model(model), "model_card_kwargs": card}

@@ -9,7 +9,7 @@ from numbers import Integral
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgunet.degradations import MotionBlur
 from dgunet.errors import UserError
@@ -18,7 +18,7 @@ from dgunet.local import check_windows, with_local_statistics
 from dgunet.proximal import MULTIPLE
 from dgunet.transforms import dihedral, pad_to_multiple, undo_dihedral
 
-# Peak memory of a forward pass, in floats per pixel and unit of width (measured, see estimate_memory).
+# Peak memory of a forward pass, in floats per pixel and unit of width, as measured.
 _FLOATS_PER_PIXEL_AND_WIDTH = 16
 
 
@@ -33,35 +33,30 @@ def restore(
 ):
     """Restore an image, or a batch of them, of any size.
 
-    Sides are extended to multiples of 8 (by reflection; by replication where the image is too small for it), the
-    network runs on the device it is on, the result is cropped back and clamped to [0, 1].
+    The image is padded to multiples of 8 (by reflection; by replication where it is too small), restored on the
+    network's device, cropped back and clamped to [0, 1].
 
     Args:
         model: a DGUNet for C channels whose degradation is learned, or a known one from image to image (`Blur`); of any
             floating type (``model.half()``), and compiled (``model.compile()``) or not.
-        image: one of
-            a NumPy array (H, W, C), (B, H, W, C), or for C = 1 also (H, W): uint8, uint16, or floats in [0, 1];
-            a tensor (C, H, W), (B, C, H, W), or for C = 1 also (H, W): uint8, uint16, or floats in [0, 1];
-            a list or tuple of such, of any sizes.
-            It is not modified.
+        image: a NumPy array (H, W, C) or (B, H, W, C), a tensor (C, H, W) or (B, C, H, W), for C = 1 also (H, W):
+            uint8, uint16, or floats in [0, 1]; or a list or tuple of such, of any sizes. It is not modified.
         tile: side in pixels of the tiles that the image is restored in; None for the whole image at once; "auto"
-            for the tile that ``local`` says, else for the whole image where the memory allows it, and else for tiles,
-            with a warning. Tiles do not give the whole image's result: channel attention, instance norm and subspace
-            projection see only the tile. Which is better differs: docs/local.md.
-        tile_overlap: pixels that neighbouring tiles share, at most half of their side; the seams are blended linearly
-            over them. None for a quarter of the tile, at most 64.
+            for the tile that ``local`` has, else the whole image if it fits into memory, else tiles, with a warning.
+            Tiles change the result: channel attention, instance norm and subspace projection see only the tile.
+        tile_overlap: pixels that neighbouring tiles share, at most half of their side; seams are blended linearly over
+            them. None for a quarter of the tile, at most 64.
         self_ensemble: mean over the 8 flips and rotations: 8 times the work for some hundredths of a dB.
         bf16: run the network under bfloat16 autocast.
-        local: windows for statistics that training took over crops, in pixels of the image, as in
-            ``{"norm": 64, "attention": 64, "projection": 64}``, see `with_local_statistics`, or ``{"tile": 128}``,
-            which makes all of them local by tiles; False for those of the whole image, as in the paper; None for what
-            the weights' record says (``model.local``; False where there is none).
+        local: windows in pixels for local statistics, as in ``{"norm": 64, "attention": 64, "projection": 64}``, see
+            `with_local_statistics`, or ``{"tile": 128}``; False for the statistics of the whole image, as in the paper;
+            None for what the weights' record says (``model.local``). docs/local.md compares them.
 
     Returns:
         The restored image(s), of the same type, shape and dtype as ``image``, tensors on the same device.
 
     Raises:
-        UserError: a shape, type or range that is none of the above, not-a-number pixels, or a network that makes some.
+        UserError: an unsuitable shape, type or range, NaN pixels, or a network that outputs NaN.
     """
     if isinstance(image, list | tuple):
         options = dict(tile=tile, tile_overlap=tile_overlap, self_ensemble=self_ensemble, bf16=bf16, local=local)
@@ -70,15 +65,12 @@ def restore(
     check_tiles(tile, tile_overlap)
     device = _check_network(model)
     if self_ensemble and model.degradation is not None:
-        raise UserError("self_ensemble turns the image, but not the network's known degradation; leave it out")
+        raise UserError("self_ensemble rotates the image, but not the network's known degradation; leave it out")
     x, back = _as_batch(image, model.channels)
     windows = check_windows(getattr(model, "local", None) if local is None else local)
     if windows.keys() - {"tile"}:
         model = with_local_statistics(model, windows)
-    with (
-        temporarily_set([part for part in model.modules() if _depends_on_mode(part)], "training", False),
-        torch.no_grad(),
-    ):
+    with temporarily_set(model.modules(), "training", False), torch.no_grad():
         x = x.to(device)
         if isinstance(tile, str):
             tile = windows.get("tile") or automatic_tile(model, x.shape, device)
@@ -86,59 +78,43 @@ def restore(
             tile = int(tile)  # NumPy's integers overflow
         turns = range(8) if self_ensemble else (0,)
         step = max(MULTIPLE, windows.get("projection", 0) // 2)
-        out = sum(
+        total = sum(
             undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap, bf16, step), k) for k in turns
         )
-        restored = (out / len(turns)).clamp(0, 1)
+        restored = (total / len(turns)).clamp(0, 1)
     return back(restored)
 
 
-# Of PyTorch's modules, those in a DGUNet; the instance norm there keeps no running statistics.
-_MODELESS = {nn.Conv2d, nn.ConvTranspose2d, nn.PReLU, nn.Identity, nn.ModuleList, nn.Sequential}
-
-
-def _depends_on_mode(part: nn.Module) -> bool:
-    """Whether a part of a network may compute something else in training mode.
-
-    Nothing of a DGUNet does while no gradients are wanted, so that its mode stays as it is: other threads may be
-    training it. A degradation of the user's own, or a part that was put in, may.
-    """
-    if type(part) is nn.InstanceNorm2d:
-        return part.track_running_stats
-    compiled = "_orig_mod" in part._modules  # by torch.compile: its mode is that of what it wraps
-    return not (compiled or type(part) in _MODELESS or type(part).__module__.startswith("dgunet."))
-
-
-_held: dict[tuple[int, str], list] = {}  # by object and attribute: how many hold it, and what it was before
-_holding = threading.Lock()
+_overrides: dict[tuple[int, str], list] = {}  # (object, attribute): number of users, value before the first
+_overrides_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def temporarily_set(objects: Iterable, name: str, value) -> Iterator[None]:
-    """Inside, the attribute ``name`` of all objects is ``value``; after it, what it was.
+    """Inside, the attribute ``name`` of all objects is ``value``; afterwards it is restored.
 
-    Threads may hold the same at once: only when the last has ended is it what it was before the first.
+    Threads may do so at the same time: the last one to leave restores it.
     """
     objects = list(objects)
-    with _holding:
+    with _overrides_lock:
         for one in objects:
-            holders = _held.setdefault((id(one), name), [0, getattr(one, name)])
-            holders[0] += 1
+            override = _overrides.setdefault((id(one), name), [0, getattr(one, name)])
+            override[0] += 1
             setattr(one, name, value)
     try:
         yield
     finally:
-        with _holding:
-            for one in objects:
-                holders = _held[id(one), name]
-                holders[0] -= 1
-                if not holders[0]:
-                    setattr(one, name, holders[1])
-                    del _held[id(one), name]
+        with _overrides_lock:
+            for one in reversed(objects):  # torch.compile's wrapper shares the mode of the network in it
+                override = _overrides[id(one), name]
+                override[0] -= 1
+                if not override[0]:
+                    setattr(one, name, override[1])
+                    del _overrides[id(one), name]
 
 
 def check_tiles(tile, tile_overlap):
-    """Raises UserError for what `restore` does not take as ``tile`` and ``tile_overlap``."""
+    """Check ``tile`` and ``tile_overlap`` of `restore`; raises UserError."""
 
     def whole(value) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool)
@@ -153,15 +129,15 @@ def check_tiles(tile, tile_overlap):
 
 
 def parse_tile(text: str) -> int | str | None:
-    """``tile`` as it is written on a command line: ``auto``, ``whole`` (None) or a number."""
+    """``tile`` from a command line: ``auto``, ``whole`` (None) or a number."""
     return {"auto": "auto", "whole": None}[text] if text in ("auto", "whole") else int(text)
 
 
 def _check_network(model) -> torch.device:
-    """Where the network is, if `restore` can run it."""
+    """The network's device; raises UserError if `restore` cannot run it."""
     if not isinstance(model, torch.nn.Module) or not all(hasattr(model, name) for name in ("channels", "degradation")):
         raise UserError(
-            f"restore takes a network as load_model or DGUNet(...) gives it, not {type(model).__name__}"
+            f"restore takes a network from load_model or DGUNet(...), not {type(model).__name__}"
             + ("; pass its .module" if hasattr(model, "module") else "")
         )
     if not (model.degradation is None or getattr(model.degradation, "image_to_image", False)):
@@ -171,24 +147,18 @@ def _check_network(model) -> torch.device:
     kinds = {(p.device, p.dtype) for p in model.parameters()}
     if len(kinds) != 1:
         raise UserError(
-            "the network's weights are not all of one type on one device; model.to(device, dtype) moves them"
+            "the network's weights are not all of one type and on one device; model.to(device, dtype) moves them"
         )
     device = kinds.pop()[0]
     if device.type == "meta":
-        raise UserError("the network has no weights yet: it is on the meta device; load_model(path) loads some")
+        raise UserError("the network has no weights: it is on the meta device; load_model(path) loads some")
     return device
 
 
 def estimate(model, y: Tensor, bf16: bool = False) -> Tensor:
     """The network's final estimate x_K, (B, C, H, W) float32, without gradients.
 
-    Args:
-        model: a DGUNet; weights of any floating type.
-        y: degraded images (B, C, H, W) with sides that are multiples of 8, or measurements; float32.
-        bf16: run the network under bfloat16 autocast.
-
-    Raises:
-        UserError: an estimate is NaN or infinite.
+    ``y`` is degraded images (B, C, H, W) with sides that are multiples of 8, or measurements; float32.
     """
     y = y.to(next(model.parameters()).dtype)
     with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, enabled=bf16):
@@ -197,7 +167,7 @@ def estimate(model, y: Tensor, bf16: bool = False) -> Tensor:
         stage = next(k for k, x in enumerate(estimates[::-1], start=1) if not torch.isfinite(x).all())
         raise UserError(
             f"stage {stage} of the network gave NaN or infinite values: its weights are damaged"
-            + ("" if not bf16 and y.dtype == torch.float32 else ", or half precision is too little for them")
+            + ("" if not bf16 and y.dtype == torch.float32 else ", or need more than half precision")
         )
     return estimates[0].float()
 
@@ -210,12 +180,10 @@ def _restore_tiles(model, x: Tensor, tile: int | None, overlap: int | None, bf16
 def blend_tiles(
     areas: list[tuple[slice, slice]], overlap: int, size: tuple[int, int], compute: Callable[[tuple], Tensor]
 ) -> Tensor:
-    """What ``compute`` gives for each area, put together.
+    """Compute an image (..., H, W) tile by tile, and blend the overlaps.
 
-    Args:
-        areas: rows and columns of each; neighbours share at least ``overlap`` pixels.
-        size: height and width of the whole.
-        compute: of the indices (..., rows, columns) of an area to (..., h, w), float32.
+    ``areas`` and ``overlap`` are of `tile_grid`, ``size`` is (H, W), ``compute`` maps the indices (..., rows, columns)
+    of a tile to (..., h, w), float32.
     """
     indices = [(..., rows, columns) for rows, columns in areas]
     if len(areas) == 1:
@@ -225,7 +193,7 @@ def blend_tiles(
         part = compute(area)
         if out is None:
             out, weight = part.new_zeros(*part.shape[:-2], *size), part.new_zeros(size)
-        # Pyramids: falling linearly over the overlap towards the tile's borders, they blend neighbours.
+        # The weights of a tile fall linearly over the overlap towards its borders.
         ramp = _ramp(part.shape[-2], overlap, part)[:, None] * _ramp(part.shape[-1], overlap, part)
         out[area] += ramp * part
         weight[area] += ramp
@@ -235,11 +203,10 @@ def blend_tiles(
 def tile_grid(
     height: int, width: int, tile: int | None, overlap: int | None = None, step: int = MULTIPLE
 ) -> tuple[list[tuple[slice, slice]], int]:
-    """The areas (rows, columns) that an image is restored in, and how many pixels neighbours share at least.
+    """The tiles (rows, columns) of an image, and the number of pixels that neighbours share at least.
 
-    They are as few as tiles of this side can be, all of one size, and no larger than needed for that. Areas begin at
-    multiples of ``step``: the grid of the network's scales, and of its local statistics, is then that of the whole
-    image.
+    They are as few as possible, of one size, and no larger than needed. They begin at multiples of ``step``, so that
+    the grid of the network's scales and of its local statistics is the whole image's.
     """
     if tile is None or (height <= tile and width <= tile):
         return [(slice(0, height), slice(0, width))], 0
@@ -258,7 +225,7 @@ def _restore_whole(model, x: Tensor, bf16: bool) -> Tensor:
 
 
 def _cut(size: int, tile: int, overlap: int, step: int) -> list[slice]:
-    """Along one side: evenly spread, sharing at least ``overlap``; where they begin is a multiple of ``step``."""
+    """Tiles along one side, evenly spread, that begin at multiples of ``step`` and share at least ``overlap``."""
     if size <= tile:
         return [slice(0, size)]
     count = -(-(size - overlap) // (tile - overlap))
@@ -268,7 +235,7 @@ def _cut(size: int, tile: int, overlap: int, step: int) -> list[slice]:
 
 
 def _ramp(size: int, overlap: int, like: Tensor) -> Tensor:
-    # The outermost quarter of the overlap, which the tile's border has spoilt, counts only where no other tile is.
+    # The outermost quarter of the overlap, the worst of a tile, counts only where there is no other tile.
     position = torch.arange(size, device=like.device, dtype=like.dtype)
     distance = torch.minimum(position, size - 1 - position) + 1
     margin = overlap // 4
@@ -276,14 +243,14 @@ def _ramp(size: int, overlap: int, like: Tensor) -> Tensor:
 
 
 def estimate_memory(model, pixels: int) -> int:
-    """Rough peak memory in bytes of restoring an image of so many pixels in float32."""
+    """Rough peak memory in bytes of restoring an image of this many pixels in float32."""
     return 4 * _FLOATS_PER_PIXEL_AND_WIDTH * model.arguments["width"] * pixels
 
 
 def automatic_tile(model, shape: tuple[int, int, int, int], device: torch.device) -> int | None:
-    """None if the whole batch of this shape fits into nine tenths of the device's free memory.
+    """None if a batch of this shape fits into nine tenths of the device's free memory.
 
-    Else the largest square tile that does, with a warning.
+    Else the side of the largest square tile that does, with a warning.
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -291,13 +258,13 @@ def automatic_tile(model, shape: tuple[int, int, int, int], device: torch.device
     else:
         free = available_memory()
     batch, _, height, width = shape
-    if estimate_memory(model, batch * height * width) <= 0.9 * free:
+    needed = estimate_memory(model, batch * height * width)
+    if needed <= 0.9 * free:
         return None
     side = int((0.9 * free / estimate_memory(model, batch)) ** 0.5) // 64 * 64
     side = max(min(side, 1024), 128)
     warnings.warn(
-        f"restoring {width}x{height} pixels at once would need about "
-        f"{estimate_memory(model, batch * height * width) / 2**30:.0f} GiB, {free / 2**30:.0f} are free: "
+        f"restoring {width}x{height} pixels at once needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free: "
         f"using tiles of {side} (tile={side}); tile=None forces the whole image",
         stacklevel=3,
     )
@@ -305,22 +272,17 @@ def automatic_tile(model, shape: tuple[int, int, int, int], device: torch.device
 
 
 def _as_batch(image, channels: int):
-    """The image(s) as a (B, C, H, W) float32 tensor, and a function from such a result to the caller's type."""
+    """The image(s) as a (B, C, H, W) float32 tensor, and a function that converts the result to the caller's type."""
     if isinstance(image, np.ndarray):
         if isinstance(image, np.ma.MaskedArray):
-            raise UserError("restore takes no masked arrays, whose masked pixels have no value; use image.filled(0)")
+            raise UserError("restore takes no masked arrays; use image.filled(0)")
         layout, dtype = "HWC", image.dtype
-        floating = np.issubdtype(dtype, np.floating)
-        depths = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
-        scale = 1 if floating else depths.get(dtype.newbyteorder("="))
-        # np.array copies: the result of from_numpy would share the caller's memory
+        scale = 1 if dtype.kind == "f" else {"u1": 255, "u2": 65535}.get(dtype.str[1:])
+        # np.array copies: from_numpy would share the caller's memory
         x = torch.from_numpy(np.array(image, dtype=np.float32)) if scale else None
     elif isinstance(image, Tensor):
         if image.is_nested or image.layout != torch.strided or image.is_quantized or image.device.type == "meta":
-            raise UserError(
-                "restore takes ordinary tensors, not nested, sparse, quantised or meta ones; "
-                "image.to_dense() or image.dequantize() makes them so, a list takes images of several sizes"
-            )
+            raise UserError("restore takes no nested, sparse, quantised or meta tensors; pass a dense one, or a list")
         layout, dtype = "CHW", image.dtype
         scale = 1 if image.is_floating_point() else {torch.uint8: 255, torch.uint16: 65535}.get(dtype)
         x = image.detach().to(torch.float32) if scale else None
@@ -328,12 +290,10 @@ def _as_batch(image, channels: int):
         raise UserError(f"restore takes a NumPy array, a tensor, or a list of them, not {type(image).__name__}")
     if scale is None:
         raise UserError(f"restore takes uint8, uint16 or floats in [0, 1], got {dtype}")
-    shape = tuple(image.shape)
-    grey = x.dim() == 2
-    if grey:
+    shape, home = tuple(image.shape), x.device
+    if x.dim() == 2:
         x = x[..., None] if layout == "HWC" else x[None]
-    single = x.dim() == 3
-    if single:
+    if x.dim() == 3:
         x = x[None]
     if x.dim() != 4 or x.numel() == 0:
         raise UserError(f"restore takes images ({', '.join(layout)}) or batches of them, got shape {shape}")
@@ -350,22 +310,15 @@ def _as_batch(image, channels: int):
     low, high = x.aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise UserError("the image has pixels that are NaN or infinite; replace them before restoring")
-    if scale == 1 and (high > 4 or low < -3):  # strong noise goes as far
+    if scale == 1 and (high > 4 or low < -3):  # strong noise stays within this
         raise UserError(f"float images must be in [0, 1], got {low:.3g} to {high:.3g}; divide by 255 (or 65535)")
-    home = x.device
 
     def back(restored: Tensor):
         restored = restored.to(home)
-        if layout == "HWC":
-            restored = restored.permute(0, 2, 3, 1)
-        if single:
-            restored = restored[0]
-        if grey:
-            restored = restored[..., 0] if layout == "HWC" else restored[0]
         if scale != 1:
             restored = (restored * scale).round()
-        if layout == "HWC":
-            return np.ascontiguousarray(restored.numpy().astype(dtype))
-        return restored.to(dtype).contiguous()
+        if layout == "CHW":
+            return restored.to(dtype).reshape(shape).contiguous()
+        return np.ascontiguousarray(restored.permute(0, 2, 3, 1).numpy().astype(dtype)).reshape(shape)
 
     return x, back

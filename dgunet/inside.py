@@ -1,4 +1,4 @@
-"""What happens inside: each stage's gradient step and proximal mapping, and what the degradation has become.
+"""Introspection: each stage's gradient step and proximal mapping, and how well the degradation was learned.
 
 record = trace(model, y)
 for step in record.steps:
@@ -29,16 +29,16 @@ class Step:
     v: Tensor  # x_{k-1} - rho_k A_adjoint(A(x_{k-1}) - y)
     x: Tensor  # prox_k(v_k)
     rho: float | None  # None for a network without gradient steps
-    degradation: Degradation | None  # the one that this stage computes with: its own, or the network's known one
+    degradation: Degradation | None  # of this stage's gradient step: its own, or the network's known one
 
     @property
     def gradient_step(self) -> Tensor:
-        """What the gradient step changes, ``v_k - x_{k-1}``."""
+        """The change by the gradient step, ``v_k - x_{k-1}``."""
         return self.v - self.before
 
     @property
     def proximal_step(self) -> Tensor:
-        """What the proximal mapping changes, ``x_k - v_k``."""
+        """The change by the proximal mapping, ``x_k - v_k``."""
         return self.x - self.v
 
 
@@ -46,7 +46,7 @@ class Step:
 class Trace:
     """A forward pass, stage by stage."""
 
-    y: Tensor  # what the network was given
+    y: Tensor  # the network's input
     initial: Tensor  # x_0: y, or A_adjoint(y) of a known degradation
     steps: list[Step]
 
@@ -57,17 +57,9 @@ class Trace:
 
 
 def trace(model: DGUNet, y: Tensor, degradation: Degradation | None = None) -> Trace:
-    """Run a network and keep what each stage computes.
+    """Run a network on the arguments of its ``forward`` and record what each stage computes.
 
-    It is `DGUNet.forward` that runs, watched by hooks: the last estimate is what ``model(y)[0]`` gives, to the last
-    bit, and a network that is not traced does nothing for it. The stages of a compiled one run uncompiled.
-
-    Args:
-        model: any DGUNet.
-        y, degradation: what its ``forward`` takes.
-
-    Raises:
-        ValueError: as ``forward``.
+    It is `DGUNet.forward` with hooks: the last estimate is ``model(y)[0]``, bit for bit. Compiled ones run uncompiled.
     """
     steps: list[Step] = []
     v: list[Tensor] = []
@@ -92,27 +84,27 @@ def trace(model: DGUNet, y: Tensor, degradation: Degradation | None = None) -> T
 
 @contextlib.contextmanager
 def after_each_stage(model: DGUNet, call: Callable[[Stage, tuple, tuple], None]) -> Iterator[None]:
-    """Inside, ``call`` is given each stage that has run, its arguments and its results; of compiled ones as well.
+    """Inside, ``call(stage, arguments, result)`` is called after each stage, in forward passes of this thread.
 
-    It watches: what ``call`` returns changes nothing. It watches the passes of this thread alone.
+    Compiled stages run uncompiled; what ``call`` returns is ignored.
     """
     thread = threading.get_ident()
 
-    def watch(stage: Stage, arguments: tuple, result: tuple) -> None:
+    def hook(stage: Stage, arguments: tuple, result: tuple) -> None:
         if threading.get_ident() == thread:
-            call(stage, arguments, result)  # PyTorch takes what a hook returns, unless it is None, for the result
+            call(stage, arguments, result)  # not returned: PyTorch would replace the result by it
 
     stages = list(dict.fromkeys(model.iter_stages()))
-    # A compiled stage would not look at the hooks.
+    # A compiled stage ignores hooks.
     with temporarily_set(stages, "_compiled_call_impl", None), contextlib.ExitStack() as hooks:
         for stage in stages:
-            hooks.callback(stage.register_forward_hook(watch).remove)
+            hooks.callback(stage.register_forward_hook(hook).remove)
         yield
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepMeasures:
-    """A stage in numbers; differences are root mean squares, in the unit of the images. None where there is none."""
+    """Measures of a stage; differences are root mean squares, in the unit of the images. None: does not apply."""
 
     k: int
     rho: float | None
@@ -124,50 +116,31 @@ class StepMeasures:
     data_term_v: float | None = None  # ||A v_k - y||
     data_term_x: float | None = None  # ||A x_k - y||
     data_term_truth: float | None = None  # ||A truth - y||
-    adjoint_mismatch: float | None = None  # see there
-    descent: float | None = None  # see `descent`
-    # Of degradations from images to images:
-    data_term_truth_tinted: float | None = None  # ||A truth - y||, but for a constant in each channel
+    adjoint_mismatch: float | None = None  # see the functions of these names
+    descent: float | None = None
+    # Of degradations from images to images ("tinted": without the mean of each channel):
+    data_term_truth_tinted: float | None = None
     truth_to_y: float | None = None  # ||truth - y||
     truth_to_y_tinted: float | None = None
-    towards_y: float | None = None  # correlation of v_k - x_{k-1} with y - x_{k-1}; none where x_{k-1} is y
+    towards_y: float | None = None  # correlation of v_k - x_{k-1} with y - x_{k-1}; None where x_{k-1} is y
 
 
 def measure_step(step: Step, y: Tensor, truth: Tensor) -> StepMeasures:
-    """What a stage does, and how well its degradation explains y.
-
-    Args:
-        step: of `trace`.
-        y: what the network was given.
-        truth: the true image (B, C, H, W), in [0, 1].
-    """
-    found = {
-        "k": step.k,
-        "rho": step.rho,
-        "psnr_v": psnr_batch(step.v, truth).mean().item(),
-        "psnr_x": psnr_batch(step.x, truth).mean().item(),
-        "gradient_step": rms(step.gradient_step),
-        "proximal_step": rms(step.proximal_step),
-    }
+    """Measure what a stage of `trace` changes, and how well its degradation explains y, given the true image."""
+    psnr_v, psnr_x = (psnr_batch(image, truth).mean().item() for image in (step.v, step.x))
+    found = StepMeasures(step.k, step.rho, psnr_v, psnr_x, rms(step.gradient_step), rms(step.proximal_step))
     if (A := step.degradation) is None:
-        return StepMeasures(**found)
-    found |= {
-        "data_term_before": data_term(A, step.before, y),
-        "data_term_v": data_term(A, step.v, y),
-        "data_term_x": data_term(A, step.x, y),
-        "data_term_truth": data_term(A, truth, y),
-        "adjoint_mismatch": adjoint_mismatch(A, step.before, y),
-        "descent": descent(A, step.before, y),
-    }
+        return found
+    found.data_term_before, found.data_term_v, found.data_term_x, found.data_term_truth = (
+        data_term(A, x, y) for x in (step.before, step.v, step.x, truth)
+    )
+    found.adjoint_mismatch, found.descent = adjoint_mismatch(A, step.before, y), descent(A, step.before, y)
     if y.shape == truth.shape:
+        found.data_term_truth_tinted = rms(_without_means(A.A(truth) - y))
+        found.truth_to_y, found.truth_to_y_tinted = rms(truth - y), rms(_without_means(truth - y))
         change, way = (_without_means(end - step.before) for end in (step.v, y))
-        found |= {
-            "data_term_truth_tinted": rms(_without_means(A.A(truth) - y)),
-            "truth_to_y": rms(truth - y),
-            "truth_to_y_tinted": rms(_without_means(truth - y)),
-            "towards_y": _cosine(change, way) if way.any() else None,
-        }
-    return StepMeasures(**found)
+        found.towards_y = _cosine(change, way) if way.any() else None
+    return found
 
 
 def rms(x: Tensor) -> float:
@@ -180,7 +153,7 @@ def _without_means(x: Tensor) -> Tensor:
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
-    """Of the angle between two tensors; nan where one of them is zero."""
+    """Cosine of the angle between two tensors; NaN where one of them is zero."""
     return ((a * b).sum() / (a.norm() * b.norm())).item()
 
 
@@ -190,10 +163,9 @@ def data_term(degradation: Degradation, x: Tensor, y: Tensor) -> float:
 
 
 def descent(degradation: Degradation, x: Tensor, y: Tensor) -> float:
-    """How nearly a stage's step is gradient descent on its own data term: 1 exactly, 0 across it, below 0 uphill.
+    """How close a stage's step is to gradient descent on its own data term: 1 the same direction, below 0 uphill.
 
-    The cosine of the angle between ``A_adjoint(A(x) - y)`` and the gradient of ``||A(x) - y||^2 / 2``, in which A's
-    derivative at x has its true adjoint.
+    The cosine of the angle between ``A_adjoint(A(x) - y)`` and the gradient of ``||A(x) - y||^2 / 2``.
     """
     residual, pull_back = torch.func.vjp(lambda x: degradation.A(x) - y, x)
     (gradient,) = pull_back(residual)
@@ -201,17 +173,13 @@ def descent(degradation: Degradation, x: Tensor, y: Tensor) -> float:
 
 
 def adjoint_mismatch(degradation: Degradation, x: Tensor, y: Tensor, probes: int = 4) -> float:
-    """How far ``A_adjoint`` is from the adjoint of ``A``: 0 for the adjoint, 1 where it could as well be zero.
+    """How far ``A_adjoint`` is from the adjoint of ``A``: 0 for the adjoint, 1 if it might as well be zero.
 
     The root mean square of ``<A d, e> - <d, A_adjoint e>`` over random d and e, relative to that of ``<A d, e>``.
-    Learned operators are not linear: A and A_adjoint stand for their derivatives, A's at ``x`` and A_adjoint's at what
-    the gradient step gives it, ``A(x) - y``. The constants that they add are left out; `descent` has them.
+    Learned operators are not linear: A stands for its derivative at ``x``, A_adjoint for its derivative at the
+    residual ``A(x) - y``. Constant offsets do not count here, but in `descent`.
 
-    Args:
-        degradation: any with ``A`` and ``A_adjoint`` that PyTorch can differentiate.
-        x: image (B, C, H, W).
-        y: the measurement.
-        probes: random e; their d are averaged over exactly.
+    ``probes`` is the number of random e; the mean over d is exact. PyTorch has to be able to differentiate both.
     """
     residual, pull_back = torch.func.vjp(degradation.A, x)
     generator = torch.Generator().manual_seed(0)
@@ -226,12 +194,9 @@ def adjoint_mismatch(degradation: Degradation, x: Tensor, y: Tensor, probes: int
 
 
 def impulse_response(operator: Callable[[Tensor], Tensor], at: Tensor, row: int, column: int) -> Tensor:
-    """How an operator's output changes with one pixel of its input, all channels of it alike: their mean, (H, W).
+    """Impulse response to one pixel, in all channels: the mean over the output's channels, (H, W).
 
-    Args:
-        operator: a function of images (1, C, H, W), such as ``degradation.A``.
-        at: the image around which; learned operators are not linear.
-        row, column: of the pixel.
+    The operator, such as ``degradation.A``, is linearised at an image (1, C, H, W): learned ones are not linear.
     """
     impulse = torch.zeros_like(at)
     impulse[0, :, row, column] = 1

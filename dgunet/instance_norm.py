@@ -1,11 +1,8 @@
 """Half instance norm (HINet): instance norm of the first half of the channels, the rest as they are.
 
-Two lines say it, ``first, rest = x.chunk(2, dim=1)`` and ``torch.cat([norm(first), rest], dim=1)``. Training replaces
-them by one function with a backward pass of its own, which reads and writes the maps half as often and leaves them in
-their memory format. Of the processor time of a training step of deraining_dgunet (2 x 128x128) that saves 5 % in
-bfloat16, 3.03 s for 3.21 s, and costs 4 % in float32, 6.14 s for 5.89 s; kept for the backward pass are 2.5 % more, 680
-MiB for 664 and 1280 for 1247: whole maps, where the two lines keep the half that they normalise. (Medians of three
-turns each, AMD EPYC, one core, 2026-11-21.)
+Training uses one autograd function, which reads and writes the maps half as often as chunk, norm and cat, and keeps
+their memory format: a training step of deraining_dgunet (2 x 128x128) takes 5 % less processor time in bfloat16, 4 %
+more in float32, and 2.5 % more memory (AMD EPYC, one core, 2026-11-21).
 """
 
 import torch
@@ -22,7 +19,7 @@ class HalfInstanceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training or not torch.is_grad_enabled():
             return _HalfInstanceNorm.apply(x, self.norm.weight, self.norm.bias, self.norm.eps)
-        # Gradients of a network in evaluation mode: torch.func and second derivatives want plain operations.
+        # Gradients in evaluation mode: torch.func and second derivatives need plain operations.
         first, second = x.chunk(2, dim=1)
         mean, rstd = _statistics(first, self.norm.eps)
         scale, shift = self.norm.weight.view(1, -1, 1, 1) * rstd, self.norm.bias.view(1, -1, 1, 1)
@@ -36,9 +33,9 @@ def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class _HalfInstanceNorm(torch.autograd.Function):
-    """``scale * (x - mean) + bias`` for each channel, those of the second half with the scale 1, mean and bias 0.
+    """``scale * (x - mean) + bias`` for each channel, with scale 1, mean and bias 0 for the second half.
 
-    In low precision ``x`` loses nothing where its mean, rounded, is subtracted first; the rest is a small shift.
+    In low precision the rounded mean is subtracted from ``x`` first, which is exact; the remainder is a small shift.
     """
 
     @staticmethod
@@ -70,5 +67,5 @@ class _HalfInstanceNorm(torch.autograd.Function):
 
 
 def _extend(first: Tensor, value: float) -> Tensor:
-    """Factors (B, C/2, 1, 1) of the first half of the channels, extended to all by a constant."""
+    """Factors (B, C/2, 1, 1) of the first half of the channels, extended to all channels by a constant."""
     return torch.cat([first, torch.full_like(first, value)], dim=1)

@@ -17,7 +17,7 @@ def conv3x3(in_channels: int, out_channels: int, bias: bool = True) -> nn.Conv2d
 
 
 class ChannelAttention(nn.Module):
-    """A weight in (0, 1) for every channel, computed from the channel means of the whole image: (B, C, 1, 1)."""
+    """Channel attention (MPRNet): weights (B, C, 1, 1) in (0, 1) from the channel means of the whole image."""
 
     def __init__(self, channels: int, reduction: int = 4):
         super().__init__()
@@ -32,7 +32,7 @@ class ChannelAttention(nn.Module):
 
 
 class ChannelAttentionBlock(nn.Module):
-    """Residual block: conv3x3, PReLU, conv3x3, channel attention; no biases."""
+    """Residual block (MPRNet's CAB): conv3x3, PReLU, conv3x3, channel attention; no biases."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -59,7 +59,7 @@ class ShallowFeatures(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """conv3x3, (half instance norm,) LeakyReLU(0.2), conv3x3, LeakyReLU(0.2), plus a 1x1 identity path."""
+    """conv3x3, (half instance norm,) LeakyReLU(0.2), conv3x3, LeakyReLU(0.2), plus a 1x1 identity path (HINet)."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: bool):
         super().__init__()

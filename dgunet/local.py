@@ -1,20 +1,19 @@
-"""Local statistics at test time: a network that is trained on crops computes its means as it did on crops.
+"""Local statistics at test time: over windows as large as the crops that a network was trained on.
 
-Three operations of DGUNet look at a whole image: half instance norm and channel attention take the mean (and variance)
-of each channel, the subspace projection takes the Gram matrix of its basis maps. Training computes them on crops of 64
-to 256 pixels, testing on whole photographs, whose statistics are others. Here each pixel gets the statistics of a
-window around it, as large as a training crop. For the norm and for attention that is TLC (Chu et al., "Improving image
-restoration by revisiting global information aggregation", ECCV 2022); for the projection it is this module's own.
+Three operations of DGUNet are global: half instance norm and channel attention take the mean (and variance) of each
+channel, the subspace projection takes the Gram matrix of its basis maps. Training computes them on crops of 64 to 256
+pixels, testing on whole photographs, whose statistics differ. Here each pixel gets the statistics of a window around
+it. For the norm and for attention that is TLC (Chu et al., "Improving image restoration by revisiting global
+information aggregation", ECCV 2022); for the projection it is new.
 
     local = with_local_statistics(model, {"norm": 64, "attention": 64, "projection": 64})
     x = local(y)[0]
 
-Statistics are taken on a grid of one position in 8x8 pixels of the image (one value of a map at the scale 1/8) and
-interpolated bilinearly between them; near the border the nearest window inside the image counts. So there are no
-seams, and no sums over more than a window, which would lose digits.
+Statistics are taken on a grid with one position per 8x8 pixels of the image (one value of a map at the scale 1/8) and
+interpolated bilinearly; near the border the nearest window inside the image is used.
 
-A fourth thing differs: the zeros around an image, which convolutions see. In a crop none of its pixels is far from
-them, and a network may have learned to count on that (docs/local.md). Only tiles bring them back, ``{"tile": 128}``.
+Zero padding differs, too: in a crop every pixel is near it, and a network may rely on that (docs/local.md). Only tiles
+reproduce it, ``{"tile": 128}``.
 """
 
 import copy
@@ -34,16 +33,12 @@ from dgunet.pathways import gram_precision, project, solve_projection
 from dgunet.proximal import MULTIPLE
 
 OPERATIONS = ("norm", "attention", "projection")
-KEYS = (*OPERATIONS, "tile")  # of what `restore` calls local
+KEYS = (*OPERATIONS, "tile")  # of `restore`'s ``local``
 STEP = 2 * MULTIPLE  # windows are multiples of it: half a window lies on the grid
 
 
 def check_windows(local) -> dict[str, int]:
-    """The windows that ``local`` of `restore` asks for, in pixels of the image, and its ``tile``; empty for none.
-
-    Raises:
-        UserError: an unknown operation, or a window that is not a multiple of 16 pixels.
-    """
+    """The windows in pixels of the image, and the tile, that `restore`'s ``local`` asks for; empty for none."""
     if local is None or local is False:
         return {}
     if not isinstance(local, Mapping) or not all(name in KEYS for name in local):
@@ -56,21 +51,15 @@ def check_windows(local) -> dict[str, int]:
 
 
 def with_local_statistics(model: DGUNet, windows: Mapping[str, int]) -> DGUNet:
-    """The same network, with statistics over windows around each pixel; for inference, ``model`` stays as it is.
+    """A copy of the network for inference with statistics over windows around each pixel.
 
-    Args:
-        model: its weights are shared, not copied.
-        windows: side in pixels of the image, a multiple of 16, by operation: ``norm`` (half instance norm),
-            ``attention`` (channel attention), ``projection`` (subspace projection). Operations that are not named
-            look at the whole image. An image that is smaller than a window is looked at as a whole. A ``tile`` is not
-            for the network but for `restore`, and is left out.
-
-    Raises:
-        UserError: as `check_windows`.
+    ``windows`` gives sides in pixels of the image, multiples of 16, by operation: ``norm`` (half instance norm),
+    ``attention`` (channel attention), ``projection`` (subspace projection). Operations that are not named stay global,
+    and so do all on an image smaller than the window. A ``tile`` is for `restore`, and ignored. The weights are shared.
     """
     windows = {name: window for name, window in check_windows(windows).items() if name != "tile"}
-    own = [model.degradation] if model.degradation is not None else []
-    shared = {id(part): part for part in chain(model.parameters(), model.buffers(), own)}
+    known = [model.degradation] if model.degradation is not None else []
+    shared = {id(part): part for part in chain(model.parameters(), model.buffers(), known)}
     local = copy.deepcopy(model, shared).eval()
     for stage in dict.fromkeys(local.iter_stages()):
         mapping = stage.proximal
@@ -82,7 +71,7 @@ def with_local_statistics(model: DGUNet, windows: Mapping[str, int]) -> DGUNet:
         if "norm" in windows and hasattr(mapping, "encoder"):
             for level, block in enumerate([*mapping.encoder.blocks, mapping.encoder.bottom]):
                 block.norm = LocalHalfInstanceNorm(block.norm, windows["norm"], cell=MULTIPLE >> level)
-    local.local = {}  # nothing is left to be made local by `restore`
+    local.local = {}  # `restore` has nothing left to do
     local.windows = windows
     return local
 
@@ -90,10 +79,8 @@ def with_local_statistics(model: DGUNet, windows: Mapping[str, int]) -> DGUNet:
 class LocalHalfInstanceNorm(nn.Module):
     """`HalfInstanceNorm` with the mean and variance of a window around each pixel.
 
-    Args:
-        norm: whose weights are used.
-        window: its side in pixels of the image.
-        cell: distance in pixels of the map between two positions of the grid: 8 at the scale 1, 1 at the scale 1/8.
+    ``window`` is its side in pixels of the image, ``cell`` the spacing of the grid in pixels of the map: 8 at the scale
+    1, 1 at the scale 1/8.
     """
 
     def __init__(self, norm: HalfInstanceNorm, window: int, cell: int):
@@ -105,10 +92,10 @@ class LocalHalfInstanceNorm(nn.Module):
         mean, variance = window_moments(first, self.window // MULTIPLE, self.cell)
         scale = self.norm.weight.float().view(1, -1, 1, 1) * torch.rsqrt(variance + self.norm.eps)
         shift = self.norm.bias.float().view(1, -1, 1, 1) - mean * scale
-        few = 8  # channels at once: the factors of all would be two more maps in float32
+        chunk = 8  # channels at once, to save memory: interpolated, the factors are as large as the map
         parts = [
             torch.addcmul(to_pixels(b, self.cell), part.float(), to_pixels(a, self.cell)).to(x.dtype)
-            for part, a, b in zip(first.split(few, 1), scale.split(few, 1), shift.split(few, 1), strict=True)
+            for part, a, b in zip(first.split(chunk, 1), scale.split(chunk, 1), shift.split(chunk, 1), strict=True)
         ]
         return torch.cat([*parts, rest], dim=1)
 
@@ -126,35 +113,25 @@ class LocalChannelAttention(nn.Module):
 
 
 def window_moments(x: Tensor, count: int, cell: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of windows of ``count`` x ``count`` cells around each cell of maps, in float32.
+    """Mean and variance of windows of ``count`` x ``count`` cells around each cell of ``cell`` x ``cell`` pixels.
 
-    Args:
-        x: (B, C, H, W), sides multiples of ``cell``.
-        count: cells along a window's side.
-        cell: pixels along a cell's side.
-
-    Returns:
-        Two of (B, C, H / cell, W / cell).
+    From (B, C, H, W) to two of (B, C, H / cell, W / cell), in float32.
     """
     x = x.float()
-    if cell == 1:
-        within, means = None, x
-    else:
-        # Centred, so that squares keep their digits.
-        means = F.avg_pool2d(x, cell)
-        within = F.avg_pool2d((x - to_pixels(means, cell, mode="nearest")).square_(), cell)
+    means = F.avg_pool2d(x, cell)
+    # Centred before squaring, for precision.
+    within = F.avg_pool2d((x - to_pixels(means, cell, mode="nearest")).square_(), cell)
     centre = means.mean(dim=(2, 3), keepdim=True)
     mean = window_means(means - centre, count)
-    square = (means - centre).square()
-    variance = window_means(square if within is None else square + within, count) - mean.square()
+    variance = window_means((means - centre).square() + within, count) - mean.square()
     return mean + centre, variance.clamp_min_(0)
 
 
 def window_means(cells: Tensor, count: int) -> Tensor:
     """Means of windows of ``count`` x ``count`` cells around each cell of (B, C, h, w).
 
-    A window of an even count has half cells at both ends. Near the border the nearest window inside counts; where the
-    image is smaller, the whole of it.
+    A window of an even count has half cells at both ends. Near the border the nearest window inside is used; of an
+    image smaller than a window, all of it.
     """
     for dim in (2, 3):
         if count >= cells.shape[dim]:
@@ -170,24 +147,15 @@ def window_means(cells: Tensor, count: int) -> Tensor:
 
 
 def to_pixels(cells: Tensor, cell: int, mode: str = "bilinear") -> Tensor:
-    """Interpolates from the grid (B, C, h, w) to the pixels of a map, (B, C, h * cell, w * cell)."""
+    """Interpolate values on the grid (B, C, h, w) to the pixels of a map, (B, C, h * cell, w * cell)."""
     return cells if cell == 1 else F.interpolate(cells, scale_factor=cell, mode=mode)
 
 
 def project_locally(basis: Tensor, features: Tensor, window: int) -> Tensor:
-    """`project` in windows that overlap by half, their results blended linearly from centre to centre.
+    """`project` in windows of this (even) side that overlap by half, blended linearly between their centres.
 
-    The maps are cut into cells of half a window. A window is made of 2x2 cells and has a Gram matrix of its own, the
-    sum of theirs, so that each cell's is computed once; a pixel gets the coefficients of the four windows that its
-    cell belongs to, interpolated by its distance to their centres.
-
-    Args:
-        basis: (B, rank, H, W).
-        features: (B, C, H, W).
-        window: side in pixels, even.
-
-    Returns:
-        (B, C, H, W), dtype of ``features``.
+    The maps are cut into cells of half a window. A window is 2x2 cells, and its Gram matrix is the sum of theirs. A
+    pixel gets the coefficients of the four windows of its cell, interpolated by its distance to their centres.
     """
     side, (height, width) = window // 2, basis.shape[2:]
     if height <= window and width <= window:
@@ -198,7 +166,7 @@ def project_locally(basis: Tensor, features: Tensor, window: int) -> Tensor:
         gram, cross = _windows(exact.mT @ exact), _windows(V.mT @ maps)
         coefficients = solve_projection(gram, cross)  # (B, h - 1, w - 1, rank, C)
         out = torch.zeros_like(maps)
-        # How far a pixel is from the upper, or left, end of its cell: from one window's centre to the next.
+        # Position of a pixel within its cell, in (0, 1): from one window's centre to the next.
         part = (torch.arange(side, device=V.device) + 0.5) / side
         rows, columns = (torch.arange(count, device=V.device) for count in V.shape[1:3])
         last_row, last_column = coefficients.shape[1] - 1, coefficients.shape[2] - 1
@@ -212,14 +180,14 @@ def project_locally(basis: Tensor, features: Tensor, window: int) -> Tensor:
 
 
 def _cells(maps: Tensor, side: int) -> Tensor:
-    """Maps (B, C, H, W) as cells of ``side`` x ``side`` pixels, (B, h, w, side^2, C); the last ones end with zeros."""
+    """Maps (B, C, H, W), padded by zeros, as cells of ``side`` x ``side`` pixels, (B, h, w, side^2, C)."""
     maps = F.pad(maps, (0, -maps.shape[3] % side, 0, -maps.shape[2] % side))
     cells = maps.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, h, side, w, side)
     return cells.permute(0, 2, 4, 3, 5, 1).flatten(3, 4)
 
 
 def _windows(cells: Tensor) -> Tensor:
-    """Sums over 2x2 neighbouring cells of (B, h, w, ...); over what there is where a side has a single cell."""
+    """Sums over 2x2 neighbouring cells of (B, h, w, ...); over one cell along a side that has no more."""
     for dim in (1, 2):
         count = cells.shape[dim]
         if count > 1:

@@ -1,6 +1,6 @@
 """Training losses, as in the original's code. All take two (B, C, H, W) images in [0, 1] and return a scalar.
 
-A loss of your own is a module here, its line in `LOSSES`, and its weight, 0 by default, in `config.py`.
+To add one: a module here, its line in `LOSSES`, and its weight, 0 by default, in `config.py`.
 """
 
 import torch
@@ -18,7 +18,7 @@ class Charbonnier(nn.Module):
 
 
 class Edge(nn.Module):
-    """Charbonnier of the Laplacian residue ``x - G(up(down(G x)))``.
+    """Edge loss (MPRNet): Charbonnier of the Laplacian residue ``x - G(up(down(G x)))``.
 
     G is the 5-tap Gaussian [.05 .25 .4 .25 .05] (outer product) with replicated borders; down keeps every second
     pixel and up puts 4 times its value back, with zeros in between.
@@ -54,9 +54,6 @@ class StageLoss(nn.Module):
     Args:
         weights: e.g. ``{"charbonnier": 1.0, "edge": 0.05}``; the names are those of `LOSSES`.
         clamp: clamp the estimates to [0, 1] first (denoising and compressive sensing in the original).
-
-    Raises:
-        UserError: a name that is no loss, or no loss at all.
     """
 
     def __init__(self, weights: dict[str, float], clamp: bool = False):
@@ -71,9 +68,10 @@ class StageLoss(nn.Module):
         self.clamp = clamp
 
     def forward(self, estimates: list[Tensor], target: Tensor) -> Tensor:
+        """K estimates (B, C, H, W) and their target (B, C, H, W) to a scalar, float32."""
         target = target.float()
         total = target.new_zeros(())
-        for estimate in estimates:
+        for estimate in estimates:  # L = sum_{k=1..K} sum_terms weight * term(x_k, x)
             estimate = estimate.float()
             if self.clamp:
                 estimate = estimate.clamp(0, 1)

@@ -228,13 +228,15 @@ def _sidd_unit_range(restored: np.ndarray, target: np.ndarray) -> Scores:
 
 
 def _cs_y(restored: np.ndarray, target: np.ndarray) -> Scores:
+    from skimage.metrics import structural_similarity
+
     if restored.dtype == np.uint8:
         restored = _full_luma(restored).astype(np.float64)
     else:
         restored = np.clip(restored.astype(np.float64), 0, 1) * 255
     target = _full_luma(target).astype(np.float64)
     psnr = 100.0 if np.array_equal(restored, target) else _psnr(restored, target, peak=255)
-    return psnr("skimage.metrics").structural_similarity(restored, target, data_range=255)
+    return psnr, structural_similarity(restored, target, data_range=255)
 
 
 def _realblur_aligned(restored: np.ndarray, target: np.ndarray, align: bool) -> Scores:

@@ -15,13 +15,13 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module  # of modules that import this one
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import dgunet  # for dgunet.hub and dgunet.pretrained, which import this module and are imported when first used
 from dgunet.degradations import Degradation, LearnedDegradation, block_sampling, for_measurements
 from dgunet.errors import UserError
 from dgunet.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
@@ -32,8 +32,8 @@ class Stage(nn.Module):
 
     Args:
         proximal: maps v and the previous stage's features to x and this stage's features.
-        degradation: the stage's own learned degradation, or None where the network's known one is to be used.
-        rho: initial value of the learned step size; None for no gradient step, v is then x.
+        degradation: the stage's own learned degradation; None where the network's is known.
+        rho: initial value of the learned step size; None for no gradient step: v is x.
     """
 
     def __init__(self, proximal: nn.Module, degradation: LearnedDegradation | None, rho: float | None):
@@ -46,17 +46,22 @@ class Stage(nn.Module):
         if self.rho is None:
             return x
         degradation = self.degradation if known is None else known
+        # FGDM: v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)
         return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
 
     def forward(
         self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
     ) -> tuple[Tensor, StageFeatures | None]:
+        """x_{k-1} (B, C, H, W) and the features of stage k-1 (`StageFeatures`, None for k = 1) to those of stage k.
+
+        y is (B, C, H, W), or the ``known`` degradation's measurement; ``known`` is None where it is learned.
+        """
         v = self.gradient_step(x, y, known)
-        return self.proximal(v, previous)
+        return self.proximal(v, previous)  # IPMM: x_k = prox_k(v_k; features of stage k-1)
 
 
 class FinalStage(Stage):
-    """Stage K: its mapping predicts a residual to y (unknown degradation) or to v_K (known degradation)."""
+    """Stage K: its mapping predicts a residual to y (learned degradation) or to v_K (known degradation)."""
 
     def forward(
         self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
@@ -76,21 +81,17 @@ class DGUNet(nn.Module):
         shared: the middle stages 2..K-1 share one set of weights (DGUNet) or have their own (DGUNet+).
         pathways: the inter-stage information pathways, ISFF and feature fusion; False leaves both out.
         fusion: feature fusion in the stages 2..K-1, ``"subspace"`` (images), ``"concat"`` (compressive sensing), or
-            ``"none"``, then neither in the last one; see `pathways`.
+            ``"none"`` (then the last stage has none either); see `pathways`.
         isff: inter-stage feature fusion in the encoders, ``"adaptive"`` (images), ``"additive"`` (compressive
             sensing), or ``"none"``; see `ISFF`.
-        attention: the features handed on to fusion are attended by the stage's estimate (compressive sensing), see
-            `ProximalMapping`.
-        final_fusion: feature fusion in the last stage, ``"concat"`` (to width + final_growth) or ``"subspace"``.
-        final_growth: see ``final_fusion``; in [0, 1024].
+        attention: the estimate attends to the features for the next stage (compressive sensing), see `ProximalMapping`.
+        final_fusion, final_growth: feature fusion in the last stage, ``"concat"`` (to width + final_growth channels,
+            in [0, 1024]) or ``"subspace"``.
         gradient: False leaves out the gradient steps, ``v_k = x_{k-1}``.
-        degradation: None to learn it (each stage its own; the middle ones share theirs when ``shared``), or a known
-            one: of `dgunet.degradations`, deepinv's linear operators, or any object with ``A(x)`` and ``A_adjoint(y)``.
+        degradation: None to learn it (each stage its own; shared middle stages share it), or a known one: of
+            `dgunet.degradations`, one of deepinv's linear operators, or any object with ``A(x)`` and ``A_adjoint(y)``.
         rho: initial value of the learned step sizes; 1 projects onto the data where A has orthonormal rows.
         checkpointing: recompute each stage in the backward pass instead of keeping its activations.
-
-    Raises:
-        ValueError: an argument out of its range.
     """
 
     def __init__(
@@ -111,19 +112,15 @@ class DGUNet(nn.Module):
         rho: float = 0.5,
         checkpointing: bool = False,
     ):
-        given = locals()  # the arguments
+        values = locals()  # of the arguments
         super().__init__()
-        if degradation is not None:
-            absent = [name for name in ("A", "A_adjoint") if not callable(getattr(degradation, name, None))]
-            if absent:
-                raise ValueError(
-                    f"a known degradation has the methods A(x) and A_adjoint(y); {type(degradation).__name__} has no "
-                    + " and no ".join(absent)
-                )
-        # What load_model needs to build this network again, besides `describe_degradation` of a known degradation.
+        missing = [name for name in ("A", "A_adjoint") if not callable(getattr(degradation, name, None))]
+        if degradation is not None and missing:
+            raise ValueError(f"the degradation {type(degradation).__name__} has no method {' and no '.join(missing)}")
+        # load_model rebuilds the network from name and arguments, and from `describe_degradation` of a known one.
         self.name = None
         self.local: dict[str, int] = {}  # windows for statistics at test time, see `inference.restore`
-        self.arguments = {name: given[name] for name in ARGUMENTS}
+        self.arguments = {name: values[name] for name in ARGUMENTS}
         _check_arguments(self.arguments)
         if not (type(rho) in (int, float) and math.isfinite(rho)):
             raise ValueError(f"rho must be a number, got {rho!r:.60}")
@@ -142,54 +139,33 @@ class DGUNet(nn.Module):
 
         middle_stages = max(stages - 2, 0)
         self.first = stage(has_previous=False) if stages > 1 else None
-        own = min(middle_stages, 1) if shared else middle_stages
-        self.middle = nn.ModuleList(stage(has_previous=True) for _ in range(own))
+        stored = min(middle_stages, 1) if shared else middle_stages
+        self.middle = nn.ModuleList(stage(has_previous=True) for _ in range(stored))
         final_fusion = final_fusion if fusion != "none" and stages > 1 else "none"
         mapping = FinalMapping(channels, width, final_fusion, width + final_growth)
         self.last = FinalStage(mapping, learned_degradation(), rho)
 
     @classmethod
     def default_arguments(cls) -> dict:
-        """The constructor's defaults that make up ``arguments``."""
+        """The constructor's defaults for ``arguments``."""
         parameters = inspect.signature(cls).parameters
         return {name: parameters[name].default for name in ARGUMENTS}
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options) -> "DGUNet":
-        """A network from the Hugging Face Hub, in evaluation mode. Needs the extra ``hub``.
-
-        Args:
-            name: of a repository there, a folder that `save_pretrained` wrote, or of weights that come with dgunet.
-            **options: of `load_model` (device, task, degradation), and of huggingface_hub's ``ModelHubMixin``
-                (revision, token, cache_dir, local_files_only, force_download).
-
-        Raises:
-            UserError: there is none, or as `load_model`.
-        """
-        return import_module("dgunet.hub").from_pretrained(name, **options)
+        """See `dgunet.hub.from_pretrained`."""
+        return dgunet.hub.from_pretrained(name, **options)
 
     def save_pretrained(self, folder: str | Path, about: str = "", **options):
-        """Write the network to a folder as the Hugging Face Hub has it. Needs the extra ``hub``.
-
-        Args:
-            folder: made if needed.
-            about: a sentence or more for the model card: what the weights are for and how they came about.
-            **options: of huggingface_hub's ``ModelHubMixin.save_pretrained``.
-        """
-        return import_module("dgunet.hub").save_pretrained(self, folder, about, **options)
+        """See `dgunet.hub.save_pretrained`."""
+        return dgunet.hub.save_pretrained(self, folder, about, **options)
 
     def push_to_hub(self, repo_id: str, about: str = "", **options) -> str:
-        """Upload the network to the Hugging Face Hub; returns the commit's address. Needs the extra ``hub``.
-
-        Args:
-            repo_id: ``user/name``; made if needed.
-            about: see `save_pretrained`.
-            **options: of huggingface_hub's ``ModelHubMixin.push_to_hub`` (private, token, commit_message, ...).
-        """
-        return import_module("dgunet.hub").push_to_hub(self, repo_id, about, **options)
+        """See `dgunet.hub.push_to_hub`."""
+        return dgunet.hub.push_to_hub(self, repo_id, about, **options)
 
     def iter_stages(self):
-        """Yields the K stages in order; a shared middle stage is stored once and visited K-2 times."""
+        """Yields the K stages in order; a shared middle stage is stored once and applied K-2 times."""
         if self.first is not None:
             yield self.first
         for k in range(self.stages - 2):
@@ -199,32 +175,26 @@ class DGUNet(nn.Module):
     def compile(self, **options):
         """`torch.compile` the stages one by one, with its ``options``.
 
-        They make up 3 graphs where the whole network would be one of K stages, which takes three times as long to
-        compile; the middle stages have one between them, also those with weights of their own.
+        That makes 3 graphs (the middle stages share one) in a third of the time that one graph of all stages takes.
         """
         for stage in dict.fromkeys(self.iter_stages()):
             stage.compile(**options)
-        # A CUDA graph's results live until the next pass begins, which has to be told: each stage seems one.
-        self._compiled = True
+        self._compiled = True  # CUDA graphs need to know where a pass begins: `forward` marks it
 
     _compiled = False
 
     def forward(self, y: Tensor, degradation: Degradation | None = None) -> list[Tensor]:
-        """Returns the estimates x_K, ..., x_1, the restored image first.
+        """Returns the estimates x_K, ..., x_1, (B, C, H, W) each, the restored image first.
 
         Args:
-            y: degraded image (B, C, H, W), range [0, 1], sides multiples of 8; or, for a known degradation, the
+            y: degraded image (B, C, H, W), range [0, 1], sides multiples of 8; of a known degradation the
                 measurement that its ``A_adjoint`` takes.
-            degradation: a known one in the place of the network's, which is known, too.
-
-        Raises:
-            ValueError: a known degradation where the network's is learned; wrong number of channels, or sides that are
-                not multiples of 8.
+            degradation: a known one instead of the network's own known one.
         """
         if self._compiled:
             torch.compiler.cudagraph_mark_step_begin()
         if degradation is not None and self.degradation is None:
-            raise ValueError("this DGUNet has learned its degradation and takes no other; leave it out")
+            raise ValueError("this DGUNet has a learned degradation and takes no known one; call it without")
         known = self.degradation if degradation is None else degradation
         if known is not None:
             known = for_measurements(known, y)
@@ -232,7 +202,7 @@ class DGUNet(nn.Module):
         self._check(x)
         features = None
         estimates = []
-        for stage in self.iter_stages():
+        for stage in self.iter_stages():  # x_{k-1} to x_k
             if self.checkpointing and torch.is_grad_enabled():
                 x, features = checkpoint(stage, x, y, features, known, use_reentrant=False)
             else:
@@ -251,8 +221,8 @@ class DGUNet(nn.Module):
             )
 
 
-# The arguments by which a network is built again, and what each may be: one of a list, or from the smallest to the
-# largest, which are beyond what anyone uses, and small enough to be built or refused at once.
+# The arguments that rebuild a network, and their allowed values: a list, or the smallest and the largest. The largest
+# are beyond any use, and bound the time to build a network from a damaged file.
 ARGUMENTS = dict(
     channels=(1, 1024), width=(4, 1024), growth=(0, 1024), stages=(1, 100), shared=[True, False],
     pathways=[True, False], fusion=["subspace", "concat", "none"], isff=["adaptive", "additive", "none"],
@@ -266,7 +236,7 @@ def _check_arguments(arguments: dict):
         if isinstance(allowed, tuple):
             least, most = allowed
             if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"{name} must be at least {least} and at most {most}, a whole number; {got}")
+                raise ValueError(f"{name} must be an integer from {least} to {most}, {got}")
             if name in ("width", "growth") and value % 2:
                 raise ValueError(f"{name} must be even, {got}")
         elif type(value) is not type(allowed[0]) or value not in allowed:
@@ -274,19 +244,18 @@ def _check_arguments(arguments: dict):
 
 
 class MeasureThenRestore(nn.Module):
-    """A network as it is trained, from images: where its degradation is known, clean ones, which are measured first.
+    """A network as it is trained. One with a known degradation gets clean images (B, C, H, W) and measures them first.
 
-    Estimates smaller than the images are of their centres. `Degradation` says why, which generators ``draws`` are, and
-    what else than the network's known degradation may be ``measuring``.
+    `Degradation` says when estimates are smaller (of the images' centres), and what ``generators`` are.
     """
 
     def __init__(self, model: DGUNet):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, *draws, measuring: Degradation | None = None) -> list[Tensor]:
+    def forward(self, x: Tensor, *generators, measuring: Degradation | None = None) -> list[Tensor]:
         known = self.model.degradation if measuring is None else measuring
-        return self.model(x if known is None else getattr(known, "measure", known.A)(x, *draws))
+        return self.model(x if known is None else getattr(known, "measure", known.A)(x, *generators))
 
 
 @dataclass(frozen=True)
@@ -295,7 +264,7 @@ class Variant:
 
     task: str
     arguments: dict  # of `DGUNet`
-    degradation: Callable[..., Degradation] | None = None  # makes the known one; None: it is learned
+    degradation: Callable[..., Degradation] | None = None  # builds the known one; None: it is learned
 
 
 _DEBLURRING = dict(width=80, growth=48, shared=True, final_fusion="concat", final_growth=32)
@@ -319,23 +288,14 @@ VARIANTS = {
 
 
 def list_models(pretrained: bool = False) -> list[str]:
-    """Names that `create_model` knows: the rows of the paper's tables.
-
-    Args:
-        pretrained: the names of the weights that come with dgunet instead, which `load_model` knows; what they are for
-            is in `pretrained.list_pretrained`.
-    """
+    """The names for `create_model`, rows of the paper's tables; or of the ``pretrained`` weights for `load_model`."""
     if pretrained:
-        return [record.name for record in import_module("dgunet.pretrained").list_pretrained()]
+        return [record.name for record in dgunet.pretrained.list_pretrained()]
     return list(VARIANTS)
 
 
 def find_variant(name: str) -> Variant:
-    """The variant of a name.
-
-    Raises:
-        UserError: unknown name.
-    """
+    """The variant of a name; an unknown one is a UserError."""
     if name not in VARIANTS:
         guess = difflib.get_close_matches(name, VARIANTS, n=1)
         hint = f"did you mean {guess[0]}?" if guess else f"known are {', '.join(VARIANTS)}"
@@ -348,25 +308,21 @@ def create_model(name: str, degradation: Degradation | None = None, **overrides)
 
     Args:
         name: one of `list_models()`.
-        degradation: a known one in the place of the variant's, which is learned, or in compressive sensing measures
-            25 % of 32x32 blocks with a learned matrix.
-        **overrides: arguments of `DGUNet` that shall differ from the paper's, and in compressive sensing of
-            `block_sampling`, e.g. ``ratio=0.1``, or ``ratio=(0.01, 0.5)`` for one network of all ratios between them.
-
-    Raises:
-        UserError: unknown name, or unknown override.
+        degradation: a known one instead of the variant's own: learned, or in compressive sensing block sampling.
+        **overrides: arguments of `DGUNet` that differ from the paper's, and in compressive sensing of
+            `block_sampling`, e.g. ``ratio=0.1``, or ``ratio=(0.01, 0.5)`` for one network for that range.
     """
     variant = find_variant(name)
-    known = list(inspect.signature(DGUNet).parameters)
-    own = inspect.signature(variant.degradation).parameters if variant.degradation and degradation is None else ()
+    build = variant.degradation if degradation is None else None
+    names = list(inspect.signature(DGUNet).parameters)
+    sampling_names = list(inspect.signature(build).parameters) if build else []
     for key in overrides:
-        if key not in (*known, *own):
-            raise UserError(f"{name} has no argument {key!r}; it takes {', '.join((*known, *own))}")
-    arguments = {key: value for key, value in overrides.items() if key in known}
-    if own:
-        degradation = variant.degradation(**{key: value for key, value in overrides.items() if key in own})
+        if key not in names + sampling_names:
+            raise UserError(f"{name} has no argument {key!r}; it takes {', '.join(names + sampling_names)}")
+    if build:
+        degradation = build(**{key: overrides.pop(key) for key in sampling_names if key in overrides})
     try:
-        model = DGUNet(**variant.arguments | arguments, degradation=degradation)
+        model = DGUNet(**variant.arguments | overrides, degradation=degradation)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     model.name = name

@@ -1,4 +1,6 @@
-"""Inter-stage information pathways: what a stage learns from the features of the stage before it."""
+"""Inter-stage information pathways: how the features of a stage reach the next (ISFF, feature fusion)."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,19 +10,15 @@ from dgunet.layers import conv3x3
 
 
 class ISFF(nn.Module):
-    """Inter-stage feature fusion at one scale: the previous stage's features modulate this stage's.
+    """Inter-stage feature fusion (ISFF) at one scale: the previous stage's features modulate this stage's.
 
     With e and d the encoder and decoder features of the previous stage,
 
         s = LeakyReLU_0.1(conv(e) + conv(d)),    out = x * sigmoid(conv(s)) + conv(s) + x        (``adaptive``)
         out = x + conv(e) + conv(d)                                                              (otherwise)
 
-    The second form is what the original computes for compressive sensing.
-
-    Args:
-        channels: channels of ``x`` and of ``e``.
-        decoder_channels: channels of ``d``.
-        adaptive: choose the spatially adaptive form.
+    The second form is what the original computes for compressive sensing. ``x`` and e have ``channels`` channels, d has
+    ``decoder_channels``.
     """
 
     def __init__(self, channels: int, decoder_channels: int, adaptive: bool = True):
@@ -33,12 +31,12 @@ class ISFF(nn.Module):
             self.shift_conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor, encoded: Tensor, decoded: Tensor) -> Tensor:
-        shared = self.encoder_conv(encoded).add_(self.decoder_conv(decoded))
+        s = self.encoder_conv(encoded).add_(self.decoder_conv(decoded))  # conv(e) + conv(d)
         if not self.adaptive:
-            return shared.add_(x)
-        shared = F.leaky_relu(shared, 0.1, inplace=True)
-        scale = self.scale_conv(shared).sigmoid_()
-        return self.shift_conv(shared).add_(x).addcmul_(x, scale)
+            return s.add_(x)
+        s = F.leaky_relu(s, 0.1, inplace=True)
+        scale = self.scale_conv(s).sigmoid_()
+        return self.shift_conv(s).add_(x).addcmul_(x, scale)  # x * sigmoid(conv(s)) + conv(s) + x
 
 
 class ConcatFusion(nn.Module):
@@ -53,7 +51,7 @@ class ConcatFusion(nn.Module):
 
 
 class SubspaceFusion(nn.Module):
-    """Projects the previous stage's features onto a learned subspace before fusing them.
+    """Projects the previous stage's features onto a learned subspace (NBNet) before fusing them.
 
     From ``cat[x, bridge]`` a conv3x3 gives ``rank`` basis maps V; the bridge is replaced by its orthogonal projection
     ``V (V^T V)^-1 V^T bridge`` onto their span, and the result is ``conv3x3(cat[x, projected]) + x``.
@@ -71,33 +69,39 @@ class SubspaceFusion(nn.Module):
         return self.merge_conv(torch.cat([x, projected], dim=1)).add_(x)
 
 
-def project(basis: Tensor, features: Tensor, precision: torch.dtype | None = None) -> Tensor:
+def inverse_cholesky(gram: Tensor, eye: Tensor, ridge: float) -> Tensor:
+    """The inverse of the Cholesky factor L of matrices (B, rank, rank), ``gram = L L^T``, with eigenvalues >= ridge."""
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    return torch.linalg.solve_triangular(factor, eye, upper=False)
+
+
+def project(
+    basis: Tensor,
+    features: Tensor,
+    precision: torch.dtype | None = None,
+    inverse_factor: Callable[[Tensor, Tensor, float], Tensor] = inverse_cholesky,
+) -> Tensor:
     """Orthogonal projection of feature maps onto the span of basis maps, ``V (V^T V)^-1 V^T features``.
 
-    The projection does not change when a basis map is rescaled, so the maps are taken as if they had unit length: a
-    ridge on the diagonal of their Gram matrix bounds its condition number then, whatever the maps are. Coinciding,
-    constant and zero maps are therefore harmless. Runs in float32 whatever autocast says, and never waits for the
-    device.
+    The projection does not depend on the scale of a basis map, so they are scaled to unit length: a ridge on the
+    diagonal of their Gram matrix then bounds its condition number, also of coinciding, constant and zero maps. Runs in
+    float32 whatever autocast says, and never waits for the device.
 
     Args:
         basis: (B, rank, H, W).
-        features: (B, C, H, W).
-        precision: of the small Gram matrix; None for float64, or float32 where there is no other (Apple's GPU, exported
-            networks). Both are within 1e-3 of the exact projection up to a condition number of 1e5.
-
-    Returns:
-        (B, C, H, W), dtype of ``features``.
+        features: (B, C, H, W), as the result.
+        precision: of the small Gram matrix; None for float64, or float32 on devices that have no other (Apple's GPU).
+            Both are within 1e-3 of the exact projection up to a condition number of 1e5.
+        inverse_factor: for float32, see `inverse_cholesky`; exported networks need another (export.py).
     """
-    exporting = torch.compiler.is_exporting()
-    if precision is None:
-        precision = torch.float32 if exporting else gram_precision(features)
+    precision = precision or gram_precision(features)
     with torch.autocast(features.device.type, enabled=False):
-        whole = basis.is_contiguous() and basis.device.type == "cpu" and not exporting
+        whole = basis.is_contiguous() and basis.device.type == "cpu"
         V, maps = _columns(basis.float(), whole), _columns(features.float(), whole)
         if precision == torch.float64:
             solution = solve_projection(_product(V.double(), V.double()), _product(V, maps))[:, None]
         else:
-            V = _orthonormalise(V)
+            V = _orthonormalise(V, inverse_factor)
             solution = _product(V, maps)[:, None]
         projected = (solution.mT @ V.mT).mT if whole else V @ solution  # in the memory format of the maps
         projected = projected.to(features.dtype).flatten(1, 2)  # (B, HW, C)
@@ -105,67 +109,46 @@ def project(basis: Tensor, features: Tensor, precision: torch.dtype | None = Non
 
 
 def gram_precision(maps: Tensor) -> torch.dtype:
-    """That of a Gram matrix of these maps: float64, or float32 on a device that has no other (Apple's GPU)."""
+    """The precision for a Gram matrix of maps: float64, or float32 on a device that has no other (Apple's GPU)."""
     return torch.float32 if maps.device.type == "mps" else torch.float64
 
 
 def solve_projection(gram: Tensor, cross: Tensor) -> Tensor:
-    """The coefficients ``(V^T V)^-1 V^T maps`` of a projection.
+    """The coefficients ``(V^T V)^-1 V^T maps`` (..., rank, C) of a projection, float32.
 
-    Args:
-        gram: ``V^T V`` (..., rank, rank), in float64 where the device has it.
-        cross: ``V^T maps`` (..., rank, C), float32.
-
-    Returns:
-        (..., rank, C), float32.
+    ``gram`` is ``V^T V`` (..., rank, rank), in float64 where the device has it; ``cross`` is ``V^T maps``.
     """
-    # Rounding errors of the Gram matrix must not make it indefinite.
+    # The ridge keeps a Gram matrix with rounding errors positive definite.
     ridge = 1e-8 if gram.dtype == torch.float64 else 1e-5
     unit = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30).rsqrt()[..., None]  # (..., rank, 1): 1 / length
     gram = unit * gram * unit.mT + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor, _ = torch.linalg.cholesky_ex(gram)  # the _ex form does not wait for the device to report success
-    # Two triangular systems: cholesky_solve would wait for the device, and CUDA graphs could not hold it.
+    # cholesky_ex and triangular systems: cholesky and cholesky_solve would wait for the device.
+    factor, _ = torch.linalg.cholesky_ex(gram)
     half = torch.linalg.solve_triangular(factor, unit * cross.to(gram.dtype), upper=False)
     return (unit * torch.linalg.solve_triangular(factor.mT, half, upper=True)).float()
 
 
-def _orthonormalise(V: Tensor, ridge: float = 1e-5) -> Tensor:
-    """An orthonormal basis of the span of columns, in float32 throughout: Cholesky QR, done twice.
+def _orthonormalise(V: Tensor, inverse_factor: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+    """An orthonormal basis of the span of columns, in float32: Cholesky QR, done twice.
 
-    In float32 a Gram matrix has errors of 1e-6, which the ridge has to exceed. The first time it makes directions
-    short that have eigenvalues near it or below; the second time gives them unit length again, but for those that
-    rounding made. (The division by 1 + ridge is for the others: none of theirs is lost.)
+    The ridge exceeds the errors of a float32 Gram matrix, 1e-6. The first pass shortens directions whose eigenvalues
+    are about as small as the ridge; the second restores their unit length, except where they are rounding errors. (The
+    division by 1 + ridge keeps the length of all others.)
     """
+    ridge = 1e-5
     V = V / V.detach().abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)  # squares have twice the range
     V = V * V.square().sum(dim=(1, 2), keepdim=True).clamp_min(1e-30).rsqrt()
     for _ in range(2):
         gram = _product(V, V)
         eye = torch.eye(gram.shape[1], device=V.device).expand_as(gram)
-        V = V @ _inverse_factor((gram + ridge * eye) / (1 + ridge), eye, ridge).mT[:, None]
+        V = V @ inverse_factor((gram + ridge * eye) / (1 + ridge), eye, ridge).mT[:, None]
     return V
-
-
-def _inverse_factor(gram: Tensor, eye: Tensor, ridge: float) -> Tensor:
-    """The inverse of the Cholesky factor L of matrices (B, rank, rank), ``gram = L L^T``."""
-    if not torch.compiler.is_exporting():
-        factor, _ = torch.linalg.cholesky_ex(gram)
-        return torch.linalg.solve_triangular(factor, eye, upper=False)
-    # In the operations that ONNX has: elimination of ``[gram, eye]``, unrolled, which leaves ``[L^T, L^-1]``. With the
-    # ridge no pivot is smaller than that, which rounding shall not change.
-    rest, rows = torch.cat([gram, eye], dim=2), []
-    for k in range(gram.shape[1]):
-        row = rest[:, k : k + 1]
-        row = row * row[:, :, k : k + 1].clamp_min(ridge).rsqrt()
-        rest = rest - row[:, :, : gram.shape[1]].mT * row
-        rows.append(row)
-    return torch.cat(rows, dim=1)[:, :, gram.shape[1] :]
 
 
 def _columns(maps: Tensor, whole: bool) -> Tensor:
     """Maps (B, C, H, W) as the columns of matrices (B, S, HW / S, C), with no copy.
 
-    NCHW maps on a CPU stay ``whole``, S = 1. Others are cut into their H rows: one product over all pixels for each
-    image would leave most of a GPU idle.
+    NCHW maps on a CPU stay ``whole``, S = 1. Others are cut into their H rows, which keeps more of a GPU busy.
     """
     return maps.flatten(2).mT[:, None] if whole else maps.permute(0, 2, 3, 1)
 

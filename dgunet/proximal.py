@@ -21,9 +21,9 @@ class StageFeatures(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Widths w, w+g, w+2g, w+3g: block i works at scale 1/2^i, is informed by ISFF, then halves the resolution.
+    """Widths w, w+g, w+2g, w+3g: block i works at scale 1/2^i, then ISFF, then the resolution is halved.
 
-    ``isff`` is its form, or ``"none"``.
+    ``isff`` is the form of `ISFF`, or ``"none"``.
     """
 
     def __init__(self, widths: list[int], isff: str):
@@ -36,6 +36,10 @@ class Encoder(nn.Module):
         self.bottom = ConvBlock(widths[-1], widths[-1], norm=True)
 
     def forward(self, x: Tensor, previous: StageFeatures | None) -> tuple[Tensor, list[Tensor]]:
+        """x (B, w, H, W) to the deepest features (B, w+3g, H/8, W/8) and those before each downsampling.
+
+        The latter are (B, w+g, H, W), (B, w+2g, H/2, W/2), (B, w+3g, H/4, W/4).
+        """
         encoded = []
         for i, (block, downsample) in enumerate(zip(self.blocks, self.downsamples, strict=True)):
             x = block(x)
@@ -47,7 +51,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Doubles the resolution three times, each time joining a convolution of the encoder's feature of that scale."""
+    """Doubles the resolution three times, each time joining a convolution of the encoder's features of that scale."""
 
     def __init__(self, widths: list[int]):
         super().__init__()
@@ -57,6 +61,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(ConvBlock(2 * narrow, narrow, norm=False) for narrow, _ in pairs)
 
     def forward(self, x: Tensor, encoded: list[Tensor]) -> list[Tensor]:
+        """The encoder's output to (B, w, H, W), (B, w+g, H/2, W/2), (B, w+2g, H/4, W/4)."""
         decoded = []
         for i in reversed(range(len(self.blocks))):  # coarsest first
             x = torch.cat([self.upsamples[i](x), self.skips[i](encoded[i])], dim=1)
@@ -66,15 +71,14 @@ class Decoder(nn.Module):
 
 
 class ProximalMapping(nn.Module):
-    """``x_k = prox(v_k; features of stage k-1)`` for the stages 1 to K-1.
+    """``x_k = prox_k(v_k; features of stage k-1)`` for the stages 1 to K-1.
 
     Args:
         channels: image channels.
         width, growth: the U-Net has the widths w, w+g, w+2g, w+3g at the scales 1, 1/2, 1/4, 1/8.
-        fusion: of the features that the stages hand on, ``"subspace"``, ``"concat"``, or ``"none"``.
+        fusion: feature fusion with the stage before, ``"subspace"``, ``"concat"``, or ``"none"``.
         isff: the form of `ISFF`, ``"adaptive"``, ``"additive"``, or ``"none"``.
-        attention: the features handed on are ``f + conv(f) * sigmoid(conv(x))``, attended by the stage's own estimate,
-            instead of ``f + conv(f)``.
+        attention: the features for the next stage are ``f + conv(f) * sigmoid(conv(x_k))`` instead of ``f + conv(f)``.
         has_previous: whether there is a stage before this one.
     """
 
@@ -87,12 +91,12 @@ class ProximalMapping(nn.Module):
         self.fusion = make_fusion(fusion, width, width) if has_previous else None
         self.encoder = Encoder(widths, isff if has_previous else "none")
         self.decoder = Decoder(widths)
-        # The supervised head: 1x1 convolutions to the estimate and to the features for the next stage.
+        # Supervised head (after MPRNet's attention module): 1x1 convolutions to the estimate and to the next stage.
         self.image_conv = nn.Conv2d(width, channels, 1, bias=False)
         self.features_conv = nn.Conv2d(width, width, 1, bias=False) if fusion != "none" else None
         attends = attention and fusion != "none"
         self.attention_conv = nn.Conv2d(channels, width, 1, bias=False) if attends else None
-        self.emits_isff = isff != "none"  # the next stage
+        self.emits_isff = isff != "none"  # the next stage's ISFF needs this stage's features of every scale
 
     def forward(self, v: Tensor, previous: StageFeatures | None) -> tuple[Tensor, StageFeatures | None]:
         features = self.shallow(v)
@@ -101,11 +105,11 @@ class ProximalMapping(nn.Module):
         deepest, encoded = self.encoder(features, previous)
         decoded = self.decoder(deepest, encoded)
         features = decoded[0]
-        x = v + self.image_conv(features)
+        x = v + self.image_conv(features)  # x_k
         return x, StageFeatures(self._features(features, x), *(encoded, decoded) if self.emits_isff else (None, None))
 
     def _features(self, features: Tensor, x: Tensor) -> Tensor | None:
-        """What feature fusion in the next stage is given."""
+        """The features (B, width, H, W) for the next stage's fusion."""
         if self.features_conv is None:
             return None
         change = self.features_conv(features)
@@ -115,7 +119,7 @@ class ProximalMapping(nn.Module):
 
 
 class FinalMapping(nn.Module):
-    """The last stage's lighter mapping: shallow features, fusion, one conv3x3 (no bias) to the image residual.
+    """The last stage's mapping, without a U-Net: shallow features, fusion, one conv3x3 (no bias) to the image residual.
 
     ``fusion`` is ``"concat"`` (to ``out_width`` channels), ``"subspace"`` (stays at ``width``), or ``"none"``.
     """
@@ -137,8 +141,4 @@ def make_fusion(fusion: str, width: int, out_width: int) -> nn.Module | None:
     """The module that merges a stage's shallow features with the previous stage's, both ``width`` channels."""
     if fusion == "none":
         return None
-    if fusion == "subspace":
-        return SubspaceFusion(width)
-    if fusion == "concat":
-        return ConcatFusion(width, out_width)
-    raise ValueError(f"fusion must be 'subspace', 'concat' or 'none', got {fusion!r}")
+    return SubspaceFusion(width) if fusion == "subspace" else ConcatFusion(width, out_width)

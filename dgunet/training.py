@@ -8,7 +8,7 @@ import torch
 from dgunet.checkpoint import load_weights, read_checkpoint, weights_of
 from dgunet.config import parse_args
 from dgunet.data import Pair, exclude, find_images, find_pairs, hold_out, images_by_name
-from dgunet.degradations import BlockSampling, degradation_from_config, sampling_operator
+from dgunet.degradations import BlockSampling, MotionBlur, degradation_from_config, sampling_operator
 from dgunet.distributed import launch
 from dgunet.engine import Trainer
 from dgunet.errors import UserError
@@ -26,7 +26,7 @@ from dgunet.patches import (
 from dgunet.pretrained import locate
 from dgunet.resume import checkpoint_to_resume
 from dgunet.runlog import describe
-from dgunet.synthesis import find_degradation
+from dgunet.synthesis import find_degradation, motion_kernel
 
 
 def crop_options(cfg) -> dict:
@@ -197,6 +197,8 @@ def build_model(
     """
     torch.manual_seed(cfg.SEED)
     degradation = make_degradation(cfg, train_set)
+    if isinstance(degradation, MotionBlur):
+        degradation.sample_kernel = motion_kernel
     arguments = {**cfg.MODEL.OVERRIDES, **({"channels": 1} if cfg.MODEL.GREY else {})}
     model = create_model(cfg.MODEL.NAME, degradation, checkpointing=cfg.SPEED.CHECKPOINTING, **arguments)
     path = cfg.MODEL.WEIGHTS

@@ -1,4 +1,4 @@
-"""Flips, rotations, padding and range of (..., H, W) tensors, shared by training and inference."""
+"""Flips, rotations, padding and value range of images (..., H, W), for training and inference."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ def undo_dihedral(x: Tensor, k: int) -> Tensor:
 
 
 def pad_to(x: Tensor, height: int, width: int) -> Tensor:
-    """Extend (B, C, H, W) at the right and bottom to the given size: by reflection, by replication where too small."""
+    """Pad (B, C, H, W) at the right and bottom to the given size: by reflection, by replication where too small."""
     if x.dtype == torch.uint8 and (x.shape[2] < height or x.shape[3] < width):
         return pad_to(x.float(), height, width).to(x.dtype)  # torch pads floats only
     for size, current, place in ((height, x.shape[2], (0, 0, 0, 1)), (width, x.shape[3], (0, 1, 0, 0))):
@@ -38,13 +38,12 @@ def center_crop(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """`pad_to` the next height and width that are multiples of a number."""
-    height, width = (-(-side // multiple) * multiple for side in x.shape[2:])
-    return pad_to(x, height, width)
+    """`pad_to` the next multiples of a number."""
+    return pad_to(x, *(-(-side // multiple) * multiple for side in x.shape[2:]))
 
 
 def pad_to_blocks(x: Tensor, block: int) -> Tensor:
-    """Extend (B, C, H, W) at the right and bottom by zeros, to the next multiples of ``block``."""
+    """Pad (B, C, H, W) at the right and bottom by zeros to the next multiples of ``block``."""
     return F.pad(x, (0, -x.shape[3] % block, 0, -x.shape[2] % block))
 
 
@@ -56,12 +55,12 @@ def unit_range(x: Tensor | np.ndarray) -> Tensor | np.ndarray:
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Floats in [0, 1] as an 8-bit image: clamped, times 255, rounded to nearest; one of 8 bits as it is."""
+    """Floats in [0, 1] as an 8-bit image: clamped, times 255, rounded to nearest; 8-bit images as they are."""
     return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * np.float32(255)).round().astype(np.uint8)
 
 
 def apply_orientation(image: np.ndarray, turn: int) -> np.ndarray:
-    """(H, W, ...) as the camera was held, turned as its EXIF orientation (1 to 8) asks for."""
+    """An image (H, W, ...) flipped and rotated as its EXIF orientation (1 to 8) asks for."""
     if turn >= 5:
         image = image.swapaxes(0, 1)
     down = -1 if turn in (3, 4, 7, 8) else 1

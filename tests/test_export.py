@@ -11,7 +11,7 @@ from dgunet import UserError, create_model, export, load_model, restore
 from dgunet.checkpoint import describe_model, save_checkpoint
 from dgunet.degradations import Blur
 from dgunet.errors import ROOT
-from dgunet.pathways import project
+from dgunet.pathways import inverse_cholesky, project
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -108,22 +108,22 @@ def test_command(tmp_path, capsys):
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "weights.pth")
     out = tmp_path / "new" / "network.pt2"
     export.run(parse(str(tmp_path / "weights.pth"), "--out", str(out)))
-    assert "it differs from the network by" in capsys.readouterr().out
+    assert str(out) in capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ["network.pt2"]
-    with pytest.raises(UserError, match="network.pt2 exists; remove it"):
+    with pytest.raises(UserError, match="network.pt2 exists"):
         export.run(parse(str(tmp_path / "weights.pth"), "--out", str(out)))
 
 
 @pytest.mark.parametrize(
     "name, format, message",
     [
-        ("network", None, "ends with .onnx or .pt2, or --format"),
-        ("network.pth", None, "ends with .onnx or .pt2, or --format"),
-        ("network.pt2", "onnx", "should end with .onnx to hold onnx"),
-        ("", "onnx", "exists; remove it"),
+        ("network", None, "network: .*.onnx.*.pt2.*--format"),
+        ("network.pth", None, "network.pth: .*.onnx.*.pt2.*--format"),
+        ("network.pt2", "onnx", "network.pt2 .*.onnx"),
+        ("", "onnx", "exists"),
     ],
 )
-def test_impossible_files_are_told_before_anything_else(tmp_path, name, format, message):
+def test_impossible_files_are_refused_before_anything_else(tmp_path, name, format, message):
     with pytest.raises(UserError, match=message):
         export.run(parse("missing.pth", "--out", str(tmp_path / name), *(["--format", format] if format else [])))
 
@@ -136,13 +136,13 @@ class Darken:
 
 
 def test_a_degradation_of_the_users_own_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is a Darken, code of your own"):
+    with pytest.raises(UserError, match="Darken"):
         export.export_model(tiny("deraining_dgunet", degradation=Darken()), tmp_path / "network.onnx")
 
 
 def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_read_pt2", lambda path: lambda y: [y])
-    with pytest.raises(UserError, match="differs from itself by .*; not written"):
+    with pytest.raises(UserError, match="network.pt2: .*differs.*not written"):
         export.export_model(tiny("denoising_dgunet", stages=1), tmp_path / "network.pt2")
     assert not list(tmp_path.iterdir())
 
@@ -183,15 +183,14 @@ KINDS = ["a pair 1e-3 apart", "all 1e-2 apart", "constant but for 1e-3", "monomi
 KINDS += ["all the same", "1e-25 to 1e25"]
 
 
-@pytest.mark.parametrize("exporting", [True, False])
+@pytest.mark.parametrize("inverse_factor", [export.eliminate, inverse_cholesky])
 @pytest.mark.parametrize("kind", KINDS)
-def test_projection_in_float32_is_least_squares(kind, exporting, monkeypatch):
+def test_projection_in_float32_is_least_squares(kind, inverse_factor):
     """Up to a condition number of 1e7: unrolled for exporting, and as on devices without float64."""
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
     basis = ill_conditioned(kind)
     scale = basis.abs().amax(dim=(2, 3), keepdim=True).clamp_min(1e-30)
     features = (basis / scale)[:, :6] + torch.randn(2, 6, 24, 20, generator=torch.Generator().manual_seed(1))
-    projected = project(basis, features, torch.float32)
+    projected = project(basis, features, torch.float32, inverse_factor)
     torch.testing.assert_close(projected.double(), spanned(basis, features), atol=1e-3, rtol=0)
 
 

@@ -248,15 +248,6 @@ def test_threads_leave_the_mode_as_it_was(tiny_model, count):
     assert all(part.training for part in model.modules())
 
 
-def test_a_network_in_training_is_not_disturbed(tiny_model):
-    """What another thread trains sees training mode all the time."""
-    model, seen = tiny_model(stages=2).train(), []
-    hook = model.last.register_forward_pre_hook(lambda *_: seen.append({part.training for part in model.modules()}))
-    restore(model, random_image(16, 16))
-    hook.remove()
-    assert seen == [{True}]
-
-
 @pytest.mark.parametrize("put_in", [nn.Dropout(0.5), nn.BatchNorm2d(3), nn.Sequential(nn.Dropout(0.5))], ids=repr)
 def test_parts_that_mind_the_mode_are_in_evaluation_mode(tiny_model, put_in):
     model = tiny_model(stages=1)
@@ -608,9 +599,9 @@ def test_network_that_gives_no_numbers(model, value, part, stage):
     with torch.no_grad():
         stages.rho.fill_(value)
     for options in ({}, dict(tile=16, tile_overlap=0), dict(self_ensemble=True), dict(bf16=True)):
-        told = refusal(model, random_image(24, 24), **options)
-        assert f"stage {stage} of the network gave NaN or infinite values" in told
-        assert ("half precision" in told) == ("bf16" in options)
+        message = refusal(model, random_image(24, 24), **options)
+        assert f"stage {stage} " in message and "NaN or infinite" in message
+        assert ("half precision" in message) == ("bf16" in options)
 
 
 def with_value(value) -> np.ndarray:
@@ -625,22 +616,22 @@ def with_value(value) -> np.ndarray:
         (with_value(np.nan), "NaN or infinite"),
         (with_value(np.inf), "NaN or infinite"),
         (torch.full((3, 8, 8), torch.nan), "NaN or infinite"),
-        (random_image(8, 8) * 255, r"must be in \[0, 1\].*divide by 255"),
-        (random_image(8, 8) * 2 - 5, r"must be in \[0, 1\]"),
-        (random_image(8, 8, 4), r"restores RGB images, got RGBA.*rgba\[..., :3\]"),
-        (random_image(8, 8, 1), "restores RGB images, got grey.*np.stack"),
-        (random_image(8, 8)[..., 0], "restores RGB images, got grey"),
-        (torch.rand(8, 8, 3), r"restores RGB images, got 8 channels \(shape \(8, 8, 3\)\)"),
-        (np.zeros((8, 8, 3), np.int64), "uint8, uint16 or floats.*got int64"),
-        (np.zeros((8, 8, 3), bool), "uint8, uint16 or floats.*got bool"),
-        (np.zeros((8, 8, 3), complex), "uint8, uint16 or floats.*got complex"),
-        (np.array([["a"]]), "uint8, uint16 or floats"),
-        (torch.zeros(3, 8, 8, dtype=torch.int32), "uint8, uint16 or floats.*got torch.int32"),
+        (random_image(8, 8) * 255, r"\[0, 1\].*divide by 255"),
+        (random_image(8, 8) * 2 - 5, r"\[0, 1\]"),
+        (random_image(8, 8, 4), r"RGB .*RGBA.*rgba\[..., :3\]"),
+        (random_image(8, 8, 1), "RGB .*grey.*np.stack"),
+        (random_image(8, 8)[..., 0], "RGB .*grey"),
+        (torch.rand(8, 8, 3), r"RGB .*8 channels .*\(8, 8, 3\)"),
+        (np.zeros((8, 8, 3), np.int64), "uint8, uint16.*got int64"),
+        (np.zeros((8, 8, 3), bool), "uint8, uint16.*got bool"),
+        (np.zeros((8, 8, 3), complex), "uint8, uint16.*got complex"),
+        (np.array([["a"]]), "uint8, uint16.*got <U1"),
+        (torch.zeros(3, 8, 8, dtype=torch.int32), "uint8, uint16.*got torch.int32"),
         (np.zeros((0, 8, 3), np.uint8), "got shape"),
         (np.zeros((8, 3), np.uint8)[:0], "got shape"),
         (np.zeros(8, np.uint8), "got shape"),
         (np.zeros((1, 1, 8, 8, 3), np.uint8), "got shape"),
-        ("photo.png", "takes a NumPy array, a tensor, or a list of them, not str"),
+        ("photo.png", "not str"),
         (None, "not NoneType"),
     ],
 )
@@ -651,7 +642,7 @@ def test_unsuitable_image(model, image, message):
 
 
 def test_colour_image_for_a_grey_model(tiny_model):
-    assert "restores grey images, got RGB" in refusal(tiny_model(channels=1, stages=2), random_image(8, 8))
+    assert "RGB" in refusal(tiny_model(channels=1, stages=2), random_image(8, 8))
 
 
 def odd_tensors() -> dict[str, torch.Tensor]:
@@ -670,7 +661,7 @@ def odd_tensors() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", odd_tensors())
 def test_unsuitable_tensor(model, kind):
-    assert "ordinary tensors, not nested, sparse, quantised or meta" in refusal(model, odd_tensors()[kind])
+    assert "nested, sparse, quantised or meta" in refusal(model, odd_tensors()[kind])
 
 
 def test_masked_array(model):
@@ -682,10 +673,10 @@ def test_unsuitable_network(model, tiny_model):
     image = random_image(16, 16)
     assert "not NoneType" in refusal(None, image)
     assert "not Conv2d" in refusal(nn.Conv2d(3, 3, 3), image)
-    assert "pass its .module" in refusal(nn.DataParallel(model), image)
+    assert ".module" in refusal(nn.DataParallel(model), image)
     assert "meta device" in refusal(tiny_model(stages=2).to("meta"), image)
     model.last.half()
-    assert "not all of one type" in refusal(model, image)
+    assert "model.to(device, dtype)" in refusal(model, image)
 
 
 ODD_TILES = [
@@ -699,20 +690,21 @@ ODD_TILES = [
 
 @pytest.mark.parametrize("options", ODD_TILES, ids=str)
 def test_unsuitable_tiles(model, options):
-    assert "tile must be None, 'auto' or at least 16" in refusal(model, random_image(8, 8), **options)
-    assert "tile must be" in refusal(model, random_image(8, 8), **(dict(tile=64, tile_overlap=-1)))
+    for given in (options, dict(tile=64, tile_overlap=-1)):
+        message = refusal(model, random_image(8, 8), **given)
+        assert all(f"{name}={value!r}" in message for name, value in given.items())
 
 
 def test_network_of_a_known_degradation(tiny_model):
     model = tiny_model("compressive_sensing_dgunet")
-    assert "call model(y)[0] with the measurement" in refusal(model, random_image(32, 32, 1))
+    assert "model(y)[0]" in refusal(model, random_image(32, 32, 1))
 
 
-def random_image(rng: np.random.Generator):
+def random_argument(rng: np.random.Generator):
     """An image, a batch or a list of them, of any type and shape; often not a suitable one."""
     kind = int(rng.integers(8))
     if kind == 0:
-        return [random_image(rng) for _ in range(int(rng.integers(3)))]
+        return [random_argument(rng) for _ in range(int(rng.integers(3)))]
     shape = [3, *rng.integers(0 if rng.random() < 0.1 else 1, 40, 2)]
     shape = [int(rng.integers(0, 5)), *shape[1:]] if rng.random() < 0.2 else shape
     shape = [int(rng.integers(0, 3)), *shape] if rng.random() < 0.3 else shape
@@ -775,7 +767,7 @@ def test_random_arguments_are_restored_or_refused_in_one_line(tiny_model, fuzz):
     restored = refused = 0
     for trial in range(100 * fuzz):
         rng = np.random.default_rng([11, trial])
-        image = random_image(rng)
+        image = random_argument(rng)
         options = {}
         if rng.random() < 0.6:
             options["tile"] = odd[int(rng.integers(len(odd)))]

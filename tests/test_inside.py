@@ -197,7 +197,7 @@ def test_analyse(tiny_model, image_pairs, run_command, tmp_path, network):
         assert {line["A truth - y"] for line in lines} == {"0.00"}
     if network == "any blur":
         done = run_command([ROOT / "studies/analyse.py", *words[:5]])
-        assert done.returncode == 2 and "known blur" in done.stderr
+        assert done.returncode == 2 and "Blur(kernel)" in done.stderr
 
 
 def test_analyse_sensing(tiny_model, run_command, tmp_path):

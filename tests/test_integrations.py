@@ -189,5 +189,5 @@ def test_spandrel_keeps_knowing_other_networks_and_refuses_those_for_measurement
     sensing, blur = (DGUNet(1, **SMALL, degradation=known) for known in (BlockSampling(0.1), Blur(torch.ones(3, 3))))
     with pytest.raises(spandrel.UnsupportedModelError, match="measurements"):
         loader.load_from_state_dict(sensing.state_dict())
-    with pytest.raises(UserError, match="known degradation that is not in the file"):
+    with pytest.raises(UserError, match="the state dict .*known degradation"):
         loader.load_from_state_dict(blur.state_dict())

@@ -41,8 +41,8 @@ def test_every_loss_has_a_weight_in_the_config():
     assert load_config().LOSS.keys() >= {name.upper() for name in LOSSES}
 
 
-def test_impossible_losses_are_told():
-    with pytest.raises(UserError, match="unknown loss 'mze'; known are charbonnier, edge, mse"):
+def test_impossible_losses_are_refused():
+    with pytest.raises(UserError, match="'mze'.*charbonnier, edge, mse"):
         StageLoss({"mze": 1.0})
-    with pytest.raises(UserError, match="set LOSS.CHARBONNIER, LOSS.EDGE, LOSS.MSE"):
+    with pytest.raises(UserError, match="LOSS.CHARBONNIER, LOSS.EDGE, LOSS.MSE"):
         StageLoss({"charbonnier": 0.0})

@@ -34,6 +34,7 @@ from dgunet.instance_norm import HalfInstanceNorm
 from dgunet.layers import ChannelAttention
 from dgunet.original_checkpoints import is_unused
 from dgunet.pathways import SubspaceFusion, project
+from dgunet.synthesis import motion_kernel
 
 SPECS = json.loads((Path(__file__).parent / "parity" / "specs.json").read_text())
 SMALL = dict(width=16, growth=8, final_growth=8)
@@ -206,7 +207,7 @@ def test_first_stage_is_the_proximal_gradient_step(tiny_model):
 
 @pytest.mark.parametrize("shape", [(1, 3, 37, 53), (1, 3, 16, 20), (1, 3, 4, 8)])
 def test_sides_that_are_no_multiples_of_8(tiny_model, shape):
-    with pytest.raises(ValueError, match=f"multiples of 8, got {shape[2]}x{shape[3]}.*restore"):
+    with pytest.raises(ValueError, match=f"8, got {shape[2]}x{shape[3]}.*restore"):
         tiny_model()(torch.rand(shape))
 
 
@@ -241,29 +242,29 @@ def test_channels_last_gives_the_same(tiny_model):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("denoising_dgunt", {}, "did you mean denoising_dgunet"),
-        ("xyz", {}, "known are deblurring_dgunet"),
-        ("denoising_dgunet", {"widht": 8}, "no argument 'widht'; it takes .*width"),
-        ("denoising_dgunet", {"ratio": 0.25}, "denoising_dgunet has no argument 'ratio'; it takes"),
-        ("denoising_dgunet", {"stages": 0}, "stages must be at least 1"),
-        ("denoising_dgunet", {"width": 7}, "must be even"),
-        ("denoising_dgunet", {"growth": 5}, "growth must be even"),
-        ("denoising_dgunet", {"growth": -2}, "growth must be at least 0"),
-        ("denoising_dgunet", {"stages": 10**9}, "stages must be at least 1 and at most 100"),
-        ("denoising_dgunet", {"width": 10**9}, "width must be at least 4 and at most 1024"),
-        ("denoising_dgunet", {"width": 8.0}, "a whole number; got 8.0"),
-        ("denoising_dgunet", {"stages": "7"}, "a whole number; got '7'"),
-        ("denoising_dgunet", {"stages": True}, "a whole number; got True"),
-        ("denoising_dgunet", {"channels": 0}, "channels must be at least 1"),
-        ("denoising_dgunet", {"final_growth": 1025}, "final_growth must be at least 0 and at most 1024"),
-        ("denoising_dgunet", {"shared": "no"}, "shared must be True or False, got 'no'"),
-        ("denoising_dgunet", {"pathways": 1}, "pathways must be True or False, got 1"),
-        ("denoising_dgunet", {"final_fusion": ["concat"]}, "final_fusion must be 'subspace' or 'concat'"),
-        ("denoising_dgunet", {"rho": "half"}, "rho must be a number, got 'half'"),
-        ("denoising_dgunet", {"rho": float("nan")}, "rho must be a number, got nan"),
-        ("denoising_dgunet", {"fusion": "sum"}, "'subspace' or 'concat'"),
-        ("compressive_sensing_dgunet", {"ratio": 0}, "ratio .* got 0"),
-        ("compressive_sensing_dgunet", {"ratio": 25}, "ratio .* got 25"),
+        ("denoising_dgunt", {}, "denoising_dgunt.*denoising_dgunet"),
+        ("xyz", {}, "xyz.*deblurring_dgunet"),
+        ("denoising_dgunet", {"widht": 8}, "'widht'.*width"),
+        ("denoising_dgunet", {"ratio": 0.25}, "denoising_dgunet .*'ratio'.*width"),
+        ("denoising_dgunet", {"stages": 0}, "stages .*1.*got 0"),
+        ("denoising_dgunet", {"width": 7}, "width .*even.*got 7"),
+        ("denoising_dgunet", {"growth": 5}, "growth .*even.*got 5"),
+        ("denoising_dgunet", {"growth": -2}, "growth .*0.*got -2"),
+        ("denoising_dgunet", {"stages": 10**9}, "stages .*1.*100.*got 1000000000"),
+        ("denoising_dgunet", {"width": 10**9}, "width .*4.*1024.*got 1000000000"),
+        ("denoising_dgunet", {"width": 8.0}, "width .*got 8.0"),
+        ("denoising_dgunet", {"stages": "7"}, "stages .*got '7'"),
+        ("denoising_dgunet", {"stages": True}, "stages .*got True"),
+        ("denoising_dgunet", {"channels": 0}, "channels .*1.*got 0"),
+        ("denoising_dgunet", {"final_growth": 1025}, "final_growth .*0.*1024.*got 1025"),
+        ("denoising_dgunet", {"shared": "no"}, "shared .*True.*False.*got 'no'"),
+        ("denoising_dgunet", {"pathways": 1}, "pathways .*True.*False.*got 1"),
+        ("denoising_dgunet", {"final_fusion": ["concat"]}, "final_fusion .*'subspace'.*'concat'"),
+        ("denoising_dgunet", {"rho": "half"}, "rho .*got 'half'"),
+        ("denoising_dgunet", {"rho": float("nan")}, "rho .*got nan"),
+        ("denoising_dgunet", {"fusion": "sum"}, "fusion .*'subspace'.*'concat'.*got 'sum'"),
+        ("compressive_sensing_dgunet", {"ratio": 0}, "ratio .*got 0"),
+        ("compressive_sensing_dgunet", {"ratio": 25}, "ratio .*got 25"),
     ],
 )
 def test_mistakes_in_construction(name, options, message):
@@ -348,6 +349,13 @@ def test_import_is_light(run_command):
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+def test_model_imports_nothing_above_it(run_command):
+    code = "import dgunet.model, sys; print(*(name for name in sys.modules if name.startswith('dgunet.')))"
+    done = run_command(["-c", code])
+    parts = {"model", "degradations", "proximal", "pathways", "layers", "instance_norm", "errors", "files"}
+    assert set(done.stdout.split()) == {f"dgunet.{part}" for part in parts}, done.stderr
+
+
 # ------------------------------------------------------------------------------------------------- known degradations
 
 
@@ -363,10 +371,10 @@ def test_own_degradation_takes_the_place_of_the_learned_one(degradation):
 
 
 @pytest.mark.parametrize("methods", [(), ("A",), ("A_adjoint",)], ids=str)
-def test_own_degradation_without_its_methods_is_told_at_once(methods):
+def test_own_degradation_without_its_methods_is_refused(methods):
     half = type("HalfDone", (), {name: lambda self, x: x for name in methods})()
-    absent = " and no ".join(name for name in ("A", "A_adjoint") if name not in methods)
-    with pytest.raises(ValueError, match=rf"methods A\(x\) and A_adjoint\(y\); HalfDone has no {absent}$"):
+    missing = ".*".join(name for name in ("A", "A_adjoint") if name not in methods)
+    with pytest.raises(ValueError, match=rf"HalfDone.*{missing}$"):
         DGUNet(**SMALL, degradation=half)
     with pytest.raises(UserError, match="compressive_sensing_dgunet: .*HalfDone"):
         create_model("compressive_sensing_dgunet", degradation=half)
@@ -421,7 +429,7 @@ def test_blur_measures_with_its_noise():
     assert torch.equal(Blur(blur.kernel).measure(x), blur.A(x))
 
 
-@pytest.mark.parametrize("blur", [Blur(torch.ones(3, 3) / 9, noise=0.1), MotionBlur(3, 9, noise=0.1)])
+@pytest.mark.parametrize("blur", [Blur(torch.ones(3, 3) / 9, noise=0.1), MotionBlur(3, 9, 0.1, motion_kernel)])
 def test_measurement_does_not_depend_on_how_a_batch_is_divided(blur):
     """The kernel is of the batch's generator, noise of each image's own, whichever others are beside it."""
 
@@ -437,7 +445,7 @@ def test_measurement_does_not_depend_on_how_a_batch_is_divided(blur):
 
 
 def test_simulated_blur_is_another_at_each_step_and_comes_in_from_beyond_the_borders():
-    blur, x, kernels = MotionBlur(5, 25), torch.rand(2, 1, 72, 80), []
+    blur, x, kernels = MotionBlur(5, 25, sample_kernel=motion_kernel), torch.rand(2, 1, 72, 80), []
     torch.manual_seed(0)
     for _ in range(3):
         y = blur.measure(x)
@@ -450,8 +458,10 @@ def test_simulated_blur_is_another_at_each_step_and_comes_in_from_beyond_the_bor
     blur.measure(x)
     assert torch.equal(blur.kernel, kernels[0]), "as PyTorch's generator says"
     assert "kernel" not in blur.state_dict()
-    with pytest.raises(UserError, match="at least 40 pixels"):
+    with pytest.raises(UserError, match="40"):
         blur.measure(x[..., :39])
+    with pytest.raises(UserError, match="sample_kernel"):
+        MotionBlur(5, 25).measure(x)
 
 
 def test_network_for_any_blur_is_given_one():
@@ -463,30 +473,30 @@ def test_network_for_any_blur_is_given_one():
     y = torch.rand(1, 1, 16, 24)
     for given, expected in zip(any_blur(y, Blur(kernel)), this_blur(y), strict=True):
         assert torch.equal(given, expected)
-    with pytest.raises(UserError, match="give it yours"):
+    with pytest.raises(UserError, match=r"Blur\(kernel\)"):
         any_blur(y)
-    with pytest.raises(ValueError, match="has learned its degradation"):
+    with pytest.raises(ValueError, match="learned degradation"):
         DGUNet(1, 8, 4, 2, final_growth=4)(y, Blur(kernel))
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 4), (0, 3)])
 def test_kernel_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r"a blur's kernel is \(h, w\), both odd"):
+    with pytest.raises(ValueError, match=r"kernel.*got \("):
         Blur(torch.ones(shape))
 
 
 @pytest.mark.parametrize(
     "name, kernel, message",
     [
-        ("fog", None, "MODEL.DEGRADATION is blur, or empty"),
-        ("blur", None, "needs both MODEL.DEGRADATION blur and MODEL.KERNEL"),
-        ("", np.ones((3, 3)), "needs both"),
-        ("blur", np.ones((2, 3)), "MODEL.KERNEL .*kernel.npy: a blur's kernel is"),
-        ("blur", np.full((3, 3), np.nan), "MODEL.KERNEL .*kernel.npy: this has values that are not finite"),
-        ("blur", "text", "MODEL.KERNEL .*kernel.npy: this is not a .npy file"),
+        ("fog", None, "MODEL.DEGRADATION .*'fog'"),
+        ("blur", None, "MODEL.DEGRADATION .*MODEL.KERNEL"),
+        ("", np.ones((3, 3)), "MODEL.DEGRADATION .*MODEL.KERNEL"),
+        ("blur", np.ones((2, 3)), r"MODEL.KERNEL .*kernel.npy: .*\(2, 3\)"),
+        ("blur", np.full((3, 3), np.nan), "MODEL.KERNEL .*kernel.npy: .*not finite"),
+        ("blur", "text", "MODEL.KERNEL .*kernel.npy: .*.npy file"),
     ],
 )
-def test_impossible_known_degradations_are_told(tmp_path, name, kernel, message):
+def test_impossible_known_degradations_are_refused(tmp_path, name, kernel, message):
     path = tmp_path / "kernel.npy"
     path.write_text(kernel) if isinstance(kernel, str) else np.save(path, kernel if kernel is not None else 0)
     options = ["MODEL.DEGRADATION", name] + (["MODEL.KERNEL", str(path)] if kernel is not None else [])
@@ -508,7 +518,7 @@ def test_fixed_matrix_is_orthonormal_and_not_trained():
 
 
 def test_matrix_of_another_block_is_refused():
-    with pytest.raises(ValueError, match=r"for 16x16 blocks is \(M, 256\), got \(9, 1024\)"):
+    with pytest.raises(ValueError, match=r"16x16.*\(M, 256\).*\(9, 1024\)"):
         BlockSampling(block=16, matrix=torch.rand(9, 1024))
 
 
@@ -539,7 +549,7 @@ def test_pca_matrix_spans_what_the_blocks_are_made_of():
     torch.testing.assert_close(sampling.A_adjoint(sampling.A(image)), image, atol=1e-5, rtol=0)
 
 
-def test_rho_starts_as_told():
+def test_initial_rho():
     model = create_model("compressive_sensing_dgunet", width=8, growth=4, final_growth=4, rho=1)
     assert {stage.rho.item() for stage in model.iter_stages()} == {1.0}
     assert DGUNet(width=8, growth=4, final_growth=4).first.rho.item() == 0.5
@@ -548,13 +558,13 @@ def test_rho_starts_as_told():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(ratio=0.1, matrix="matrix.npy"), "goes to MODEL.MATRIX_START"),
-        (dict(ratio=0.1, start="missing.npy"), "No such file"),
-        (dict(ratio=0, start="dct"), "ratio"),
-        (dict(ratio=0.5, start="pca", blocks=lambda: torch.rand(9, 1024)), "512 principal components"),
+        (dict(ratio=0.1, matrix="matrix.npy"), "MODEL.MATRIX .*'matrix.npy'.*MODEL.MATRIX_START"),
+        (dict(ratio=0.1, start="missing.npy"), "MODEL.MATRIX_START missing.npy: .*No such file"),
+        (dict(ratio=0, start="dct"), "MODEL.RATIO 0,.*ratio"),
+        (dict(ratio=0.5, start="pca", blocks=lambda: torch.rand(9, 1024)), "MODEL.MATRIX_START pca: 512 .*got 9"),
     ],
 )
-def test_impossible_sampling_operators_are_told(settings, message):
+def test_impossible_sampling_operators_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         sampling_operator(**settings)
 
@@ -651,7 +661,7 @@ def test_ratios_that_a_sampling_is_not_for():
         with pytest.raises(UserError, match="MODEL.RATIO"):
             sampling_operator(ratio)
     for lowest in (0, 33, 1.5, True, "1"):
-        with pytest.raises(ValueError, match="fewest rows"):
+        with pytest.raises(ValueError, match="lowest"):
             ScalableSampling(lowest, 8, True, torch.rand(32, 64))
 
 

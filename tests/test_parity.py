@@ -134,13 +134,13 @@ def test_unknown_names_are_listed(tmp_path):
 def test_unknown_name_inside_a_known_module_is_listed(tmp_path):
     weights = empty("deraining_dgunet") | {"stage1_encoder.body.0.fancy": torch.zeros(1)}
     torch.save(weights, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"unknown: \S*fancy"):
+    with pytest.raises(UserError, match="unknown.*fancy"):
         load_model(tmp_path / "a.pth")
 
 
 def test_two_spellings_of_one_name(tmp_path):
     torch.save(empty("deraining_dgunet") | {"r_0": torch.ones(1)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="a.pth has two weights for first.rho, one of them r_0"):
+    with pytest.raises(UserError, match="a.pth .*first.rho.*r_0"):
         load_model(tmp_path / "a.pth")
 
 

@@ -2,8 +2,8 @@
 
     pip install ".[deepinv]"
 
-The other way round nothing is needed: deepinv's linear operators have ``A`` and ``A_adjoint``, so that they are known
-degradations as they are, ``DGUNet(degradation=physics)``.
+The reverse needs nothing: deepinv's linear operators have ``A`` and ``A_adjoint``, so they are known degradations,
+``DGUNet(degradation=physics)``.
 """
 
 import deepinv
@@ -19,9 +19,8 @@ from dgunet.transforms import pad_to_multiple
 class Reconstructor(deepinv.models.Reconstructor):
     """A DGUNet as a deepinv reconstructor, for its ``test`` and ``Trainer``; gradients pass.
 
-    Args:
-        model: where its degradation is learned, the physics are ignored; where it is known, those handed in take its
-            place. The network must have been trained for such: `degradations.MotionBlur` trains for any blur.
+    If the network's degradation is learned, the physics are ignored; if it is known, the physics replace it. The
+    network must have been trained for them: `degradations.MotionBlur` trains for any blur.
     """
 
     def __init__(self, model: DGUNet):
@@ -31,13 +30,8 @@ class Reconstructor(deepinv.models.Reconstructor):
     def forward(self, y: Tensor, physics: Degradation | None = None, **kwargs) -> Tensor:
         """The restored images x_K, (B, C, H, W), of any size.
 
-        Args:
-            y: degraded images (B, C, H, W), range [0, 1]; of a known degradation, measurements.
-            physics: what has measured them; None for the network's own known degradation.
-            **kwargs: not used; deepinv hands them to all of its models.
-
-        Raises:
-            ValueError: another number of channels than the network's.
+        ``y`` is degraded images (B, C, H, W), range [0, 1], or measurements by ``physics``; None stands for the
+        network's own known degradation. Further arguments, which deepinv passes to all of its models, are ignored.
         """
         if self.model.degradation is None:
             height, width = y.shape[-2:]
@@ -47,11 +41,11 @@ class Reconstructor(deepinv.models.Reconstructor):
 
 
 class Whole:
-    """A known degradation on images whose sides are extended to multiples of 8, what is added not being measured."""
+    """A known degradation on images padded to multiples of 8; the padding is not measured."""
 
     def __init__(self, degradation: Degradation):
         self.degradation = degradation
-        self.size = ()  # height and width of the images, which only the adjoint tells
+        self.size = ()  # height and width of the images, known after A_adjoint
 
     def A(self, x: Tensor) -> Tensor:
         return self.degradation.A(self.cut(x))
@@ -68,11 +62,8 @@ class Whole:
 class Denoiser(deepinv.models.Denoiser):
     """A denoising DGUNet as a deepinv denoiser, the prior of its plug-and-play algorithms.
 
-    A network knows no sigma: it removes what noise it was trained for, so one for a range of sigmas serves best.
-
-    Args:
-        model: a network whose degradation is learned. Of one for colour, grey images are restored as three equal
-            channels, of which the mean is taken.
+    The network is blind to sigma: it removes the noise that it was trained for, so one for a range of sigmas is best.
+    A network for colour restores a grey image as three equal channels, and the mean is returned.
     """
 
     def __init__(self, model: DGUNet):
@@ -89,11 +80,8 @@ class Denoiser(deepinv.models.Denoiser):
 
 
 class Physics(deepinv.physics.LinearPhysics):
-    """A known degradation, such as `BlockSampling` or `Blur`, as a deepinv operator.
-
-    Args:
-        degradation: has ``A(x)`` and ``A_adjoint(y)``.
-        **options: of ``deepinv.physics.LinearPhysics``, e.g. ``noise_model``.
+    """A known degradation, such as `BlockSampling` or `Blur`, as a deepinv operator, with the options of
+    ``deepinv.physics.LinearPhysics``, e.g. ``noise_model``.
     """
 
     def __init__(self, degradation: Degradation, **options):
