@@ -1,26 +1,25 @@
 """Images on disk: reading, pairing, packing, and which of them are trained on."""
 
+import contextlib
 import hashlib
-import io
 import os
 import re
 import shlex
-import struct
 import sys
 import unicodedata
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dgunet.errors import UserError, lazy_import, one_line, shorten_list
-from dgunet.files import IMAGE_SUFFIXES, RAW_SUFFIXES, atomic_write, escaped, nfc, open_file
-from dgunet.photos import read_photo
+from dgunet.files import IMAGE_SUFFIXES, atomic_write, escaped, nfc
+from dgunet.photos import MAX_PIXELS, opened, orientation, read_photo
+from dgunet.tiff import Tiff
 from dgunet.transforms import apply_orientation
 
 natsorted = lazy_import("natsort").natsorted
@@ -28,7 +27,6 @@ natsorted = lazy_import("natsort").natsorted
 PACK_FORMAT = "dgunet images 1"
 WRITABLE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # what `write_image` writes, with all colours
 JUNK = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # what systems put into folders of images
-MAX_PIXELS = 2**30  # of an image: OpenCV's limit
 
 
 class Packed(NamedTuple):
@@ -78,8 +76,7 @@ def open_image(source: str | Path | Packed, grey: bool = False):
     if isinstance(source, Packed):
         return _PackedImage(source)
     try:
-        with open_file(source) as file:
-            return _decode(source, file.read(), grey)
+        return _decode(Path(source), grey)
     except MemoryError as error:
         raise UserError(f"{source} needs more memory than there is; make it smaller, or remove it") from error
 
@@ -104,185 +101,59 @@ def open_luma(source: str | Path | Packed):
     return cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[:, :, 0]
 
 
-class _Header(NamedTuple):
-    """What the first bytes of a file say of the image in it."""
-
-    size: tuple[int, int]  # height and width of the upright image
-    mode: str  # RGB, P (a palette of RGB), L (grey), raw, or another one in Pillow's words, which does not suit
-    turn: int = 1  # EXIF orientation that decoding does not heed
-    plain_png: tuple[int, int] | None = None  # height and width as stored, of a PNG that kornia reads
+# Formats whose 8-bit pixels OpenCV decodes as Pillow does, in half to two thirds of its time.
+_BY_OPENCV = ("JPEG", "MPO", "PNG", "BMP", "WEBP")
 
 
-# Pillow's plugins for what is read whatever Pillow has been built with, by how the files begin; PNG is the fifth.
-_KINDS = {b"\xff\xd8": "Jpeg", b"BM": "Bmp", b"II": "Tiff", b"MM": "Tiff", b"RI": "WebP"}
-
-
-def _header(file: BinaryIO, path: str | Path) -> _Header | None:
-    """The header of an image; None where it cannot be told, which does not mean that nothing can read the image."""
-    magic = file.read(10)
-    file.seek(0)
-    try:
-        if magic[:4] == b"\x89PNG":
-            return _png_header(file)
-        kind = _KINDS[magic[:2]]
-        if kind == "Tiff" and (Path(path).suffix.lower() in RAW_SUFFIXES or magic[8:] == b"CR"):  # Canon's
-            return _Header((1, 1), "raw")
-        # Not Image.open: that refuses photographs of 180 megapixels.
-        image = getattr(lazy_import(f"PIL.{kind}ImagePlugin"), f"{kind}ImageFile")(file)
-        if kind == "Tiff" and (50706 in image.tag_v2 or image.tag_v2.get(254, 0) & 1):  # a DNG; a preview
-            return _Header((1, 1), "raw")
-        if kind == "Tiff":  # whose orientation OpenCV heeds, and Pillow in this size or not, as its version may be
-            width, height, turn = (int(image.tag_v2.get(tag, 1)) for tag in (256, 257, 274))
-            return _Header((width, height) if 5 <= turn <= 8 else (height, width), image.mode)
-        turn = image.getexif().get(0x0112, 1)
-        turn = turn if turn in range(1, 9) else 1
-        return _Header(image.size if turn >= 5 else image.size[::-1], image.mode, turn)
-    except ImportError:
-        raise
-    except Exception:  # a damaged header fails in many ways
-        return None
-
-
-def _png_header(file: BinaryIO) -> _Header | None:
-    if file.read(8) != b"\x89PNG\r\n\x1a\n":
-        return None
-    chunks = {}
-    while b"IDAT" not in chunks:  # those before the pixels
-        length, kind = struct.unpack(">I4s", file.read(8))
-        data = file.read(length + 4) if kind != b"IDAT" else b""
-        if data and zlib.crc32(kind + data[:-4]) != int.from_bytes(data[-4:], "big"):
-            return None
-        chunks[kind] = data[:-4]
-    width, height, depth, colour = struct.unpack(">IIBB3x", chunks[b"IHDR"])
-    bits = depth * {2: 3, 4: 2, 6: 4}.get(colour, 1) * width * height
-    if bits > 8 * 1032 * file.seek(0, os.SEEK_END):  # the most that deflate can do; asked for more, decoders choke
-        return None
-    exif = chunks[b"eXIf"] if b"eXIf" in chunks else _exif_at_the_end(file)
-    turn = 1 if exif is None else _orientation(exif)
-    if b"tRNS" in chunks:
-        mode = "RGBA"
+def _plain(image, grey: bool) -> bool:
+    """Whether an opened image is one to train on, as far as its header says: 8 bits, RGB or else grey, all opaque."""
+    if isinstance(image, Tiff):
+        mode = image.mode
     else:
-        mode = "P" if colour == 3 else {(8, 2): "RGB", (8, 0): "L"}.get((depth, colour), "another")
-    size = height, width
-    return _Header(size[::-1] if turn >= 5 else size, mode, turn, size if mode == "RGB" else None)
+        known = image.format in _BY_OPENCV and "transparency" not in image.info and ";16B" not in str(image.tile)
+        mode = image.mode if known else ""
+    return mode in (("RGB", "P", "L") if grey else ("RGB", "P"))
 
 
-def _exif_at_the_end(file: BinaryIO) -> bytes | None:
-    """The data of a PNG's eXIf chunk in the last 128 KiB, as ExifTool puts it, where there is one."""
-    file.seek(max(file.seek(0, os.SEEK_END) - 2**17, 0))
-    tail = file.read()
-    start = tail.find(b"eXIf", 4)
-    while start >= 4:
-        end = start + 4 + int.from_bytes(tail[start - 4 : start], "big")
-        if zlib.crc32(tail[start:end]).to_bytes(4, "big") == tail[end : end + 4]:  # not by chance among the pixels
-            return tail[start + 4 : end]
-        start = tail.find(b"eXIf", start + 1)
-    return None
+def _decode(path: Path, grey: bool) -> np.ndarray:
+    with opened(path) as (image, file):
+        kind = image.format
+        if kind not in _BY_OPENCV or not _plain(image, grey):
+            return _read_checked(path, kind, grey)
+        cv2 = lazy_import("cv2")
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the UserError says what is wrong
+        file.seek(0)
+        colour = cv2.IMREAD_GRAYSCALE if image.mode == "L" else cv2.IMREAD_COLOR
+        pixels = None
+        with contextlib.suppress(cv2.error):  # an absurd size
+            pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), colour | cv2.IMREAD_IGNORE_ORIENTATION)
+        if pixels is None or pixels.shape[:2] != (image.height, image.width):  # `image_size` believes the header
+            raise UserError(f"{path} cannot be decoded; it may be damaged: replace or remove it")
+        pixels = pixels if image.mode == "L" else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+        return apply_orientation(pixels, orientation(image, file))
 
 
-def _orientation(exif: bytes) -> int:
-    """1 to 8; a damaged block says nothing."""
-    data = lazy_import("PIL.Image").Exif()
-    try:
-        data.load(exif)
-        turn = data.get(0x0112, 1)
-    except Exception:  # fails in many ways
-        return 1
-    return turn if turn in range(1, 9) else 1
-
-
-def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
-    header = _header(io.BytesIO(encoded), path)
-    if header is not None and header.mode == "raw":
-        raise UserError(f"{path} is a camera's raw file, of which only a preview could be read; develop it to PNG")
-    if header is None:
-        if encoded.startswith(b"\x89PNG"):  # checksums do not lie
-            raise UserError(_damaged(path))
-        if not encoded or encoded[:2] in _KINDS:
-            return _decode_any(path, encoded, "another", grey)
-        return _decode_others(path, grey)
-    height, width = header.size
-    if height * width > MAX_PIXELS:
-        raise UserError(f"{path} says that it has {width}x{height} pixels, more than can be read; remove it")
-    if header.plain_png is not None:
-        image = _decode_png(path, encoded, header.plain_png)
-    else:
-        image = _decode_any(path, encoded, header.mode, grey)
-    image = apply_orientation(image, header.turn)
-    if image.shape[:2] != header.size:  # `image_size` believed it
-        raise UserError(_damaged(path))
-    return image
-
-
-def _decode_png(path, encoded: bytes, size: tuple[int, int]) -> np.ndarray:
-    """The pixels that OpenCV and Pillow give, in a third of their time."""
-    decode = lazy_import("kornia_rs.io").decode_image_png_u8
-    try:
-        return decode(encoded, size, "rgb")
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # it has no class of its own, and its panics are no Exception
-        raise UserError(_damaged(path)) from error
-
-
-def _damaged(path) -> str:
-    return f"{path} is not an image that can be read, or is damaged; replace or remove it"
-
-
-def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
-    cv2 = lazy_import("cv2")
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is told below
-    try:
-        # UNCHANGED shows what is in the file.
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if encoded else None
-    except cv2.error as error:  # an absurd size
-        raise UserError(_damaged(path)) from error
-    if image is None:
-        raise UserError(_damaged(path))
-    kind = None
-    if image.dtype != np.uint8:
-        kind = f"has {8 * image.itemsize} bits per channel"
-    elif mode == "CMYK":
-        kind = "is CMYK"
-    elif mode in ("RGBA", "LA") or image.shape[2:] == (4,):
-        kind = "has transparency (RGBA)"
-    elif image.ndim == 2 and not grey:
-        kind = "is grey"
-    if kind is not None:
-        how = f", e.g. {_conversion(path)}" if image.itemsize < 4 else ""  # whoever made it knows the range of floats
-        raise UserError(_unsuitable(path, kind, grey) + how)
-    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _decode_others(path, grey: bool) -> np.ndarray:
-    """An image of none of the usual formats, as Pillow reads it: upright, and nothing left out of its pixels."""
-    try:
-        image = read_photo(path)
-    except UserError as error:
-        if "is no image" in str(error):  # nor anything else that it knows by name
-            raise UserError(_damaged(path)) from error
-        raise
-    kind = None
-    lost = [note for note in image.notes if re.match(r"\d+ bits|the first of|(CMYK|LAB)\b", note)]
+def _read_checked(path: Path, kind: str, grey: bool) -> np.ndarray:
+    """An image as `read_photo` reads it, unless it would not be what is in the file; ``kind``: its format."""
+    image = read_photo(path)
+    lossy = r"\d+ (bits|further)|(CMYK|LAB)\b" + ("" if kind in ("TIFF", "WEBP") else "|the first of")
+    lost = [note for note in image.notes if re.match(lossy, note)]
     if image.pixels.dtype != np.uint8:
-        kind = "has 16 bits per channel"
+        problem = "has 16 bits per channel"
     elif image.alpha is not None:
-        kind = "has transparency (RGBA)"
+        problem = "has transparency (RGBA)"
     elif lost:
-        kind = f"would be read otherwise than it is ({lost[0]})"
+        problem = f"would be read otherwise than it is ({lost[0]})"
     elif image.pixels.ndim == 2 and not grey:
-        kind = "is grey"
-    if kind is not None:
-        raise UserError(_unsuitable(path, kind, grey))
-    return image.pixels
+        problem = "is grey"
+    else:
+        return image.pixels
+    needed = "8-bit grey or RGB" if grey else "8-bit RGB"
+    how = f", e.g. {_conversion(path)}" if kind in (*_BY_OPENCV, "TIFF") else ""
+    raise UserError(f"{path} {problem}, but {needed} is needed; convert it{how}")
 
 
-def _unsuitable(path, kind: str, grey: bool) -> str:
-    return f"{path} {kind}, but {'8-bit grey or RGB' if grey else '8-bit RGB'} is needed; convert it"
-
-
-def _conversion(path: str | Path) -> str:
-    path = Path(path)
+def _conversion(path: Path) -> str:
     code = "import sys, cv2; cv2.imwrite(sys.argv[2], cv2.imread(sys.argv[1]))"
     out = path.with_name(f"{path.stem}_rgb.png")
     return f'`python -c "{code}" {shlex.quote(str(path))} {shlex.quote(str(out))}`'
@@ -619,12 +490,11 @@ def image_size(source: str | Path | Packed, grey: bool = False) -> tuple[int, in
     """(height, width) of an upright image, from its header alone; arguments and exceptions as of `read_image`."""
     if isinstance(source, Packed):
         return open_image(source).shape[:2]
-    with open_file(source) as file:
-        header = _header(file, source)
-    suits = ("RGB", "P", "L") if grey else ("RGB", "P")
-    if header is None or header.mode not in suits or header.size[0] * header.size[1] > MAX_PIXELS:
-        return read_image(source, grey).shape[:2]  # knows more, or says what is wrong with it
-    return header.size
+    with opened(Path(source)) as (image, file):
+        if _plain(image, grey):
+            turned = orientation(image, file) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    return read_image(source, grey).shape[:2]  # decodes it, or says what is wrong with it
 
 
 def to_tensor(image: np.ndarray) -> Tensor:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What `import dgunet` does without: module to the extra of pyproject.toml that installs it; "" is no extra.
 EXTRAS = {
     **dict.fromkeys(("PIL", "cv2", "psutil", "safetensors", "tqdm"), ""),
-    **dict.fromkeys(("filelock", "h5py", "kornia_rs", "matplotlib", "natsort", "scipy", "skimage"), "train"),
+    **dict.fromkeys(("filelock", "h5py", "matplotlib", "natsort", "scipy", "skimage"), "train"),
     **dict.fromkeys(("torchvision", "warmup_scheduler", "yacs", "yaml"), "train"),
     "gdown": "data",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),

@@ -5,6 +5,7 @@
 
 import contextlib
 import io
+import os
 import re
 import struct
 import zlib
@@ -79,8 +80,8 @@ def _container(start: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path):
-    """The image as Pillow opens it, which reads its header, or a `Tiff`.
+def opened(path: Path):
+    """(image, file): the image as Pillow opens it, which reads its header, or a `Tiff`; and the file it is in.
 
     Raises:
         UserError: nothing that Pillow knows, here or while it is decoded.
@@ -88,16 +89,18 @@ def _opened(path: Path):
     with open_file(path) as file:
         start = file.read(512)
         try:
-            opened = _identified(path, file, start)
-            if opened is None:
+            image = _identified(path, file, start)
+            if image is None:
                 raise UserError(f"{path} {_unknown(path, start)}")
-            if opened.width * opened.height > MAX_PIXELS:
-                raise UserError(f"{path} has {opened.width}x{opened.height} pixels, more than can be read")
-            yield opened
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"{path} has {image.width}x{image.height} pixels, more than can be read")
+            yield image, file
         except (UserError, ImportError, MemoryError):
             raise
         except Exception as error:  # damaged files fail in many ways
-            raise UserError(f"{path} cannot be read ({error or type(error).__name__}); it may be damaged") from error
+            raise UserError(
+                f"{path} cannot be read ({error or type(error).__name__}); it may be damaged: replace or remove it"
+            ) from error
 
 
 def _identified(path: Path, file, start: bytes):
@@ -138,7 +141,7 @@ def _unknown(path: Path, start: bytes) -> str:
     if is_tiff(start):
         return "is a TIFF of a kind that cannot be read; save it as RGB or grey, of 8 or 16 bits per channel"
     if not start:
-        return "is empty"
+        return "is empty; replace or remove it"
     return "is no image that can be read; convert it to PNG or JPEG"
 
 
@@ -148,7 +151,7 @@ def probe(path: str | Path) -> tuple[int, int, str]:
     Raises:
         UserError: as `read_photo`.
     """
-    with _opened(Path(path)) as image:
+    with opened(Path(path)) as (image, _):
         return image.height, image.width, "JPEG" if image.format == "MPO" else image.format
 
 
@@ -160,11 +163,13 @@ def read_photo(path: str | Path) -> Photo:
             larger than `MAX_PIXELS`.
     """
     path = Path(path)
-    with _opened(path) as image:
+    with opened(path) as (image, file):
         notes, keep = [], {}
-        read = _read_tiff if isinstance(image, Tiff) else _read_by_pillow
-        pixels, alpha = read(path, image, notes)
-        turn = _metadata(image, notes, keep)
+        if isinstance(image, Tiff):
+            pixels, alpha = _read_tiff(image, notes)
+        else:
+            pixels, alpha = _read_by_pillow(path, image, file, notes)
+        turn = _metadata(image, file, notes, keep)
         black_and_white = getattr(image, "mode", "") == "1"
         profile, dpi = image.info.get("icc_profile"), image.info.get("dpi")
     if turn in range(2, 9):
@@ -186,7 +191,7 @@ def read_photo(path: str | Path) -> Photo:
     return Photo(np.ascontiguousarray(pixels), alpha, keep, notes)
 
 
-def _read_tiff(path: Path, image: Tiff, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_tiff(image: Tiff, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
     if image.n_frames > 1:
         notes.append(f"the first of its {image.n_frames} images")
     pixels, alpha = image.read()
@@ -203,10 +208,14 @@ def _channel_note(number: int) -> str:
     return f"{number} further channel{'s' * (number > 1)}, which the file does not call transparency, not kept"
 
 
-def _read_by_pillow(path: Path, image, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_by_pillow(path: Path, image, file, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
     mode, kind, profile = image.mode, image.format, image.info.get("icc_profile")
     raw = str(image.tile[0][3:]) if image.tile else ""
-    further = _extra_content_notes(path, kind, profile)
+    at = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(at)
+    further = _extra_content_notes(content, kind, profile)
     notes += [f"{told}, not kept" for told in further]
     frames = getattr(image, "n_frames", 1)
     if kind == "MPO":  # of which previews are no loss, and a gain map or depth map is told of
@@ -221,8 +230,8 @@ def _read_by_pillow(path: Path, image, notes: list[str]) -> tuple[np.ndarray, np
         image.im = lazy_import("PIL.Image").new(mode, stored).im
     image.load()
     clear, alpha = image.info.get("transparency"), None
-    if mode in ("RGB", "RGBA") and ";16" in raw:  # which Pillow has reduced to 8
-        pixels, alpha = _decode_deep(path)
+    if mode in ("RGB", "RGBA") and ";16B" in raw:  # which Pillow has reduced to 8
+        pixels, alpha = _decode_deep(path, content)
         pixels = pixels[..., 0] if "LA;16" in raw else pixels
     elif mode.startswith("I"):
         pixels = np.asarray(image)
@@ -234,7 +243,7 @@ def _read_by_pillow(path: Path, image, notes: list[str]) -> tuple[np.ndarray, np
     elif mode == "F":
         raise UserError(f"{path} has floating-point values, whose range is not known; save it with 16 bits")
     else:
-        if (bits := _bits(path, image, raw)) > 8:
+        if (bits := _bits(content, image, raw)) > 8:
             notes.append(f"{bits} bits, now 8")
         reduced = _to_8_bit(image, profile, notes)
         pixels = np.asarray(reduced)
@@ -246,31 +255,25 @@ def _read_by_pillow(path: Path, image, notes: list[str]) -> tuple[np.ndarray, np
     return pixels, alpha
 
 
-def _bits(path: Path, image, raw: str) -> int:
+def _bits(content: bytes, image, raw: str) -> int:
     """Bits per channel in the file, of which Pillow gives 8; ``raw`` is how it decodes them."""
     if image.format == "PPM" and (largest := re.search(r"', (\d+)\)", raw)):
         return int(largest[1]).bit_length()
     if image.format == "JPEG2000":
-        header = _content(path).partition(b"\xff\x4f\xff\x51")[2]  # what follows the markers SOC and SIZ
+        header = content.partition(b"\xff\x4f\xff\x51")[2]  # what follows the markers SOC and SIZ
         return (header[38] & 0x7F) + 1 if len(header) > 38 else 8
     if image.format == "AVIF":
-        flags = [found[1][0] for found in re.finditer(rb"av1C\x81.(.)", _content(path), re.DOTALL)]
+        flags = [found[1][0] for found in re.finditer(rb"av1C\x81.(.)", content, re.DOTALL)]
         return max((8 if not flag & 0x40 else 12 if flag & 0x20 else 10 for flag in flags), default=8)
     if image.format == "HEIF":
         return image.info.get("bit_depth", 8)
-    return 16 if ";16" in raw else 8
+    return 16 if ";16B" in raw else 8
 
 
-def _content(path: Path) -> bytes:
-    with open_file(path) as file:
-        return file.read()
-
-
-def _extra_content_notes(path: Path, kind: str, profile: bytes | None) -> list[str]:
+def _extra_content_notes(content: bytes, kind: str, profile: bytes | None) -> list[str]:
     """What a file holds beside the pixels, and what is not kept of it."""
     if kind not in ("JPEG", "MPO", "HEIF", "AVIF", "PNG"):
         return []
-    content = _content(path)
     found = [told for pattern, told in _FURTHER.items() if kind != "PNG" and re.search(pattern, content)]
     codes = re.findall(rb"(?:colrnclx\0(?=.\0)|cICP)(.)\0?(.)", content[: 2**16], re.DOTALL)
     # Colours of BT.709, or as good as, are what an image without a profile is taken for.
@@ -300,16 +303,33 @@ def _to_8_bit(image, profile: bytes | None, notes: list[str]):
     return image.convert("RGBA" if clear or mode in ("LA", "La", "PA", "RGBa") else "RGB")
 
 
-def _decode_deep(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _decode_deep(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray | None]:
     cv2 = lazy_import("cv2")
-    with open_file(path) as file:
-        pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
         raise UserError(f"{path} cannot be read with its 16 bits per channel; save it as PNG")
     return pixels[..., 2::-1], pixels[..., 3] if pixels.shape[2] == 4 else None
 
 
-def _metadata(image, notes: list[str], keep: dict) -> int:
+def orientation(image, file) -> int:
+    """The EXIF orientation, 1 to 8, of what `opened` gave, from its header; 1 where it has none, or a damaged one.
+
+    Of Pillow's images of a TIFF it is right only once they are loaded.
+    """
+    turn = 1
+    with contextlib.suppress(Exception):  # damaged data fails in many ways
+        if isinstance(image, Tiff):
+            turn = image.orientation
+        else:
+            if image.format == "PNG" and "exif" not in image.info:  # ExifTool writes it behind the pixels
+                file.seek(max(file.seek(0, os.SEEK_END) - 2**17, 0))
+                _, found, exif = file.read().rpartition(b"eXIf")
+                image.info |= {"exif": exif} if found else {}
+            turn = lazy_import("PIL.Image").Image.getexif(image).get(_ORIENTATION)  # a PNG's own method decodes all
+    return turn if turn in range(1, 9) else 1
+
+
+def _metadata(image, file, notes: list[str], keep: dict) -> int:
     """The orientation that decoding did not heed, 1 to 8; EXIF data goes into ``keep``, and what does not is told."""
     turn, info = 0, image.info
     try:
@@ -330,10 +350,7 @@ def _metadata(image, notes: list[str], keep: dict) -> int:
         notes.append("its EXIF data, not kept")
     if any(info.get(key) for key in ("xmp", "XML:com.adobe.xmp", "photoshop")):
         notes.append("its XMP or IPTC data, not kept")
-    if not turn:
-        with contextlib.suppress(Exception):  # damaged data fails in many ways
-            turn = image.orientation if isinstance(image, Tiff) else image.getexif().get(_ORIENTATION)  # of XMP, too
-    return turn if turn in range(1, 9) else 1
+    return turn if turn in range(1, 9) else orientation(image, file)  # of XMP, too
 
 
 def _without_orientation(exif: bytes) -> tuple[int, bytes]:
@@ -431,7 +448,7 @@ def read_comment(path: str | Path) -> str | None:
     """The comment that `write_photo` wrote into a file; None where there is no file, or none of ours."""
     path = Path(path)
     try:
-        with _opened(path) as image:
+        with opened(path) as (image, _):
             comment = image.info.get("comment", image.info.get("Comment"))
     except UserError:
         return None

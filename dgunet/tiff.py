@@ -30,8 +30,9 @@ class Tiff:
     """The first image of a TIFF file.
 
     height, width: as stored, not turned by ``orientation`` (1 to 8); bits: per sample; n_frames: images in the file but
-    its thumbnails; direct: whether `read` reads it, or else Pillow, which reads the others rightly; further: samples of
-    a pixel that are neither colour nor alpha; tag_v2, info: as in Pillow, of the latter what is used here.
+    its thumbnails; mode: "RGB" or "L" of 8 bits and nothing else, or ""; direct: whether `read` reads it, or else
+    Pillow, which reads the others rightly; further: samples of a pixel that are neither colour nor alpha; tag_v2, info:
+    as in Pillow, of the latter what is used here.
 
     Raises:
         UserError: it has a property that neither understands, which is named. Damaged files raise other errors.
@@ -59,6 +60,8 @@ class Tiff:
             self._check_samples(colours)
         else:
             self._check_for_pillow()
+        plain = self.direct and self.bits == 8 and not self._extra
+        self.mode = ("RGB" if colours == 3 else "L") if plain else ""
         self.info = self._info()
 
     def _directories(self):

@@ -547,7 +547,7 @@ def test_scans_larger_than_pillow_opens_by_itself(tmp_path, monkeypatch, suffix,
 def test_reads_that_overlap_leave_the_limit_of_pillow(tmp_path, monkeypatch):
     """It is one for the process, and another thread may rely on it at any time."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    one, two = photos._opened(save(tmp_path / "a.png")), photos._opened(save(tmp_path / "b.tif"))
+    one, two = photos.opened(save(tmp_path / "a.png")), photos.opened(save(tmp_path / "b.tif"))
     one.__enter__()
     assert Image.MAX_IMAGE_PIXELS == 10
     two.__enter__()
