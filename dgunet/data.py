@@ -75,10 +75,7 @@ def open_image(source: str | Path | Packed, grey: bool = False):
     """
     if isinstance(source, Packed):
         return _PackedImage(source)
-    try:
-        return _decode(Path(source), grey)
-    except MemoryError as error:
-        raise UserError(f"{source} needs more memory than there is; make it smaller, or remove it") from error
+    return _decode(Path(source), grey)
 
 
 def read_luma(source: str | Path | Packed) -> np.ndarray:
@@ -147,7 +144,7 @@ def _read_checked(path: Path, kind: str, grey: bool) -> np.ndarray:
     elif image.pixels.ndim == 2 and not grey:
         problem = "is grey"
     else:
-        return image.pixels
+        return np.require(image.pixels, requirements="W")  # Pillow's memory is not
     needed = "8-bit grey or RGB" if grey else "8-bit RGB"
     how = f", e.g. {_conversion(path)}" if kind in (*_BY_OPENCV, "TIFF") else ""
     raise UserError(f"{path} {problem}, but {needed} is needed; convert it{how}")

@@ -27,7 +27,7 @@ from dgunet.figures import restore_stages
 from dgunet.hardware import autocast_dtype, pick_device
 from dgunet.metrics import evaluate_pair
 from dgunet.model import DGUNet
-from dgunet.photos import estimate_sigma, format_sigma, noise_mismatch, trained_sigma_range
+from dgunet.photos import estimate_sigma, noise_warning, trained_sigma_range
 from dgunet.pretrained import list_pretrained
 from dgunet.samples import MIN_SIDE, sample_photos
 from dgunet.synthesis import Degrade, added_rain, degrade_image, gaussian_noise, motion_blur, sensor_noise
@@ -307,7 +307,7 @@ class _Tab:
                     label="or an image of your own",
                     file_types=["image"],
                     height=120,
-                    elem_id=f"{self.name}_load_own_network",
+                    elem_id=f"{self.name}_own",
                 )
                 note = gr.Markdown(elem_id=f"{self.name}_note")
                 way = gr.Radio(ways, value=ways[0], label="Degrade it by", visible=not sensing)
@@ -486,12 +486,8 @@ def _noise_warning(network: Network, given: np.ndarray, sigma: float | None = No
     if network.noise_sigma is None:
         return ""
     level = 255 * estimate_sigma(unit_range(given)) if sigma is None else sigma
-    effect = {"weaker": "it blurs", "stronger": "it leaves some"}.get(noise_mismatch(level, network.noise_sigma))
-    if effect is None:
-        return ""
-    trained = format_sigma(network.noise_sigma)
-    seems = "The noise seems to be" if sigma is None else "This is"
-    return f"{seems} of sigma {level:.0f}, but the network was trained for {trained}: {effect}. "
+    text = noise_warning(level, network.noise_sigma)
+    return f"About sigma {level:.0f}, {text}. " if text else ""
 
 
 def _table(scores: list[float]) -> str:

@@ -108,11 +108,17 @@ def describe_error(error: BaseException) -> str | None:
             number, reason, name = int(found[1]), found[2], found[3]
         advice = f"; {_ADVICE[number]}" if number in _ADVICE else ""
         return f"{os.fsdecode(name)}: {reason}{advice}" if isinstance(name, str | bytes | Path) else f"{reason}{advice}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "out of memory; use smaller images or batches, or fewer processes at once"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"{text.rstrip('.')}, perhaps for lack of memory; try a lower TRAINING.WORKERS"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is Python's, NumPy's or PyTorch's for too little memory, of the CPU or another device."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
 
 
 @contextmanager

@@ -95,8 +95,10 @@ def opened(path: Path):
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path} has {image.width}x{image.height} pixels, more than can be read")
             yield image, file
-        except (UserError, ImportError, MemoryError):
+        except (UserError, ImportError):
             raise
+        except MemoryError as error:
+            raise UserError(f"{path} needs more memory than there is; make it smaller, or remove it") from error
         except Exception as error:  # damaged files fail in many ways
             raise UserError(
                 f"{path} cannot be read ({error or type(error).__name__}); it may be damaged: replace or remove it"
@@ -485,3 +487,15 @@ def noise_mismatch(level: float, trained: tuple[float, float]) -> str | None:
     # The estimates are 0.7 to 1.1 of the truth where noise is visible, more where it is weaker than texture, and two
     # thirds of it after JPEG has halved the colours' resolution.
     return "weaker" if level < low / 2 else "stronger" if level > 4 / 3 * high else None
+
+
+def noise_warning(level: float, trained: tuple[float, float]) -> str | None:
+    """What to expect of an image whose noise, by `estimate_sigma`, is not what a network was trained for; else None."""
+    effects = {
+        "weaker": ("less", "may blur fine detail; keep the original where that looks better"),
+        "stronger": ("more", "may leave some; restore the image at half its size, or with another network"),
+    }
+    if (mismatch := noise_mismatch(level, trained)) is None:
+        return None
+    amount, effect = effects[mismatch]
+    return f"{amount} noise than this network is for (sigma {format_sigma(trained)}), so that it {effect}"

@@ -17,7 +17,7 @@ import torch
 
 from dgunet import __version__
 from dgunet.checkpoint import load_model, read_checkpoint
-from dgunet.errors import UserError, describe_error, lazy_import, one_line, shorten_list
+from dgunet.errors import UserError, describe_error, is_out_of_memory, lazy_import, one_line, shorten_list
 from dgunet.figures import draw_stages, label_stages, restore_stages
 from dgunet.files import IMAGE_SUFFIXES, open_file
 from dgunet.hardware import pick_device
@@ -25,9 +25,8 @@ from dgunet.inference import automatic_tile, restore, tile_grid
 from dgunet.inside import after_each_stage
 from dgunet.photos import (
     estimate_sigma,
-    format_sigma,
     is_jpeg,
-    noise_mismatch,
+    noise_warning,
     probe,
     read_comment,
     read_photo,
@@ -333,10 +332,9 @@ def _attempt(job: Job, report: RunReport):
             raise
         report.refuse(job.source, told)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         report.refuse(job.source, "out of memory; restore it in tiles, --tile 512")
 
 
@@ -348,8 +346,9 @@ def _restore_one(
     scale = np.iinfo(image.pixels.dtype).max
     y = image.pixels.astype(np.float32) / np.float32(scale)
     y = y if y.ndim == 3 else y[..., None]
-    if noise is not None:
-        _warn_about_noise(job, 255 * estimate_sigma(y), noise, report)
+    level = 255 * estimate_sigma(y)
+    if noise is not None and (text := noise_warning(level, noise)):
+        report.note(job.source, text, now=f"about sigma {level:.0f}, {text}")
     if y.shape[2] == 1:
         y = np.repeat(y, model.channels, axis=2)
     height, width = y.shape[:2]
@@ -372,20 +371,6 @@ def _restore_one(
     notes = image.notes + ([] if job.target.name == job.source.name else ["written as PNG"])
     for text in notes:
         report.note(job.source, text)
-
-
-def _warn_about_noise(job: Job, level: float, trained: tuple[float, float], report: RunReport):
-    told = f"sigma {format_sigma(trained)}"
-    match noise_mismatch(level, trained):
-        case "weaker":
-            text = f"less noise than this network is for ({told}), so that it may blur fine detail"
-            advice = "keep the original where that looks better"
-        case "stronger":
-            text = f"more noise than this network is for ({told}), so that it may leave some"
-            advice = "restore the image reduced to half its size, or with another network"
-        case _:
-            return
-    report.note(job.source, text, now=f"about sigma {level:.0f}, {text}; {advice}")
 
 
 def _counting(model, count: Callable[[int], None]) -> contextlib.AbstractContextManager[None]:

@@ -172,9 +172,9 @@ def test_network_for_all_ratios_has_a_slider(tmp_path, image, tiny_model):
 
 def test_tells_of_other_noise_than_the_network_is_for(image):
     network = demo.Network("n", "denoising", Path("n"), noise_sigma=(25, 25))
-    assert "trained for 25: it blurs" in demo._noise_warning(network, image, 5)
-    assert "it leaves some" in demo._noise_warning(network, image, 50) and demo._noise_warning(network, image, 25) == ""
-    assert "it blurs" in demo._noise_warning(network, image)  # which has none
+    assert "less noise" in (weaker := demo._noise_warning(network, image, 5)) and "sigma 25" in weaker
+    assert "more noise" in demo._noise_warning(network, image, 50) and demo._noise_warning(network, image, 25) == ""
+    assert "less noise" in demo._noise_warning(network, image)  # which has none
 
 
 def test_networks_of_one_name_are_all_to_choose_from():
