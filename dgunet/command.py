@@ -14,6 +14,7 @@ import json
 import sys
 from pathlib import Path
 
+from dgunet import __version__
 from dgunet.errors import UserError, run_cli  # PyTorch is imported where it is needed: --help shall be quick
 
 # Of each command: the task, the network that it uses by default, and what it does.
@@ -52,9 +53,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dgunet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    parser.set_defaults(run=lambda args: _version(args, parser))
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    parser.add_argument("--version", action="version", version=f"dgunet {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for command, (task, default, told) in RESTORING.items():
         _add_restoring(commands.add_parser(command, help=told, description=f"{told.capitalize()}. {KINDS}"), default)
         commands.choices[command].set_defaults(run=_restore, task=task)
@@ -69,14 +69,6 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     return parser
-
-
-def _version(args: argparse.Namespace, parser: argparse.ArgumentParser):
-    if not args.version:
-        parser.error(f"say what to do: {', '.join((*RESTORING, 'list', *MODULES))}; dgunet --help tells more")
-    from dgunet import __version__
-
-    print(f"dgunet {__version__}")
 
 
 def _add_restoring(parser: argparse.ArgumentParser, default: str):

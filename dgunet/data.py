@@ -402,14 +402,10 @@ def list_packed(file: Path, group: str) -> list[str]:
     Raises:
         UserError: not such a file, a damaged one, or one of the other kind.
     """
-    try:
+    with _damage_named(file):
         content = _packed_file(file)
         pairs = "input" in content
         names = natsorted(map(os.fsdecode, content[group])) if pairs == (group != "/") else None
-    except UserError:
-        raise
-    except Exception as error:  # damage shows in many ways
-        raise UserError(_damaged_pack(file)) from error
     if names is None:
         kind = "image pairs" if pairs else "single images"
         raise UserError(f"{file} holds {kind}, which is not what this task trains on; see scripts/pack_dataset.py")
@@ -418,8 +414,15 @@ def list_packed(file: Path, group: str) -> list[str]:
     return names
 
 
-def _damaged_pack(source) -> str:
-    return f"{source} is damaged; pack the folder again with scripts/pack_dataset.py"
+@contextlib.contextmanager
+def _damage_named(source: Path | Packed) -> Iterator[None]:
+    """Around reading a packed file: its damage, which shows in many ways, becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source} is damaged; pack the folder again with scripts/pack_dataset.py") from error
 
 
 class _PackedImage:
@@ -427,28 +430,22 @@ class _PackedImage:
 
     def __init__(self, source: Packed):
         self.source = source
-        try:
-            self.pixels = _packed_file(source.file)[os.fsencode(source.key)]  # names need not be UTF-8
-            self.shape, dtype = tuple(self.pixels.shape), self.pixels.dtype
-        except KeyError as error:
-            raise UserError(f"there is no {source.key} in {source.file}; pack the folder again") from error
-        except UserError:
-            raise
-        except Exception as error:  # damage shows in many ways
-            raise UserError(_damaged_pack(source)) from error
         channels = (3,) if "/" in source.key else ()
-        if dtype != np.uint8 or self.shape[2:] != channels or len(self.shape) < 2 or not 0 < self.size <= MAX_PIXELS:
-            raise UserError(_damaged_pack(source))
+        with _damage_named(source):
+            self.pixels = _packed_file(source.file)[os.fsencode(source.key)]  # names need not be UTF-8
+            self.shape = tuple(self.pixels.shape)
+            if self.pixels.dtype != np.uint8 or len(self.shape) != 2 + len(channels) or self.shape[2:] != channels:
+                raise ValueError("no image")
+            if not 0 < self.size <= MAX_PIXELS:
+                raise ValueError("no size of an image")
 
     @property
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
     def __getitem__(self, area) -> np.ndarray:
-        try:
+        with _damage_named(self.source):
             return self.pixels[area]
-        except Exception as error:  # damage shows in many ways
-            raise UserError(_damaged_pack(self.source)) from error
 
 
 _open_files: dict = {}  # packed files by path

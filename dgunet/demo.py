@@ -225,18 +225,13 @@ def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
 @cache
 def examples() -> dict[str, np.ndarray]:
     """Photographs that come with scikit-image, none of which a shipped network has seen: (H, W, 3) uint8 by name."""
-    Image = lazy_import("PIL.Image")
-    found = {}
+    cv2, found = lazy_import("cv2"), {}
     for split, names in EXAMPLES.items():
         for photo in sample_photos(split):
             if photo.name in names:
-                with Image.open(photo.path) as image:
-                    if photo.crop:
-                        top, left, height, width = photo.crop
-                        image = image.crop((left, top, left + width, top + height))
-                    image = image.convert("RGB")
-                    image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE), Image.Resampling.LANCZOS)
-                    found[photo.name] = np.asarray(image)
+                image = photo.load()
+                scale = min(EXAMPLE_SIDE / max(image.shape), 1)
+                found[photo.name] = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     return found
 
 

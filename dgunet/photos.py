@@ -332,21 +332,19 @@ def orientation(image, file) -> int:
 
 
 def _metadata(image, file, notes: list[str], keep: dict) -> int:
-    """The orientation that decoding did not heed, 1 to 8; EXIF data goes into ``keep``, and what does not is told."""
-    turn, info = 0, image.info
+    """The orientation that decoding did not heed, 1 to 8. EXIF data goes into ``keep``, what is lost into ``notes``."""
+    turn, info, exif = 0, image.info, b""
     try:
         exif = info.get("exif") or b""
         if not exif and (text := info.get("Raw profile type exif")):  # as ImageMagick wrote it into PNG
             exif = bytes.fromhex("".join(text.split("\n")[3:]))
-        if exif:
-            turn, exif = _without_orientation(exif)
+        turn, exif = _upright(exif) if exif else (0, b"")
     except (ValueError, struct.error):
         notes.append("its EXIF data is damaged, and not kept")
         exif = b""
     if len(exif) > _EXIF_BYTES and image.format in ("JPEG", "MPO"):
         notes.append("its EXIF data, which is more than a JPEG holds, not kept")
-        exif = b""
-    if exif:
+    elif exif:
         keep["exif"] = exif
     if image.format == "TIFF" and 34665 in image.tag_v2:
         notes.append("its EXIF data, not kept")
@@ -355,8 +353,8 @@ def _metadata(image, file, notes: list[str], keep: dict) -> int:
     return turn if turn in range(1, 9) else orientation(image, file)  # of XMP, too
 
 
-def _without_orientation(exif: bytes) -> tuple[int, bytes]:
-    """The orientation, 0 for none, and EXIF data without it and without a thumbnail; none if that is all it holds.
+def _upright(exif: bytes) -> tuple[int, bytes]:
+    """The orientation that EXIF data asks for, 0 for none, and the data with orientation 1 and without a thumbnail.
 
     All other bytes stay as and where they are: Pillow cannot write all that it reads, nor reads all, and offsets within
     makers' notes stay right.
@@ -369,21 +367,19 @@ def _without_orientation(exif: bytes) -> tuple[int, bytes]:
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
         raise ValueError("no TIFF header")
-    (at,) = struct.unpack_from(f"{order}I", exif, 4)
-    (count,) = struct.unpack_from(f"{order}H", exif, at)
+    data = bytearray(exif)
+    (at,) = struct.unpack_from(f"{order}I", data, 4)
+    (count,) = struct.unpack_from(f"{order}H", data, at)
     end = at + 2 + 12 * count
-    entries = [exif[k : k + 12] for k in range(at + 2, min(end, len(exif) - 11), 12)]
-    turn, kept = 0, []
-    for entry in entries:
-        tag, kind = struct.unpack_from(f"{order}HH", entry)
-        if tag != _ORIENTATION:
-            kept.append(entry)
-        elif kind in (1, 3, 4):
-            (turn,) = struct.unpack_from(order + {1: "B", 3: "H", 4: "I"}[kind], entry, 8)
-    if not kept:
-        return turn, b""
-    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)  # no other directory follows
-    return turn, b"Exif\0\0" + exif[:at] + directory.ljust(end - at, b"\0") + exif[max(end, at + len(directory)) :]
+    turn = 0
+    for entry in range(at + 2, min(end, len(data) - 11), 12):
+        tag, kind = struct.unpack_from(f"{order}HH", data, entry)
+        if tag == _ORIENTATION:
+            (turn,) = struct.unpack_from(order + {1: "B", 4: "I"}.get(kind, "H"), data, entry + 8)
+            struct.pack_into(f"{order}HHIHxx", data, entry, _ORIENTATION, 3, 1, 1)
+    if end + 4 <= len(data):
+        data[end : end + 4] = bytes(4)  # no other directory follows
+    return turn, b"Exif\0\0" + bytes(data)
 
 
 def write_photo(path: str | Path, image: Photo, comment: str):

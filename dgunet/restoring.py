@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -37,8 +36,6 @@ from dgunet.pretrained import locate
 from dgunet.progress import progress_bar
 from dgunet.transforms import to_uint8
 
-LONG = 15  # seconds; what takes longer is told before
-SQUARE = 192  # pixels, the side of what the time is measured with
 OURS = "restored by dgunet"  # how the comment in a restored image begins
 FIGURE = ".stages.png"  # how the name of a figure of stages ends
 FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE}  # what the next image would meet, too
@@ -146,10 +143,6 @@ def restore_photographs(
             if key in record:
                 say(f"  {words}: {record[key]}")
         _check_writable(out)
-        seconds = _expected_seconds(model, jobs, tile, target, bf16)
-        if seconds > LONG:
-            megapixels = sum(job.height * job.width for job in jobs) / 1e6
-            say(f"this takes about {_duration(seconds)}: {_count(len(jobs))}, {megapixels:.1f} megapixels, on {target}")
         noise = trained_sigma_range(content)
         try:
             total = sum(job.height * job.width for job in jobs)
@@ -290,33 +283,10 @@ def _check_writable(out: Path):
         raise UserError(f"{out} may not be written to; change its permissions, or choose another --out")
 
 
-def _expected_seconds(model, jobs: list[Job], tile: int | str | None, device: torch.device, bf16: bool) -> float:
-    """From the time that a small square takes; 0 for what is not worth it, as on GPUs, which that would not occupy."""
-    work = sum(_work(job.height, job.width, None if tile == "auto" else tile) for job in jobs)
-    work += sum(min(job.height * job.width, FIGURE_FROM**2) for job in jobs if job.figure is not None)
-    if device.type != "cpu" or work < 4 * SQUARE**2:
-        return 0
-    square = np.zeros((SQUARE, SQUARE, model.channels), np.float32)
-    restore(model, square[:64, :64], tile=None, bf16=bf16)  # the first is slow
-    started = time.perf_counter()
-    restore(model, square, tile=None, bf16=bf16)
-    return (time.perf_counter() - started) / SQUARE**2 * work
-
-
 def _work(height: int, width: int, tile: int | None) -> int:
     """Pixels that the network goes through, those in the overlap of tiles several times."""
     areas, _ = tile_grid(height, width, tile)
     return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in areas)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
-
-
-def _count(number: int) -> str:
-    return "1 image" if number == 1 else f"{number} images"
 
 
 @contextlib.contextmanager
