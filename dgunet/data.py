@@ -1,4 +1,4 @@
-"""Images on disk: reading, pairing, packing, and which of them are trained on."""
+"""Images on disk: reading and writing them, matching pairs, packed files, and the split for training."""
 
 import contextlib
 import hashlib
@@ -25,8 +25,8 @@ from dgunet.transforms import apply_orientation
 natsorted = lazy_import("natsort").natsorted
 
 PACK_FORMAT = "dgunet images 1"
-WRITABLE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # what `write_image` writes, with all colours
-JUNK = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # what systems put into folders of images
+WRITABLE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # formats of `write_image`
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # which operating systems add to folders
 
 
 class Packed(NamedTuple):
@@ -50,8 +50,8 @@ class Pair(NamedTuple):
 def read_image(source: str | Path | Packed, grey: bool = False) -> np.ndarray:
     """Read an 8-bit RGB image as (H, W, 3) uint8, turned upright where its EXIF data says so.
 
-    An image is what its bytes say, whatever the ending of its name. JPEG, PNG, BMP, TIFF and WebP are always read;
-    what else Pillow knows (GIF, AVIF, JPEG 2000, PPM, TGA, HEIC with pillow-heif, ...) is read where it does.
+    The format is detected from the content, not from the suffix. JPEG, PNG, BMP, TIFF and WebP are always read; other
+    formats (GIF, AVIF, JPEG 2000, PPM, TGA, HEIC with pillow-heif, ...) where the installed Pillow reads them.
 
     Args:
         source: a file, or an image in a packed one.
@@ -59,8 +59,7 @@ def read_image(source: str | Path | Packed, grey: bool = False) -> np.ndarray:
 
     Raises:
         UserError: unreadable, a camera's raw file, grey, with transparency, of other than 8 bits per channel, or (in
-            other formats than the five) of several frames: the network would be given something else than the user
-            sees, so the message says how to convert the image.
+            other formats than the five) of several frames.
     """
     return open_image(source, grey)[:, :]
 
@@ -103,7 +102,7 @@ _BY_OPENCV = ("JPEG", "MPO", "PNG", "BMP", "WEBP")
 
 
 def _plain(image, grey: bool) -> bool:
-    """Whether an opened image is one to train on, as far as its header says: 8 bits, RGB or else grey, all opaque."""
+    """Whether the header says that an image can be trained on: RGB (or grey) of 8 bits without transparency."""
     if isinstance(image, Tiff):
         mode = image.mode
     else:
@@ -176,13 +175,12 @@ def write_image(path: str | Path, image: np.ndarray):
         temporary.write_bytes(encoded)
 
 
-def list_images(folder: str | Path, tell: bool = True) -> list[Path]:
-    """Images directly inside a folder, naturally sorted (img2 before img10): files whose suffix is an image's.
+def list_images(folder: str | Path, report: bool = True) -> list[Path]:
+    """Images directly inside a folder, naturally sorted (img2 before img10): files with the suffix of an image.
 
     Args:
-        folder: where to look.
-        tell: whether a line on stderr names what else lies there (once for each folder; hidden files aside), so that a
-            image of an unknown suffix does not vanish.
+        folder: path of the folder.
+        report: whether to list other files on stderr (see `report_skipped_files`).
 
     Raises:
         UserError: no such folder, no image in it, or two whose names differ in Unicode form alone.
@@ -193,29 +191,30 @@ def list_images(folder: str | Path, tell: bool = True) -> list[Path]:
     there = [path for path in folder.iterdir() if not path.name.startswith(".")]
     paths = natsorted((path for path in there if path.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: path.name)
     if not paths:
-        raise UserError(f"no images in {folder.absolute()} (known are {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"no images in {folder.absolute()} (recognised suffixes: {', '.join(sorted(IMAGE_SUFFIXES))})")
     index_by_name((path.name, path) for path in paths)
-    if tell:
+    if report:
         report_skipped_files(folder, [path for path in there if path.suffix.lower() not in IMAGE_SUFFIXES])
     return paths
 
 
-_told: set[Path] = set()  # folders
+_reported: set[Path] = set()  # folders
 
 
 def report_skipped_files(folder: Path, others: list[Path]):
-    """One line on stderr, the first time, that names what is left out of a folder of images; not what systems add."""
-    others = [path for path in others if path.name.lower() not in JUNK and not path.name.startswith(("@", "__MACOSX"))]
+    """Print once per folder, in a line on stderr, which files are skipped; not those of operating systems."""
+    others = [
+        path for path in others if path.name.lower() not in SYSTEM_FILES and not path.name.startswith(("@", "__MACOSX"))
+    ]
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-    if others and first and folder.absolute() not in _told:
-        _told.add(folder.absolute())
+    if others and first and folder.absolute() not in _reported:
+        _reported.add(folder.absolute())
         names = natsorted(one_line(f"{path.name}/" if path.is_dir() else path.name) for path in others)
-        told = f"{one_line(str(folder))} also holds what is not read as an image: {shorten_list(names)}"
-        print(f"note: {told}", file=sys.stderr)
+        print(f"note: skipped in {one_line(str(folder))}, not images: {shorten_list(names)}", file=sys.stderr)
 
 
 def index_by_name(named: Iterable[tuple[str, Path | Packed]]) -> dict[str, Path | Packed]:
-    """What is given as (name, source) by its name in Unicode's form NFC: names that differ in form alone are one.
+    """A dict of the sources by name, normalised to Unicode's form NFC.
 
     Raises:
         UserError: two sources of one name.
@@ -236,23 +235,23 @@ def index_by_name(named: Iterable[tuple[str, Path | Packed]]) -> dict[str, Path 
     return {key: source for key, (_, source) in found.items()}
 
 
-def images_by_name(folder: str | Path, tell: bool = True) -> dict[str, Path]:
-    """The images directly inside a folder by their names without ending (in Unicode's form NFC), naturally sorted.
+def images_by_name(folder: str | Path, report: bool = True) -> dict[str, Path]:
+    """The images directly inside a folder by their names without suffix (in Unicode's form NFC), naturally sorted.
 
     Raises:
         UserError: as `list_images`; two images of one name.
     """
-    return index_by_name((path.stem, path) for path in list_images(folder, tell))
+    return index_by_name((path.stem, path) for path in list_images(folder, report))
 
 
 def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
-    """Pairs of ``root/input`` and ``root/target``, matched by file name (without its ending).
+    """Pairs of ``root/input`` and ``root/target``, matched by file name (without suffix).
 
-    Names that differ in Unicode form alone (macOS writes another than Linux) are one; a `Pair` has it in form NFC.
+    Names are compared in Unicode's form NFC, which a `Pair` has, since macOS and Linux write different forms.
 
     Args:
         root: the folder, or a file that scripts/pack_dataset.py made of it.
-        check_sizes: open all headers and compare the sizes.
+        check_sizes: read all headers and compare the sizes.
 
     Raises:
         UserError: a missing or empty folder, an image without partner, two images of one name; with
@@ -288,29 +287,29 @@ def pair_size(pair: Pair) -> tuple[int, int]:
 
 
 def hold_out(items: list, count: int, source: str | Path) -> tuple[list, list]:
-    """Split images or pairs for training and validation: the last in natural order are held back.
+    """Split images or pairs into (training, validation): the last in natural order are held out.
 
-    Neighbours in that order are often frames of one scene: so but one scene at most is on both sides.
+    Neighbours in that order are often frames of one scene, so that at most one scene is in both parts.
 
     Args:
         items: images or pairs.
-        count: how many to hold back at most; a tenth of few items is less, but at least one is.
-        source: where they come from.
+        count: how many to hold out at most; no more than a tenth of the items, but at least one.
+        source: the folder or packed file, for the message.
     """
     if count < 1 or len(items) < 2:
         raise UserError(
-            f"cannot hold {count} of the {len(items)} in {source} back for validation; set TRAINING.VAL_HOLD_BACK, or "
-            "TRAINING.VAL_DIR to a folder for validation"
+            f"cannot hold out {count} of the {len(items)} images in {source} for validation; set "
+            "TRAINING.VAL_HOLD_BACK, or TRAINING.VAL_DIR to a folder for validation"
         )
     count = min(count, max(len(items) // 10, 1))
     return items[:-count], items[-count:]
 
 
 def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
-    """Leave out the images, or pairs, that a text file names: one to a line, with or without ending.
+    """Exclude the images or pairs that a text file lists, one name per line, with or without suffix.
 
-    Names are compared in Unicode's form NFC. Also left out are their parts and copies, as scripts/prepare_patches.py
-    and make_demo_data.py name them: NAME_1, NAME_2, ...
+    Names are compared in Unicode's form NFC. Patches and copies, which scripts/prepare_patches.py and make_demo_data.py
+    name NAME_1, NAME_2, ..., are excluded with their image.
 
     Raises:
         UserError: no such file, it names none of the images, or all of them.
@@ -322,31 +321,31 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
             f"TRAINING.EXCLUDE: cannot read {listing}; it is a text file with one name to a line"
         ) from error
 
-    def bare(name: str) -> str:
+    def stem(name: str) -> str:
         return nfc(Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name)
 
     def name(item) -> str:
         return item.key if isinstance(item, Packed) else item.name
 
-    def meant(item) -> bool:
-        own = bare(name(item))
+    def excluded(item) -> bool:
+        own = stem(name(item))
         return own in names or re.sub(r"_\d+$", "", own) in names
 
-    names = set(map(bare, lines))
-    left = [item for item in items if not meant(item)]
+    names = set(map(stem, lines))
+    left = [item for item in items if not excluded(item)]
     if len(left) in (0, len(items)):
         which = "none" if left else "all"
         raise UserError(
-            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} images, as {name(items[0])}; mend it, "
-            'or leave nothing out by TRAINING.EXCLUDE ""'
+            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} images, as {name(items[0])}; correct it, "
+            'or exclude nothing with TRAINING.EXCLUDE ""'
         )
     return left
 
 
 def fingerprint(items: list[Path | Packed | Pair]) -> dict[str, Tensor | bool]:
-    """What tells training data from others, wherever they lie: the files' names, and how large each is.
+    """Names and sizes that identify training data, independent of their location, for `changed_items`.
 
-    Of files the size is in bytes, of packed images in pixels: ``packed`` says which.
+    Sizes are in bytes for files, in pixels for packed images (``packed``).
     """
     names, sizes, packed = [], [], False
     for name, source in _sources(items):
@@ -361,25 +360,25 @@ def _digest(name: str) -> int:
 
 
 def changed_items(items: list[Path | Packed | Pair], then: dict[str, Tensor | bool]) -> str:
-    """How training data differ from those that ``then`` is the `fingerprint` of, in words; empty if they do not."""
+    """In words, how training data differ from those of the `fingerprint` ``then``; empty if they do not."""
     now = fingerprint(items)
     before = dict(zip(then["names"].tolist(), then["sizes"].tolist(), strict=True))
     names, after = {}, {}
     for (name, _), key, size in zip(_sources(items), now["names"].tolist(), now["sizes"].tolist(), strict=True):
         if key not in before and (old := _digest(unicodedata.normalize("NFD", name))) in before:
-            key = old  # of a run before 0.3, which took names in the form that they had
+            key = old  # of a run before 0.3, when names were not normalised
         names[key], after[key] = name, size
     new = [names[key] for key in after if key not in before]
     comparable = now["packed"] == then["packed"]
     other = [names[key] for key in after if comparable and before.get(key, after[key]) != after[key]]
     gone = len(before.keys() - after.keys())
-    told = [f"{len(some)} {what} ({some[0]}{', ...' if len(some) > 1 else ''})"
+    parts = [f"{len(some)} {what} ({some[0]}{', ...' if len(some) > 1 else ''})"
             for some, what in ((new, "new"), (other, "of another size")) if some]  # fmt: skip
-    return ", ".join(told + ([f"{gone} gone"] if gone else []))
+    return ", ".join(parts + ([f"{gone} gone"] if gone else []))
 
 
 def _sources(items: list[Path | Packed | Pair]) -> Iterator[tuple[str, Path | Packed]]:
-    """(name, where it lies) of all images; the names are the same in a folder and packed."""
+    """(name, source) of all images; a name is the same in a folder and in its packed file."""
     for item in items:
         if isinstance(item, Pair):
             yield f"input/{item.name}", item.input
@@ -476,7 +475,7 @@ def _close_packed_files():
         _open_files.popitem()[1].close()
 
 
-if hasattr(os, "register_at_fork"):  # loading processes that share an open HDF5 file would share its state
+if hasattr(os, "register_at_fork"):  # data workers must not share the state of an open HDF5 file
     os.register_at_fork(before=_close_packed_files)
 
 

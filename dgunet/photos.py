@@ -1,6 +1,6 @@
-"""Any image that a phone or a scanner makes: read as it is meant to look, and written as it came.
+"""Images of phones and scanners: all kinds are read, upright, and written again with their metadata.
 
-`data.read_image` reads what networks are trained on and tested with, and refuses what is anything else.
+`data.read_image` reads images to train and test with, and refuses other kinds.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from dgunet.transforms import apply_orientation
 MAX_PIXELS = 2**30  # of an image: OpenCV's limit
 _ORIENTATION = 0x0112  # the EXIF tag
 _EXIF_BYTES = 65533  # that a JPEG holds
-# What `_container` knows, and what to do with it.
+# File types that `_file_type` detects and that are not read, with advice.
 _NOT_READ = {
     "raw": "is a camera's raw file; develop it to JPEG, or to TIFF or PNG of 16 bits",
     "AVIF": "is an AVIF image that this Pillow cannot read; pip install -U pillow, or export it as JPEG",
@@ -32,8 +32,8 @@ _NOT_READ = {
     "JPEG XL": "is a JPEG XL image; export it as JPEG or PNG",
     "web page": "is a web page; save the image itself",
 }
-# What some photographs hold beside the image: the bytes that it is recognised by, and what it is.
-_FURTHER = {
+# Extra content of some photographs: a pattern in the file's bytes, and its name.
+_EXTRA_CONTENT = {
     rb"hdrgm:|hdrgainmap|urn:iso:std:iso:ts:21496": "its gain map (what makes it HDR)",
     rb"(MotionPhoto|MicroVideo)[ =>\"']+1": "its video (motion photo)",
     rb"GDepth:|aux:depth|auxid:2\b|aux:disparity": "its depth map",
@@ -42,10 +42,10 @@ _FURTHER = {
 
 @dataclass
 class Photo:
-    """An image, upright.
+    """An upright image.
 
-    pixels: (H, W, 3) RGB or (H, W) grey, uint8 or uint16; alpha: its transparency, (H, W) of the same type, or None;
-    keep: what Pillow writes with it (``icc_profile``, ``exif``, ``dpi``); notes: what is not as it was in the file.
+    pixels: (H, W, 3) RGB or (H, W) grey, uint8 or uint16; alpha: transparency, (H, W) of the same type, or None; keep:
+    metadata in Pillow's terms (``icc_profile``, ``exif``, ``dpi``); notes: what was converted or dropped in reading.
     """
 
     pixels: np.ndarray
@@ -54,8 +54,8 @@ class Photo:
     notes: list[str] = field(default_factory=list)
 
 
-def _container(start: bytes) -> str:
-    """What a file that begins so is, of what Pillow may not read; "" for anything else."""
+def _file_type(start: bytes) -> str:
+    """The type of a file, from its first bytes, if Pillow may not read it; otherwise ""."""
     brands = {start[8:12], *(start[k : k + 4] for k in range(16, min(int.from_bytes(start[:4], "big"), 512), 4))}
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start[4:8] == b"ftyp":
@@ -89,9 +89,9 @@ def opened(path: Path):
     with open_file(path) as file:
         start = file.read(512)
         try:
-            image = _identified(path, file, start)
+            image = _identify(path, file, start)
             if image is None:
-                raise UserError(f"{path} {_unknown(path, start)}")
+                raise UserError(f"{path} {_why_unreadable(path, start)}")
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path} has {image.width}x{image.height} pixels, more than can be read")
             yield image, file
@@ -105,15 +105,15 @@ def opened(path: Path):
             ) from error
 
 
-def _identified(path: Path, file, start: bytes):
-    """The image in a file that begins so, or None.
+def _identify(path: Path, file, start: bytes):
+    """The image in a file, whose first bytes are ``start``, or None.
 
-    As `PIL.Image.open`, but of more pixels than its limit, which some scans have; that is one for the whole process.
+    As `PIL.Image.open`, but without its limit on pixels, which large scans exceed and which is global.
     """
     image = lazy_import("PIL.Image")
     image.preinit()  # the usual formats first
     image.init()
-    kind = _container(start)
+    kind = _file_type(start)
     if kind == "HEIC":
         with contextlib.suppress(ImportError):
             lazy_import("pillow_heif").register_heif_opener()
@@ -130,9 +130,9 @@ def _identified(path: Path, file, start: bytes):
     return None
 
 
-def _unknown(path: Path, start: bytes) -> str:
-    """Why a file that begins so is none of those that are read, and what to do."""
-    kind = _container(start)
+def _why_unreadable(path: Path, start: bytes) -> str:
+    """Why a file cannot be read, and what to do."""
+    kind = _file_type(start)
     if kind == "HEIC" or (not kind and path.suffix.lower() in (".heic", ".heif", ".hif")):
         with contextlib.suppress(ImportError):
             lazy_import("pillow_heif")
@@ -182,8 +182,8 @@ def read_photo(path: str | Path) -> Photo:
     if pixels.dtype == np.uint16:
         notes.append("16 bits per channel, which are kept")
         if 0 < (bits := int(pixels.max()).bit_length()) <= 14:
-            told = f"no value above {2**bits - 1} of 65535, and so far too dark if the file is one of {bits} bits"
-            notes.append(f"{told}; multiply its values by {2 ** (16 - bits)} before")
+            dark = f"no value above {2**bits - 1} of 65535, so far too dark if the file has {bits} bits"
+            notes.append(f"{dark}; multiply its values by {2 ** (16 - bits)} before")
     if alpha is not None:
         notes.append("its transparency is kept as it is")
     if profile and profile[16:20] == (b"GRAY" if pixels.ndim == 2 else b"RGB "):  # not that of CMYK, say
@@ -217,13 +217,13 @@ def _read_by_pillow(path: Path, image, file, notes: list[str]) -> tuple[np.ndarr
     file.seek(0)
     content = file.read()
     file.seek(at)
-    further = _extra_content_notes(content, kind, profile)
-    notes += [f"{told}, not kept" for told in further]
+    extra = _extra_content(content, kind, profile)
+    notes += [f"{name}, not kept" for name in extra]
     frames = getattr(image, "n_frames", 1)
-    if kind == "MPO":  # of which previews are no loss, and a gain map or depth map is told of
+    if kind == "MPO":  # previews do not count, nor gain maps and depth maps, which have a note
         entries = image.mpinfo.get(0xB002, [])
         frames -= sum("Thumbnail" in str(entry["Attribute"]["MPType"]) for entry in entries)
-        frames -= sum("map" in told for told in further)
+        frames -= sum("map" in name for name in extra)
     if frames > 1:
         notes.append(f"the first of its {frames} images")
     if kind == "TIFF":
@@ -258,7 +258,7 @@ def _read_by_pillow(path: Path, image, file, notes: list[str]) -> tuple[np.ndarr
 
 
 def _bits(content: bytes, image, raw: str) -> int:
-    """Bits per channel in the file, of which Pillow gives 8; ``raw`` is how it decodes them."""
+    """Bits per channel in the file, which Pillow reduces to 8; ``raw``: its raw mode."""
     if image.format == "PPM" and (largest := re.search(r"', (\d+)\)", raw)):
         return int(largest[1]).bit_length()
     if image.format == "JPEG2000":
@@ -272,20 +272,20 @@ def _bits(content: bytes, image, raw: str) -> int:
     return 16 if ";16B" in raw else 8
 
 
-def _extra_content_notes(content: bytes, kind: str, profile: bytes | None) -> list[str]:
-    """What a file holds beside the pixels, and what is not kept of it."""
+def _extra_content(content: bytes, kind: str, profile: bytes | None) -> list[str]:
+    """Names of what a file holds beside the pixels and its metadata."""
     if kind not in ("JPEG", "MPO", "HEIF", "AVIF", "PNG"):
         return []
-    found = [told for pattern, told in _FURTHER.items() if kind != "PNG" and re.search(pattern, content)]
+    found = [name for pattern, name in _EXTRA_CONTENT.items() if kind != "PNG" and re.search(pattern, content)]
     codes = re.findall(rb"(?:colrnclx\0(?=.\0)|cICP)(.)\0?(.)", content[: 2**16], re.DOTALL)
-    # Colours of BT.709, or as good as, are what an image without a profile is taken for.
+    # Without a profile BT.709's primaries, or unspecified ones, are displayed as sRGB.
     if not profile and any(primaries[0] not in (1, 2) or transfer[0] in (16, 18) for primaries, transfer in codes):
         found.append("its colour space, which is wider than sRGB or that of HDR")
     return found
 
 
 def _to_8_bit(image, profile: bytes | None, notes: list[str]):
-    """In one of the modes L, LA, RGB, RGBA."""
+    """Convert to mode L, LA, RGB or RGBA."""
     mode, clear = image.mode, "transparency" in image.info
     if mode in ("L", "LA", "RGB", "RGBA") and not clear:
         return image
@@ -332,7 +332,7 @@ def orientation(image, file) -> int:
 
 
 def _metadata(image, file, notes: list[str], keep: dict) -> int:
-    """The orientation that decoding did not heed, 1 to 8. EXIF data goes into ``keep``, what is lost into ``notes``."""
+    """The orientation still to be applied, 1 to 8. Fills ``keep`` with EXIF data, and ``notes`` with what is lost."""
     turn, info, exif = 0, image.info, b""
     try:
         exif = info.get("exif") or b""
@@ -383,12 +383,12 @@ def _upright(exif: bytes) -> tuple[int, bytes]:
 
 
 def write_photo(path: str | Path, image: Photo, comment: str):
-    """Write an image as PNG, or as JPEG (quality 95, colours in full resolution) where the file's ending says so.
+    """Write an image as PNG, or as JPEG (quality 95, colours in full resolution) depending on the suffix.
 
-    What it is to keep is written with it, and a comment, see `read_comment`. The file appears when it is complete.
+    Its metadata and a comment (see `read_comment`) are written with it, atomically.
 
     Raises:
-        UserError: the format does not hold it, as a JPEG of more than 65500 pixels in a row.
+        UserError: the format cannot hold it, such as a JPEG of more than 65500 pixels in a row.
     """
     path = Path(path)
     pixels, alpha = image.pixels, image.alpha
@@ -443,7 +443,7 @@ def _deep_png(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
 
 
 def read_comment(path: str | Path) -> str | None:
-    """The comment that `write_photo` wrote into a file; None where there is no file, or none of ours."""
+    """The comment that `write_photo` wrote into a file; None if there is no such file or comment."""
     path = Path(path)
     try:
         with opened(path) as (image, _):
@@ -456,37 +456,37 @@ def read_comment(path: str | Path) -> str | None:
 def estimate_sigma(image: np.ndarray) -> float:
     """Estimate of the standard deviation of white noise in (..., H, W, C) images, in their unit; nan for tiny ones.
 
-    The median of the absolute second differences along both axes (Immerkaer's mask), which smooth areas make and edges
-    do not reach. Fine texture counts as noise.
+    The median of the absolute second differences along both axes (Immerkaer's mask), robust to edges. Fine texture
+    counts as noise.
     """
     differences = np.diff(np.diff(image[..., :1024, :1024, :], 2, axis=-3), 2, axis=-2)
     return float(np.median(np.abs(differences)) / (0.6745 * 6)) if differences.size else float("nan")
 
 
 def trained_sigma_range(content: dict) -> tuple[float, float] | None:
-    """Weakest and strongest Gaussian noise, in 8-bit levels, that a checkpoint says its weights are for."""
+    """The range of Gaussian sigma, in 8-bit levels, that a checkpoint's weights were trained for, if it says one."""
     match content.get("noise_sigma"):
-        case [int() | float() as low, int() | float() as high]:  # anything else is not an entry of ours
+        case [int() | float() as low, int() | float() as high]:  # anything else is not such an entry
             return low, high
     return None
 
 
 def format_sigma(trained: tuple[float, float]) -> str:
-    """That noise in words: ``25``, or ``0 to 50``."""
+    """A range of sigma as text: ``25``, or ``0 to 50``."""
     low, high = trained
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def noise_mismatch(level: float, trained: tuple[float, float]) -> str | None:
-    """``"weaker"`` or ``"stronger"``, where `estimate_sigma` is outside of what a network was trained for."""
+    """``"weaker"`` or ``"stronger"`` if the `estimate_sigma` of an image is outside a network's training range."""
     low, high = trained
-    # The estimates are 0.7 to 1.1 of the truth where noise is visible, more where it is weaker than texture, and two
-    # thirds of it after JPEG has halved the colours' resolution.
+    # Estimates are 0.7 to 1.1 of the true sigma for visible noise, more where texture is stronger than the noise, and
+    # two thirds of it after JPEG's chroma subsampling.
     return "weaker" if level < low / 2 else "stronger" if level > 4 / 3 * high else None
 
 
 def noise_warning(level: float, trained: tuple[float, float]) -> str | None:
-    """What to expect of an image whose noise, by `estimate_sigma`, is not what a network was trained for; else None."""
+    """A sentence on what to expect, if the `estimate_sigma` of an image is outside a network's training range."""
     effects = {
         "weaker": ("less", "may blur fine detail; keep the original where that looks better"),
         "stronger": ("more", "may leave some; restore the image at half its size, or with another network"),

@@ -1,4 +1,4 @@
-"""What `dgunet denoise | derain | deblur` do: folders of photographs, restored one after the other."""
+"""Batch restoration of photographs, for `dgunet denoise | derain | deblur`."""
 
 import contextlib
 import errno
@@ -36,15 +36,21 @@ from dgunet.pretrained import locate
 from dgunet.progress import progress_bar
 from dgunet.transforms import to_uint8
 
-OURS = "restored by dgunet"  # how the comment in a restored image begins
-FIGURE = ".stages.png"  # how the name of a figure of stages ends
-FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE}  # what the next image would meet, too
-FIGURE_FROM, FIGURE_SIDE = 512, 160  # pixels around the middle that the figure of stages is computed of, and shows
+OURS = "restored by dgunet"  # start of the comment in a restored image
+FIGURE = ".stages.png"  # suffix of a figure of stages
+FATAL_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EPIPE,
+}  # the next image would fail, too
+FIGURE_FROM, FIGURE_SIDE = 512, 160  # side of the centre crop that a figure of stages computes, and of that it shows
 
 
 @dataclass(frozen=True)
 class Job:
-    """An image to be restored: where it is, where it goes, how large it is, and its figure of stages if any."""
+    """An image to be restored: source, target, size, and the path of its figure of stages if wanted."""
 
     source: Path
     target: Path
@@ -55,14 +61,14 @@ class Job:
 
 @dataclass
 class RunReport:
-    """What has become of the images, told as it happens and at the end."""
+    """The outcome for each image, reported as it happens and at the end."""
 
     say: Callable[..., None]
     done: int = 0
     skipped: int = 0
     refused: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)  # of the notes, those that were told at once
+    printed: set[str] = field(default_factory=set)  # notes of which the first was printed at once
 
     def refuse(self, name: Path, reason: str):
         self.refused.append(str(name))
@@ -70,10 +76,10 @@ class RunReport:
         self.say(f"not restored: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
 
     def note(self, name: Path, text: str, now: str = ""):
-        """Something to tell of an image, with others of which the same is to be told; ``now`` of the first at once."""
+        """Collect a note, which is printed once for all its images; ``now`` is printed at once for the first."""
         if now and text not in self.notes:
             self.say(f"note: {one_line(f'{name}: {now}')}")
-            self.told.add(text)
+            self.printed.add(text)
         self.notes.setdefault(text, []).append(str(name))
 
     def summary(self, out: Path) -> str:
@@ -95,26 +101,26 @@ def restore_photographs(
     device: str = "auto",
     bf16: bool = False,
 ):
-    """Restore images and folders of images into a folder, telling of it on stdout.
+    """Restore images and folders of images into a folder, with a report on stdout.
 
     Args:
-        photos: files and folders, these with all that is in them. They are not written to.
-        out: made if needed. A single folder's images come directly into it, several folders' into folders of their
-            names. What was restored from the same file with the same weights and settings before is skipped.
+        photos: files, and folders with their subfolders. They are never written to.
+        out: created if needed. The images of a single folder go directly into it, those of several into subfolders of
+            their names. An image restored before from the same file, weights and settings is skipped.
         weights: the name of weights that come with dgunet, or a file.
-        task: that they must be for.
-        overwrite: restore again what is there already; nothing is replaced that this has not written.
+        task: the task that the weights must be for.
+        overwrite: restore existing results again; files that are not from dgunet are never replaced.
         stages: also draw each image after each stage.
         tile, bf16: see `restore`.
-        local: statistics over windows as the weights' record says; False: of whole images.
+        local: use the windows or tiles of the weights' record; False: statistics of whole images.
         device: see `hardware.pick_device`.
 
     Raises:
-        UserError: no image at all, unsuitable weights, a place that cannot be written to; or at the end, naming the
-            images that could not be restored. All others are there then.
+        UserError: no image at all, unsuitable weights, a folder that cannot be written to; or at the end, if some
+            images could not be restored. All others are restored then.
     """
     if stages:
-        lazy_import("matplotlib")  # now and not after the first image
+        lazy_import("matplotlib")  # fail before the first image
     bar = None
 
     def say(text: str, file=None):
@@ -158,7 +164,7 @@ def restore_photographs(
             raise
         bar = None
     for text, names in report.notes.items():
-        if len(names) > 1 or text not in report.told:
+        if len(names) > 1 or text not in report.printed:
             say(f"note: {text}: {one_line(shorten_list(names))}")
     if report.refused:
         raise UserError(f"{report.summary(out)}, for the reasons above")
@@ -166,7 +172,7 @@ def restore_photographs(
 
 
 def _gather(photos: list[Path], out: Path, report: RunReport) -> Iterator[tuple[Path, Path]]:
-    """Each image, and the path that it gets in ``out``."""
+    """(source, path relative to ``out``) of each image."""
     for given in photos:
         if not given.is_dir():
             if given.exists():
@@ -244,7 +250,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 class Provenance:
-    """Tells what a restored image was made from: a comment in it that depends on the file, weights and settings."""
+    """Makes the comment of a restored image, with a digest of its source file, weights and settings."""
 
     def __init__(self, weights: Path, tile: int | str | None, bf16: bool, local: bool):
         self.weights = f"{weights.parent.name}/{weights.name}"
@@ -266,8 +272,8 @@ def _skip_done(jobs: list[Job], provenance: Provenance, overwrite: bool, report:
         if there and not (comment := read_comment(job.target) or "").startswith(OURS):
             report.refuse(job.source, f"{job.target} is there already, and not from dgunet; choose another --out")
         elif stays and comment.split()[-1] != provenance.of(job.source).split()[-1]:  # versions may differ
-            told = "is there already, of another image or with other weights or settings"
-            report.refuse(job.source, f"{job.target} {told}; --overwrite replaces it, or choose another --out")
+            other = "is there already, of another image or with other weights or settings"
+            report.refuse(job.source, f"{job.target} {other}; --overwrite replaces it, or choose another --out")
         elif stays and (drawn or job.figure is None):
             report.skipped += 1
         elif drawn and not (read_comment(job.figure) or "").startswith(OURS):
@@ -284,23 +290,23 @@ def _check_writable(out: Path):
 
 
 def _work(height: int, width: int, tile: int | None) -> int:
-    """Pixels that the network goes through, those in the overlap of tiles several times."""
+    """Pixels to process, those in the overlap of tiles counted repeatedly."""
     areas, _ = tile_grid(height, width, tile)
     return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in areas)
 
 
 @contextlib.contextmanager
 def _attempt(job: Job, report: RunReport):
-    """Around the work on an image: one that cannot be restored costs no other."""
+    """Around the work on an image: if it fails, the others go on."""
     try:
         yield
         report.done += 1
     except UserError as error:
         report.refuse(job.source, str(error))
     except OSError as error:
-        if error.errno in FATAL_ERRNOS or (told := describe_error(error)) is None:
+        if error.errno in FATAL_ERRNOS or (reason := describe_error(error)) is None:
             raise
-        report.refuse(job.source, told)
+        report.refuse(job.source, reason)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -324,7 +330,7 @@ def _restore_one(
     height, width = y.shape[:2]
     if tile == "auto":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # told here in the command's own words
+            warnings.simplefilter("ignore")  # reported below
             tile = automatic_tile(model, (1, model.channels, height, width), device)
         if tile is not None:
             text = "larger than memory allows at once, restored in tiles (--tile whole forces it)"
@@ -349,13 +355,13 @@ def _counting(model, count: Callable[[int], None]) -> contextlib.AbstractContext
 
 
 def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
-    """The figure of stages of the image's middle, computed from what is around it."""
+    """Draw the stages of the image's centre, computed with some context around it."""
     top, left, height, width = _middle(y.shape, FIGURE_FROM)
     around = y[top : top + height, left : left + width]
     estimates = restore_stages(model, around)[1:]
     inner_top, inner_left, height, width = _middle(around.shape, FIGURE_SIDE)
     window = (slice(inner_top, inner_top + height), slice(inner_left, inner_left + width))
-    tiles = [("as it came", to_uint8(around)), *label_stages(estimates)]
+    tiles = [("input", to_uint8(around)), *label_stages(estimates)]
     tiles = [(label, image[window].squeeze(), math.inf) for label, image in tiles]
     step = max(1, max(y.shape) // 1000)
     frame = tuple(value // step for value in (top + inner_top, left + inner_left, height, width))
@@ -364,6 +370,6 @@ def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
 
 
 def _middle(shape: tuple, side: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the part of so many pixels in the middle."""
+    """(top, left, height, width) of a centre crop."""
     height, width = (min(side, whole) for whole in shape[:2])
     return (shape[0] - height) // 2, (shape[1] - width) // 2, height, width

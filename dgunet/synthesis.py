@@ -1,7 +1,7 @@
-"""Synthetic degradations of clean images, to train and to demonstrate with.
+"""Synthetic degradations of clean images, for training and demonstration.
 
-Each takes an image (H, W, 3), RGB in [0, 1], and a generator, from which all its randomness comes, and returns the
-degraded image, of the same shape, float32 in [0, 1]; Gaussian noise that is not clipped leaves that range.
+Each takes an image (H, W, 3), RGB in [0, 1], and the generator of its random numbers, and returns the degraded image,
+of the same shape, float32 in [0, 1]; Gaussian noise that is not clipped leaves that range.
 """
 
 import inspect
@@ -33,7 +33,7 @@ def gaussian_noise(
     """Add white Gaussian noise.
 
     image: (H, W, 3) in [0, 1]; sigma: standard deviation on the scale 0 to 255, or a range that it is drawn from;
-    clip: to [0, 1], as an image file does. The literature's tests do not.
+    clip: to [0, 1], as an image file does; benchmarks in the literature do not.
     """
     if np.ndim(sigma):
         sigma = rng.uniform(*sigma)
@@ -42,7 +42,7 @@ def gaussian_noise(
 
 
 def found_noise(image: np.ndarray, rng: Generator, sigma: float | tuple[float, float] = (0.0, 50.0)) -> np.ndarray:
-    """Add Gaussian noise as it is found in images: half of them as the literature tests, white and without bounds.
+    """Add Gaussian noise as found in image files: in half of the images as in the literature, white and not clipped.
 
     The others are clipped to [0, 1]; half of these have noise that the colours share in part or, as grey images, in
     whole, and half are JPEGs.
@@ -63,7 +63,7 @@ def found_noise(image: np.ndarray, rng: Generator, sigma: float | tuple[float, f
 
 
 def jpeg_compress(image: np.ndarray, quality: int) -> np.ndarray:
-    """An image (H, W, 3) in [0, 1] as a JPEG of this quality gives it back, its colours at half the resolution."""
+    """An image (H, W, 3) in [0, 1] after JPEG compression of this quality, with 4:2:0 chroma subsampling."""
     cv2 = lazy_import("cv2")
     _, file = cv2.imencode(".jpg", to_uint8(image)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     return cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1] / np.float32(255)
@@ -135,9 +135,9 @@ def grain(image: np.ndarray, rng: Generator, sigma: float | tuple[float, float] 
 
 
 def photo_noise(image: np.ndarray, rng: Generator) -> np.ndarray:
-    """What the photographs that people have suffer from: sensor noise, grain or white noise, then JPEG; or nothing.
+    """The noise of everyday photographs: sensor noise, grain or white noise, then JPEG; or nothing.
 
-    A quarter is left as it is, for a network that learns to leave clean images alone. The others get `bayer_noise`,
+    A quarter is left unchanged, so that the network learns to preserve clean images. The others get `bayer_noise`,
     `grain` or `gaussian_noise` of any strength from none, weak ones more often, and 60 % of them become a JPEG of
     quality 30 to 95; a tenth is a JPEG without noise.
 
@@ -159,7 +159,7 @@ def photo_noise(image: np.ndarray, rng: Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RainLayer:
-    """Drops at one distance from the camera: the nearer, the longer, wider, sparser and brighter."""
+    """Streaks at one distance from the camera: the nearer, the longer, wider, sparser and brighter."""
 
     drops: float  # streaks per 10,000 pixels
     length: tuple[float, float]  # range, in pixels
@@ -205,7 +205,7 @@ def rain_mask(shape: tuple[int, int], rng: Generator, layer: RainLayer, degrees:
 
 
 def rain_streaks(image: np.ndarray, rng: Generator, layers: tuple[RainLayer, ...] = RAIN_LAYERS) -> np.ndarray:
-    """Let it rain: streaks at several depths behind a veil of haze.
+    """Add rain: streaks at several depths behind a veil of haze.
 
     The heavy-rain model ``y = t * (x + s_1 + ... + s_n) + (1 - t) * airlight`` of Yang et al., "Deep joint
     rain detection and removal from a single image", CVPR 2017, except that each layer ``s`` is laid over
@@ -233,7 +233,7 @@ def added_rain(
     width: tuple[float, float] = (0.5, 1.2),
     brightness: tuple[float, float] = (0.15, 0.8),
 ) -> np.ndarray:
-    """Let it rain as in the sets Rain100L and Rain100H: grey streaks of one kind are added, and clipped.
+    """Add rain as in Rain100L and Rain100H: grey streaks of one kind are added, and clipped.
 
     The model ``y = x + s`` of Yang et al. (see `rain_streaks`): an image has one direction, and streaks of about one
     length, width and brightness.
@@ -320,10 +320,7 @@ DEGRADATIONS: dict[str, Degrade] = {
 
 
 def degrade_image(image: np.ndarray, degrade: Degrade, seed: int, name: str) -> np.ndarray:
-    """An image (H, W, 3) uint8, degraded, in 8 bits again: random numbers as (seed, name) say, whatever the others.
-
-    Values beyond the range of 8 bits, as noise without bounds makes them, are clipped.
-    """
+    """Degrade an image (H, W, 3) uint8, with random numbers of (seed, name) alone; the result is clipped to uint8."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     return to_uint8(degrade(image.astype(np.float32) / 255, rng))
 
