@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -145,14 +144,7 @@ def _read_checked(path: Path, kind: str, grey: bool) -> np.ndarray:
     else:
         return np.require(image.pixels, requirements="W")  # Pillow's memory is not
     needed = "8-bit grey or RGB" if grey else "8-bit RGB"
-    how = f", e.g. {_conversion(path)}" if kind in (*_BY_OPENCV, "TIFF") else ""
-    raise UserError(f"{path} {problem}, but {needed} is needed; convert it{how}")
-
-
-def _conversion(path: Path) -> str:
-    code = "import sys, cv2; cv2.imwrite(sys.argv[2], cv2.imread(sys.argv[1]))"
-    out = path.with_name(f"{path.stem}_rgb.png")
-    return f'`python -c "{code}" {shlex.quote(str(path))} {shlex.quote(str(out))}`'
+    raise UserError(f"{path} {problem}, but {needed} is needed; convert it")
 
 
 def write_image(path: str | Path, image: np.ndarray):

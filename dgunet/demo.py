@@ -101,17 +101,12 @@ def list_networks() -> list[Network]:
 
 def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
-    add(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, which only this machine reaches)"
-    )
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, reachable from here only)")
     add("--port", type=int, help=f"(default: the first free one from {PORTS[0]})")
     add("--no_browser", action="store_true", help="do not open the page")
     add("--weights", nargs="+", default=[], metavar="TASK=FILE", help="networks of your own, e.g. denoising=model.pth")
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
-    add(
-        "--megapixels", type=float, default=1.0, help="larger images are scaled down to so many (default: 1, which "
-        "takes a CPU of two cores about a minute)"
-    )  # fmt: skip
+    add("--megapixels", type=float, default=1, help="scale down larger images (default: 1, a minute of two CPU cores)")
 
 
 def run(args: argparse.Namespace):
@@ -382,10 +377,10 @@ class _Tab:
         """Which sliders to show, and the network for the kind of noise, unless a user's network is chosen."""
         update, gaussian = lazy_import("gradio").update, way == "Gaussian noise"
         if self.name == "denoising" and way != UNCHANGED and self.networks[label].description:
-            for_this = (
-                name for name, n in self.networks.items() if n.description and (n.noise_sigma is not None) == gaussian
-            )
-            label = label if (self.networks[label].noise_sigma is not None) == gaussian else next(for_this, label)
+            suits = {
+                name: (n.noise_sigma is not None) == gaussian for name, n in self.networks.items() if n.description
+            }
+            label = label if suits[label] else next((name for name in suits if suits[name]), label)
         sliders = update(visible=way == next(iter(self.task.ways))), update(visible=way != UNCHANGED)
         return *sliders, update(value=label), self.describe(label)
 

@@ -395,8 +395,14 @@ def write_photo(path: str | Path, image: Photo, comment: str):
     if alpha is not None:
         pixels = np.dstack([pixels, alpha])
     try:
-        encode = _deep_png if pixels.dtype == np.uint16 else _jpeg if is_jpeg(path) else _png
-        encoded = encode(pixels, image.keep, comment)
+        if pixels.dtype == np.uint16:
+            encoded = _deep_png(pixels, image.keep, comment)
+        elif is_jpeg(path):
+            encoded = _encode(pixels, "JPEG", quality=95, subsampling=0, comment=comment, **image.keep)
+        else:
+            info = lazy_import("PIL.PngImagePlugin").PngInfo()
+            info.add_text("Comment", comment)
+            encoded = _encode(pixels, "PNG", pnginfo=info, **image.keep)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written in its format ({error})") from error
     with atomic_write(path) as temporary:
@@ -407,18 +413,9 @@ def is_jpeg(path: Path) -> bool:
     return path.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif")
 
 
-def _jpeg(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
-    options = keep | dict(quality=95, subsampling=0, comment=comment)
+def _encode(pixels: np.ndarray, kind: str, **options) -> bytes:
     encoded = io.BytesIO()
-    lazy_import("PIL.Image").fromarray(pixels).save(encoded, "JPEG", **options)
-    return encoded.getvalue()
-
-
-def _png(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
-    info = lazy_import("PIL.PngImagePlugin").PngInfo()
-    info.add_text("Comment", comment)
-    encoded = io.BytesIO()
-    lazy_import("PIL.Image").fromarray(pixels).save(encoded, "PNG", pnginfo=info, **keep)
+    lazy_import("PIL.Image").fromarray(pixels).save(encoded, kind, **options)
     return encoded.getvalue()
 
 

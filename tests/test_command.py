@@ -185,6 +185,22 @@ def test_colour_profile_and_resolution_are_kept(tmp_path, deep):
     assert np.array_equal(cv2.imread(str(tmp_path / "a.png"), cv2.IMREAD_UNCHANGED)[..., ::-1], pixels)
 
 
+def test_the_former_module_of_photos_warns(tmp_path):
+    sys.modules.pop("dgunet.pictures", None)
+    with pytest.warns(DeprecationWarning, match="dgunet.photos"):
+        from dgunet.pictures import read_picture
+    np.testing.assert_array_equal(read_picture(save(tmp_path / "a.png")).pixels, colours())
+
+
+def test_bmp_of_16_bits_per_pixel_is_read(tmp_path):
+    """Five or six bits per channel: not to be taken for 16 bits per channel."""
+    header = struct.pack("<2sIHHIIiiHHIIiiII3I", b"BM", 66 + 8 * 4, 0, 0, 66, 40, 4, 4, 1, 16, 3, 32, 0, 0, 0, 0,
+                         0xF800, 0x07E0, 0x001F)  # fmt: skip
+    (tmp_path / "a.bmp").write_bytes(header + np.full((4, 4), 0xF800, "<u2").tobytes())
+    image = read_photo(tmp_path / "a.bmp")
+    assert image.pixels.dtype == np.uint8 and (image.pixels == [255, 0, 0]).all() and image.notes == []
+
+
 @pytest.mark.parametrize("value", [4e9, 65536, 0.5, float("nan")])
 def test_resolutions_that_no_format_holds_are_left_out(tmp_path, value):
     path = save(tmp_path / "a.tif", dpi=(300, 300))
