@@ -4,7 +4,7 @@
     dgunet derain street.png --out restored --stages
     dgunet list
 
-`dgunet COMMAND --help` tells the options of each.
+`dgunet COMMAND --help` lists the options of each.
 """
 
 import argparse
@@ -14,16 +14,17 @@ import json
 import sys
 from pathlib import Path
 
-from dgunet.errors import UserError, run_cli  # PyTorch is imported where it is needed: --help shall be quick
+from dgunet import __version__
+from dgunet.errors import UserError, run_cli  # PyTorch is imported where needed, so that --help is quick
 
-# Of each command: the task, the network that it uses by default, and what it does.
+# Command: (task, default network, summary).
 RESTORING = {
     "denoise": ("denoising", "denoising_gaussian", "remove noise from photographs"),
     "derain": ("deraining", "deraining_mixture", "remove rain streaks from photographs"),
     "deblur": ("deblurring", "deblurring_motion", "remove motion blur from photographs"),
 }
 
-# Those that a module of their own name does: its add_arguments(parser), then its run(args).
+# Commands in modules of their own name, with add_arguments(parser) and run(args).
 MODULES = {
     "export": "write a network as ONNX or as a PyTorch program, for use without this package",
     "demo": "try the networks in a browser",
@@ -32,9 +33,9 @@ MODULES = {
 KINDS = (
     "PHOTOS are files and folders (with their subfolders): JPEG, PNG, TIFF, WebP and more; grey, 16 bits, transparent, "
     "with a palette, CMYK, turned by EXIF. Names are kept. A JPEG is written as JPEG of quality 95 with its EXIF data, "
-    "everything else as PNG, of 16 bits where a PNG or TIFF had them. What is done already is skipped, so that the "
-    "same command goes on where it was stopped; the photographs themselves are never written to. The exit status is 2 "
-    "where some could not be restored."
+    "everything else as PNG, with 16 bits if a PNG or TIFF has them. Finished images are skipped, so that the same "
+    "command resumes an interrupted one; the photographs themselves are never written to. The exit status is 2 if "
+    "some could not be restored."
 )
 
 
@@ -52,18 +53,19 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dgunet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    parser.set_defaults(run=lambda args: _version(args, parser))
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for command, (task, default, told) in RESTORING.items():
-        _add_restoring(commands.add_parser(command, help=told, description=f"{told.capitalize()}. {KINDS}"), default)
+    parser.add_argument("--version", action="version", version=f"dgunet {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for command, (task, default, summary) in RESTORING.items():
+        _add_restoring(
+            commands.add_parser(command, help=summary, description=f"{summary.capitalize()}. {KINDS}"), default
+        )
         commands.choices[command].set_defaults(run=_restore, task=task)
     listing = commands.add_parser("list", help="the networks that come with dgunet", description="List the networks.")
-    listing.add_argument("--json", action="store_true", help="all that is known of them, as JSON")
+    listing.add_argument("--json", action="store_true", help="their whole records, as JSON")
     listing.set_defaults(run=_list)
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    for command, told in MODULES.items():
-        sub = commands.add_parser(command, help=told, description=f"{told.capitalize()}.")
+    for command, summary in MODULES.items():
+        sub = commands.add_parser(command, help=summary, description=f"{summary.capitalize()}.")
         if command == chosen:
             module = importlib.import_module(f"dgunet.{command}")
             module.add_arguments(sub)
@@ -71,22 +73,18 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _version(args: argparse.Namespace, parser: argparse.ArgumentParser):
-    if not args.version:
-        parser.error(f"say what to do: {', '.join((*RESTORING, 'list', *MODULES))}; dgunet --help tells more")
-    from dgunet import __version__
-
-    print(f"dgunet {__version__}")
-
-
 def _add_restoring(parser: argparse.ArgumentParser, default: str):
     add = parser.add_argument
     add("photos", nargs="+", type=Path, metavar="PHOTOS", help="images, and folders of images")
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the restored ones are written")
     add("--weights", metavar="W", help=f"network: a name that `dgunet list` shows, or a file (default: {default})")
-    add("--overwrite", action="store_true", help="restore again what is in --out already")
-    add("--stages", action="store_true", help="beside each a figure of its middle after each stage (needs matplotlib)")
-    add("--tile", default="auto", help="tiles of this side in pixels; whole; or auto (as the record, or memory, asks)")
+    add("--overwrite", action="store_true", help="restore again what is already in --out")
+    add("--stages", action="store_true", help="also draw the centre of each after each stage (needs matplotlib)")
+    add(
+        "--tile",
+        default="auto",
+        help="side of tiles in pixels; whole; or auto (as the record or memory requires)",
+    )
     windows = "windows or tiles as the weights' record says (docs/local.md), or whole images"
     add("--local", action=argparse.BooleanOptionalAction, default=True, help=windows)
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
@@ -132,8 +130,8 @@ def _list(args: argparse.Namespace):
     records = list_pretrained()
     sizes = {record.name: record.path.stat().st_size for record in records}
     if args.json:
-        told = [dataclasses.asdict(record) | {"bytes": sizes[record.name]} for record in records]
-        print(json.dumps(told, indent=2, default=str))
+        listed = [dataclasses.asdict(record) | {"bytes": sizes[record.name]} for record in records]
+        print(json.dumps(listed, indent=2, default=str))
         return
     rows = [("name", "task", "size", "PSNR / SSIM")]
     for record in records:

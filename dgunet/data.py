@@ -1,19 +1,15 @@
-"""Images on disk: reading, pairing, packing, and which of them are trained on."""
+"""Images on disk: reading and writing them, matching pairs, packed files, and the split for training."""
 
+import contextlib
 import hashlib
-import io
 import os
 import re
-import shlex
-import struct
 import sys
 import unicodedata
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +17,14 @@ from natsort import natsorted
 from torch import Tensor
 
 from dgunet.errors import UserError, one_line, shorten_list
-from dgunet.files import IMAGE_SUFFIXES, RAW_SUFFIXES, atomic_write, escaped, nfc, open_file
-from dgunet.photos import read_photo
+from dgunet.files import IMAGE_SUFFIXES, atomic_write, escaped, nfc
+from dgunet.photos import MAX_PIXELS, opened, orientation, read_photo
+from dgunet.tiff import Tiff
 from dgunet.transforms import apply_orientation
 
 PACK_FORMAT = "dgunet images 1"
-WRITABLE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # what `write_image` writes, with all colours
-JUNK = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # what systems put into folders of images
-MAX_PIXELS = 2**30  # of an image: OpenCV's limit
+WRITABLE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # formats of `write_image`
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # which operating systems add to folders
 
 
 class Packed(NamedTuple):
@@ -52,8 +48,8 @@ class Pair(NamedTuple):
 def read_image(source: str | Path | Packed, grey: bool = False) -> np.ndarray:
     """Read an 8-bit RGB image as (H, W, 3) uint8, turned upright where its EXIF data says so.
 
-    An image is what its bytes say, whatever the ending of its name. JPEG, PNG, BMP, TIFF and WebP are always read;
-    what else Pillow knows (GIF, AVIF, JPEG 2000, PPM, TGA, HEIC with pillow-heif, ...) is read where it does.
+    The format is detected from the content, not from the suffix. JPEG, PNG, BMP, TIFF and WebP are always read; other
+    formats (GIF, AVIF, JPEG 2000, PPM, TGA, HEIC with pillow-heif, ...) where the installed Pillow reads them.
 
     Args:
         source: a file, or an image in a packed one.
@@ -61,8 +57,7 @@ def read_image(source: str | Path | Packed, grey: bool = False) -> np.ndarray:
 
     Raises:
         UserError: unreadable, a camera's raw file, grey, with transparency, of other than 8 bits per channel, or (in
-            other formats than the five) of several frames: the network would be given something else than the user
-            sees, so the message says how to convert the image.
+            other formats than the five) of several frames.
     """
     return open_image(source, grey)[:, :]
 
@@ -77,11 +72,7 @@ def open_image(source: str | Path | Packed, grey: bool = False):
     """
     if isinstance(source, Packed):
         return _PackedImage(source)
-    try:
-        with open_file(source) as file:
-            return _decode(source, file.read(), grey)
-    except MemoryError as error:
-        raise UserError(f"{source} needs more memory than there is; make it smaller, or remove it") from error
+    return _decode(Path(source), grey)
 
 
 def read_luma(source: str | Path | Packed) -> np.ndarray:
@@ -105,192 +96,56 @@ def open_luma(source: str | Path | Packed):
     return cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[:, :, 0]
 
 
-class _Header(NamedTuple):
-    """What the first bytes of a file say of the image in it."""
-
-    size: tuple[int, int]  # height and width of the upright image
-    mode: str  # RGB, P (a palette of RGB), L (grey), raw, or another one in Pillow's words, which does not suit
-    turn: int = 1  # EXIF orientation that decoding does not heed
-    plain_png: tuple[int, int] | None = None  # height and width as stored, of a PNG that kornia reads
+# Formats whose 8-bit pixels OpenCV decodes as Pillow does, in half to two thirds of its time.
+_BY_OPENCV = ("JPEG", "MPO", "PNG", "BMP", "WEBP")
 
 
-# Pillow's plugins for what is read whatever Pillow has been built with, by how the files begin; PNG is the fifth.
-_KINDS = {b"\xff\xd8": "Jpeg", b"BM": "Bmp", b"II": "Tiff", b"MM": "Tiff", b"RI": "WebP"}
-
-
-def _header(file: BinaryIO, path: str | Path) -> _Header | None:
-    """The header of an image; None where it cannot be told, which does not mean that nothing can read the image."""
-    magic = file.read(10)
-    file.seek(0)
-    try:
-        if magic[:4] == b"\x89PNG":
-            return _png_header(file)
-        kind = _KINDS[magic[:2]]
-        if kind == "Tiff" and (Path(path).suffix.lower() in RAW_SUFFIXES or magic[8:] == b"CR"):  # Canon's
-            return _Header((1, 1), "raw")
-        # Not Image.open: that refuses photographs of 180 megapixels.
-        image = getattr(import_module(f"PIL.{kind}ImagePlugin"), f"{kind}ImageFile")(file)
-        if kind == "Tiff" and (50706 in image.tag_v2 or image.tag_v2.get(254, 0) & 1):  # a DNG; a preview
-            return _Header((1, 1), "raw")
-        if kind == "Tiff":  # whose orientation OpenCV heeds, and Pillow in this size or not, as its version may be
-            width, height, turn = (int(image.tag_v2.get(tag, 1)) for tag in (256, 257, 274))
-            return _Header((width, height) if 5 <= turn <= 8 else (height, width), image.mode)
-        turn = image.getexif().get(0x0112, 1)
-        turn = turn if turn in range(1, 9) else 1
-        return _Header(image.size if turn >= 5 else image.size[::-1], image.mode, turn)
-    except ImportError:
-        raise
-    except Exception:  # a damaged header fails in many ways
-        return None
-
-
-def _png_header(file: BinaryIO) -> _Header | None:
-    if file.read(8) != b"\x89PNG\r\n\x1a\n":
-        return None
-    chunks = {}
-    while b"IDAT" not in chunks:  # those before the pixels
-        length, kind = struct.unpack(">I4s", file.read(8))
-        data = file.read(length + 4) if kind != b"IDAT" else b""
-        if data and zlib.crc32(kind + data[:-4]) != int.from_bytes(data[-4:], "big"):
-            return None
-        chunks[kind] = data[:-4]
-    width, height, depth, colour = struct.unpack(">IIBB3x", chunks[b"IHDR"])
-    bits = depth * {2: 3, 4: 2, 6: 4}.get(colour, 1) * width * height
-    if bits > 8 * 1032 * file.seek(0, os.SEEK_END):  # the most that deflate can do; asked for more, decoders choke
-        return None
-    exif = chunks[b"eXIf"] if b"eXIf" in chunks else _exif_at_the_end(file)
-    turn = 1 if exif is None else _orientation(exif)
-    if b"tRNS" in chunks:
-        mode = "RGBA"
+def _plain(image, grey: bool) -> bool:
+    """Whether the header says that an image can be trained on: RGB (or grey) of 8 bits without transparency."""
+    if isinstance(image, Tiff):
+        mode = image.mode
     else:
-        mode = "P" if colour == 3 else {(8, 2): "RGB", (8, 0): "L"}.get((depth, colour), "another")
-    size = height, width
-    return _Header(size[::-1] if turn >= 5 else size, mode, turn, size if mode == "RGB" else None)
+        known = image.format in _BY_OPENCV and "transparency" not in image.info and ";16B" not in str(image.tile)
+        mode = image.mode if known else ""
+    return mode in (("RGB", "P", "L") if grey else ("RGB", "P"))
 
 
-def _exif_at_the_end(file: BinaryIO) -> bytes | None:
-    """The data of a PNG's eXIf chunk in the last 128 KiB, as ExifTool puts it, where there is one."""
-    file.seek(max(file.seek(0, os.SEEK_END) - 2**17, 0))
-    tail = file.read()
-    start = tail.find(b"eXIf", 4)
-    while start >= 4:
-        end = start + 4 + int.from_bytes(tail[start - 4 : start], "big")
-        if zlib.crc32(tail[start:end]).to_bytes(4, "big") == tail[end : end + 4]:  # not by chance among the pixels
-            return tail[start + 4 : end]
-        start = tail.find(b"eXIf", start + 1)
-    return None
+def _decode(path: Path, grey: bool) -> np.ndarray:
+    with opened(path) as (image, file):
+        kind = image.format
+        if kind not in _BY_OPENCV or not _plain(image, grey):
+            return _read_checked(path, kind, grey)
+        import cv2
+
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the UserError says what is wrong
+        file.seek(0)
+        colour = cv2.IMREAD_GRAYSCALE if image.mode == "L" else cv2.IMREAD_COLOR
+        pixels = None
+        with contextlib.suppress(cv2.error):  # an absurd size
+            pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), colour | cv2.IMREAD_IGNORE_ORIENTATION)
+        if pixels is None or pixels.shape[:2] != (image.height, image.width):  # `image_size` believes the header
+            raise UserError(f"{path} cannot be decoded; it may be damaged: replace or remove it")
+        pixels = pixels if image.mode == "L" else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+        return apply_orientation(pixels, orientation(image, file))
 
 
-def _orientation(exif: bytes) -> int:
-    """1 to 8; a damaged block says nothing."""
-    from PIL import Image
-
-    data = Image.Exif()
-    try:
-        data.load(exif)
-        turn = data.get(0x0112, 1)
-    except Exception:  # fails in many ways
-        return 1
-    return turn if turn in range(1, 9) else 1
-
-
-def _decode(path, encoded: bytes, grey: bool) -> np.ndarray:
-    header = _header(io.BytesIO(encoded), path)
-    if header is not None and header.mode == "raw":
-        raise UserError(f"{path} is a camera's raw file, of which only a preview could be read; develop it to PNG")
-    if header is None:
-        if encoded.startswith(b"\x89PNG"):  # checksums do not lie
-            raise UserError(_damaged(path))
-        if not encoded or encoded[:2] in _KINDS:
-            return _decode_any(path, encoded, "another", grey)
-        return _decode_others(path, grey)
-    height, width = header.size
-    if height * width > MAX_PIXELS:
-        raise UserError(f"{path} says that it has {width}x{height} pixels, more than can be read; remove it")
-    if header.plain_png is not None:
-        image = _decode_png(path, encoded, header.plain_png)
-    else:
-        image = _decode_any(path, encoded, header.mode, grey)
-    image = apply_orientation(image, header.turn)
-    if image.shape[:2] != header.size:  # `image_size` believed it
-        raise UserError(_damaged(path))
-    return image
-
-
-def _decode_png(path, encoded: bytes, size: tuple[int, int]) -> np.ndarray:
-    """The pixels that OpenCV and Pillow give, in a third of their time."""
-    from kornia_rs.io import decode_image_png_u8 as decode
-
-    try:
-        return decode(encoded, size, "rgb")
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # it has no class of its own, and its panics are no Exception
-        raise UserError(_damaged(path)) from error
-
-
-def _damaged(path) -> str:
-    return f"{path} is not an image that can be read, or is damaged; replace or remove it"
-
-
-def _decode_any(path, encoded: bytes, mode: str, grey: bool) -> np.ndarray:
-    import cv2
-
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is told below
-    try:
-        # UNCHANGED shows what is in the file.
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if encoded else None
-    except cv2.error as error:  # an absurd size
-        raise UserError(_damaged(path)) from error
-    if image is None:
-        raise UserError(_damaged(path))
-    kind = None
-    if image.dtype != np.uint8:
-        kind = f"has {8 * image.itemsize} bits per channel"
-    elif mode == "CMYK":
-        kind = "is CMYK"
-    elif mode in ("RGBA", "LA") or image.shape[2:] == (4,):
-        kind = "has transparency (RGBA)"
-    elif image.ndim == 2 and not grey:
-        kind = "is grey"
-    if kind is not None:
-        how = f", e.g. {_conversion(path)}" if image.itemsize < 4 else ""  # whoever made it knows the range of floats
-        raise UserError(_unsuitable(path, kind, grey) + how)
-    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _decode_others(path, grey: bool) -> np.ndarray:
-    """An image of none of the usual formats, as Pillow reads it: upright, and nothing left out of its pixels."""
-    try:
-        image = read_photo(path)
-    except UserError as error:
-        if "is no image" in str(error):  # nor anything else that it knows by name
-            raise UserError(_damaged(path)) from error
-        raise
-    kind = None
-    lost = [note for note in image.notes if re.match(r"\d+ bits|the first of|(CMYK|LAB)\b", note)]
+def _read_checked(path: Path, kind: str, grey: bool) -> np.ndarray:
+    """An image as `read_photo` reads it, unless it would not be what is in the file; ``kind``: its format."""
+    image = read_photo(path)
+    lossy = r"\d+ (bits|further)|(CMYK|LAB)\b" + ("" if kind in ("TIFF", "WEBP") else "|the first of")
+    lost = [note for note in image.notes if re.match(lossy, note)]
     if image.pixels.dtype != np.uint8:
-        kind = "has 16 bits per channel"
+        problem = "has 16 bits per channel"
     elif image.alpha is not None:
-        kind = "has transparency (RGBA)"
+        problem = "has transparency (RGBA)"
     elif lost:
-        kind = f"would be read otherwise than it is ({lost[0]})"
+        problem = f"would be read otherwise than it is ({lost[0]})"
     elif image.pixels.ndim == 2 and not grey:
-        kind = "is grey"
-    if kind is not None:
-        raise UserError(_unsuitable(path, kind, grey))
-    return image.pixels
-
-
-def _unsuitable(path, kind: str, grey: bool) -> str:
-    return f"{path} {kind}, but {'8-bit grey or RGB' if grey else '8-bit RGB'} is needed; convert it"
-
-
-def _conversion(path: str | Path) -> str:
-    path = Path(path)
-    code = "import sys, cv2; cv2.imwrite(sys.argv[2], cv2.imread(sys.argv[1]))"
-    out = path.with_name(f"{path.stem}_rgb.png")
-    return f'`python -c "{code}" {shlex.quote(str(path))} {shlex.quote(str(out))}`'
+        problem = "is grey"
+    else:
+        return np.require(image.pixels, requirements="W")  # Pillow's memory is not
+    needed = "8-bit grey or RGB" if grey else "8-bit RGB"
+    raise UserError(f"{path} {problem}, but {needed} is needed; convert it")
 
 
 def write_image(path: str | Path, image: np.ndarray):
@@ -314,13 +169,12 @@ def write_image(path: str | Path, image: np.ndarray):
         temporary.write_bytes(encoded)
 
 
-def list_images(folder: str | Path, tell: bool = True) -> list[Path]:
-    """Images directly inside a folder, naturally sorted (img2 before img10): files whose suffix is an image's.
+def list_images(folder: str | Path, report: bool = True) -> list[Path]:
+    """Images directly inside a folder, naturally sorted (img2 before img10): files with the suffix of an image.
 
     Args:
-        folder: where to look.
-        tell: whether a line on stderr names what else lies there (once for each folder; hidden files aside), so that a
-            image of an unknown suffix does not vanish.
+        folder: path of the folder.
+        report: whether to list other files on stderr (see `report_skipped_files`).
 
     Raises:
         UserError: no such folder, no image in it, or two whose names differ in Unicode form alone.
@@ -331,29 +185,30 @@ def list_images(folder: str | Path, tell: bool = True) -> list[Path]:
     there = [path for path in folder.iterdir() if not path.name.startswith(".")]
     paths = natsorted((path for path in there if path.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: path.name)
     if not paths:
-        raise UserError(f"no images in {folder.absolute()} (known are {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"no images in {folder.absolute()} (recognised suffixes: {', '.join(sorted(IMAGE_SUFFIXES))})")
     index_by_name((path.name, path) for path in paths)
-    if tell:
+    if report:
         report_skipped_files(folder, [path for path in there if path.suffix.lower() not in IMAGE_SUFFIXES])
     return paths
 
 
-_told: set[Path] = set()  # folders
+_reported: set[Path] = set()  # folders
 
 
 def report_skipped_files(folder: Path, others: list[Path]):
-    """One line on stderr, the first time, that names what is left out of a folder of images; not what systems add."""
-    others = [path for path in others if path.name.lower() not in JUNK and not path.name.startswith(("@", "__MACOSX"))]
+    """Print once per folder, in a line on stderr, which files are skipped; not those of operating systems."""
+    others = [
+        path for path in others if path.name.lower() not in SYSTEM_FILES and not path.name.startswith(("@", "__MACOSX"))
+    ]
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-    if others and first and folder.absolute() not in _told:
-        _told.add(folder.absolute())
+    if others and first and folder.absolute() not in _reported:
+        _reported.add(folder.absolute())
         names = natsorted(one_line(f"{path.name}/" if path.is_dir() else path.name) for path in others)
-        told = f"{one_line(str(folder))} also holds what is not read as an image: {shorten_list(names)}"
-        print(f"note: {told}", file=sys.stderr)
+        print(f"note: skipped in {one_line(str(folder))}, not images: {shorten_list(names)}", file=sys.stderr)
 
 
 def index_by_name(named: Iterable[tuple[str, Path | Packed]]) -> dict[str, Path | Packed]:
-    """What is given as (name, source) by its name in Unicode's form NFC: names that differ in form alone are one.
+    """A dict of the sources by name, normalised to Unicode's form NFC.
 
     Raises:
         UserError: two sources of one name.
@@ -374,23 +229,23 @@ def index_by_name(named: Iterable[tuple[str, Path | Packed]]) -> dict[str, Path 
     return {key: source for key, (_, source) in found.items()}
 
 
-def images_by_name(folder: str | Path, tell: bool = True) -> dict[str, Path]:
-    """The images directly inside a folder by their names without ending (in Unicode's form NFC), naturally sorted.
+def images_by_name(folder: str | Path, report: bool = True) -> dict[str, Path]:
+    """The images directly inside a folder by their names without suffix (in Unicode's form NFC), naturally sorted.
 
     Raises:
         UserError: as `list_images`; two images of one name.
     """
-    return index_by_name((path.stem, path) for path in list_images(folder, tell))
+    return index_by_name((path.stem, path) for path in list_images(folder, report))
 
 
 def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
-    """Pairs of ``root/input`` and ``root/target``, matched by file name (without its ending).
+    """Pairs of ``root/input`` and ``root/target``, matched by file name (without suffix).
 
-    Names that differ in Unicode form alone (macOS writes another than Linux) are one; a `Pair` has it in form NFC.
+    Names are compared in Unicode's form NFC, which a `Pair` has, since macOS and Linux write different forms.
 
     Args:
         root: the folder, or a file that scripts/pack_dataset.py made of it.
-        check_sizes: open all headers and compare the sizes.
+        check_sizes: read all headers and compare the sizes.
 
     Raises:
         UserError: a missing or empty folder, an image without partner, two images of one name; with
@@ -426,29 +281,29 @@ def pair_size(pair: Pair) -> tuple[int, int]:
 
 
 def hold_out(items: list, count: int, source: str | Path) -> tuple[list, list]:
-    """Split images or pairs for training and validation: the last in natural order are held back.
+    """Split images or pairs into (training, validation): the last in natural order are held out.
 
-    Neighbours in that order are often frames of one scene: so but one scene at most is on both sides.
+    Neighbours in that order are often frames of one scene, so that at most one scene is in both parts.
 
     Args:
         items: images or pairs.
-        count: how many to hold back at most; a tenth of few items is less, but at least one is.
-        source: where they come from.
+        count: how many to hold out at most; no more than a tenth of the items, but at least one.
+        source: the folder or packed file, for the message.
     """
     if count < 1 or len(items) < 2:
         raise UserError(
-            f"cannot hold {count} of the {len(items)} in {source} back for validation; set TRAINING.VAL_HOLD_BACK, or "
-            "TRAINING.VAL_DIR to a folder for validation"
+            f"cannot hold out {count} of the {len(items)} images in {source} for validation; set "
+            "TRAINING.VAL_HOLD_BACK, or TRAINING.VAL_DIR to a folder for validation"
         )
     count = min(count, max(len(items) // 10, 1))
     return items[:-count], items[-count:]
 
 
 def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
-    """Leave out the images, or pairs, that a text file names: one to a line, with or without ending.
+    """Exclude the images or pairs that a text file lists, one name per line, with or without suffix.
 
-    Names are compared in Unicode's form NFC. Also left out are their parts and copies, as scripts/prepare_patches.py
-    and make_demo_data.py name them: NAME_1, NAME_2, ...
+    Names are compared in Unicode's form NFC. Patches and copies, which scripts/prepare_patches.py and make_demo_data.py
+    name NAME_1, NAME_2, ..., are excluded with their image.
 
     Raises:
         UserError: no such file, it names none of the images, or all of them.
@@ -460,31 +315,31 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
             f"TRAINING.EXCLUDE: cannot read {listing}; it is a text file with one name to a line"
         ) from error
 
-    def bare(name: str) -> str:
+    def stem(name: str) -> str:
         return nfc(Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name)
 
     def name(item) -> str:
         return item.key if isinstance(item, Packed) else item.name
 
-    def meant(item) -> bool:
-        own = bare(name(item))
+    def excluded(item) -> bool:
+        own = stem(name(item))
         return own in names or re.sub(r"_\d+$", "", own) in names
 
-    names = set(map(bare, lines))
-    left = [item for item in items if not meant(item)]
+    names = set(map(stem, lines))
+    left = [item for item in items if not excluded(item)]
     if len(left) in (0, len(items)):
         which = "none" if left else "all"
         raise UserError(
-            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} images, as {name(items[0])}; mend it, "
-            'or leave nothing out by TRAINING.EXCLUDE ""'
+            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} images, as {name(items[0])}; correct it, "
+            'or exclude nothing with TRAINING.EXCLUDE ""'
         )
     return left
 
 
 def fingerprint(items: list[Path | Packed | Pair]) -> dict[str, Tensor | bool]:
-    """What tells training data from others, wherever they lie: the files' names, and how large each is.
+    """Names and sizes that identify training data, independent of their location, for `changed_items`.
 
-    Of files the size is in bytes, of packed images in pixels: ``packed`` says which.
+    Sizes are in bytes for files, in pixels for packed images (``packed``).
     """
     names, sizes, packed = [], [], False
     for name, source in _sources(items):
@@ -499,25 +354,25 @@ def _digest(name: str) -> int:
 
 
 def changed_items(items: list[Path | Packed | Pair], then: dict[str, Tensor | bool]) -> str:
-    """How training data differ from those that ``then`` is the `fingerprint` of, in words; empty if they do not."""
+    """In words, how training data differ from those of the `fingerprint` ``then``; empty if they do not."""
     now = fingerprint(items)
     before = dict(zip(then["names"].tolist(), then["sizes"].tolist(), strict=True))
     names, after = {}, {}
     for (name, _), key, size in zip(_sources(items), now["names"].tolist(), now["sizes"].tolist(), strict=True):
         if key not in before and (old := _digest(unicodedata.normalize("NFD", name))) in before:
-            key = old  # of a run before 0.3, which took names in the form that they had
+            key = old  # of a run before 0.3, when names were not normalised
         names[key], after[key] = name, size
     new = [names[key] for key in after if key not in before]
     comparable = now["packed"] == then["packed"]
     other = [names[key] for key in after if comparable and before.get(key, after[key]) != after[key]]
     gone = len(before.keys() - after.keys())
-    told = [f"{len(some)} {what} ({some[0]}{', ...' if len(some) > 1 else ''})"
+    parts = [f"{len(some)} {what} ({some[0]}{', ...' if len(some) > 1 else ''})"
             for some, what in ((new, "new"), (other, "of another size")) if some]  # fmt: skip
-    return ", ".join(told + ([f"{gone} gone"] if gone else []))
+    return ", ".join(parts + ([f"{gone} gone"] if gone else []))
 
 
 def _sources(items: list[Path | Packed | Pair]) -> Iterator[tuple[str, Path | Packed]]:
-    """(name, where it lies) of all images; the names are the same in a folder and packed."""
+    """(name, source) of all images; a name is the same in a folder and in its packed file."""
     for item in items:
         if isinstance(item, Pair):
             yield f"input/{item.name}", item.input
@@ -540,14 +395,10 @@ def list_packed(file: Path, group: str) -> list[str]:
     Raises:
         UserError: not such a file, a damaged one, or one of the other kind.
     """
-    try:
+    with _damage_named(file):
         content = _packed_file(file)
         pairs = "input" in content
         names = natsorted(map(os.fsdecode, content[group])) if pairs == (group != "/") else None
-    except UserError:
-        raise
-    except Exception as error:  # damage shows in many ways
-        raise UserError(_damaged_pack(file)) from error
     if names is None:
         kind = "image pairs" if pairs else "single images"
         raise UserError(f"{file} holds {kind}, which is not what this task trains on; see scripts/pack_dataset.py")
@@ -556,8 +407,15 @@ def list_packed(file: Path, group: str) -> list[str]:
     return names
 
 
-def _damaged_pack(source) -> str:
-    return f"{source} is damaged; pack the folder again with scripts/pack_dataset.py"
+@contextlib.contextmanager
+def _damage_named(source: Path | Packed) -> Iterator[None]:
+    """Around reading a packed file: its damage, which shows in many ways, becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source} is damaged; pack the folder again with scripts/pack_dataset.py") from error
 
 
 class _PackedImage:
@@ -565,28 +423,22 @@ class _PackedImage:
 
     def __init__(self, source: Packed):
         self.source = source
-        try:
-            self.pixels = _packed_file(source.file)[os.fsencode(source.key)]  # names need not be UTF-8
-            self.shape, dtype = tuple(self.pixels.shape), self.pixels.dtype
-        except KeyError as error:
-            raise UserError(f"there is no {source.key} in {source.file}; pack the folder again") from error
-        except UserError:
-            raise
-        except Exception as error:  # damage shows in many ways
-            raise UserError(_damaged_pack(source)) from error
         channels = (3,) if "/" in source.key else ()
-        if dtype != np.uint8 or self.shape[2:] != channels or len(self.shape) < 2 or not 0 < self.size <= MAX_PIXELS:
-            raise UserError(_damaged_pack(source))
+        with _damage_named(source):
+            self.pixels = _packed_file(source.file)[os.fsencode(source.key)]  # names need not be UTF-8
+            self.shape = tuple(self.pixels.shape)
+            if self.pixels.dtype != np.uint8 or len(self.shape) != 2 + len(channels) or self.shape[2:] != channels:
+                raise ValueError("no image")
+            if not 0 < self.size <= MAX_PIXELS:
+                raise ValueError("no size of an image")
 
     @property
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
     def __getitem__(self, area) -> np.ndarray:
-        try:
+        with _damage_named(self.source):
             return self.pixels[area]
-        except Exception as error:  # damage shows in many ways
-            raise UserError(_damaged_pack(self.source)) from error
 
 
 _open_files: dict = {}  # packed files by path
@@ -618,7 +470,7 @@ def _close_packed_files():
         _open_files.popitem()[1].close()
 
 
-if hasattr(os, "register_at_fork"):  # loading processes that share an open HDF5 file would share its state
+if hasattr(os, "register_at_fork"):  # data workers must not share the state of an open HDF5 file
     os.register_at_fork(before=_close_packed_files)
 
 
@@ -626,12 +478,11 @@ def image_size(source: str | Path | Packed, grey: bool = False) -> tuple[int, in
     """(height, width) of an upright image, from its header alone; arguments and exceptions as of `read_image`."""
     if isinstance(source, Packed):
         return open_image(source).shape[:2]
-    with open_file(source) as file:
-        header = _header(file, source)
-    suits = ("RGB", "P", "L") if grey else ("RGB", "P")
-    if header is None or header.mode not in suits or header.size[0] * header.size[1] > MAX_PIXELS:
-        return read_image(source, grey).shape[:2]  # knows more, or says what is wrong with it
-    return header.size
+    with opened(Path(source)) as (image, file):
+        if _plain(image, grey):
+            turned = orientation(image, file) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    return read_image(source, grey).shape[:2]  # decodes it, or says what is wrong with it
 
 
 def to_tensor(image: np.ndarray) -> Tensor:

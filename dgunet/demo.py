@@ -1,4 +1,4 @@
-"""The networks in a browser: choose an image, degrade it, restore it, look at every stage (``dgunet demo``)."""
+"""A demo in the browser: choose an image, degrade it, restore it, compare the stages (``dgunet demo``)."""
 
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ from dgunet.figures import restore_stages
 from dgunet.hardware import autocast_dtype, pick_device
 from dgunet.metrics import evaluate_pair
 from dgunet.model import DGUNet
-from dgunet.photos import estimate_sigma, format_sigma, noise_mismatch, trained_sigma_range
+from dgunet.photos import estimate_sigma, noise_warning, trained_sigma_range
 from dgunet.pretrained import list_pretrained
 from dgunet.samples import MIN_SIDE, sample_photos
 from dgunet.synthesis import Degrade, added_rain, degrade_image, gaussian_noise, motion_blur, sensor_noise
@@ -39,17 +39,17 @@ MAX_READ = 80_000_000  # pixels; an image with more is not even decoded
 TILE, OVERLAP = 512, 64  # pixels
 EXAMPLE_SIDE = 400  # pixels: restored in some seconds on a CPU
 EXAMPLES = {"test": ("astronaut", "cat", "coffee"), "train": ("rocket", "motorcycle_left"), "val": ("camera_face",)}
-AS_IT_IS = "nothing: take it as it is"
+UNCHANGED = "nothing: restore it as it is"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A tab: its title and first example, and by their names, how its images are degraded by a strength."""
+    """A tab: title, first example, and degradations by name, each a function of a strength."""
 
     title: str
     example: str
     ways: dict[str, Callable[[float], Degrade]]
-    strength: tuple[str, float, float, float] | None = None  # what it is, the least, the greatest, the usual
+    strength: tuple[str, float, float, float] | None = None  # label, minimum, maximum, default
 
 
 TASKS = {
@@ -80,12 +80,12 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Network:
-    """Weights to choose from, and what is known of them."""
+    """Weights to choose from, and their description."""
 
     name: str
     task: str
     path: Path
-    told: str = ""
+    description: str = ""
     noise_sigma: tuple[float, float] | None = None
 
 
@@ -101,17 +101,12 @@ def list_networks() -> list[Network]:
 
 def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
-    add(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, which only this machine reaches)"
-    )
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, reachable from here only)")
     add("--port", type=int, help=f"(default: the first free one from {PORTS[0]})")
     add("--no_browser", action="store_true", help="do not open the page")
     add("--weights", nargs="+", default=[], metavar="TASK=FILE", help="networks of your own, e.g. denoising=model.pth")
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
-    add(
-        "--megapixels", type=float, default=1.0, help="larger images are scaled down to so many (default: 1, which "
-        "takes a CPU of two cores about a minute)"
-    )  # fmt: skip
+    add("--megapixels", type=float, default=1, help="scale down larger images (default: 1, a minute of two CPU cores)")
 
 
 def run(args: argparse.Namespace):
@@ -155,7 +150,7 @@ def run(args: argparse.Namespace):
             webbrowser.open(url)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
-    os._exit(0)  # at once: a restoration that goes on would hold the process
+    os._exit(0)  # at once: a running restoration would block the exit
 
 
 def _free_port(host: str, port: int | None) -> int:
@@ -188,7 +183,7 @@ def load(network: Network, device: torch.device) -> DGUNet:
 
 
 def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
-    """A visitor's image as (H, W, 3) uint8, upright and with at most so many pixels, and what was changed.
+    """A user's image as (H, W, 3) uint8, upright, of at most ``pixels`` pixels, and a sentence on changes.
 
     Raises:
         UserError: it cannot be read, is too small or too large.
@@ -228,30 +223,25 @@ def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
 @cache
 def examples() -> dict[str, np.ndarray]:
     """Photographs that come with scikit-image, none of which a shipped network has seen: (H, W, 3) uint8 by name."""
-    from PIL import Image
+    import cv2
 
     found = {}
     for split, names in EXAMPLES.items():
         for photo in sample_photos(split):
             if photo.name in names:
-                with Image.open(photo.path) as image:
-                    if photo.crop:
-                        top, left, height, width = photo.crop
-                        image = image.crop((left, top, left + width, top + height))
-                    image = image.convert("RGB")
-                    image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE), Image.Resampling.LANCZOS)
-                    found[photo.name] = np.asarray(image)
+                image = photo.load()
+                scale = min(EXAMPLE_SIDE / max(image.shape), 1)
+                found[photo.name] = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     return found
 
 
 def degrade(task: str, image: np.ndarray, way: str | None, strength: float, seed: int) -> np.ndarray:
-    """What the network is given of an image (H, W, 3) uint8, of the same shape; of compressive sensing its luminance
-    (H, W), which is then measured."""
+    """The network's input for an image (H, W, 3) uint8: of its shape, or its luminance (H, W) for sensing."""
     if task == "compressive_sensing":
         from PIL import Image
 
         return np.asarray(Image.fromarray(image).convert("L"))
-    if way == AS_IT_IS:
+    if way == UNCHANGED:
         return image
     return degrade_image(image, TASKS[task].ways[way](strength), int(seed), "demo")
 
@@ -271,7 +261,7 @@ ABOUT = """## DGUNet restores images by proximal gradient descent, unrolled into
 
 
 def build(networks: list[Network], device: torch.device, pixels: int):
-    """The page, a `gradio.Blocks`, for these networks; images of more than so many pixels are scaled down."""
+    """The page, a `gradio.Blocks`; images of more than ``pixels`` pixels are scaled down."""
     import gradio as gr
 
     with gr.Blocks(title="DGUNet", analytics_enabled=False, delete_cache=(600, 3600)) as app:
@@ -289,7 +279,7 @@ def build(networks: list[Network], device: torch.device, pixels: int):
 
 
 class _Tab:
-    """One task's part of the page. What a visitor does is kept in the page's state, nothing of it here."""
+    """One task's tab. A session's state is kept in the page, none of it here."""
 
     def __init__(self, name: str, networks: list[Network], device: torch.device, pixels: int):
         self.name, self.task, self.device, self.pixels = name, TASKS[name], device, pixels
@@ -300,7 +290,7 @@ class _Tab:
         import gradio as gr
 
         task, sensing, photos = self.task, self.sensing, examples()
-        ways = [*task.ways, AS_IT_IS]
+        ways = [*task.ways, UNCHANGED]
         network = "25 %" if "25 %" in self.networks else next(iter(self.networks))
         measured = self.ratios(network)
         with gr.Row():
@@ -315,7 +305,7 @@ class _Tab:
                     label="or an image of your own",
                     file_types=["image"],
                     height=120,
-                    elem_id=f"{self.name}_load_own_network",
+                    elem_id=f"{self.name}_own",
                 )
                 note = gr.Markdown(elem_id=f"{self.name}_note")
                 way = gr.Radio(ways, value=ways[0], label="Degrade it by", visible=not sensing)
@@ -331,7 +321,7 @@ class _Tab:
                 ratio = gr.Slider(step=1, label="percent of the pixels that are measured", **measured)
                 button = gr.Button("Restore", variant="primary")
             with gr.Column(scale=3, min_width=400):
-                pair, text, _, _, _ = self.look(photos[task.example], ways[0], usual, 0, network, measured["value"])
+                pair, text, _, _, _ = self.preview(photos[task.example], ways[0], usual, 0, network, measured["value"])
                 caption = gr.Markdown(text, elem_id=f"{self.name}_caption")
                 viewer = gr.ImageSlider(
                     pair, format="png", label="before and after", show_label=False, interactive=False, max_height=445,
@@ -340,7 +330,7 @@ class _Tab:
                 stage = gr.Slider(0, 7, 7, step=1, label="On the right: the estimate after stage", visible=False)
                 table = gr.Markdown()
                 found = gr.State(None, time_to_live=3600)
-        about = gr.Markdown(self.tell(network))
+        about = gr.Markdown(self.describe(network))
 
         def choose(event: gr.SelectData):  # Gradio reads the signatures of these two
             return list(photos.values())[event.index], "", None
@@ -350,16 +340,18 @@ class _Tab:
 
         inputs, outputs = [image, way, strength, seed, chosen, ratio], [viewer, caption, stage, table, found]
         quietly = dict(api_visibility="private", show_progress="hidden", trigger_mode="multiple")
-        # One after the other, so that the last that a visitor asks for is also the last that comes.
-        look = dict(fn=self.look, inputs=inputs, outputs=outputs, concurrency_id="look", concurrency_limit=1, **quietly)
-        gallery.select(choose, None, [image, note, own], **quietly).then(**look)
-        own.upload(self.take, [own, image], [image, note, gallery], **quietly).then(**look)
-        way.input(self.fitting, [way, chosen], [strength, seed, chosen, about], **quietly).then(**look)
+        # One at a time, so that the last request is also the last to be shown.
+        preview = dict(
+            fn=self.preview, inputs=inputs, outputs=outputs, concurrency_id="preview", concurrency_limit=1, **quietly
+        )
+        gallery.select(choose, None, [image, note, own], **quietly).then(**preview)
+        own.upload(self.upload, [own, image], [image, note, gallery], **quietly).then(**preview)
+        way.input(self.update_controls, [way, chosen], [strength, seed, chosen, about], **quietly).then(**preview)
         for event in (strength.release, seed.release, ratio.release):
-            event(**look)
-        # Not before the slider is within the network's ratios.
-        chosen.input(lambda label: gr.update(**self.ratios(label)), chosen, ratio, **quietly).then(**look)
-        chosen.input(self.tell, chosen, about, **quietly)
+            event(**preview)
+        # After the slider is within the network's ratios.
+        chosen.input(lambda label: gr.update(**self.ratios(label)), chosen, ratio, **quietly).then(**preview)
+        chosen.input(self.describe, chosen, about, **quietly)
         button.click(
             restore, inputs, outputs, concurrency_id="restore", concurrency_limit=1, show_progress_on=viewer,
             api_visibility="private",
@@ -378,12 +370,12 @@ class _Tab:
         """What `BlockSampling.at` takes, of a network for a range of ratios."""
         return percent / 100 if self.ratios(label)["visible"] else None
 
-    def tell(self, label):
+    def describe(self, label):
         network = self.networks[label]
-        return f"**{network.name}**: {network.told}" if network.told else f"**{network.name}**"
+        return f"**{network.name}**: {network.description}" if network.description else f"**{network.name}**"
 
-    def take(self, path, image):
-        """The visitor's own image, or the former one with a sentence on why it cannot be used."""
+    def upload(self, path, image):
+        """The uploaded image, or the former one with the reason why it cannot be used."""
         import gradio as gr
 
         try:
@@ -391,19 +383,21 @@ class _Tab:
         except UserError as error:
             return image, f"⚠️ {error}", gr.skip()
 
-    def fitting(self, way, label):
-        """Which sliders matter; and for the kind of noise the network that is for it, unless one's own is chosen."""
-        import gradio
+    def update_controls(self, way, label):
+        """Which sliders to show, and the network for the kind of noise, unless a user's network is chosen."""
+        from gradio import update
 
-        update, gaussian = gradio.update, way == "Gaussian noise"
-        if self.name == "denoising" and way != AS_IT_IS and self.networks[label].told:
-            for_this = (name for name, n in self.networks.items() if n.told and (n.noise_sigma is not None) == gaussian)
-            label = label if (self.networks[label].noise_sigma is not None) == gaussian else next(for_this, label)
-        sliders = update(visible=way == next(iter(self.task.ways))), update(visible=way != AS_IT_IS)
-        return *sliders, update(value=label), self.tell(label)
+        gaussian = way == "Gaussian noise"
+        if self.name == "denoising" and way != UNCHANGED and self.networks[label].description:
+            suits = {
+                name: (n.noise_sigma is not None) == gaussian for name, n in self.networks.items() if n.description
+            }
+            label = label if suits[label] else next((name for name in suits if suits[name]), label)
+        sliders = update(visible=way == next(iter(self.task.ways))), update(visible=way != UNCHANGED)
+        return *sliders, update(value=label), self.describe(label)
 
-    def look(self, image, way, strength, seed, label, percent=0):
-        """What would be restored, beside the original."""
+    def preview(self, image, way, strength, seed, label, percent=0):
+        """The degraded image beside the original."""
         given = degrade(self.name, image, way, strength, seed)
         network = self.networks[label]
         if self.sensing:
@@ -414,7 +408,7 @@ class _Tab:
                 f"Left the luminance, right Aᵀy of {len(operator.matrix)} measurements a block of "
                 f"{operator.block}x{operator.block}: **{psnr(*pair):.2f} dB**."
             )
-        elif way == AS_IT_IS:
+        elif way == UNCHANGED:
             pair, text = (given, given), "The image as it is. " + _noise_warning(network, given)
         else:
             pair = image, given
@@ -431,16 +425,16 @@ class _Tab:
             given = degrade(self.name, image, way, strength, seed)
             model = load(self.networks[label], self.device)
             begin = time.perf_counter()
+            report = lambda done, doing: progress(done, desc=doing)  # noqa: E731
             bf16 = autocast_dtype("auto", self.device) is not None  # where it is faster
-            told = lambda done, doing: progress(done, desc=doing)  # noqa: E731
             ratio = self.ratio(label, percent)
-            stages = restore_stages(model, given, bf16=bf16, tile=TILE, overlap=OVERLAP, ratio=ratio, told=told)
+            stages = restore_stages(model, given, bf16=bf16, tile=TILE, overlap=OVERLAP, ratio=ratio, progress=report)
             seconds = time.perf_counter() - begin
         except Exception as error:
-            if (told := describe_error(error)) is None:
+            if (message := describe_error(error)) is None:
                 raise
-            return gr.skip(), f"⚠️ {told}", gr.skip(), gr.skip(), gr.skip()
-        truth = given if self.sensing else None if way == AS_IT_IS else image
+            return gr.skip(), f"⚠️ {message}", gr.skip(), gr.skip(), gr.skip()
+        truth = given if self.sensing else None if way == UNCHANGED else image
         scores = [] if truth is None else [psnr(stage, truth) for stage in stages]
         place = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         size = f"{given.shape[1]}x{given.shape[0]} pixels"
@@ -449,7 +443,7 @@ class _Tab:
         return *self.show(found, last), gr.update(visible=True, maximum=last, value=last), _table(scores), found
 
     def show(self, found, k):
-        """One of the stages beside x_0."""
+        """The estimate after stage k beside x_0."""
         if found is None:
             import gradio
 
@@ -464,7 +458,7 @@ class _Tab:
 
 @dataclass(frozen=True)
 class Found:
-    """A restored image: x_0 ... x_K, their PSNR where the truth is known, and how long it took."""
+    """A restored image: x_0 ... x_K, their PSNR if the ground truth is known, and the time taken."""
 
     stages: list[np.ndarray]
     scores: list[float]
@@ -487,7 +481,7 @@ def _label(network: Network) -> str:
 
 
 def _by_label(networks: list[Network]) -> dict[str, Network]:
-    """Each network by a label of its own: where another has it, with the folder's name, and a number if need be."""
+    """Networks by unique labels: a name, if needed with the folder's name and a number."""
     found = {}
     for network in networks:
         label, folder = _label(network), network.path.resolve().parent.name
@@ -497,16 +491,12 @@ def _by_label(networks: list[Network]) -> dict[str, Network]:
 
 
 def _noise_warning(network: Network, given: np.ndarray, sigma: float | None = None) -> str:
-    """A sentence where an image has other Gaussian noise than the network was trained for."""
+    """A sentence if the noise of an image is outside the network's training range, or nothing."""
     if network.noise_sigma is None:
         return ""
     level = 255 * estimate_sigma(unit_range(given)) if sigma is None else sigma
-    effect = {"weaker": "it blurs", "stronger": "it leaves some"}.get(noise_mismatch(level, network.noise_sigma))
-    if effect is None:
-        return ""
-    trained = format_sigma(network.noise_sigma)
-    seems = "The noise seems to be" if sigma is None else "This is"
-    return f"{seems} of sigma {level:.0f}, but the network was trained for {trained}: {effect}. "
+    text = noise_warning(level, network.noise_sigma)
+    return f"About sigma {level:.0f}, {text}. " if text else ""
 
 
 def _table(scores: list[float]) -> str:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # they are needed, so that `import dgunet` does without; `describe_error` says what to install where one is missing.
 EXTRAS = {
     **dict.fromkeys(("PIL", "cv2", "psutil", "safetensors", "tqdm"), ""),
-    **dict.fromkeys(("filelock", "h5py", "kornia_rs", "matplotlib", "natsort", "scipy", "skimage"), "train"),
+    **dict.fromkeys(("filelock", "h5py", "matplotlib", "natsort", "scipy", "skimage"), "train"),
     **dict.fromkeys(("torchvision", "warmup_scheduler", "yacs", "yaml"), "train"),
     "gdown": "data",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
@@ -92,11 +92,17 @@ def describe_error(error: BaseException) -> str | None:
             number, reason, name = int(found[1]), found[2], found[3]
         advice = f"; {_ADVICE[number]}" if number in _ADVICE else ""
         return f"{os.fsdecode(name)}: {reason}{advice}" if isinstance(name, str | bytes | Path) else f"{reason}{advice}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "out of memory; use smaller images or batches, or fewer processes at once"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"{text.rstrip('.')}, perhaps for lack of memory; try a lower TRAINING.WORKERS"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is Python's, NumPy's or PyTorch's for too little memory, of the CPU or another device."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The figure of stages: how the estimate becomes an image."""
+"""The figure of stages: the estimate x_k after each stage."""
 
 import io
 import textwrap
@@ -28,7 +28,7 @@ def restore_stages(
     tile: int | None = None,
     overlap: int | None = None,
     ratio: float | None = None,
-    told: Callable[[float, str], None] = lambda done, doing: None,
+    progress: Callable[[float, str], None] = lambda fraction, description: None,
 ) -> list[np.ndarray]:
     """The estimates x_0, x_1, ..., x_K of an image, all of its shape, uint8.
 
@@ -39,48 +39,48 @@ def restore_stages(
         bf16: compute in bfloat16: faster where the hardware has it, up to some hundredths of a dB off.
         tile, overlap: as in `restore`; where ``model.local`` has a smaller tile, that. None: as a whole.
         ratio: of compressive sensing, measurements per pixel, see `BlockSampling.at`; None: with all rows.
-        told: called with the part that is done, in [0, 1], and what comes next.
+        progress: called with the fraction done, in [0, 1], and a description of the next step.
     """
     height, width = image.shape[:2]
     if side := model.local.get("tile"):
         tile, overlap = min(side, tile or side), None
     if model.local.keys() - {"tile"}:
         model = with_local_statistics(model, model.local)
-    known, parameter = model.degradation, next(model.parameters())
-    sensing = isinstance(known, BlockSampling)
+    degradation, parameter = model.degradation, next(model.parameters())
+    sensing = isinstance(degradation, BlockSampling)
     if sensing:
-        known = known.at(ratio)
-    multiple, pad = (known.block, pad_to_blocks) if sensing else (MULTIPLE, pad_to_multiple)
+        degradation = degradation.at(ratio)
+    multiple, pad = (degradation.block, pad_to_blocks) if sensing else (MULTIPLE, pad_to_multiple)
     x = torch.from_numpy(np.atleast_3d(unit_range(image))).permute(2, 0, 1)[None]
     x = pad(x, multiple).to(parameter)
     areas, overlap = tile_grid(*x.shape[2:], tile, overlap, multiple)
     done = 0
 
-    def tell():
+    def report():
         place, stage = divmod(done, model.stages)
         which = f", tile {place + 1} of {len(areas)}" if len(areas) > 1 else ""
         if place < len(areas):
-            told(done / model.stages / len(areas), f"stage {stage + 1} of {model.stages}{which}")
+            progress(done / model.stages / len(areas), f"stage {stage + 1} of {model.stages}{which}")
 
     def count(*_):
         nonlocal done
         done += 1
-        tell()
+        report()
 
     def stages(area: tuple) -> Tensor:
         start = y = x[area].contiguous(memory_format=torch.channels_last)
         if sensing:
-            y = known.A(start)
-        if known is not None:
-            start = known.A_adjoint(y)
+            y = degradation.A(start)
+        if degradation is not None:
+            start = degradation.A_adjoint(y)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             return torch.cat([start, *model(y)[::-1]]).float()
 
-    tell()
+    report()
     with torch.inference_mode(), after_each_stage(model, count):
-        found = blend_tiles(areas, overlap, x.shape[2:], stages)
-    found = found[..., :height, :width].permute(0, 2, 3, 1).cpu().numpy()
-    return [to_uint8(stage).reshape(image.shape) for stage in found]
+        estimates = blend_tiles(areas, overlap, x.shape[2:], stages)
+    estimates = estimates[..., :height, :width].permute(0, 2, 3, 1).cpu().numpy()
+    return [to_uint8(stage).reshape(image.shape) for stage in estimates]
 
 
 def label_stages(estimates: list[np.ndarray]) -> list[tuple[str, np.ndarray]]:

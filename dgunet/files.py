@@ -1,4 +1,4 @@
-"""Opening files that may be anything, writing files that are whole or not there, and what their names say."""
+"""Safe opening and atomic writing of files, image suffixes, and file names in Unicode."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from dgunet.errors import UserError
 RAW_SUFFIXES = frozenset(
     ".dng .cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .raf .orf .rw2 .rwl .pef .srw .x3f .3fr .iiq .erf .kdc .mrw".split()
 )
-# What a folder's images are known by. Not all of them can be read everywhere: what cannot is refused by name.
+# Suffixes of the images in a folder. What cannot be read is refused by name, not skipped.
 IMAGE_SUFFIXES = RAW_SUFFIXES | frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .jif .mpo .bmp .dib .gif .tif .tiff .webp .avif .avifs .heic .heif .hif .jxl "
     ".jp2 .j2k .j2c .jpc .jpf .jpx .ppm .pgm .pbm .pnm .pam .pfm .tga .pcx .ras .sgi .hdr .exr".split()
@@ -30,7 +30,7 @@ def open_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open an ordinary file for reading.
 
     Raises:
-        UserError: it cannot be read, or is none: opening a pipe would wait for ever for someone to write to it.
+        UserError: it cannot be read, or is not an ordinary file; opening a pipe would block.
     """
     try:
         kind = os.stat(path).st_mode
@@ -45,11 +45,11 @@ def open_file(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A name to write to, beside ``path``, whose folder is made if needed; renamed to it at the end.
+    """A temporary file beside ``path``, to be written in the block and then renamed to ``path``.
 
-    Whatever happens, ``path`` is whole, or what it was. The name is of this call alone, so that of several writers,
-    processes or threads, each publishes its own file; it is hidden, and ends in ``.tmp``. What killed writers of
-    ``path`` left is removed. An OSError names ``path``.
+    ``path`` is always complete: the new file or the old one. Its folder is created if needed. The temporary name is
+    unique to the call, for concurrent writers; it is hidden and ends in ``.tmp``. Files left by killed writers of
+    ``path`` are removed. An OSError names ``path``.
     """
     path = Path(path)
     prefix = f".{_label(path.name)}.{platform.node()}."
@@ -70,7 +70,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def _label(name: str) -> str:
-    """What stands for a file's name in those of its temporary files, which have to be longer than it."""
+    """A file's name, or a short hash of a long one, for the names of its temporary files."""
     encoded = os.fsencode(name)
     return name if len(encoded) <= 128 else hashlib.sha256(encoded).hexdigest()[:32]
 
@@ -78,8 +78,8 @@ def _label(name: str) -> str:
 def _remove_leftovers(path: Path, mine: Path):
     """Remove the temporary files that killed writers of ``path`` left.
 
-    Those of writers at work, perhaps on another machine that shares the disk, stay: of this machine's files the process
-    is gone, any other must be a day older than ``mine`` (by the disk's clock; those of the machines may differ).
+    Active writers, perhaps on another machine that shares the disk, keep theirs: a file of this machine is removed if
+    its process has ended, any other if it is a day older than ``mine`` (by the disk's clock).
     """
     from psutil import pid_exists
 
@@ -91,7 +91,7 @@ def _remove_leftovers(path: Path, mine: Path):
         process = name.removeprefix(here).removesuffix(".tmp").partition(".")[0]
         local = name.startswith(here) and process.isdecimal()
         other = path.with_name(name)
-        # Gone meanwhile, or someone else's, or of no process there can be: nothing to fail a write for.
+        # A file that cannot be removed, or an impossible process id, is no reason to fail the write.
         with contextlib.suppress(OSError, OverflowError):
             day_old = other.stat().st_mtime < mine.stat().st_mtime - 24 * 3600
             if day_old or (local and not pid_exists(int(process))):
@@ -100,24 +100,24 @@ def _remove_leftovers(path: Path, mine: Path):
 
 @functools.lru_cache(maxsize=256)
 def _temporaries(folder: Path) -> list[str]:
-    """Names of the temporary files in a folder when this process first wrote there: it is not listed for each file."""
-    with contextlib.suppress(OSError):  # a folder may be written to that may not be listed
+    """Names of the temporary files in a folder when this process first wrote there, so that it is listed only once."""
+    with contextlib.suppress(OSError):  # a writable folder need not be readable
         return [name for name in os.listdir(folder) if name.startswith(".") and name.endswith(".tmp")]
     return []
 
 
 def nfc(name: str) -> str:
-    """A name in Unicode's form NFC: names that differ in form alone look the same, and are one."""
+    """A name in Unicode's form NFC, to compare names with: forms differ between systems and look the same."""
     return unicodedata.normalize("NFC", name)
 
 
 def escaped(name: str) -> str:
-    """A name in which everything beyond ASCII is written as escapes, so that forms can be told apart."""
+    """A name with everything beyond ASCII escaped, which shows its Unicode form."""
     return ascii(str(name))[1:-1]
 
 
 def match_unicode_form(path: str | Path) -> Path:
-    """The path as it lies on the disk, where it is there in another Unicode form; else as it is."""
+    """The path of a file that exists under another Unicode form of this path; otherwise the path itself."""
     path = Path(path)
     if os.path.lexists(path) or path == path.parent:
         return path

@@ -1,4 +1,4 @@
-"""Crops of images: which ones training sees, in which order, and which ones validation does.
+"""Crops of images for training and validation, and the order in which training sees them.
 
 A training sample is a function of (seed, epoch, index) alone: data sets are indexed with (epoch, index), and draw
 from a generator seeded with these numbers. Neither the number of loading workers nor that of training processes
@@ -26,9 +26,9 @@ Item = Path | Packed | Pair
 
 
 class TrainingSet(Protocol):
-    """What the engine asks of the data that it trains on; `RandomPatches` is one."""
+    """What the engine needs of a training set; `RandomPatches` is one."""
 
-    items: list[Item]  # what a resumed run compares with those of before, see `data.fingerprint`
+    items: list[Item]  # compared when a run is resumed, see `data.fingerprint`
     repeat: int  # crops of each in an epoch
 
     def __len__(self) -> int:
@@ -43,10 +43,10 @@ class TrainingSet(Protocol):
 
 
 class ValidationSet(Protocol):
-    """What the engine asks of the data that it validates with; `CenterCropDataset` is one."""
+    """What the engine needs of a validation set; `CenterCropDataset` is one."""
 
     items: list[Item]  # as of `TrainingSet`
-    sizes: set[tuple[int, ...]]  # that occur, without channels: items of one size can be batched
+    sizes: set[tuple[int, ...]]  # all sizes, without channels: items of one size can be batched
 
     def __len__(self) -> int:
         """Images."""
@@ -59,17 +59,17 @@ class ValidationSet(Protocol):
 
 
 class RandomPatches(Dataset):
-    """What training sets share: crops that are a function of (seed, epoch, index). A subclass has `sample`.
+    """Base class of training sets, whose crops are a function of (seed, epoch, index). A subclass has `sample`.
 
-    ``dataset[epoch, index]`` is what training asks for. A plain ``dataset[index]``, as of an ordinary DataLoader, is
-    that of epoch ``dataset.epoch``: 1, the same crops each time, until you set it.
+    Training uses ``dataset[epoch, index]``. A plain ``dataset[index]``, as in an ordinary DataLoader, is of epoch
+    ``dataset.epoch``: 1, with the same crops each time, unless you set it.
 
-    Crops are uint8, and become floats on the device (`transforms.unit_range`): a fourth of the way for the bytes.
+    Crops are uint8, a fourth of the bytes to transfer, and become floats on the device (`transforms.unit_range`).
 
     Args:
         items: images or pairs.
         patch: side of the crops in pixels, a multiple of ``multiple``.
-        repeat: how often each item counts in an epoch.
+        repeat: crops of each item in an epoch.
         flip: whether to augment by flips and rotations.
         seed: of all randomness.
     """
@@ -94,10 +94,10 @@ class RandomPatches(Dataset):
         raise NotImplementedError
 
     def key(self, key: tuple[int, int] | int) -> tuple[int, int]:
-        """(epoch, index) of what was asked for.
+        """A key as (epoch, index).
 
         Raises:
-            IndexError: a plain index that is out of range, where a loop over the data set ends.
+            IndexError: a plain index is out of range, which ends a loop over the data set.
         """
         if isinstance(key, tuple):
             return key
@@ -119,13 +119,13 @@ class RandomPatches(Dataset):
 class PairedPatches(RandomPatches):
     """Random aligned crops of image pairs: a sample is ``(input, target)``, two (3, patch, patch) tensors.
 
-    They are uint8, or float32 in [0, 1] where an augmentation computes with them. A task may change `augment`.
+    They are uint8, or float32 in [0, 1] after an augmentation that computes. A subclass may override `augment`.
 
     Args:
-        items: pairs, or their folder with ``input/`` and ``target/``, every pair of which is checked now, or its
+        items: pairs, or their folder with ``input/`` and ``target/``, whose sizes are checked now, or their
             packed file.
         *args, **kwargs: see `RandomPatches`.
-        luma: whether to take the luminance of images, (1, patch, patch).
+        luma: whether to use luminance, (1, patch, patch).
     """
 
     def __init__(self, items: str | Path | list[Pair], *args, luma: bool = False, **kwargs):
@@ -138,13 +138,13 @@ class PairedPatches(RandomPatches):
         return self.augment(rng, *self.crop(rng, input, target))
 
     def augment(self, rng: np.random.Generator, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The original's flips and rotations: of 9 equally likely choices, two leave the crop as it is."""
+        """The original's flips and rotations: of 9 equally likely choices, two are the identity."""
         k = int(rng.integers(9)) % 8 if self.flip else 0
         return dihedral(input, k).contiguous(), dihedral(target, k).contiguous()
 
 
 class SaturationPatches(PairedPatches):
-    """Crops whose saturation is changed, in a third of them, by the same factor from U(1 - s, 1 + s).
+    """Pairs of crops; in a third of them both change saturation by one factor from U(1 - s, 1 + s).
 
     Args:
         saturation: s, 0.2 in the original's deblurring; 0 switches it off.
@@ -173,7 +173,7 @@ class MixupPatches(PairedPatches):
 
     From epoch ``mixup_from`` on, ``(input, target)`` becomes ``l * (input, target) + (1 - l) * (input', target')`` with
     l from Beta(alpha, alpha). The original, in denoising, blends within a batch; drawing the partner from the whole
-    data set is the same in distribution and keeps a sample independent of how batches are shared among processes.
+    data set is the same in distribution and keeps a sample independent of the number of processes.
 
     Args:
         mixup: alpha; 0 switches it off.
@@ -191,16 +191,16 @@ class MixupPatches(PairedPatches):
         if not self.mixup or epoch < self.mixup_from:
             return sample
         rng = self.generator(epoch, index, stream=1)
-        share = float(rng.beta(self.mixup, self.mixup))
+        weight = float(rng.beta(self.mixup, self.mixup))
         partner = super().__getitem__((epoch, int(rng.integers(len(self)))))
         return tuple(
-            share * unit_range(one) + (1 - share) * unit_range(other)
+            weight * unit_range(one) + (1 - weight) * unit_range(other)
             for one, other in zip(sample, partner, strict=True)
         )
 
 
 class SyntheticPatches(RandomPatches):
-    """Random crops of clean images, degraded on the way: a sample is ``(input, target)``, float32 and uint8.
+    """Random crops of clean images, degraded on the fly: a sample is ``(input, target)``, float32 and uint8.
 
     No crop is seen twice with the same degradation.
 
@@ -208,7 +208,7 @@ class SyntheticPatches(RandomPatches):
         items: images.
         degrade: one of `dgunet.synthesis`.
         patch, **kwargs: see `RandomPatches`.
-        margin: pixels around the crop that are degraded with it, so that rain falls and blur comes in from outside.
+        margin: pixels around the crop that are degraded with it, so that rain and blur reach in from outside.
     """
 
     def __init__(self, items: list, degrade: Degrade, patch: int, margin: int = 32, **kwargs):
@@ -230,23 +230,22 @@ def degraded(target: Tensor, degrade: Degrade, rng: np.random.Generator) -> Tens
 
 
 class CenterCropDataset(Dataset):
-    """The centres of images for validation: ``dataset[index]`` is ``(input, target)``, (C, H, W) uint8.
+    """Centre crops for validation: ``dataset[index]`` is ``(input, target)``, (C, H, W) uint8.
 
-    Of a pair it shows both images; of a single image the same one twice, or first degraded, in a way of its own:
-    float32 then.
+    For a single image they are the same, or the input (float32) is degraded with a seed of its own.
 
     Args:
         items: pairs, their folder or packed file, or images.
-        patch: side of the crops in pixels, 0 for whole images; smaller where an image is. They are cut to multiples
-            of ``multiple``.
+        patch: side of the crops in pixels, 0 for whole images; smaller images give smaller crops. All are cut to
+            multiples of ``multiple``.
         degrade: one of `dgunet.synthesis`, for images.
         seed: of the degradations.
-        luma: whether to take the luminance of images, (1, H, W).
-        area: where given, an item is as many crops side by side as fit into a centre of this side, (N, C, H, W), which
-            the network restores one by one.
+        luma: whether to use luminance, (1, H, W).
+        area: if given, an item is as many adjacent crops as fit into a centre of this side, (N, C, H, W), which the
+            network restores one by one.
 
     Raises:
-        UserError: an image that is too small, ...
+        UserError: an image is too small, ...
     """
 
     def __init__(
@@ -268,7 +267,7 @@ class CenterCropDataset(Dataset):
         return len(self.items)
 
     def grid(self, size: tuple[int, int], source: Path | Packed) -> tuple[int, int, int, int]:
-        """How many rows and columns of crops there are in an image of this size, and their height and width."""
+        """(rows, columns) of crops in an image of this size, and their (height, width)."""
         height, width = (min(side, self.patch or side) // self.multiple * self.multiple for side in size)
         if not height or not width:
             least = f"{self.multiple}x{self.multiple}"
@@ -299,9 +298,9 @@ class CenterCropDataset(Dataset):
 class ResumableBatchSampler(Sampler):
     """Batches of (epoch, index) keys: this process's share of every global batch of an epoch.
 
-    The order is a permutation drawn from (seed, epoch). Nothing is left out: what the last batch lacks is taken from
-    the beginning of the order, as an index beyond the data set's length, which makes other random crops of it.
-    Set ``epoch`` and ``start`` (batches already done) before iterating.
+    The order is a permutation drawn from (seed, epoch). The last batch is filled from the beginning of the order, with
+    indices beyond the data set's length, which give other random crops. Set ``epoch`` and ``start`` (batches already
+    done) before iterating.
     """
 
     def __init__(self, size: int, batch: int, seed: int, rank: int = 0, world: int = 1):
@@ -321,22 +320,22 @@ class ResumableBatchSampler(Sampler):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
         rounds, places = np.divmod(np.arange(self.steps * self.batch), self.size)
         order = order[places] + self.size * rounds
-        share = self.batch // self.world
+        micro_batch = self.batch // self.world
         for step in range(self.start, self.steps):
-            first = step * self.batch + self.rank * share
-            yield [(self.epoch, int(index)) for index in order[first : first + share]]
+            first = step * self.batch + self.rank * micro_batch
+            yield [(self.epoch, int(index)) for index in order[first : first + micro_batch]]
 
 
 @contextlib.contextmanager
 def make_dataloader(data: Dataset, workers: int, **options) -> Iterator[DataLoader]:
-    """A loader with so many processes, which end with the block, also where an exception ends it."""
+    """A DataLoader whose worker processes end with the block, also after an exception."""
     loader = DataLoader(
         data, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_init_worker, **options
     )
     try:
         yield loader
     finally:
-        if loader._iterator is not None:  # of persistent processes, which else live until the interpreter ends
+        if loader._iterator is not None:  # persistent workers would live until the interpreter ends
             loader._iterator._shutdown_workers()
 
 

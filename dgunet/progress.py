@@ -6,10 +6,9 @@ import sys
 
 
 def progress_bar(*iterable, **options):
-    """A progress bar of tqdm's, with its options, on stderr; without a terminal there is none.
+    """tqdm's progress bar, with its options, on stderr; none without a terminal.
 
-    A terminal that does not know how large it is, as in ``script`` or ``docker exec -t``, counts as 80x24: on one of
-    0 columns tqdm draws nothing.
+    A terminal of unknown size, as in ``script`` or ``docker exec -t``, counts as 80x24; tqdm would draw nothing.
     """
     with contextlib.suppress(OSError, ValueError):  # no terminal
         columns, rows = os.get_terminal_size(sys.stderr.fileno())

@@ -1,4 +1,4 @@
-"""What `dgunet denoise | derain | deblur` do: folders of photographs, restored one after the other."""
+"""Batch restoration of photographs, for `dgunet denoise | derain | deblur`."""
 
 import contextlib
 import errno
@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import torch
 
 from dgunet import __version__
 from dgunet.checkpoint import load_model, read_checkpoint
-from dgunet.errors import UserError, describe_error, one_line, shorten_list
+from dgunet.errors import UserError, describe_error, is_out_of_memory, one_line, shorten_list
 from dgunet.figures import draw_stages, label_stages, restore_stages
 from dgunet.files import IMAGE_SUFFIXES, open_file
 from dgunet.hardware import pick_device
@@ -25,9 +24,8 @@ from dgunet.inference import automatic_tile, restore, tile_grid
 from dgunet.inside import after_each_stage
 from dgunet.photos import (
     estimate_sigma,
-    format_sigma,
     is_jpeg,
-    noise_mismatch,
+    noise_warning,
     probe,
     read_comment,
     read_photo,
@@ -38,17 +36,21 @@ from dgunet.pretrained import locate
 from dgunet.progress import progress_bar
 from dgunet.transforms import to_uint8
 
-LONG = 15  # seconds; what takes longer is told before
-SQUARE = 192  # pixels, the side of what the time is measured with
-OURS = "restored by dgunet"  # how the comment in a restored image begins
-FIGURE = ".stages.png"  # how the name of a figure of stages ends
-FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE}  # what the next image would meet, too
-FIGURE_FROM, FIGURE_SIDE = 512, 160  # pixels around the middle that the figure of stages is computed of, and shows
+OURS = "restored by dgunet"  # start of the comment in a restored image
+FIGURE = ".stages.png"  # suffix of a figure of stages
+FATAL_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EPIPE,
+}  # the next image would fail, too
+FIGURE_FROM, FIGURE_SIDE = 512, 160  # side of the centre crop that a figure of stages computes, and of that it shows
 
 
 @dataclass(frozen=True)
 class Job:
-    """An image to be restored: where it is, where it goes, how large it is, and its figure of stages if any."""
+    """An image to be restored: source, target, size, and the path of its figure of stages if wanted."""
 
     source: Path
     target: Path
@@ -59,14 +61,14 @@ class Job:
 
 @dataclass
 class RunReport:
-    """What has become of the images, told as it happens and at the end."""
+    """The outcome for each image, reported as it happens and at the end."""
 
     say: Callable[..., None]
     done: int = 0
     skipped: int = 0
     refused: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)  # of the notes, those that were told at once
+    printed: set[str] = field(default_factory=set)  # notes of which the first was printed at once
 
     def refuse(self, name: Path, reason: str):
         self.refused.append(str(name))
@@ -74,10 +76,10 @@ class RunReport:
         self.say(f"not restored: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
 
     def note(self, name: Path, text: str, now: str = ""):
-        """Something to tell of an image, with others of which the same is to be told; ``now`` of the first at once."""
+        """Collect a note, which is printed once for all its images; ``now`` is printed at once for the first."""
         if now and text not in self.notes:
             self.say(f"note: {one_line(f'{name}: {now}')}")
-            self.told.add(text)
+            self.printed.add(text)
         self.notes.setdefault(text, []).append(str(name))
 
     def summary(self, out: Path) -> str:
@@ -99,26 +101,26 @@ def restore_photographs(
     device: str = "auto",
     bf16: bool = False,
 ):
-    """Restore images and folders of images into a folder, telling of it on stdout.
+    """Restore images and folders of images into a folder, with a report on stdout.
 
     Args:
-        photos: files and folders, these with all that is in them. They are not written to.
-        out: made if needed. A single folder's images come directly into it, several folders' into folders of their
-            names. What was restored from the same file with the same weights and settings before is skipped.
+        photos: files, and folders with their subfolders. They are never written to.
+        out: created if needed. The images of a single folder go directly into it, those of several into subfolders of
+            their names. An image restored before from the same file, weights and settings is skipped.
         weights: the name of weights that come with dgunet, or a file.
-        task: that they must be for.
-        overwrite: restore again what is there already; nothing is replaced that this has not written.
+        task: the task that the weights must be for.
+        overwrite: restore existing results again; files that are not from dgunet are never replaced.
         stages: also draw each image after each stage.
         tile, bf16: see `restore`.
-        local: statistics over windows as the weights' record says; False: of whole images.
+        local: use the windows or tiles of the weights' record; False: statistics of whole images.
         device: see `hardware.pick_device`.
 
     Raises:
-        UserError: no image at all, unsuitable weights, a place that cannot be written to; or at the end, naming the
-            images that could not be restored. All others are there then.
+        UserError: no image at all, unsuitable weights, a folder that cannot be written to; or at the end, if some
+            images could not be restored. All others are restored then.
     """
     if stages:
-        import matplotlib  # noqa: F401  now and not after the first image
+        import matplotlib  # noqa: F401, fail before the first image
     bar = None
 
     def say(text: str, file=None):
@@ -146,11 +148,7 @@ def restore_photographs(
         for key, words in ("trained_for", "for"), ("not_for", "not for"):
             if key in record:
                 say(f"  {words}: {record[key]}")
-        _check_writable(out)
-        seconds = _expected_seconds(model, jobs, tile, target, bf16)
-        if seconds > LONG:
-            megapixels = sum(job.height * job.width for job in jobs) / 1e6
-            say(f"this takes about {_duration(seconds)}: {_count(len(jobs))}, {megapixels:.1f} megapixels, on {target}")
+        out.mkdir(parents=True, exist_ok=True)
         noise = trained_sigma_range(content)
         try:
             total = sum(job.height * job.width for job in jobs)
@@ -166,7 +164,7 @@ def restore_photographs(
             raise
         bar = None
     for text, names in report.notes.items():
-        if len(names) > 1 or text not in report.told:
+        if len(names) > 1 or text not in report.printed:
             say(f"note: {text}: {one_line(shorten_list(names))}")
     if report.refused:
         raise UserError(f"{report.summary(out)}, for the reasons above")
@@ -174,7 +172,7 @@ def restore_photographs(
 
 
 def _gather(photos: list[Path], out: Path, report: RunReport) -> Iterator[tuple[Path, Path]]:
-    """Each image, and the path that it gets in ``out``."""
+    """(source, path relative to ``out``) of each image."""
     for given in photos:
         if not given.is_dir():
             if given.exists():
@@ -252,7 +250,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 class Provenance:
-    """Tells what a restored image was made from: a comment in it that depends on the file, weights and settings."""
+    """Makes the comment of a restored image, with a digest of its source file, weights and settings."""
 
     def __init__(self, weights: Path, tile: int | str | None, bf16: bool, local: bool):
         self.weights = f"{weights.parent.name}/{weights.name}"
@@ -274,8 +272,8 @@ def _skip_done(jobs: list[Job], provenance: Provenance, overwrite: bool, report:
         if there and not (comment := read_comment(job.target) or "").startswith(OURS):
             report.refuse(job.source, f"{job.target} is there already, and not from dgunet; choose another --out")
         elif stays and comment.split()[-1] != provenance.of(job.source).split()[-1]:  # versions may differ
-            told = "is there already, of another image or with other weights or settings"
-            report.refuse(job.source, f"{job.target} {told}; --overwrite replaces it, or choose another --out")
+            other = "is there already, of another image or with other weights or settings"
+            report.refuse(job.source, f"{job.target} {other}; --overwrite replaces it, or choose another --out")
         elif stays and (drawn or job.figure is None):
             report.skipped += 1
         elif drawn and not (read_comment(job.figure) or "").startswith(OURS):
@@ -285,58 +283,28 @@ def _skip_done(jobs: list[Job], provenance: Provenance, overwrite: bool, report:
     return left
 
 
-def _check_writable(out: Path):
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise UserError(f"{out} may not be written to; change its permissions, or choose another --out")
-
-
-def _expected_seconds(model, jobs: list[Job], tile: int | str | None, device: torch.device, bf16: bool) -> float:
-    """From the time that a small square takes; 0 for what is not worth it, as on GPUs, which that would not occupy."""
-    work = sum(_work(job.height, job.width, None if tile == "auto" else tile) for job in jobs)
-    work += sum(min(job.height * job.width, FIGURE_FROM**2) for job in jobs if job.figure is not None)
-    if device.type != "cpu" or work < 4 * SQUARE**2:
-        return 0
-    square = np.zeros((SQUARE, SQUARE, model.channels), np.float32)
-    restore(model, square[:64, :64], tile=None, bf16=bf16)  # the first is slow
-    started = time.perf_counter()
-    restore(model, square, tile=None, bf16=bf16)
-    return (time.perf_counter() - started) / SQUARE**2 * work
-
-
 def _work(height: int, width: int, tile: int | None) -> int:
-    """Pixels that the network goes through, those in the overlap of tiles several times."""
+    """Pixels to process, those in the overlap of tiles counted repeatedly."""
     areas, _ = tile_grid(height, width, tile)
     return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in areas)
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
-
-
-def _count(number: int) -> str:
-    return "1 image" if number == 1 else f"{number} images"
-
-
 @contextlib.contextmanager
 def _attempt(job: Job, report: RunReport):
-    """Around the work on an image: one that cannot be restored costs no other."""
+    """Around the work on an image: if it fails, the others go on."""
     try:
         yield
         report.done += 1
     except UserError as error:
         report.refuse(job.source, str(error))
     except OSError as error:
-        if error.errno in FATAL_ERRNOS or (told := describe_error(error)) is None:
+        if error.errno in FATAL_ERRNOS or (reason := describe_error(error)) is None:
             raise
-        report.refuse(job.source, told)
+        report.refuse(job.source, reason)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         report.refuse(job.source, "out of memory; restore it in tiles, --tile 512")
 
 
@@ -348,14 +316,15 @@ def _restore_one(
     scale = np.iinfo(image.pixels.dtype).max
     y = image.pixels.astype(np.float32) / np.float32(scale)
     y = y if y.ndim == 3 else y[..., None]
-    if noise is not None:
-        _warn_about_noise(job, 255 * estimate_sigma(y), noise, report)
+    level = 255 * estimate_sigma(y)
+    if noise is not None and (text := noise_warning(level, noise)):
+        report.note(job.source, text, now=f"about sigma {level:.0f}, {text}")
     if y.shape[2] == 1:
         y = np.repeat(y, model.channels, axis=2)
     height, width = y.shape[:2]
     if tile == "auto":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # told here in the command's own words
+            warnings.simplefilter("ignore")  # reported below
             tile = automatic_tile(model, (1, model.channels, height, width), device)
         if tile is not None:
             text = "larger than memory allows at once, restored in tiles (--tile whole forces it)"
@@ -374,33 +343,19 @@ def _restore_one(
         report.note(job.source, text)
 
 
-def _warn_about_noise(job: Job, level: float, trained: tuple[float, float], report: RunReport):
-    told = f"sigma {format_sigma(trained)}"
-    match noise_mismatch(level, trained):
-        case "weaker":
-            text = f"less noise than this network is for ({told}), so that it may blur fine detail"
-            advice = "keep the original where that looks better"
-        case "stronger":
-            text = f"more noise than this network is for ({told}), so that it may leave some"
-            advice = "restore the image reduced to half its size, or with another network"
-        case _:
-            return
-    report.note(job.source, text, now=f"about sigma {level:.0f}, {text}; {advice}")
-
-
 def _counting(model, count: Callable[[int], None]) -> contextlib.AbstractContextManager[None]:
     """Inside, ``count`` is called after each stage, with the number of pixels that went through it."""
     return after_each_stage(model, lambda stage, inputs, result: count(inputs[0].shape[-2] * inputs[0].shape[-1]))
 
 
 def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
-    """The figure of stages of the image's middle, computed from what is around it."""
+    """Draw the stages of the image's centre, computed with some context around it."""
     top, left, height, width = _middle(y.shape, FIGURE_FROM)
     around = y[top : top + height, left : left + width]
     estimates = restore_stages(model, around)[1:]
     inner_top, inner_left, height, width = _middle(around.shape, FIGURE_SIDE)
     window = (slice(inner_top, inner_top + height), slice(inner_left, inner_left + width))
-    tiles = [("as it came", to_uint8(around)), *label_stages(estimates)]
+    tiles = [("input", to_uint8(around)), *label_stages(estimates)]
     tiles = [(label, image[window].squeeze(), math.inf) for label, image in tiles]
     step = max(1, max(y.shape) // 1000)
     frame = tuple(value // step for value in (top + inner_top, left + inner_left, height, width))
@@ -409,6 +364,6 @@ def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
 
 
 def _middle(shape: tuple, side: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the part of so many pixels in the middle."""
+    """(top, left, height, width) of a centre crop."""
     height, width = (min(side, whole) for whole in shape[:2])
     return (shape[0] - height) // 2, (shape[1] - width) // 2, height, width

@@ -1,4 +1,4 @@
-"""Clean photographs to demonstrate with: those that ship inside the scikit-image package, in three splits."""
+"""Clean photographs for demonstrations, from the scikit-image package, in three splits."""
 
 import hashlib
 import importlib.util
@@ -11,15 +11,13 @@ from dgunet.data import read_image
 from dgunet.errors import UserError
 from dgunet.files import open_file
 
-MIN_SIDE = 32  # pixels; anything smaller is a thumbnail or an icon, not something to train on
+MIN_SIDE = 32  # pixels; smaller images are thumbnails or icons
 
 
 @dataclass(frozen=True)
 class SamplePhoto:
-    """A clean image: where it is and which part of it is used.
-
-    name: stem of the file to be written; crop: (top, left, height, width) in pixels or None for the whole;
-    short_side: size the shorter side is reduced to, or None to keep it.
+    """A clean image. name: stem of the file to be written; crop: (top, left, height, width) in pixels or None for all;
+    short_side: size the shorter side is reduced to, or None.
     """
 
     name: str
@@ -55,10 +53,8 @@ class SamplePhoto:
             return hashlib.sha256(file.read()).hexdigest()[:16]
 
 
-# What scikit-image carries inside its package, less what is no photograph (text, logos, drawings,
-# chessboards) or no sharp one: (file, crop, short side). The two motorcycles are one scene seen by two
-# cameras and stay together. The retina's crop leaves out the black frame; reducing the two large ones
-# removes their JPEG blocks.
+# The sharp photographs inside the scikit-image package: (file, crop, short side). The two motorcycles are a stereo pair
+# and stay together. The retina's crop excludes the black frame; reducing the two large ones removes JPEG blocks.
 EMBEDDED: dict[str, dict[str, tuple]] = {
     "train": {
         "brick": ("brick.png", None, None),

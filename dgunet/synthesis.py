@@ -1,7 +1,8 @@
-"""Synthetic degradations of clean images, to train and to demonstrate with.
+"""Synthetic degradations of clean images, for training and demonstration.
 
-Each takes an image (H, W, 3), RGB in [0, 1], and a generator, from which all its randomness comes, and returns the
-degraded image, of the same shape, float32 in [0, 1]; Gaussian noise that is not clipped leaves that range.
+Each takes an image (H, W, 3), RGB in [0, 1], and the generator of its random numbers, and returns the degraded image,
+of the same shape, float32 in [0, 1]; Gaussian noise that is not clipped leaves that range. ``sigma`` is a standard
+deviation on the scale 0 to 255, or the range that it is drawn from.
 """
 
 import inspect
@@ -27,30 +28,26 @@ def to_srgb(light: np.ndarray) -> np.ndarray:
     return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055).astype(np.float32)
 
 
+def _draw(rng: Generator, value: float | tuple[float, float]) -> float:
+    return rng.uniform(*value) if np.ndim(value) else value
+
+
 def gaussian_noise(
     image: np.ndarray, rng: Generator, sigma: float | tuple[float, float] = 25.0, clip: bool = True
 ) -> np.ndarray:
-    """Add white Gaussian noise.
-
-    image: (H, W, 3) in [0, 1]; sigma: standard deviation on the scale 0 to 255, or a range that it is drawn from;
-    clip: to [0, 1], as an image file does. The literature's tests do not.
-    """
-    if np.ndim(sigma):
-        sigma = rng.uniform(*sigma)
+    """Add white Gaussian noise; ``clip``: to [0, 1], as an image file does; benchmarks in the literature do not."""
+    sigma = _draw(rng, sigma)
     noisy = image + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(sigma / 255)
     return (np.clip(noisy, 0, 1) if clip else noisy).astype(np.float32)
 
 
 def found_noise(image: np.ndarray, rng: Generator, sigma: float | tuple[float, float] = (0.0, 50.0)) -> np.ndarray:
-    """Add Gaussian noise as it is found in images: half of them as the literature tests, white and without bounds.
+    """Add Gaussian noise as found in image files: in half of the images as in the literature, white and not clipped.
 
     The others are clipped to [0, 1]; half of these have noise that the colours share in part or, as grey images, in
     whole, and half are JPEGs.
-
-    image: (H, W, 3) in [0, 1]; sigma: standard deviation on the scale 0 to 255, or a range that it is drawn from.
     """
-    if np.ndim(sigma):
-        sigma = rng.uniform(*sigma)
+    sigma = _draw(rng, sigma)
     own, common = (rng.standard_normal((*image.shape[:2], n), dtype=np.float32) for n in (3, 1))
     plain, apart, file = rng.random(3) < 0.5
     shared = 0 if plain or apart else min(1, rng.uniform(0, 2))  # of the variance; one in eight: all of it
@@ -63,7 +60,7 @@ def found_noise(image: np.ndarray, rng: Generator, sigma: float | tuple[float, f
 
 
 def jpeg_compress(image: np.ndarray, quality: int) -> np.ndarray:
-    """An image (H, W, 3) in [0, 1] as a JPEG of this quality gives it back, its colours at half the resolution."""
+    """An image (H, W, 3) in [0, 1] after JPEG compression of this quality, with 4:2:0 chroma subsampling."""
     import cv2
 
     _, file = cv2.imencode(".jpg", to_uint8(image)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
@@ -83,8 +80,7 @@ def sensor_noise(
     modeling and fitting for single-image raw-data", TIP 2008. Back in sRGB the shadows are the noisiest
     part, as in real photographs.
 
-    image: (H, W, 3) in [0, 1]; shot, read: ranges of a and b, each drawn once per image, log-uniformly.
-    Returns (H, W, 3) in [0, 1], clipped.
+    shot, read: ranges of a and b, each drawn once per image, log-uniformly.
     """
     a, b = np.exp([rng.uniform(*np.log(shot)), rng.uniform(*np.log(read))]).astype(np.float32)
     light = to_linear(image)
@@ -102,9 +98,7 @@ def bayer_noise(
 
     The noise of `sensor_noise` is drawn for the Bayer mosaic, where each pixel has one of the three colours, weighed by
     the camera's white balance, and interpolated bilinearly to all pixels: its grains are larger than a pixel and
-    coloured, as in photographs. The image itself is not interpolated and loses no detail.
-
-    image: (H, W, 3) in [0, 1]; shot, read: as in `sensor_noise`. Returns (H, W, 3) in [0, 1], clipped.
+    coloured, as in photographs. The image itself is not interpolated and loses no detail. shot, read: as there.
     """
     import cv2
 
@@ -125,11 +119,9 @@ def bayer_noise(
 def grain(image: np.ndarray, rng: Generator, sigma: float | tuple[float, float] = (0.0, 30.0)) -> np.ndarray:
     """Add noise with grains larger than a pixel, as film has it and cameras that smooth their noise.
 
-    image: (H, W, 3) in [0, 1]; sigma: standard deviation on the scale 0 to 255, or a range that it is drawn from. The
-    colours share a random part of the noise. Returns (H, W, 3) in [0, 1], clipped.
+    The colours share a random part of the noise, and the result is clipped.
     """
-    if np.ndim(sigma):
-        sigma = rng.uniform(*sigma)
+    sigma = _draw(rng, sigma)
     own, common = (rng.standard_normal((*image.shape[:2], n), dtype=np.float32) for n in (3, 1))
     shared, size = rng.uniform(0, 1), rng.uniform(0.4, 1.2)
     import cv2
@@ -139,13 +131,11 @@ def grain(image: np.ndarray, rng: Generator, sigma: float | tuple[float, float] 
 
 
 def photo_noise(image: np.ndarray, rng: Generator) -> np.ndarray:
-    """What the photographs that people have suffer from: sensor noise, grain or white noise, then JPEG; or nothing.
+    """The noise of everyday photographs: sensor noise, grain or white noise, then JPEG; or nothing.
 
-    A quarter is left as it is, for a network that learns to leave clean images alone. The others get `bayer_noise`,
+    A quarter is left unchanged, so that the network learns to preserve clean images. The others get `bayer_noise`,
     `grain` or `gaussian_noise` of any strength from none, weak ones more often, and 60 % of them become a JPEG of
     quality 30 to 95; a tenth is a JPEG without noise.
-
-    image: (H, W, 3) in [0, 1]. Returns (H, W, 3) in [0, 1].
     """
     clean, only_jpeg, jpeg = rng.random(3) < (0.25, 0.1 / 0.75, 0.6)
     kind, strength, quality = rng.integers(3), rng.random() ** 2, int(rng.integers(30, 96))
@@ -163,7 +153,7 @@ def photo_noise(image: np.ndarray, rng: Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RainLayer:
-    """Drops at one distance from the camera: the nearer, the longer, wider, sparser and brighter."""
+    """Streaks at one distance from the camera: the nearer, the longer, wider, sparser and brighter."""
 
     drops: float  # streaks per 10,000 pixels
     length: tuple[float, float]  # range, in pixels
@@ -210,14 +200,14 @@ def rain_mask(shape: tuple[int, int], rng: Generator, layer: RainLayer, degrees:
 
 
 def rain_streaks(image: np.ndarray, rng: Generator, layers: tuple[RainLayer, ...] = RAIN_LAYERS) -> np.ndarray:
-    """Let it rain: streaks at several depths behind a veil of haze.
+    """Add rain: streaks at several depths behind a veil of haze.
 
     The heavy-rain model ``y = t * (x + s_1 + ... + s_n) + (1 - t) * airlight`` of Yang et al., "Deep joint
     rain detection and removal from a single image", CVPR 2017, except that each layer ``s`` is laid over
     the image as a translucent white (``1 - (1 - x)(1 - s)``), so that bright places do not burn out.
     Lengths and widths are in pixels, for images of roughly 300 to 1000 pixels.
 
-    image: (H, W, 3) in [0, 1]; layers: from far to near. Returns (H, W, 3) in [0, 1].
+    layers: from far to near.
     """
     degrees = rng.uniform(-25, 25)
     amount = rng.uniform(0.7, 1.1)  # drizzle to downpour
@@ -238,12 +228,12 @@ def added_rain(
     width: tuple[float, float] = (0.5, 1.2),
     brightness: tuple[float, float] = (0.15, 0.8),
 ) -> np.ndarray:
-    """Let it rain as in the sets Rain100L and Rain100H: grey streaks of one kind are added, and clipped.
+    """Add rain as in Rain100L and Rain100H: grey streaks of one kind are added, and clipped.
 
     The model ``y = x + s`` of Yang et al. (see `rain_streaks`): an image has one direction, and streaks of about one
     length, width and brightness.
 
-    image: (H, W, 3) in [0, 1]; density: drops per 10,000 pixels; length, width: in pixels, the width as the standard
+    density: drops per 10,000 pixels; length, width: in pixels, the width as the standard
     deviation across; brightness: at a streak's middle. Of all ranges one value is drawn for each image, densities and
     lengths log-uniformly.
     """
@@ -297,8 +287,7 @@ def motion_kernel(rng: Generator, extent: tuple[float, float] = (5.0, 15.0)) -> 
 def motion_blur(image: np.ndarray, rng: Generator, extent: tuple[float, float] = (5.0, 15.0)) -> np.ndarray:
     """Blur by camera shake: ``y = k * x`` in linear light, where exposure adds up, with reflected borders.
 
-    image: (H, W, 3) in [0, 1]; extent: range of the kernel's larger side, in pixels.
-    Returns (H, W, 3) in [0, 1].
+    extent: range of the kernel's larger side, in pixels.
     """
     import cv2
 
@@ -311,25 +300,13 @@ Degrade = Callable[[np.ndarray, Generator], np.ndarray]
 
 DEGRADATIONS: dict[str, Degrade] = {
     function.__name__: function
-    for function in (
-        gaussian_noise,
-        found_noise,
-        sensor_noise,
-        bayer_noise,
-        grain,
-        photo_noise,
-        rain_streaks,
-        added_rain,
-        motion_blur,
-    )
+    for function in (gaussian_noise, found_noise, sensor_noise, bayer_noise, grain, photo_noise)
+    + (rain_streaks, added_rain, motion_blur)
 }
 
 
 def degrade_image(image: np.ndarray, degrade: Degrade, seed: int, name: str) -> np.ndarray:
-    """An image (H, W, 3) uint8, degraded, in 8 bits again: random numbers as (seed, name) say, whatever the others.
-
-    Values beyond the range of 8 bits, as noise without bounds makes them, are clipped.
-    """
+    """Degrade an image (H, W, 3) uint8, with random numbers of (seed, name) alone; the result is clipped to uint8."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     return to_uint8(degrade(image.astype(np.float32) / 255, rng))
 

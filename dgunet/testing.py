@@ -305,7 +305,7 @@ def _read_restored(root: Path, names: tuple[str, ...], data: ImageSet) -> Callab
     """For `evaluate`: the images in one of the folders of these names in ``root``, or in ``root`` itself."""
     folders = (find_folder(root, name) for name in names)
     folder = next((folder for folder in folders if folder.is_dir()), root)
-    there = images_by_name(folder, tell=False)  # what is missing is reported
+    there = images_by_name(folder, report=False)  # missing ones are reported
 
     def read(sample: Sample, degraded: Images) -> tuple[Images, Images]:
         for name in sample.names:

@@ -1,7 +1,7 @@
-"""TIFF images as their tags say: what the tags mean is read or refused, and never guessed.
+"""TIFF images as their tags describe them: what is not understood is refused, never guessed.
 
-Pillow reduces colours of 16 bits to 8, and OpenCV ignores most of the tags. Here libtiff, which comes with Pillow, only
-decompresses, and NumPy makes samples of the bytes.
+Pillow reduces colours of 16 bits to 8, OpenCV ignores most tags, and tifffile decodes LZW only with imagecodecs. Here
+Pillow's libtiff decompresses, and NumPy makes samples of the bytes.
 """
 
 import contextlib
@@ -30,8 +30,9 @@ class Tiff:
     """The first image of a TIFF file.
 
     height, width: as stored, not turned by ``orientation`` (1 to 8); bits: per sample; n_frames: images in the file but
-    its thumbnails; direct: whether `read` reads it, or else Pillow, which reads the others rightly; further: samples of
-    a pixel that are neither colour nor alpha; tag_v2, info: as in Pillow, of the latter what is used here.
+    its thumbnails; mode: "RGB" or "L" of 8 bits and nothing else, or ""; direct: whether `read` reads it, or else
+    Pillow, which reads the others rightly; further: samples of a pixel that are neither colour nor alpha; tag_v2, info:
+    as in Pillow, of the latter what is used here.
 
     Raises:
         UserError: it has a property that neither understands, which is named. Damaged files raise other errors.
@@ -59,6 +60,8 @@ class Tiff:
             self._check_samples(colours)
         else:
             self._check_for_pillow()
+        plain = self.direct and self.bits == 8 and not self._extra
+        self.mode = ("RGB" if colours == 3 else "L") if plain else ""
         self.info = self._info()
 
     def _directories(self):
@@ -101,7 +104,7 @@ class Tiff:
             self._refuse(f"colours of the kind {self._photometric} (PhotometricInterpretation)")
         if self._compression not in _LOSSLESS | _FAX_AND_JPEG:
             self._refuse(f"the compression {self._compression} (Compression)")
-        if set(kinds) - {1, 4}:  # 4: undefined, which is to be taken for the usual
+        if set(kinds) - {1, 4}:  # 4: undefined, to be treated as unsigned
             named = "floating-point" if 3 in kinds else "signed" if 2 in kinds else "complex"
             self._refuse(f"{named} values (SampleFormat {max(kinds)})")
         if len(set(bits[: self._samples])) > 1 or max(bits) > 16:
@@ -183,14 +186,14 @@ class Tiff:
             self._refuse("more than 4 GB")
         if self._compression == 1 and across * row * self.height * planes > len(content):
             raise ValueError("it ends too early")
-        # The directory of an image with a grey pixel of 8 bits for each byte, and with the same compressed data.
+        # The same compressed data as an image with one grey 8-bit pixel for each byte.
         tags = {256: [across * row], 257: [self.height], 258: [8], 259: [self._compression], 262: [1], 277: [1]}
         tags |= {266: [self._one(266, 1)]} | ({322: [row], 323: [height]} if tiled else {278: [height]})
         decoded = []
         for plane in range(planes):
             own = slice(plane * parts, (plane + 1) * parts)
             where = {324: offsets[own], 325: sizes[own]} if tiled else {273: offsets[own], 279: sizes[own]}
-            where = {tag: values for tag, values in where.items() if values}  # libtiff finds sizes out
+            where = {tag: values for tag, values in where.items() if values}  # libtiff computes missing sizes
             file = b"II*\0" + struct.pack("<I", len(content)) + content[8:] + _directory(tags | where, len(content))
             raw = ("L", "raw", False, 0)
             from PIL import Image
@@ -204,7 +207,7 @@ class Tiff:
         return decoded[0] if planes == 1 else np.concatenate(decoded, axis=2)
 
     def _values(self, rows: np.ndarray, count: int) -> np.ndarray:
-        """So many samples of each row of bytes (..., row)."""
+        """The first ``count`` samples of each row of bytes (..., row)."""
         if self.bits == 8:
             return rows
         if self.bits == 16:
@@ -218,7 +221,7 @@ class Tiff:
 
 
 def _directory(tags: dict[int, list[int]], at: int) -> bytes:
-    """A directory of TIFF tags, little-endian, for this place in a file."""
+    """A directory of TIFF tags, little-endian, to be placed at offset ``at`` of a file."""
     entries, more, end = struct.pack("<H", len(tags)), b"", at + 2 + 12 * len(tags) + 4
     for tag, values in sorted(tags.items()):
         packed = struct.pack(f"<{len(values)}I", *values)

@@ -185,6 +185,22 @@ def test_colour_profile_and_resolution_are_kept(tmp_path, deep):
     assert np.array_equal(cv2.imread(str(tmp_path / "a.png"), cv2.IMREAD_UNCHANGED)[..., ::-1], pixels)
 
 
+def test_the_former_module_of_photos_warns(tmp_path):
+    sys.modules.pop("dgunet.pictures", None)
+    with pytest.warns(DeprecationWarning, match="dgunet.photos"):
+        from dgunet.pictures import read_picture
+    np.testing.assert_array_equal(read_picture(save(tmp_path / "a.png")).pixels, colours())
+
+
+def test_bmp_of_16_bits_per_pixel_is_read(tmp_path):
+    """Five or six bits per channel: not to be taken for 16 bits per channel."""
+    header = struct.pack("<2sIHHIIiiHHIIiiII3I", b"BM", 66 + 8 * 4, 0, 0, 66, 40, 4, 4, 1, 16, 3, 32, 0, 0, 0, 0,
+                         0xF800, 0x07E0, 0x001F)  # fmt: skip
+    (tmp_path / "a.bmp").write_bytes(header + np.full((4, 4), 0xF800, "<u2").tobytes())
+    image = read_photo(tmp_path / "a.bmp")
+    assert image.pixels.dtype == np.uint8 and (image.pixels == [255, 0, 0]).all() and image.notes == []
+
+
 @pytest.mark.parametrize("value", [4e9, 65536, 0.5, float("nan")])
 def test_resolutions_that_no_format_holds_are_left_out(tmp_path, value):
     path = save(tmp_path / "a.tif", dpi=(300, 300))
@@ -214,7 +230,7 @@ def test_converted_colours_keep_the_rest(tmp_path, monkeypatch):
     assert image.pixels.shape == (24, 16, 3) and image.keep["dpi"] == (300, 300)
     assert image.notes == ["CMYK, now RGB", "turned upright, as its EXIF data says"]
     write_photo(path, image, "")
-    assert dict(Image.open(path).getexif()) == {0x010F: "Camera"}
+    assert dict(Image.open(path).getexif()) == {0x0112: 1, 0x010F: "Camera"}
 
 
 def test_transparent_value_of_16_bits(tmp_path):
@@ -547,7 +563,7 @@ def test_scans_larger_than_pillow_opens_by_itself(tmp_path, monkeypatch, suffix,
 def test_reads_that_overlap_leave_the_limit_of_pillow(tmp_path, monkeypatch):
     """It is one for the process, and another thread may rely on it at any time."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    one, two = photos._opened(save(tmp_path / "a.png")), photos._opened(save(tmp_path / "b.tif"))
+    one, two = photos.opened(save(tmp_path / "a.png")), photos.opened(save(tmp_path / "b.tif"))
     one.__enter__()
     assert Image.MAX_IMAGE_PIXELS == 10
     two.__enter__()
@@ -804,17 +820,6 @@ def test_progress_counts_every_stage_and_tile(weights):
             restore(model, image, tile=tile)
         work = restoring._work(40, 152 if tile is None else 150, tile)  # padded to a multiple of 8
         assert sum(seen) == pytest.approx(model.stages * work, rel=0.1) and len(seen) % model.stages == 0
-
-
-def test_time_is_told_before_a_long_run(dgunet, monkeypatch):
-    monkeypatch.setattr(restoring, "SQUARE", 16)
-    save("x.png", colours(40, 400))
-    assert "this takes about" not in dgunet("denoise", "x.png", "--out", "a").out
-    monkeypatch.setattr(restoring, "LONG", 0)
-    told = dgunet("denoise", "x.png", "--out", "b").out
-    assert "this takes about" in told and "seconds: 1 image, 0.0 megapixels, on cpu" in told
-    durations = [restoring._duration(seconds) for seconds in (71, 600, 7200)]
-    assert durations == ["71 seconds", "10 minutes", "2.0 hours"]
 
 
 def test_noise_that_the_network_is_not_for_is_told(dgunet, tiny_model):

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import os
-import shlex
 import shutil
 import signal
 import struct
@@ -107,21 +106,20 @@ def save_unsuitable(path: Path, kind: str):
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("a.png", "L", "is grey"),
-        ("a.jpg", "L", "is grey"),
-        ("a.png", "1", "is grey"),
-        ("a.png", "RGBA", "has transparency (RGBA)"),
-        ("a.png", "LA", "has transparency (RGBA)"),
-        ("a.png", "16 bits", "has 16 bits per channel"),
-        ("a.tif", "32 bits", "has 32 bits per channel"),
-        ("a.jpg", "CMYK", "is CMYK"),
+        ("a.png", "L", "grey"),
+        ("a.jpg", "L", "grey"),
+        ("a.png", "1", "grey"),
+        ("a.png", "RGBA", "transparency"),
+        ("a.png", "LA", "transparency"),
+        ("a.png", "16 bits", "16 bits"),
+        ("a.tif", "32 bits", "floating-point"),
+        ("a.jpg", "CMYK", "CMYK"),
     ],
 )
 def test_image_of_another_kind(tmp_path, name, kind, message):
     save_unsuitable(tmp_path / name, kind)
     found = refusal(read_image, tmp_path / name)
-    assert found.startswith(f"{tmp_path / name} {message}, but 8-bit RGB is needed; convert it")
-    assert ("a_rgb.png" in found) == (kind != "32 bits")
+    assert str(tmp_path / name) in found and message in found
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
@@ -130,7 +128,8 @@ def test_damaged_image(tmp_path, ending, share):
     path = tmp_path / f"a{ending}"
     write_image(path, random_image())
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    assert refusal(read_image, path) == f"{path} is not an image that can be read, or is damaged; replace or remove it"
+    found = refusal(read_image, path)
+    assert str(path) in found and ("damaged" if share else "empty") in found
 
 
 def test_text_named_like_a_image(tmp_path):
@@ -280,7 +279,7 @@ def test_pipe_named_like_a_image(tmp_path, impatient):
 @pytest.mark.parametrize("change", [-1, 1])
 def test_image_of_another_size_than_its_header_says(tmp_path, monkeypatch, change):
     """Training has planned its crops by the header."""
-    path = tmp_path / "a.bmp"
+    path = tmp_path / "a.png"
     write_image(path, random_image(8, 8))
     decode = cv2.imdecode
     monkeypatch.setattr(cv2, "imdecode", lambda *args: cv2.resize(decode(*args), (8, 8 + change)))
@@ -317,25 +316,8 @@ def test_absurd_size_in_the_header(tmp_path, capfd, ending, side):
         image_size(path)  # knows the header alone
     except UserError as error:
         assert "\n" not in str(error)
-    assert capfd.readouterr().err in ("", "Corrupt JPEG data: premature end of data segment\n" * 2)
-
-
-def test_advice_to_convert_works(tmp_path, monkeypatch):
-    folder = tmp_path / "it's a $HOME; folder"
-    folder.mkdir()
-    for name, kind in [
-        ("a.png", "L"), ("b.png", "RGBA"), ("c.png", "16 bits"), ("d.jpg", "CMYK"), ("e.png", "LA")
-    ]:  # fmt: skip
-        save_unsuitable(folder / name, kind)
-        found = refusal(read_image, folder / name)
-        program, option, code, *names = shlex.split(found.split("`")[1])
-        assert (program, option, names) == ("python", "-c", [str(folder / name), str(folder / f"{name[0]}_rgb.png")])
-        monkeypatch.setattr(sys, "argv", ["-c", *names])
-        exec(code, {})
-        converted = read_image(folder / f"{name[0]}_rgb.png")
-        assert converted.shape == (40, 48, 3)
-        if kind in ("16 bits", "RGBA"):
-            assert np.abs(converted[..., :: -1 if kind == "16 bits" else 1].astype(int) - random_image()).max() <= 1
+    decoders = ("Corrupt JPEG data: premature end of data segment", "libpng error: Not enough image data")
+    assert set(capfd.readouterr().err.splitlines()) <= set(decoders)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

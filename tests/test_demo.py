@@ -70,14 +70,15 @@ def test_the_network_follows_the_kind_of_noise():
     tab = demo._Tab("denoising", networks, torch.device("cpu"), 10**6)
     for way, given, expected in (
         ("Gaussian noise", real, gaussian), ("Gaussian noise", gaussian, gaussian),
-        ("camera noise at high ISO", gaussian, real), (demo.AS_IT_IS, real, real), (demo.AS_IT_IS, gaussian, gaussian),
+        ("camera noise at high ISO", gaussian, real), (demo.UNCHANGED, real, real),
+        (demo.UNCHANGED, gaussian, gaussian),
     ):  # fmt: skip
-        *_, chosen, told = tab.fitting(way, given)
+        *_, chosen, told = tab.update_controls(way, given)
         assert chosen["value"] == expected and told.startswith(f"**{expected}**")
     own = demo.Network("own", "denoising", Path("own.pth"))
     for others in ([], networks):
         tab = demo._Tab("denoising", [own, *others], torch.device("cpu"), 10**6)
-        assert tab.fitting("Gaussian noise", "own")[2]["value"] == "own"
+        assert tab.update_controls("Gaussian noise", "own")[2]["value"] == "own"
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -118,14 +119,14 @@ def test_every_task_degrades_by_its_strength(image):
             assert strong.shape == image.shape and strong.dtype == np.uint8 and np.array_equal(strong, again)
             assert low <= usual <= high and demo.psnr(strong, image) < np.inf
             assert np.array_equal(weak, strong) == (way == "camera noise at high ISO")
-    assert demo.degrade("denoising", image, demo.AS_IT_IS, 25, 0) is image
+    assert demo.degrade("denoising", image, demo.UNCHANGED, 25, 0) is image
     assert demo.degrade("compressive_sensing", image, None, 0, 0).shape == (64, 96)
 
 
 def test_stages_are_those_of_the_network(tiny_model, image):
     model = tiny_model(stages=3)
     told = []
-    stages = restore_stages(model, image[:50, :70], told=lambda done, doing: told.append((round(done, 2), doing)))
+    stages = restore_stages(model, image[:50, :70], progress=lambda done, doing: told.append((round(done, 2), doing)))
     assert len(stages) == 4 and np.array_equal(stages[0], image[:50, :70])
     assert told == [(0, "stage 1 of 3"), (0.33, "stage 2 of 3"), (0.67, "stage 3 of 3")]
     x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
@@ -140,7 +141,7 @@ def test_large_images_are_restored_in_tiles_of_whole_blocks(tiny_model, image):
     luma = np.tile(image[..., 1], (3, 3))[:150, :250]
     model = tiny_model("compressive_sensing_dgunet", ratio=0.5, stages=2)
     told = []
-    stages = restore_stages(model, luma, tile=128, overlap=64, told=lambda done, doing: told.append(doing))
+    stages = restore_stages(model, luma, tile=128, overlap=64, progress=lambda done, doing: told.append(doing))
     assert told[-1] == "stage 2 of 2, tile 6 of 6" and all(stage.shape == luma.shape for stage in stages)
     # Blocks are measured one by one: were tiles not of whole ones, x_0 would differ.
     assert abs(stages[0].astype(int) - demo.initial_estimate(model.degradation, luma)).max() <= 1
@@ -162,7 +163,7 @@ def test_network_for_all_ratios_has_a_slider(tmp_path, image, tiny_model):
     assert ends == [(1, 50, 25, True), (4, 10, 10, True), (0, 100, 0, False)]
     starts = {}
     for label, percent in (("1 to 50 %", 1), ("1 to 50 %", 17), ("25 %", 0)):
-        start, text = tab.look(image, None, 0, 0, label, percent)[:2]
+        start, text = tab.preview(image, None, 0, 0, label, percent)[:2]
         found = tab.restore(image, None, 0, 0, label, percent, lambda *_, **__: None)[-1]
         rows = num_rows((percent or 25) / 100, 32)
         assert f"of {rows} measurements" in text and np.array_equal(start[1], found.stages[0])
@@ -172,9 +173,9 @@ def test_network_for_all_ratios_has_a_slider(tmp_path, image, tiny_model):
 
 def test_tells_of_other_noise_than_the_network_is_for(image):
     network = demo.Network("n", "denoising", Path("n"), noise_sigma=(25, 25))
-    assert "trained for 25: it blurs" in demo._noise_warning(network, image, 5)
-    assert "it leaves some" in demo._noise_warning(network, image, 50) and demo._noise_warning(network, image, 25) == ""
-    assert "it blurs" in demo._noise_warning(network, image)  # which has none
+    assert "less noise" in (weaker := demo._noise_warning(network, image, 5)) and "sigma 25" in weaker
+    assert "more noise" in demo._noise_warning(network, image, 50) and demo._noise_warning(network, image, 25) == ""
+    assert "less noise" in demo._noise_warning(network, image)  # which has none
 
 
 def test_networks_of_one_name_are_all_to_choose_from():
@@ -297,7 +298,7 @@ def visit(page, url: str, folder: Path):
     own.get_by_text("Click to Upload").wait_for()
     own.locator("input[type=file]").set_input_files(folder / "photo.png")
     page.wait_for_function("document.querySelector('#denoising_viewer img').naturalWidth == 96")
-    page.get_by_text("nothing: take it as it is").first.click()
+    page.get_by_text("nothing: restore it as it is").first.click()
     says(seen["denoising"], "The image as it is.")
     page.get_by_text("Gaussian noise", exact=True).first.click()
     says(seen["denoising"], "Left the original, right with Gaussian noise")

@@ -72,8 +72,8 @@ class Failing(torch.utils.data.Dataset):
     [
         (disk_error(errno.ENOSPC), "runs/a.png: No space left on device; free some space"),
         (
-            ModuleNotFoundError("No module named 'kornia_rs'", name="kornia_rs"),
-            "kornia_rs is not installed; pip install",
+            ModuleNotFoundError("No module named 'h5py'", name="h5py"),
+            "h5py is not installed; pip install",
         ),
         (MemoryError(), "out of memory"),
         (UserError("a.png: of 16 bits"), "a.png: of 16 bits"),

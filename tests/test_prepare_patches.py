@@ -244,7 +244,7 @@ def test_damaged_image_ends_the_run(sidd, tmp_path, workers):
     path = sidd / SCENES[0] / "0001_GT_SRGB_011.PNG"  # its header is whole, and it is not among the samples
     path.write_bytes(path.read_bytes()[:1000])
     out, part = tmp_path / "out", tmp_path / ".out.part"
-    with pytest.raises(UserError, match=rf"{path.name}.*remove.*{part}"):
+    with pytest.raises(UserError, match=rf"{path.name} .*; then remove the unfinished {part}"):
         run("sidd", sidd, out, *SMALL, workers=workers)
     assert not out.exists() and part.exists()
 
