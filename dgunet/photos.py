@@ -148,7 +148,7 @@ def _why_unreadable(path: Path, start: bytes) -> str:
         return "is a TIFF of a kind that cannot be read; save it as RGB or grey, of 8 or 16 bits per channel"
     if not start:
         return "is empty; replace or remove it"
-    return "is no image that can be read; convert it to PNG or JPEG"
+    return "is not an image that can be read; convert it to PNG or JPEG"
 
 
 def probe(path: str | Path) -> tuple[int, int, str]:

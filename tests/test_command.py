@@ -262,7 +262,7 @@ def test_profile_of_other_colours_is_not_kept(tmp_path):
         ("a.heic", b"\0\0\0\x18ftypheic" + bytes(99), "HEIC.*export it as JPEG"),
         ("a.nef", b"MM\0*" + bytes(99), "raw file; develop it"),
         ("a.png", b"", "is empty"),
-        ("a.jpg", b"hello", "no image that can be read"),
+        ("a.jpg", b"hello", "a.jpg.*convert it"),
         ("a.tif", None, "floating-point"),
         ("cut.png", b"cut", "may be damaged"),
     ],

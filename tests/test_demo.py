@@ -95,7 +95,7 @@ def bomb(width: int, height: int) -> bytes:
     "content, told",
     [
         (b"", "^This file is empty"),
-        (b"no image", "^This file is no image"),
+        (b"no image", "^This file is not an image"),
         (bomb(1, 1), "at least 32x32"),
         (bomb(9_000, 9_000), "9000x9000"),
         (bomb(90_000, 90_000), "more than can be read"),
@@ -293,7 +293,7 @@ def visit(page, url: str, folder: Path):
     # A file that is none, then an image.
     own = page.locator("#denoising_own")
     own.locator("input[type=file]").set_input_files(folder / "broken.png")
-    says(page.locator("#denoising_note"), "This file is no image that can be read")
+    says(page.locator("#denoising_note"), "This file is not an image that can be read")
     own.get_by_label("Clear").click()
     own.get_by_text("Click to Upload").wait_for()
     own.locator("input[type=file]").set_input_files(folder / "photo.png")
