@@ -3,7 +3,7 @@
 """
 
 from dgunet import create_model, load_model  # noqa: F401
-from dgunet.pretrained import list_pretrained as _list_pretrained
+from dgunet.checkpoints.registry import list_pretrained as _list_pretrained
 
 dependencies = ["torch", "numpy", "safetensors"]
 

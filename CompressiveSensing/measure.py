@@ -17,17 +17,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import command_imports, run_cli
+from dgunet.runtime.errors import command_imports, run_cli
 
 with command_imports(__name__):
     import numpy as np
     import torch
 
     from dgunet import load_model
-    from dgunet.data import read_luma, to_tensor
-    from dgunet.degradations import sampling_operator
-    from dgunet.files import atomic_write
-    from dgunet.transforms import pad_to_blocks, unit_range
+    from dgunet.data.images import read_luma, to_tensor
+    from dgunet.data.transforms import pad_to_blocks, unit_range
+    from dgunet.model.sampling import sampling_operator
+    from dgunet.runtime.files import atomic_write
 
 
 def main():

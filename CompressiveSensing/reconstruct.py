@@ -12,18 +12,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, run_cli
+from dgunet.runtime.errors import UserError, command_imports, run_cli
 
 with command_imports(__name__):
     import numpy as np
     import torch
 
     from dgunet import load_model
-    from dgunet.data import write_image
-    from dgunet.files import open_file
-    from dgunet.hardware import pick_device
+    from dgunet.data.images import write_image
+    from dgunet.data.transforms import to_uint8
     from dgunet.inference import estimate
-    from dgunet.transforms import to_uint8
+    from dgunet.runtime.files import open_file
+    from dgunet.runtime.hardware import pick_device
 
 MAX_BYTES = 2**30  # of an array: the measurements of a gigapixel at 25 %
 

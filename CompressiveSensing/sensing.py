@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgunet import DGUNet
-from dgunet.data import to_tensor
+from dgunet.data.images import to_tensor
+from dgunet.data.transforms import pad_to_blocks, unit_range
 from dgunet.inference import estimate
-from dgunet.transforms import pad_to_blocks, unit_range
 
 TILE = 128  # side of the original's tiles, pixels
 BATCH = 16  # tiles at a time

@@ -20,18 +20,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import command_imports, run_cli
+from dgunet.runtime.errors import command_imports, run_cli
 
 with command_imports(__name__):
     import numpy as np
     from sensing import TILE, reconstruct_tiles, reconstruct_whole
 
     from dgunet import DGUNet
-    from dgunet.data import read_luma
-    from dgunet.degradations import RATIOS, ScalableSampling
-    from dgunet.errors import UserError
-    from dgunet.evaluation import ImageSet, image_samples
-    from dgunet.testing import Benchmark, command, custom_folder, noise_sigma
+    from dgunet.data.images import read_luma
+    from dgunet.evaluation.cli import Benchmark, command, custom_folder, noise_sigma
+    from dgunet.evaluation.sets import ImageSet, image_samples
+    from dgunet.model.sampling import RATIOS, ScalableSampling
+    from dgunet.runtime.errors import UserError
 
 
 def luma(source: Path) -> ImageSet:

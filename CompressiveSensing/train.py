@@ -8,7 +8,7 @@
     python CompressiveSensing/train.py TRAINING.RESUME True               # continue where it stopped
 
 Ratios of the paper: 0.01, 0.04, 0.1, 0.25, 0.5. Give each its own MODEL.SESSION. Config keys are explained in
-dgunet/config.py.
+dgunet/training/config.py.
 """
 
 import sys
@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import command_imports, run_cli
+from dgunet.runtime.errors import command_imports, run_cli
 
 with command_imports(__name__):
-    from dgunet.training import TASKS, train_command
+    from dgunet.training.cli import TASKS, train_command
 
 if __name__ == "__main__":
     run_cli(lambda: train_command(TASKS["compressive_sensing"], __doc__))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import command_imports, run_cli
+from dgunet.runtime.errors import command_imports, run_cli
 
 with command_imports(__name__):
-    from dgunet.testing import Benchmark, command, custom_folder
+    from dgunet.evaluation.cli import Benchmark, command, custom_folder
 
 BENCHMARKS = {
     "GoPro": Benchmark("GoPro/test", "rgb_matlab", dict(dgunet=(32.71, 0.960), dgunet_plus=(33.17, 0.963))),

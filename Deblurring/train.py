@@ -5,7 +5,7 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 Deblurring/train.py
     python Deblurring/train.py TRAINING.RESUME True                        # continue where it stopped
 
-Config keys are explained in dgunet/config.py.
+Config keys are explained in dgunet/training/config.py.
 """
 
 import sys
@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import command_imports, run_cli
+from dgunet.runtime.errors import command_imports, run_cli
 
 with command_imports(__name__):
-    from dgunet.training import TASKS, train_command
+    from dgunet.training.cli import TASKS, train_command
 
 if __name__ == "__main__":
     run_cli(lambda: train_command(TASKS["deblurring"], __doc__))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgunet.errors import UserError
+from dgunet.runtime.errors import UserError
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:

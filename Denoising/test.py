@@ -21,17 +21,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import UserError, command_imports, run_cli
+from dgunet.runtime.errors import UserError, command_imports, run_cli
 
 with command_imports(__name__):
     import numpy as np
     from benchmarks import read_dnd, read_dnd_image, read_sidd
 
-    from dgunet.data import read_image, read_luma
-    from dgunet.evaluation import ImageSet, Sample, image_samples, restore_images
-    from dgunet.files import atomic_write
-    from dgunet.testing import Benchmark, add_tiling, command, custom_folder, noise_sigma
-    from dgunet.transforms import unit_range
+    from dgunet.data.images import read_image, read_luma
+    from dgunet.data.transforms import unit_range
+    from dgunet.evaluation.cli import Benchmark, add_tiling, command, custom_folder, noise_sigma
+    from dgunet.evaluation.runner import restore_images
+    from dgunet.evaluation.sets import ImageSet, Sample, image_samples
+    from dgunet.runtime.files import atomic_write
 
 
 class SiddBlocks(ImageSet):

@@ -15,15 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import command_imports, run_cli
+from dgunet.runtime.errors import command_imports, run_cli
 
 with command_imports(__name__):
     import numpy as np
 
-    from dgunet.data import read_image
-    from dgunet.errors import UserError
-    from dgunet.evaluation import ImageSet, image_samples, paired
-    from dgunet.testing import Benchmark, command, custom_folder
+    from dgunet.data.images import read_image
+    from dgunet.evaluation.cli import Benchmark, command, custom_folder
+    from dgunet.evaluation.sets import ImageSet, image_samples, paired
+    from dgunet.runtime.errors import UserError
 
 
 def read_halves(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,24 +1,31 @@
 """DGUNet: deep generalized unfolding networks for image restoration (Mou, Wang, Zhang; CVPR 2022)."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from dgunet._moved import MovedFinder
+
 if TYPE_CHECKING:
-    from dgunet.checkpoint import load_model
-    from dgunet.errors import UserError
+    from dgunet.checkpoints.load import load_model
     from dgunet.inference import restore
-    from dgunet.model import DGUNet, create_model, list_models
+    from dgunet.model.network import DGUNet
+    from dgunet.model.variants import create_model, list_models
+    from dgunet.runtime.errors import UserError
 
 __version__ = "0.2.1"
 __all__ = ["DGUNet", "UserError", "create_model", "list_models", "load_model", "restore"]
 
 # Imported when first asked for, so that `dgunet --help` need not wait for PyTorch.
 _MODULES = {
-    "load_model": "checkpoint",
-    "UserError": "errors",
+    "load_model": "checkpoints.load",
+    "UserError": "runtime.errors",
     "restore": "inference",
     **dict.fromkeys(("DGUNet", "create_model", "list_models"), "model"),
 }
+
+
+sys.meta_path.append(MovedFinder())
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-from dgunet.command import main
+from dgunet.apps.cli import main
 
 if __name__ == "__main__":
     main()

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgunet.degradations import MotionBlur
-from dgunet.errors import UserError
-from dgunet.hardware import available_memory
-from dgunet.local import check_windows, with_local_statistics
-from dgunet.proximal import MULTIPLE
-from dgunet.transforms import dihedral, pad_to_multiple, undo_dihedral
+from dgunet.data.transforms import dihedral, pad_to_multiple, undo_dihedral
+from dgunet.model.degradations import MotionBlur
+from dgunet.model.local import check_windows, with_local_statistics
+from dgunet.model.proximal import MULTIPLE
+from dgunet.runtime.errors import UserError
+from dgunet.runtime.hardware import available_memory
 
 # Peak memory of a forward pass, in floats per pixel and unit of width, as measured.
 _FLOATS_PER_PIXEL_AND_WIDTH = 16

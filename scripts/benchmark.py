@@ -44,14 +44,16 @@ with command_imports(__name__):
     from torch.nn import functional as F
     from torch.utils.benchmark import Measurement, Timer
 
-    from dgunet.config import load_config
-    from dgunet.hardware import autocast_dtype, pick_device
-    from dgunet.instance_norm import HalfInstanceNorm
-    from dgunet.layers import ChannelAttentionBlock, ConvBlock
-    from dgunet.model import VARIANTS, MeasureThenRestore, create_model, list_models
-    from dgunet.pathways import ISFF, SubspaceFusion, project
-    from dgunet.proximal import MULTIPLE
-    from dgunet.train_state import TrainState
+    from dgunet.model.fusion import ISFF, SubspaceFusion
+    from dgunet.model.instance_norm import HalfInstanceNorm
+    from dgunet.model.layers import ChannelAttentionBlock, ConvBlock
+    from dgunet.model.network import MeasureThenRestore
+    from dgunet.model.projection import project
+    from dgunet.model.proximal import MULTIPLE
+    from dgunet.model.variants import VARIANTS, create_model, list_models
+    from dgunet.runtime.hardware import autocast_dtype, pick_device
+    from dgunet.training.config import load_config
+    from dgunet.training.step import TrainState
 
 SECTIONS = ("forward", "train", "data", "evaluate", "startup")  # and "probe", only on request
 
@@ -205,8 +207,8 @@ def _train(case: Case) -> Callable:
 def _data(case: Case) -> Callable:
     import cv2
 
-    from dgunet.data import find_pairs
-    from dgunet.patches import SaturationPatches
+    from dgunet.data.datasets import SaturationPatches
+    from dgunet.data.pairs import find_pairs
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -238,7 +240,7 @@ def _whole_images(pair, patch: int, rng: np.random.Generator) -> torch.Tensor:
 def _evaluate(case: Case) -> Callable:
     import cv2
 
-    from dgunet.metrics import evaluate_pair
+    from dgunet.evaluation.metrics import evaluate_pair
 
     cv2.setNumThreads(1)
     rng = np.random.default_rng(0)
@@ -533,7 +535,7 @@ def make_images(folder: Path) -> Path:
     import cv2
     import skimage.data
 
-    from dgunet.data import write_image
+    from dgunet.data.images import write_image
 
     rng = np.random.default_rng(0)
     for name in ("astronaut", "coffee", "chelsea", "rocket"):

@@ -4,9 +4,9 @@
     python scripts/choose_windows.py --weights deraining_mixture --config my_run/config.yaml --bf16 --images 8
 
 Instance norm, channel attention and subspace projection are computed over a whole image in testing and over crops in
-training; windows give them the size of then (dgunet/local.py). Which windows gain differs between networks. The images
-are those that the last config beside the weights holds out for validation, whole instead of cropped, degraded as the
-config says. For one operation after the other the window with the highest mean PSNR is taken, the others unchanged: the
+training; windows give them the size of then (dgunet/model/local.py). Which windows gain differs between networks. The
+images are those that the last config beside the weights holds out for validation, whole instead of cropped, degraded
+as the config says. For one operation after the other the window with the highest mean PSNR is taken, the others unchanged: the
 largest within 0.01 dB of it, or the whole image if no window gains as much. Tiles of these sides, which take longer,
 are chosen if they gain as much over the windows. The last line is the entry for the weights' record.yaml.
 """
@@ -20,19 +20,19 @@ with command_imports(__name__):
     from natsort import natsorted
     from torch import Tensor
 
-    from dgunet.checkpoint import load_model
-    from dgunet.config import load_config
-    from dgunet.data import exclude, find_images, find_pairs, hold_out
-    from dgunet.hardware import pick_device
+    from dgunet.checkpoints.load import load_model
+    from dgunet.checkpoints.registry import locate
+    from dgunet.data.datasets import CenterCropDataset
+    from dgunet.data.pairs import exclude, find_images, find_pairs, hold_out
+    from dgunet.data.synthesis import find_degradation
+    from dgunet.data.transforms import unit_range
+    from dgunet.evaluation.metrics import psnr_batch
     from dgunet.inference import estimate, restore
-    from dgunet.local import KEYS, with_local_statistics
-    from dgunet.metrics import psnr_batch
-    from dgunet.model import DGUNet
-    from dgunet.patches import CenterCropDataset
-    from dgunet.pretrained import locate
-    from dgunet.proximal import MULTIPLE
-    from dgunet.synthesis import find_degradation
-    from dgunet.transforms import unit_range
+    from dgunet.model.local import KEYS, with_local_statistics
+    from dgunet.model.network import DGUNet
+    from dgunet.model.proximal import MULTIPLE
+    from dgunet.runtime.hardware import pick_device
+    from dgunet.training.config import load_config
 
 LEAST_GAIN = 0.01  # dB
 

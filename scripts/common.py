@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.errors import ROOT, UserError, command_imports, run_cli
+from dgunet.runtime.errors import ROOT, UserError, command_imports, run_cli
 
 __all__ = ["ROOT", "Parser", "UserError", "at_least", "command_imports", "is_free", "run_cli"]
 

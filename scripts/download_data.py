@@ -25,10 +25,10 @@ from common import Parser, UserError, command_imports, run_cli
 with command_imports(__name__):
     from prepare_patches import sidd_pairs
 
-    from dgunet.data import find_pairs
-    from dgunet.distributed import lock_dir
-    from dgunet.files import IMAGE_SUFFIXES
-    from dgunet.progress import progress_bar
+    from dgunet.data.pairs import find_pairs
+    from dgunet.runtime.distributed import lock_dir
+    from dgunet.runtime.files import IMAGE_SUFFIXES
+    from dgunet.runtime.progress import progress_bar
 
 SIDES = {"input": ("input", "input_crops"), "target": ("target", "target_crops", "groundtruth", "gt")}
 CS = "compressive_sensing"

@@ -7,7 +7,7 @@
 `model_best.pth` is exported: the best on the validation images, without the state of the training. The command that
 trains with a config is added to it. The record, which a person writes, says what the weights are for and how they were
 trained; it is kept beside them and in their metadata. Examples: pretrained_models/*/record.yaml; its fields:
-dgunet/pretrained.py. --renew also writes docs/models.md, the table of all weights.
+dgunet/checkpoints/registry.py. --renew also writes docs/models.md, the table of all weights.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ with command_imports(__name__):
     import yaml
     from natsort import natsorted
 
-    from dgunet.checkpoint import load_model, read_checkpoint
-    from dgunet.degradations import ScalableSampling
-    from dgunet.local import check_windows
-    from dgunet.model import find_variant
-    from dgunet.photos import format_sigma
-    from dgunet.pretrained import IN_REPOSITORY, Record
-    from dgunet.weights import save_weights
+    from dgunet.checkpoints.load import load_model, read_checkpoint
+    from dgunet.checkpoints.registry import IN_REPOSITORY, Record
+    from dgunet.checkpoints.safetensors import save_weights
+    from dgunet.data.photos import format_sigma
+    from dgunet.model.local import check_windows
+    from dgunet.model.sampling import ScalableSampling
+    from dgunet.model.variants import find_variant
 
 TABLE = ROOT / "docs/models.md"
 
@@ -117,7 +117,9 @@ def read_record(path: Path) -> dict:
     }
     for name, right in sound.items():
         if not right:
-            raise UserError(f"{path}: {name} is {record[name]!r:.60}, which is not what dgunet/pretrained.py says")
+            raise UserError(
+                f"{path}: {name} is {record[name]!r:.60}, which is not what dgunet/checkpoints/registry.py says"
+            )
     try:
         check_windows(record.get("local", False))
     except UserError as error:

@@ -14,7 +14,7 @@ an added image changes no others. Folders, as the tasks read them:
     deraining                OUT/{train,val}/{input,target}/*.png and OUT/test/DEMO/{input,target}/*.png
     compressive_sensing      OUT/{train,val,test}/*.png (clean; the loader does the sensing)
 
-No photograph and no scene is in two splits. The degradations are in dgunet/synthesis.py.
+No photograph and no scene is in two splits. The degradations are in dgunet/data/synthesis.py.
 """
 
 import json
@@ -33,11 +33,11 @@ with command_imports(__name__):
     import cv2
     import numpy as np
 
-    from dgunet import synthesis
-    from dgunet.data import images_by_name
-    from dgunet.files import match_unicode_form, nfc
-    from dgunet.metrics import evaluate_pair
-    from dgunet.samples import SPLITS, SamplePhoto, sample_photos
+    from dgunet.data import synthesis
+    from dgunet.data.pairs import images_by_name
+    from dgunet.data.samples import SPLITS, SamplePhoto, sample_photos
+    from dgunet.evaluation.metrics import evaluate_pair
+    from dgunet.runtime.files import match_unicode_form, nfc
 
 TASKS = ("denoising", "deraining", "deblurring", "compressive_sensing")
 MANIFEST = "demo.json"

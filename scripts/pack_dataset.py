@@ -19,10 +19,12 @@ with command_imports(__name__):
     import h5py
     import numpy as np
 
-    from dgunet.data import PACK_FORMAT, find_pairs, list_images, read_image, read_luma
-    from dgunet.distributed import lock_dir
-    from dgunet.files import atomic_write, nfc
-    from dgunet.progress import progress_bar
+    from dgunet.data.images import read_image, read_luma
+    from dgunet.data.packed import PACK_FORMAT
+    from dgunet.data.pairs import find_pairs, list_images
+    from dgunet.runtime.distributed import lock_dir
+    from dgunet.runtime.files import atomic_write, nfc
+    from dgunet.runtime.progress import progress_bar
 
 # A random crop of 256 pixels touches 9 to 16 chunks of this side, one of 128 touches 4 to 9: little else is read.
 CHUNK = 96

@@ -14,11 +14,12 @@ with command_imports(__name__):
     import numpy as np
 
     from dgunet import DGUNet, load_model
-    from dgunet.data import find_pairs, images_by_name, read_image, read_luma
-    from dgunet.degradations import BlockSampling
-    from dgunet.figures import draw_stages, label_stages, restore_stages
-    from dgunet.files import nfc
-    from dgunet.metrics import evaluate_pair
+    from dgunet.apps.figures import draw_stages, label_stages, restore_stages
+    from dgunet.data.images import read_image, read_luma
+    from dgunet.data.pairs import find_pairs, images_by_name
+    from dgunet.evaluation.metrics import evaluate_pair
+    from dgunet.model.sampling import BlockSampling
+    from dgunet.runtime.files import nfc
 
 
 def main():

@@ -29,10 +29,11 @@ with command_imports(__name__):
     import numpy as np
     from natsort import natsorted
 
-    from dgunet.data import Pair, find_pairs, pair_size, read_image, report_skipped_files, write_image
-    from dgunet.errors import describe_error
-    from dgunet.files import IMAGE_SUFFIXES, nfc
-    from dgunet.progress import progress_bar
+    from dgunet.data.images import read_image, write_image
+    from dgunet.data.pairs import Pair, find_pairs, pair_size, report_skipped_files
+    from dgunet.runtime.errors import describe_error
+    from dgunet.runtime.files import IMAGE_SUFFIXES, nfc
+    from dgunet.runtime.progress import progress_bar
 
 
 SIDD_NAME = re.compile(r"(?!\.)(?:.*_)?(NOISY|GT)_SRGB_(\w+)", re.IGNORECASE)

@@ -11,7 +11,7 @@ Prints a table with a line for each stage, and draws into --out:
     degradation.png  how A and A_adjoint spread a pixel, beside the true degradation where it is known
 
 Differences are root mean squares over the whole image in 8-bit levels; in brackets, what remains when a constant may be
-added to each colour. StepMeasures in dgunet/inside.py describes the columns. Changes are drawn as means over the
+added to each colour. StepMeasures in dgunet/introspect.py describes the columns. Changes are drawn as means over the
 colours; of a learned operator the derivative is drawn. A network for any known blur needs --kernel.
 """
 
@@ -28,12 +28,13 @@ with command_imports(__name__):
     from torch import Tensor
 
     from dgunet import DGUNet, load_model
-    from dgunet.data import to_tensor
-    from dgunet.degradations import BlockSampling, Blur, LearnedDegradation, read_array
-    from dgunet.inside import StepMeasures, Trace, impulse_response, measure_step, rms, trace
-    from dgunet.metrics import psnr_batch
-    from dgunet.proximal import MULTIPLE
-    from dgunet.transforms import to_uint8, unit_range
+    from dgunet.data.images import to_tensor
+    from dgunet.data.transforms import to_uint8, unit_range
+    from dgunet.evaluation.metrics import psnr_batch
+    from dgunet.introspect import StepMeasures, Trace, impulse_response, measure_step, rms, trace
+    from dgunet.model.degradations import Blur, LearnedDegradation
+    from dgunet.model.proximal import MULTIPLE
+    from dgunet.model.sampling import BlockSampling, read_array
 
 REACH = 16  # pixels drawn around an impulse; a learned operator, two 3x3 convolutions, reaches 2
 LEARNED_REACH = 4

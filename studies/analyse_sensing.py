@@ -32,10 +32,11 @@ with command_imports(__name__):
     from torch import Tensor
 
     from dgunet import DGUNet, load_model
-    from dgunet.data import list_images, read_luma
-    from dgunet.degradations import ScalableSampling, init_sampling_matrix
-    from dgunet.figures import drawable
-    from dgunet.metrics import evaluate_pair
+    from dgunet.data.images import read_luma
+    from dgunet.data.pairs import list_images
+    from dgunet.evaluation.metrics import evaluate_pair
+    from dgunet.model.sampling import ScalableSampling, init_sampling_matrix
+    from dgunet.runtime.fonts import drawable
 
 TILE = 128
 ROWS = 8  # drawn of each matrix

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from shared import ROOT, Parser, UserError
 
-from dgunet.config import load_config
-from dgunet.data import changed_items, find_images, fingerprint
-from dgunet.engine import changed_settings
+from dgunet.data.pairs import changed_items, find_images, fingerprint
+from dgunet.training.config import load_config
+from dgunet.training.trainer import changed_settings
 
 SHORT_RUN = {
     "OPTIM.BATCH_SIZE": 4, "OPTIM.LR_INITIAL": 1e-3, "OPTIM.CLIP_NORM": 1.0, "TRAINING.REPEAT": 1,

@@ -23,11 +23,11 @@ with command_imports(__name__):
     from torch import Tensor
     from torch.nn import functional as F
 
-    from dgunet.checkpoint import load_model
-    from dgunet.data import read_image, to_tensor
-    from dgunet.degradations import Blur
-    from dgunet.metrics import evaluate_pair
-    from dgunet.transforms import center_crop, to_uint8, unit_range
+    from dgunet.checkpoints.load import load_model
+    from dgunet.data.images import read_image, to_tensor
+    from dgunet.data.transforms import center_crop, to_uint8, unit_range
+    from dgunet.evaluation.metrics import evaluate_pair
+    from dgunet.model.degradations import Blur
 
 MARGIN, SHIFT = 15, 6  # one of the photographs is shifted by 5.25 pixels
 

@@ -15,7 +15,7 @@ import torch
 from benchmark import Case, as_original, prepare
 
 from dgunet import create_model
-from dgunet.errors import run_cli
+from dgunet.runtime.errors import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from dgunet import DGUNet, UserError, create_model, list_models, load_model
-from dgunet import checkpoint as checkpoint_module
-from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
-from dgunet.degradations import BlockSampling, Blur, MotionBlur, block_sampling
-from dgunet.files import atomic_write
-from dgunet.weights import save_weights
+from dgunet.checkpoints import load as checkpoint_module
+from dgunet.checkpoints.load import describe_model, read_checkpoint, save_checkpoint
+from dgunet.checkpoints.safetensors import save_weights
+from dgunet.model.degradations import Blur, MotionBlur
+from dgunet.model.sampling import BlockSampling, block_sampling
+from dgunet.runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:.*stages are assumed")
@@ -90,7 +91,7 @@ def test_failing_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
 
 KILLED = """
 import io, sys, time, torch
-from dgunet import checkpoint
+from dgunet.checkpoints import load as checkpoint
 real = torch.save
 checkpoint.save_checkpoint({"epoch": 1, "x": torch.zeros(1000)}, sys.argv[1])
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from dgunet import UserError, create_model, load_model, runlog
-from dgunet.checkpoint import read_checkpoint
-from dgunet.config import load_config
-from dgunet.engine import Trainer
+from dgunet import UserError, create_model, load_model
+from dgunet.checkpoints.load import read_checkpoint
+from dgunet.training import logger as runlog
+from dgunet.training.config import load_config
+from dgunet.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")

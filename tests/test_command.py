@@ -20,10 +20,14 @@ import tifffile
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import IFDRational
 
-from dgunet import command, load_model, photos, pretrained, restore, restoring
-from dgunet.checkpoint import describe_model, save_checkpoint
-from dgunet.errors import UserError
-from dgunet.photos import Photo, noise_mismatch, probe, read_comment, read_photo, write_photo
+from dgunet import load_model, restore
+from dgunet.apps import batch as restoring
+from dgunet.apps import cli as command
+from dgunet.checkpoints import registry as pretrained
+from dgunet.checkpoints.load import describe_model, save_checkpoint
+from dgunet.data import photos
+from dgunet.data.photos import Photo, noise_mismatch, probe, read_comment, read_photo, write_photo
+from dgunet.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 
-import dgunet.training
-from dgunet import DGUNet, UserError, distributed
-from dgunet.config import _RANGES, changed_keys, format_config, load_config, parse_args
-from dgunet.losses import LOSSES
-from dgunet.model import VARIANTS
-from dgunet.synthesis import DEGRADATIONS
-from dgunet.training import TASKS, train_command
+import dgunet.training.cli
+from dgunet import DGUNet, UserError
+from dgunet.data.synthesis import DEGRADATIONS
+from dgunet.model.variants import VARIANTS
+from dgunet.runtime import distributed
+from dgunet.training.cli import TASKS, train_command
+from dgunet.training.config import _RANGES, changed_keys, format_config, load_config, parse_args
+from dgunet.training.losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,7 +90,7 @@ def test_unknown_key_suggests_the_right_one(yaml_file, key, guess):
 
 
 def test_unknown_key_like_no_other():
-    assert "the keys are listed in dgunet/config.py" in refusal(None, ["ZZZZZZ", "1"])
+    assert "the keys are listed in dgunet/training/config.py" in refusal(None, ["ZZZZZZ", "1"])
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 
 from dgunet import UserError, create_model, data
-from dgunet.checkpoint import describe_model, save_checkpoint
-from dgunet.data import find_pairs, image_size, open_image, read_image
-from dgunet.degradations import sampling_operator
-from dgunet.errors import run_cli
-from dgunet.photos import read_photo, write_photo
+from dgunet.checkpoints.load import describe_model, save_checkpoint
+from dgunet.data.images import image_size, open_image, read_image
+from dgunet.data.pairs import find_pairs
+from dgunet.data.photos import read_photo, write_photo
+from dgunet.model.sampling import sampling_operator
+from dgunet.runtime.errors import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTREMES = (0, 1, 2, 255, 65535, 100_000, 2**31 - 1, 2**31, 2**32 - 1)

@@ -21,35 +21,18 @@ import torch
 from PIL import Image, features
 
 from dgunet import UserError, data
-from dgunet.data import (
-    Packed,
-    changed_items,
-    exclude,
-    find_images,
-    find_pairs,
-    fingerprint,
-    hold_out,
-    image_size,
-    list_images,
-    read_image,
-    read_luma,
-    write_image,
-)
-from dgunet.degradations import sampling_operator
-from dgunet.distributed import lock_dir
-from dgunet.errors import describe_error
-from dgunet.evaluation import ScoreSheet
-from dgunet.luma import LumaPatches
-from dgunet.patches import (
-    CenterCropDataset,
-    MixupPatches,
-    PairedPatches,
-    ResumableBatchSampler,
-    SaturationPatches,
-    SyntheticPatches,
-)
-from dgunet.synthesis import find_degradation
-from dgunet.transforms import dihedral, pad_to, undo_dihedral, unit_range
+from dgunet.data.datasets import CenterCropDataset, MixupPatches, PairedPatches, SaturationPatches, SyntheticPatches
+from dgunet.data.images import image_size, read_image, read_luma, write_image
+from dgunet.data.loader import ResumableBatchSampler
+from dgunet.data.luma import LumaPatches
+from dgunet.data.packed import Packed
+from dgunet.data.pairs import changed_items, exclude, find_images, find_pairs, fingerprint, hold_out, list_images
+from dgunet.data.synthesis import find_degradation
+from dgunet.data.transforms import dihedral, pad_to, undo_dihedral, unit_range
+from dgunet.evaluation.scoresheet import ScoreSheet
+from dgunet.model.sampling import sampling_operator
+from dgunet.runtime.distributed import lock_dir
+from dgunet.runtime.errors import describe_error
 
 
 def random_image(height=40, width=48, seed=0) -> np.ndarray:

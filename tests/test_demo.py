@@ -15,12 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dgunet import DGUNet, demo
-from dgunet.checkpoint import describe_model, save_checkpoint
-from dgunet.degradations import num_rows
-from dgunet.errors import UserError
-from dgunet.figures import restore_stages
-from dgunet.transforms import to_uint8
+from dgunet import DGUNet
+from dgunet.apps import demo
+from dgunet.apps.figures import restore_stages
+from dgunet.checkpoints.load import describe_model, save_checkpoint
+from dgunet.data.transforms import to_uint8
+from dgunet.model.sampling import num_rows
+from dgunet.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

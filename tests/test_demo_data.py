@@ -11,11 +11,11 @@ import make_demo_data as demo
 import numpy as np
 import pytest
 
-from dgunet import synthesis
-from dgunet.data import read_image
-from dgunet.errors import UserError
-from dgunet.metrics import evaluate_pair
-from dgunet.samples import EMBEDDED, SPLITS, sample_photos
+from dgunet.data import synthesis
+from dgunet.data.images import read_image
+from dgunet.data.samples import EMBEDDED, SPLITS, sample_photos
+from dgunet.evaluation.metrics import evaluate_pair
+from dgunet.runtime.errors import UserError
 
 pytest.importorskip("skimage")
 

@@ -16,12 +16,12 @@ from conftest import run_script
 from test_evaluation import command
 
 from dgunet import UserError, create_model, load_model, restore
-from dgunet.checkpoint import describe_model, save_checkpoint
-from dgunet.data import read_image
-from dgunet.errors import run_cli
-from dgunet.metrics import evaluate_pair
-from dgunet.patches import MixupPatches
-from dgunet.transforms import unit_range
+from dgunet.checkpoints.load import describe_model, save_checkpoint
+from dgunet.data.datasets import MixupPatches
+from dgunet.data.images import read_image
+from dgunet.data.transforms import unit_range
+from dgunet.evaluation.metrics import evaluate_pair
+from dgunet.runtime.errors import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,16 +8,16 @@ import time
 import pytest
 import torch
 
-from dgunet import distributed
-from dgunet.config import load_config
-from dgunet.errors import UserError
+from dgunet.runtime import distributed
+from dgunet.runtime.errors import UserError
+from dgunet.training.config import load_config
 
 CODE = """
 import pathlib, signal, sys, time
 import torch, torch.distributed as dist
-from dgunet.config import load_config
-from dgunet.distributed import launch
-from dgunet.errors import UserError, run_cli
+from dgunet.training.config import load_config
+from dgunet.runtime.distributed import launch
+from dgunet.runtime.errors import UserError, run_cli
 
 def work(cfg, failing, error, waiting, stamp):
     dist.barrier()
@@ -104,7 +104,7 @@ def test_lock_ends_with_its_owner(tmp_path):
     code = """
 import os, sys, time
 from pathlib import Path
-from dgunet.distributed import lock_dir
+from dgunet.runtime.distributed import lock_dir
 with lock_dir(Path(sys.argv[1]), "test", "wait"):
     if os.fork() == 0:
         time.sleep(60)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from dgunet.errors import UserError, run_cli
+from dgunet.runtime.errors import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 

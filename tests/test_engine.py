@@ -21,25 +21,25 @@ from conftest import run_script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_model import Operations
 
-import dgunet.engine
-import dgunet.runlog
-import dgunet.validation
+import dgunet.training.logger
+import dgunet.training.trainer
+import dgunet.training.validation
 from dgunet import create_model, load_model
-from dgunet.checkpoint import read_checkpoint, save_checkpoint
-from dgunet.config import load_config
-from dgunet.data import find_images
-from dgunet.degradations import BlockSampling, sampling_operator
-from dgunet.distributed import StopSignal, launch
-from dgunet.engine import Trainer
-from dgunet.errors import UserError
-from dgunet.hardware import autocast_dtype, memory_format
-from dgunet.luma import LumaPatches
-from dgunet.metrics import psnr_batch
-from dgunet.patches import CenterCropDataset, PairedPatches
-from dgunet.runlog import RunLogger, describe, plot_history
-from dgunet.training import TASKS, build_model, find_clean_images, train_command
-from dgunet.transforms import unit_range
-from dgunet.validation import validation_batch_size
+from dgunet.checkpoints.load import read_checkpoint, save_checkpoint
+from dgunet.data.datasets import CenterCropDataset, PairedPatches
+from dgunet.data.luma import LumaPatches
+from dgunet.data.pairs import find_images
+from dgunet.data.transforms import unit_range
+from dgunet.evaluation.metrics import psnr_batch
+from dgunet.model.sampling import BlockSampling, sampling_operator
+from dgunet.runtime.distributed import StopSignal, launch
+from dgunet.runtime.errors import UserError
+from dgunet.runtime.hardware import autocast_dtype, memory_format
+from dgunet.training.cli import TASKS, build_model, find_clean_images, train_command
+from dgunet.training.config import load_config
+from dgunet.training.logger import RunLogger, describe, plot_history
+from dgunet.training.trainer import Trainer
+from dgunet.training.validation import validation_batch_size
 
 TRAIN = Path(__file__).resolve().parents[1] / "Denoising" / "train.py"
 OVERRIDES = {"width": 8, "growth": 4, "final_growth": 4, "stages": 3}
@@ -292,8 +292,8 @@ def diverging_trainer(folders, *broken: int, **changed) -> Trainer:
 
 TWO_HALVES = """
 import pathlib, sys
-from dgunet.config import load_config
-from dgunet.distributed import launch
+from dgunet.training.config import load_config
+from dgunet.runtime.distributed import launch
 from test_engine import diverging_trainer
 
 def work(cfg, folders):
@@ -789,7 +789,7 @@ def test_one_training_writes_to_a_folder(folders):
 def saved(monkeypatch) -> list[tuple]:
     """What is written from now on: (name, state)."""
     found = []
-    save = dgunet.engine.save_checkpoint
+    save = dgunet.training.trainer.save_checkpoint
 
     def noting(state, path):
         found.append((path.name, state | {"history": list(state.get("history", []))}))  # as it is now

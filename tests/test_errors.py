@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgunet.errors import EXTRAS, UserError, describe_error
+from dgunet.runtime.errors import EXTRAS, UserError, describe_error
 
 ROOT = Path(__file__).resolve().parents[1]
 

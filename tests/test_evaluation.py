@@ -21,15 +21,19 @@ import pytest
 import scipy.io
 import torch
 
-from dgunet import DGUNet, UserError, create_model, evaluation, inference, load_model, restore, testing
-from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
-from dgunet.data import find_pairs, read_image, write_image
-from dgunet.errors import run_cli
-from dgunet.evaluation import ImageSet, Result, Sample, ScoreSheet, evaluate
-from dgunet.hardware import pick_device
-from dgunet.metrics import PROTOCOLS, evaluate_pair
-from dgunet.testing import append_results, average, estimate_sigma, find_folder
-from dgunet.transforms import to_uint8, unit_range
+from dgunet import DGUNet, UserError, create_model, evaluation, inference, load_model, restore
+from dgunet.checkpoints.load import describe_model, read_checkpoint, save_checkpoint
+from dgunet.data.images import read_image, write_image
+from dgunet.data.pairs import find_pairs
+from dgunet.data.transforms import to_uint8, unit_range
+from dgunet.evaluation import cli as testing
+from dgunet.evaluation.cli import append_results, average, estimate_sigma, find_folder
+from dgunet.evaluation.metrics import PROTOCOLS, evaluate_pair
+from dgunet.evaluation.runner import evaluate
+from dgunet.evaluation.scoresheet import Result, ScoreSheet
+from dgunet.evaluation.sets import ImageSet, Sample
+from dgunet.runtime.errors import run_cli
+from dgunet.runtime.hardware import pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"deraining": "Deraining", "denoising": "Denoising", "compressive_sensing": "CompressiveSensing"}

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from dgunet import UserError, create_model, export, load_model, restore
-from dgunet.checkpoint import describe_model, save_checkpoint
-from dgunet.degradations import Blur
-from dgunet.errors import ROOT
-from dgunet.pathways import inverse_cholesky, project
+from dgunet import UserError, create_model, load_model, restore
+from dgunet.apps import export
+from dgunet.checkpoints.load import describe_model, save_checkpoint
+from dgunet.model.degradations import Blur
+from dgunet.model.projection import inverse_cholesky, project
+from dgunet.runtime.errors import ROOT
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

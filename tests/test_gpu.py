@@ -14,8 +14,8 @@ from test_model import assert_fusion_survives, random_maps, split_and_concatenat
 from test_parity import OURS, SPECS, write_original
 
 from dgunet import load_model, restore
-from dgunet.instance_norm import HalfInstanceNorm
-from dgunet.pathways import project
+from dgunet.model.instance_norm import HalfInstanceNorm
+from dgunet.model.projection import project
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 CASES = Path(__file__).parent / "parity" / "cases"

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dgunet import UserError, inference, inside, restore
-from dgunet.degradations import ResidualBlock
-from dgunet.hardware import available_memory
+from dgunet import UserError, inference, restore
+from dgunet import introspect as inside
+from dgunet.model.degradations import ResidualBlock
+from dgunet.runtime.hardware import available_memory
 
 if sys.platform == "linux":
     import resource

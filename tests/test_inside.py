@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from dgunet import DGUNet, create_model, load_model
-from dgunet.checkpoint import describe_model, save_checkpoint
-from dgunet.config import load_config
-from dgunet.degradations import BlockSampling, Blur, LearnedDegradation, MotionBlur, init_sampling_matrix
-from dgunet.inside import Step, adjoint_mismatch, after_each_stage, data_term, impulse_response, measure_step, trace
-from dgunet.metrics import evaluate_pair, psnr_batch
+from dgunet.checkpoints.load import describe_model, save_checkpoint
+from dgunet.evaluation.metrics import evaluate_pair, psnr_batch
+from dgunet.introspect import Step, adjoint_mismatch, after_each_stage, data_term, impulse_response, measure_step, trace
+from dgunet.model.degradations import Blur, LearnedDegradation, MotionBlur
+from dgunet.model.sampling import BlockSampling, init_sampling_matrix
+from dgunet.training.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(width=8, growth=4, final_growth=4)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dgunet import DGUNet, UserError, load_model, restore
-from dgunet.degradations import BlockSampling, Blur, block_sampling
+from dgunet.model.degradations import Blur
+from dgunet.model.sampling import BlockSampling, block_sampling
 
 SMALL = dict(width=8, growth=4, final_growth=4, stages=2)
 

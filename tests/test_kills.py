@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
+from dgunet.checkpoints.load import describe_model, read_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,15 +12,19 @@ from conftest import run_script
 from torch import Tensor
 
 from dgunet import UserError, create_model, load_model
-from dgunet.checkpoint import describe_model
-from dgunet.data import find_pairs, read_image
-from dgunet.evaluation import evaluate
-from dgunet.export import export_model
-from dgunet.figures import restore_stages
+from dgunet.apps.export import export_model
+from dgunet.apps.figures import restore_stages
+from dgunet.checkpoints.load import describe_model
+from dgunet.checkpoints.safetensors import save_weights
+from dgunet.data.images import read_image
+from dgunet.data.pairs import find_pairs
+from dgunet.data.transforms import to_uint8, unit_range
+from dgunet.evaluation.metrics import psnr_batch
+from dgunet.evaluation.runner import evaluate
 from dgunet.inference import restore
-from dgunet.instance_norm import HalfInstanceNorm
-from dgunet.layers import ChannelAttention
-from dgunet.local import (
+from dgunet.model.instance_norm import HalfInstanceNorm
+from dgunet.model.layers import ChannelAttention
+from dgunet.model.local import (
     OPERATIONS,
     LocalChannelAttention,
     LocalHalfInstanceNorm,
@@ -30,10 +34,7 @@ from dgunet.local import (
     window_moments,
     with_local_statistics,
 )
-from dgunet.metrics import psnr_batch
-from dgunet.pathways import project
-from dgunet.transforms import to_uint8, unit_range
-from dgunet.weights import save_weights
+from dgunet.model.projection import project
 
 EVERYWHERE = dict.fromkeys(OPERATIONS, 64)
 

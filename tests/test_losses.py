@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from dgunet import UserError
-from dgunet.config import load_config
-from dgunet.losses import LOSSES, StageLoss
+from dgunet.training.config import load_config
+from dgunet.training.losses import LOSSES, StageLoss
 
 
 class Own(nn.Module):

@@ -17,8 +17,8 @@ import pytest
 import torch
 from scipy.io import loadmat
 
-from dgunet import metrics
-from dgunet.metrics import PROTOCOLS, AlignmentError, evaluate_pair, mean_psnr, psnr_batch
+from dgunet.evaluation import metrics
+from dgunet.evaluation.metrics import PROTOCOLS, AlignmentError, evaluate_pair, mean_psnr, psnr_batch
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics"
 PAIRS = json.loads((GOLDEN / "metrics.json").read_text())

@@ -16,25 +16,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dgunet import DGUNet, UserError, create_model, list_models
-from dgunet.config import load_config
-from dgunet.degradations import (
+from dgunet.checkpoints.original import is_unused
+from dgunet.data.synthesis import motion_kernel
+from dgunet.model.degradations import Blur, MotionBlur, degradation_from_config
+from dgunet.model.fusion import SubspaceFusion
+from dgunet.model.instance_norm import HalfInstanceNorm
+from dgunet.model.layers import ChannelAttention
+from dgunet.model.projection import project
+from dgunet.model.sampling import (
     RATIOS,
     BlockSampling,
-    Blur,
-    MotionBlur,
     ScalableSampling,
     block_sampling,
-    degradation_from_config,
     init_sampling_matrix,
     num_rows,
     percentage,
     sampling_operator,
 )
-from dgunet.instance_norm import HalfInstanceNorm
-from dgunet.layers import ChannelAttention
-from dgunet.original_checkpoints import is_unused
-from dgunet.pathways import SubspaceFusion, project
-from dgunet.synthesis import motion_kernel
+from dgunet.training.config import load_config
 
 SPECS = json.loads((Path(__file__).parent / "parity" / "specs.json").read_text())
 SMALL = dict(width=16, growth=8, final_growth=8)

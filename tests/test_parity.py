@@ -18,10 +18,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # also where this file is run by i
 from parity.weights import fill, image  # noqa: E402
 
 from dgunet import UserError, create_model, load_model  # noqa: E402
-from dgunet.checkpoint import weights_of  # noqa: E402
-from dgunet.losses import Charbonnier, Edge  # noqa: E402
-from dgunet.metrics import psnr_batch  # noqa: E402
-from dgunet.original_checkpoints import convert_original, is_unused, our_name  # noqa: E402
+from dgunet.checkpoints.load import weights_of  # noqa: E402
+from dgunet.checkpoints.original import convert_original, is_unused, our_name  # noqa: E402
+from dgunet.evaluation.metrics import psnr_batch  # noqa: E402
+from dgunet.training.losses import Charbonnier, Edge  # noqa: E402
 
 SPECS = json.loads((HERE / "parity" / "specs.json").read_text())
 LOSSES = json.loads((HERE / "parity" / "losses.json").read_text())

@@ -8,8 +8,9 @@ import numpy as np
 import prepare_patches as prepare
 import pytest
 
-from dgunet.data import find_pairs, read_image, write_image
-from dgunet.errors import UserError
+from dgunet.data.images import read_image, write_image
+from dgunet.data.pairs import find_pairs
+from dgunet.runtime.errors import UserError
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 

@@ -22,10 +22,10 @@ from test_checkpoint_faults import DISK_FAULTS
 
 import dgunet
 from dgunet import DGUNet, UserError, create_model, list_models, load_model
-from dgunet.checkpoint import describe_model, read_checkpoint
-from dgunet.degradations import Blur
-from dgunet.pretrained import find_pretrained, list_pretrained
-from dgunet.weights import save_weights
+from dgunet.checkpoints.load import describe_model, read_checkpoint
+from dgunet.checkpoints.registry import find_pretrained, list_pretrained
+from dgunet.checkpoints.safetensors import save_weights
+from dgunet.model.degradations import Blur
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = find_pretrained("denoising_gaussian").path
@@ -82,8 +82,8 @@ def test_files_come_before_names_and_these_before_folders(tmp_path, monkeypatch,
 
 
 def test_names_are_weights_to_train_from(tmp_path, monkeypatch):
-    from dgunet.config import load_config
-    from dgunet.training import build_model
+    from dgunet.training.cli import build_model
+    from dgunet.training.config import load_config
 
     monkeypatch.chdir(tmp_path)
     words = ["MODEL.NAME", "denoising_dgunet", "MODEL.WEIGHTS", "denoising_gaussian"]
@@ -101,7 +101,7 @@ def test_a_shipped_file_that_is_damaged(tmp_path, monkeypatch):
     weights.write_text("version https://git-lfs.github.com/spec/v1\n")
     monkeypatch.setattr(dgunet.pretrained, "__file__", str(package / "pretrained.py"))
     with pytest.raises(UserError, match="weights.safetensors is not a safetensors file, or is damaged; download"):
-        dgunet.pretrained._records.__wrapped__()
+        dgunet.checkpoints.registry._records.__wrapped__()
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -299,7 +299,7 @@ for use in (lambda: dgunet.load_model("denoising_gaussian"), lambda: model.save_
     except ModuleNotFoundError as error:
         print(error)
 """
-    from dgunet.errors import EXTRAS
+    from dgunet.runtime.errors import EXTRAS
 
     done = run_command(["-c", code % ", ".join(map(repr, EXTRAS))])
     told = [
@@ -315,7 +315,7 @@ def test_modules_are_attributes(run_command):
     code = """
 import sys, dgunet
 print(hasattr(dgunet, "nothing"), hasattr(dgunet, "__wrapped__"), "torch" in sys.modules)
-print(dgunet.export.export_model.__name__, dgunet.inside.trace.__name__, dgunet.integrations.__name__)
+print(dgunet.apps.export.export_model.__name__, dgunet.introspect.trace.__name__, dgunet.integrations.__name__)
 sys.modules["huggingface_hub"] = None
 try:
     dgunet.hub
@@ -354,8 +354,8 @@ def test_wheel(tmp_path, run_command, monkeypatch):
         archive.extractall(tmp_path / "installed")
     weights = {name for name in names if name.endswith("weights.safetensors")}
     assert names - weights == {path.relative_to(ROOT).as_posix() for path in ROOT.glob("dgunet/**/*.py")}
-    monkeypatch.setattr(dgunet.pretrained, "__file__", str(tmp_path / "installed/dgunet/pretrained.py"))
-    found = dgunet.pretrained._records.__wrapped__()
+    monkeypatch.setattr(dgunet.pretrained, "__file__", str(tmp_path / "installed/dgunet/checkpoints/registry.py"))
+    found = dgunet.checkpoints.registry._records.__wrapped__()
     assert {record.path.relative_to(tmp_path / "installed").as_posix() for record in found.values()} == weights
     assert list(found) == list_models(pretrained=True)
 

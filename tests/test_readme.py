@@ -8,9 +8,9 @@ import pytest
 from prepare_patches import GRIDS, grid_boxes
 
 from dgunet import create_model, list_models
-from dgunet.config import load_config
-from dgunet.degradations import KINDS
-from dgunet.patches import ResumableBatchSampler
+from dgunet.data.loader import ResumableBatchSampler
+from dgunet.model.degradations import KINDS
+from dgunet.training.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,8 +53,8 @@ def commands() -> list[tuple[str, list[str]]]:
 
 def test_commands_have_the_options_and_keys_that_the_documents_give_them():
     sources = {
-        "train.py": "dgunet/config.py",
-        "test.py": "dgunet/testing.py",
+        "train.py": "dgunet/training/config.py",
+        "test.py": "dgunet/evaluation/cli.py",
         "ablation.py": "studies/runs.py",
         "study_sensing.py": "studies/runs.py",
     }
@@ -90,8 +90,8 @@ def test_extras_that_the_documents_name_exist():
 
 
 def test_readme_names_every_known_degradation():
-    (line,) = [line for line in README.splitlines() if "# dgunet/degradations.py" in line]
-    named = line.partition("# dgunet/degradations.py")[2]
+    (line,) = [line for line in README.splitlines() if "# dgunet/model/degradations.py" in line]
+    named = line.partition("# dgunet/model/degradations.py")[2]
     assert all(re.search(rf"\b{kind.__name__}\b", named) for kind in KINDS.values())
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dgunet import UserError
-from dgunet.config import load_config
-from dgunet.schedule import EpochSchedule, validation_steps
+from dgunet.training.config import load_config
+from dgunet.training.schedule import EpochSchedule, validation_steps
 
 BASE, LOWEST = 2e-4, 1e-6
 SHIPPED = sorted(Path(__file__).parents[1].glob("*/pretrained_models/*/config*.yaml"))

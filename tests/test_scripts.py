@@ -13,9 +13,9 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dgunet.checkpoint import describe_model, save_checkpoint
-from dgunet.degradations import Blur
-from dgunet.figures import set_title
+from dgunet.checkpoints.load import describe_model, save_checkpoint
+from dgunet.model.degradations import Blur
+from dgunet.runtime.fonts import set_title
 
 ROOT = Path(__file__).resolve().parents[1]
 

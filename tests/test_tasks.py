@@ -20,20 +20,22 @@ from parity.weights import fill
 from PIL import Image
 
 from dgunet import create_model, load_model, restore
-from dgunet.checkpoint import describe_model, read_checkpoint, save_checkpoint
-from dgunet.config import load_config
-from dgunet.data import find_pairs, read_image, read_luma, write_image
-from dgunet.degradations import Blur, init_sampling_matrix
-from dgunet.engine import Trainer
-from dgunet.errors import UserError
-from dgunet.luma import LumaPatches
-from dgunet.metrics import evaluate_pair
-from dgunet.model import find_variant
-from dgunet.patches import CenterCropDataset, SaturationPatches
-from dgunet.pretrained import list_pretrained
-from dgunet.synthesis import added_rain, motion_blur
-from dgunet.training import block_sampling, build_model
-from dgunet.transforms import unit_range
+from dgunet.checkpoints.load import describe_model, read_checkpoint, save_checkpoint
+from dgunet.checkpoints.registry import list_pretrained
+from dgunet.data.datasets import CenterCropDataset, SaturationPatches
+from dgunet.data.images import read_image, read_luma, write_image
+from dgunet.data.luma import LumaPatches
+from dgunet.data.pairs import find_pairs
+from dgunet.data.synthesis import added_rain, motion_blur
+from dgunet.data.transforms import unit_range
+from dgunet.evaluation.metrics import evaluate_pair
+from dgunet.model.degradations import Blur
+from dgunet.model.sampling import init_sampling_matrix
+from dgunet.model.variants import find_variant
+from dgunet.runtime.errors import UserError
+from dgunet.training.cli import block_sampling, build_model
+from dgunet.training.config import load_config
+from dgunet.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {

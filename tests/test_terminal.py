@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgunet.checkpoint import describe_model, save_checkpoint
+from dgunet.checkpoints.load import describe_model, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {

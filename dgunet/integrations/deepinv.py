@@ -10,10 +10,10 @@ import deepinv
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgunet.degradations import Degradation, for_measurements
-from dgunet.model import DGUNet
-from dgunet.proximal import MULTIPLE
-from dgunet.transforms import pad_to_multiple
+from dgunet.data.transforms import pad_to_multiple
+from dgunet.model.degradations import Degradation, for_measurements
+from dgunet.model.network import DGUNet
+from dgunet.model.proximal import MULTIPLE
 
 
 class Reconstructor(deepinv.models.Reconstructor):

@@ -8,11 +8,11 @@ import spandrel
 import torch
 from torch import Tensor
 
-from dgunet.checkpoint import load_model
-from dgunet.model import DGUNet
-from dgunet.pretrained import list_pretrained
-from dgunet.proximal import MULTIPLE
-from dgunet.weights import read_weights
+from dgunet.checkpoints.load import load_model
+from dgunet.checkpoints.registry import list_pretrained
+from dgunet.checkpoints.safetensors import read_weights
+from dgunet.model.network import DGUNet
+from dgunet.model.proximal import MULTIPLE
 
 
 class DGUNetArch(spandrel.Architecture[DGUNet]):

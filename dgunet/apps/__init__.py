@@ -1,0 +1,1 @@
+"""What people start: the `dgunet` command, the demo, export, figures."""

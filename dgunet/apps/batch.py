@@ -1,0 +1,369 @@
+"""Batch restoration of photographs, for `dgunet denoise | derain | deblur`."""
+
+import contextlib
+import errno
+import hashlib
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dgunet import __version__
+from dgunet.apps.figures import draw_stages, label_stages, restore_stages
+from dgunet.checkpoints.load import load_model, read_checkpoint
+from dgunet.checkpoints.registry import locate
+from dgunet.data.photos import (
+    estimate_sigma,
+    is_jpeg,
+    noise_warning,
+    probe,
+    read_comment,
+    read_photo,
+    trained_sigma_range,
+    write_photo,
+)
+from dgunet.data.transforms import to_uint8
+from dgunet.inference import automatic_tile, restore, tile_grid
+from dgunet.introspect import after_each_stage
+from dgunet.runtime.errors import UserError, describe_error, is_out_of_memory, one_line, shorten_list
+from dgunet.runtime.files import IMAGE_SUFFIXES, open_file
+from dgunet.runtime.hardware import pick_device
+from dgunet.runtime.progress import progress_bar
+
+OURS = "restored by dgunet"  # start of the comment in a restored image
+FIGURE = ".stages.png"  # suffix of a figure of stages
+FATAL_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EPIPE,
+}  # the next image would fail, too
+FIGURE_FROM, FIGURE_SIDE = 512, 160  # side of the centre crop that a figure of stages computes, and of that it shows
+
+
+@dataclass(frozen=True)
+class Job:
+    """An image to be restored: source, target, size, and the path of its figure of stages if wanted."""
+
+    source: Path
+    target: Path
+    height: int
+    width: int
+    figure: Path | None
+
+
+@dataclass
+class RunReport:
+    """The outcome for each image, reported as it happens and at the end."""
+
+    say: Callable[..., None]
+    done: int = 0
+    skipped: int = 0
+    refused: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    printed: set[str] = field(default_factory=set)  # notes of which the first was printed at once
+
+    def refuse(self, name: Path, reason: str):
+        self.refused.append(str(name))
+        name, reason = one_line(str(name)), one_line(reason)
+        self.say(f"not restored: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+
+    def note(self, name: Path, text: str, now: str = ""):
+        """Collect a note, which is printed once for all its images; ``now`` is printed at once for the first."""
+        if now and text not in self.notes:
+            self.say(f"note: {one_line(f'{name}: {now}')}")
+            self.printed.add(text)
+        self.notes.setdefault(text, []).append(str(name))
+
+    def summary(self, out: Path) -> str:
+        before = f", {self.skipped} done before" if self.skipped else ""
+        refused = f"; {len(self.refused)} not restored" if self.refused else ""
+        return f"{self.done} restored{before}, in {out}{refused}"
+
+
+def restore_photographs(
+    photos: list[Path],
+    out: Path,
+    weights: str | Path,
+    task: str,
+    *,
+    overwrite: bool = False,
+    stages: bool = False,
+    tile: int | str | None = "auto",
+    local: bool = True,
+    device: str = "auto",
+    bf16: bool = False,
+):
+    """Restore images and folders of images into a folder, with a report on stdout.
+
+    Args:
+        photos: files, and folders with their subfolders. They are never written to.
+        out: created if needed. The images of a single folder go directly into it, those of several into subfolders of
+            their names. An image restored before from the same file, weights and settings is skipped.
+        weights: the name of weights that come with dgunet, or a file.
+        task: the task that the weights must be for.
+        overwrite: restore existing results again; files that are not from dgunet are never replaced.
+        stages: also draw each image after each stage.
+        tile, bf16: see `restore`.
+        local: use the windows or tiles of the weights' record; False: statistics of whole images.
+        device: see `hardware.pick_device`.
+
+    Raises:
+        UserError: no image at all, unsuitable weights, a folder that cannot be written to; or at the end, if some
+            images could not be restored. All others are restored then.
+    """
+    if stages:
+        import matplotlib  # noqa: F401, fail before the first image
+    bar = None
+
+    def say(text: str, file=None):
+        if bar is None:
+            print(text, file=file, flush=True)
+        else:
+            bar.write(text, file=file)
+
+    report = RunReport(say)
+    path = locate(weights)
+    content = read_checkpoint(path)
+    provenance = Provenance(path, tile, bf16, local)
+    jobs = _skip_done(_jobs(_gather(photos, out, report), out, stages, report), provenance, overwrite, report)
+    if report.skipped:
+        say(f"{report.skipped} of {report.skipped + len(jobs)} done before; --overwrite does them again")
+    if jobs:
+        target = pick_device(device)
+        model = load_model(path, task=task, device=target, content=content)
+        if not local:
+            model.local = {}
+        if tile == "auto":
+            tile = model.local.get("tile", tile)
+        record = content.get("record") or {}
+        say(f"network: {weights}")
+        for key, words in ("trained_for", "for"), ("not_for", "not for"):
+            if key in record:
+                say(f"  {words}: {record[key]}")
+        out.mkdir(parents=True, exist_ok=True)
+        noise = trained_sigma_range(content)
+        try:
+            total = sum(job.height * job.width for job in jobs)
+            with progress_bar(total=total, unit="pixel", unit_scale=True, smoothing=0.1, leave=False) as bar:
+                for job in jobs:
+                    before = bar.n
+                    with _attempt(job, report):
+                        _restore_one(model, job, report, noise, tile, target, bf16, provenance, bar.update)
+                    bar.update(before + job.height * job.width - bar.n)
+        except BaseException:  # Ctrl-C, a full disk
+            bar = None
+            say(f"stopped: {report.summary(out)}; the same command goes on with the others")
+            raise
+        bar = None
+    for text, names in report.notes.items():
+        if len(names) > 1 or text not in report.printed:
+            say(f"note: {text}: {one_line(shorten_list(names))}")
+    if report.refused:
+        raise UserError(f"{report.summary(out)}, for the reasons above")
+    say(report.summary(out))
+
+
+def _gather(photos: list[Path], out: Path, report: RunReport) -> Iterator[tuple[Path, Path]]:
+    """(source, path relative to ``out``) of each image."""
+    for given in photos:
+        if not given.is_dir():
+            if given.exists():
+                yield given, Path(given.name)
+            else:
+                report.refuse(given, "there is no such file or folder; check the path")
+            continue
+        if out.exists() and os.path.samefile(given, out):
+            raise UserError(f"--out is the folder of the photographs themselves, {given}; choose another")
+        below = Path(given.resolve().name) if len(photos) > 1 else Path()
+        found, refused = False, len(report.refused)
+        for folder, folders, names in os.walk(
+            given, onerror=lambda error: report.refuse(Path(error.filename), describe_error(error))
+        ):
+            here = Path(folder)
+            folders[:] = sorted(
+                name
+                for name in folders
+                if not name.startswith(".") and not (out.exists() and os.path.samefile(here / name, out))
+            )
+            for name in folders:
+                if (here / name).is_symlink():
+                    report.note(here / name, "a link to a folder, not followed; restore it by its own name")
+            for name in sorted(names):
+                if Path(name).suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
+                    continue
+                if name.lower().endswith(FIGURE):
+                    report.note(here / name, "a figure of stages, left out")
+                    continue
+                found = True
+                yield here / name, below / (here / name).relative_to(given)
+        if not found and len(report.refused) == refused:
+            report.refuse(given, "there are no images in this folder")
+
+
+def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, report: RunReport) -> list[Job]:
+    """A job for each image that can be read and written."""
+    jobs: dict[Path, Job] = {}
+    photographs = set()
+    for source, relative in found:
+        try:
+            photographs.add(_identity(source))
+            height, width, kind = probe(source)
+        except (UserError, OSError) as error:
+            report.refuse(source, describe_error(error) or str(error))
+            continue
+        target = out / relative
+        if not (target.suffix.lower() == ".png" or (is_jpeg(target) and kind == "JPEG")):
+            target = target.with_suffix(".png")
+        if target in jobs:
+            same = os.path.samefile(source, jobs[target].source)
+            if not same:
+                other = jobs[target].source
+                report.refuse(source, f"would be written to {target}, as {other} is; restore it to another --out")
+            continue
+        figure = target.with_name(f"{target.name}{FIGURE}") if stages else None
+        jobs[target] = Job(source, target, height, width, figure)
+    left = []
+    for target, job in jobs.items():
+        written = [target] if job.figure is None else [target, job.figure]
+        photograph = next((path for path in written if os.path.exists(path) and _identity(path) in photographs), None)
+        if photograph is not None:
+            report.refuse(job.source, f"{photograph} is a photograph to be restored itself; choose another --out")
+        elif job.figure in jobs:
+            other = jobs[job.figure].source
+            report.refuse(job.source, f"its stages would be drawn to {job.figure}, as {other} is; choose another --out")
+        else:
+            left.append(job)
+    return left
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
+
+
+class Provenance:
+    """Makes the comment of a restored image, with a digest of its source file, weights and settings."""
+
+    def __init__(self, weights: Path, tile: int | str | None, bf16: bool, local: bool):
+        self.weights = f"{weights.parent.name}/{weights.name}"
+        settings = f"{tile} {bf16}" + ("" if local else " whole")
+        self.settings = hashlib.sha256(weights.read_bytes() + settings.encode()).digest()
+
+    def of(self, source: Path) -> str:
+        with open_file(source) as file:
+            digest = hashlib.sha256(self.settings + file.read()).hexdigest()[:20]
+        return f"{OURS} {__version__}, {self.weights}; {digest}"
+
+
+def _skip_done(jobs: list[Job], provenance: Provenance, overwrite: bool, report: RunReport) -> list[Job]:
+    left = []
+    for job in jobs:
+        there = os.path.exists(job.target)  # unlike Path's, of any name
+        stays = there and not overwrite
+        drawn = job.figure is not None and os.path.exists(job.figure)
+        if there and not (comment := read_comment(job.target) or "").startswith(OURS):
+            report.refuse(job.source, f"{job.target} is there already, and not from dgunet; choose another --out")
+        elif stays and comment.split()[-1] != provenance.of(job.source).split()[-1]:  # versions may differ
+            other = "is there already, of another image or with other weights or settings"
+            report.refuse(job.source, f"{job.target} {other}; --overwrite replaces it, or choose another --out")
+        elif stays and (drawn or job.figure is None):
+            report.skipped += 1
+        elif drawn and not (read_comment(job.figure) or "").startswith(OURS):
+            report.refuse(job.source, f"{job.figure} is there already, and not from dgunet; choose another --out")
+        else:
+            left.append(job)
+    return left
+
+
+def _work(height: int, width: int, tile: int | None) -> int:
+    """Pixels to process, those in the overlap of tiles counted repeatedly."""
+    areas, _ = tile_grid(height, width, tile)
+    return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in areas)
+
+
+@contextlib.contextmanager
+def _attempt(job: Job, report: RunReport):
+    """Around the work on an image: if it fails, the others go on."""
+    try:
+        yield
+        report.done += 1
+    except UserError as error:
+        report.refuse(job.source, str(error))
+    except OSError as error:
+        if error.errno in FATAL_ERRNOS or (reason := describe_error(error)) is None:
+            raise
+        report.refuse(job.source, reason)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        torch.cuda.empty_cache()
+        report.refuse(job.source, "out of memory; restore it in tiles, --tile 512")
+
+
+def _restore_one(
+    model, job: Job, report: RunReport, noise, tile, device: torch.device, bf16: bool, provenance: Provenance, count
+):
+    comment = provenance.of(job.source)
+    image = read_photo(job.source)
+    scale = np.iinfo(image.pixels.dtype).max
+    y = image.pixels.astype(np.float32) / np.float32(scale)
+    y = y if y.ndim == 3 else y[..., None]
+    level = 255 * estimate_sigma(y)
+    if noise is not None and (text := noise_warning(level, noise)):
+        report.note(job.source, text, now=f"about sigma {level:.0f}, {text}")
+    if y.shape[2] == 1:
+        y = np.repeat(y, model.channels, axis=2)
+    height, width = y.shape[:2]
+    if tile == "auto":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # reported below
+            tile = automatic_tile(model, (1, model.channels, height, width), device)
+        if tile is not None:
+            text = "larger than memory allows at once, restored in tiles (--tile whole forces it)"
+            report.note(job.source, text, now=f"{text}, of {tile} pixels")
+    work = model.stages * _work(height, width, tile)
+    with _counting(model, lambda pixels: count(height * width * pixels / work)):
+        x = restore(model, y, tile=tile, bf16=bf16)
+    if job.figure is not None:
+        _draw(model, job, y, x)
+    if image.pixels.ndim == 2:
+        x = x.mean(axis=2)
+    restored = replace(image, pixels=(x * np.float32(scale)).round().astype(image.pixels.dtype))
+    write_photo(job.target, restored, comment)
+    notes = image.notes + ([] if job.target.name == job.source.name else ["written as PNG"])
+    for text in notes:
+        report.note(job.source, text)
+
+
+def _counting(model, count: Callable[[int], None]) -> contextlib.AbstractContextManager[None]:
+    """Inside, ``count`` is called after each stage, with the number of pixels that went through it."""
+    return after_each_stage(model, lambda stage, inputs, result: count(inputs[0].shape[-2] * inputs[0].shape[-1]))
+
+
+def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
+    """Draw the stages of the image's centre, computed with some context around it."""
+    top, left, height, width = _middle(y.shape, FIGURE_FROM)
+    around = y[top : top + height, left : left + width]
+    estimates = restore_stages(model, around)[1:]
+    inner_top, inner_left, height, width = _middle(around.shape, FIGURE_SIDE)
+    window = (slice(inner_top, inner_top + height), slice(inner_left, inner_left + width))
+    tiles = [("input", to_uint8(around)), *label_stages(estimates)]
+    tiles = [(label, image[window].squeeze(), math.inf) for label, image in tiles]
+    step = max(1, max(y.shape) // 1000)
+    frame = tuple(value // step for value in (top + inner_top, left + inner_left, height, width))
+    whole, comment = to_uint8(x[::step, ::step]).squeeze(), f"{OURS} {__version__}"
+    draw_stages(whole, frame, tiles, job.figure, job.source.name, comment)
+
+
+def _middle(shape: tuple, side: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a centre crop."""
+    height, width = (min(side, whole) for whole in shape[:2])
+    return (shape[0] - height) // 2, (shape[1] - width) // 2, height, width

@@ -1,0 +1,148 @@
+"""The command `dgunet`, also `python -m dgunet`: restore photographs with the networks that come with it.
+
+    dgunet denoise photo.jpg holiday/ --out restored
+    dgunet derain street.png --out restored --stages
+    dgunet list
+
+`dgunet COMMAND --help` lists the options of each.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from dgunet import __version__
+from dgunet.runtime.errors import UserError, run_cli  # PyTorch is imported where needed, so that --help is quick
+
+# Command: (task, default network, summary).
+RESTORING = {
+    "denoise": ("denoising", "denoising_gaussian", "remove noise from photographs"),
+    "derain": ("deraining", "deraining_mixture", "remove rain streaks from photographs"),
+    "deblur": ("deblurring", "deblurring_motion", "remove motion blur from photographs"),
+}
+
+# Commands in modules of their own name, with add_arguments(parser) and run(args).
+MODULES = {
+    "export": "write a network as ONNX or as a PyTorch program, for use without this package",
+    "demo": "try the networks in a browser",
+}
+
+KINDS = (
+    "PHOTOS are files and folders (with their subfolders): JPEG, PNG, TIFF, WebP and more; grey, 16 bits, transparent, "
+    "with a palette, CMYK, turned by EXIF. Names are kept. A JPEG is written as JPEG of quality 95 with its EXIF data, "
+    "everything else as PNG, with 16 bits if a PNG or TIFF has them. Finished images are skipped, so that the same "
+    "command resumes an interrupted one; the photographs themselves are never written to. The exit status is 2 if "
+    "some could not be restored."
+)
+
+
+def main(argv: list[str] | None = None):
+    """Run the command of these arguments, by default the process's own, and exit."""
+    run_cli(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int | None:
+    args = _parser(argv).parse_args(argv)
+    return args.run(args)
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dgunet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"dgunet {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for command, (task, default, summary) in RESTORING.items():
+        _add_restoring(
+            commands.add_parser(command, help=summary, description=f"{summary.capitalize()}. {KINDS}"), default
+        )
+        commands.choices[command].set_defaults(run=_restore, task=task)
+    listing = commands.add_parser("list", help="the networks that come with dgunet", description="List the networks.")
+    listing.add_argument("--json", action="store_true", help="their whole records, as JSON")
+    listing.set_defaults(run=_list)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for command, summary in MODULES.items():
+        sub = commands.add_parser(command, help=summary, description=f"{summary.capitalize()}.")
+        if command == chosen:
+            module = importlib.import_module(f"dgunet.{command}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def _add_restoring(parser: argparse.ArgumentParser, default: str):
+    add = parser.add_argument
+    add("photos", nargs="+", type=Path, metavar="PHOTOS", help="images, and folders of images")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where the restored ones are written")
+    add("--weights", metavar="W", help=f"network: a name that `dgunet list` shows, or a file (default: {default})")
+    add("--overwrite", action="store_true", help="restore again what is already in --out")
+    add("--stages", action="store_true", help="also draw the centre of each after each stage (needs matplotlib)")
+    add(
+        "--tile",
+        default="auto",
+        help="side of tiles in pixels; whole; or auto (as the record or memory requires)",
+    )
+    windows = "windows or tiles as the weights' record says (docs/local.md), or whole images"
+    add("--local", action=argparse.BooleanOptionalAction, default=True, help=windows)
+    add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
+    add("--bf16", action="store_true", help="compute in bfloat16: faster where the hardware has it, nearly the same")
+
+
+def _restore(args: argparse.Namespace):
+    from dgunet.apps.batch import restore_photographs
+    from dgunet.inference import check_tiles, parse_tile
+
+    try:
+        tile = parse_tile(args.tile)
+        check_tiles(tile, None)
+    except ValueError:
+        raise UserError(f"--tile is whole, auto, or a side of at least 16 pixels, not {args.tile!r}") from None
+    restore_photographs(
+        args.photos,
+        args.out,
+        args.weights or _default_weights(args.command, args.task),
+        args.task,
+        overwrite=args.overwrite,
+        stages=args.stages,
+        tile=tile,
+        local=args.local,
+        device=args.device,
+        bf16=args.bf16,
+    )
+
+
+def _default_weights(command: str, task: str) -> str:
+    from dgunet.checkpoints.registry import list_pretrained
+
+    names = [record.name for record in list_pretrained() if record.task == task]
+    default = RESTORING[command][1]
+    if not names:
+        raise UserError(f"no network for {task} comes with dgunet yet; give one with --weights FILE")
+    return default if default in names else names[0]
+
+
+def _list(args: argparse.Namespace):
+    from dgunet.checkpoints.registry import list_pretrained
+
+    records = list_pretrained()
+    sizes = {record.name: record.path.stat().st_size for record in records}
+    if args.json:
+        listed = [dataclasses.asdict(record) | {"bytes": sizes[record.name]} for record in records]
+        print(json.dumps(listed, indent=2, default=str))
+        return
+    rows = [("name", "task", "size", "PSNR / SSIM")]
+    for record in records:
+        scores = ", ".join(f"{name} {psnr:.2f} / {ssim:.4f}" for name, (psnr, ssim) in record.scores.items())
+        rows.append((record.name, record.task.replace("_", " "), f"{sizes[record.name] / 2**20:.1f} MiB", scores))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row, record in zip(rows, [None, *records], strict=True):
+        print(*(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)), sep="  ")
+        if record is not None:
+            print(f"    for: {record.trained_for}\n    not for: {record.not_for}")
+    defaults = {default: command for command, (_, default, _) in RESTORING.items()}
+    for record in records:
+        if record.name in defaults:
+            print(f"dgunet {defaults[record.name]} uses {record.name}")

@@ -1,0 +1,10 @@
+"""Testing: test sets, restoring them, the literature's protocols, tables of scores."""
+
+from dgunet.evaluation.runner import evaluate, restore_images
+from dgunet.evaluation.scoresheet import Result, Row, ScoreSheet
+from dgunet.evaluation.sets import ImageSet, Sample, image_samples, paired, pairs_or_images
+
+__all__ = [
+    "ImageSet", "Result", "Row", "Sample", "ScoreSheet", "evaluate", "image_samples", "paired", "pairs_or_images",
+    "restore_images",
+]  # fmt: skip

@@ -1,0 +1,416 @@
+"""The command line of the tasks' test.py: its options, its test sets one after the other, its table."""
+
+import argparse
+import csv
+import datetime
+import functools
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dgunet.checkpoints.load import load_model, read_checkpoint
+from dgunet.checkpoints.registry import locate
+from dgunet.data.pairs import images_by_name
+from dgunet.data.photos import estimate_sigma, format_sigma, noise_mismatch, trained_sigma_range
+from dgunet.data.transforms import unit_range
+from dgunet.evaluation.metrics import find_metrics
+from dgunet.evaluation.runner import digest_of, evaluate, restore_images
+from dgunet.evaluation.scoresheet import TEXT, Result
+from dgunet.evaluation.sets import Images, ImageSet, Sample, paired, pairs_or_images
+from dgunet.inference import check_tiles, parse_tile
+from dgunet.runtime.distributed import lock_dir
+from dgunet.runtime.errors import UserError, one_line
+from dgunet.runtime.files import atomic_write, match_unicode_form, nfc
+from dgunet.runtime.hardware import pick_device
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A published test set, or how a folder of the user's own is tested."""
+
+    place: str  # a folder, or a file, under the data root; empty for the user's own
+    protocol: str | None  # see `metrics.PROTOCOLS`; None where a server scores
+    paper: dict[str, tuple[float, float]] = field(default_factory=dict)  # PSNR, SSIM by network, without its task
+    open: Callable[[Path], ImageSet] = paired
+    self_ensemble: bool = False  # whether the original uses it here
+    sigma: float | None = None  # of the Gaussian noise that is added, in 8-bit levels
+    usual: bool = True  # whether it is tested where no --dataset is given
+
+
+def custom_folder(protocol: str, open: Callable[[Path], ImageSet] = pairs_or_images) -> Callable:
+    """How folders of the user's own are tested: by default pairs, scored by the protocol, or images, restored only."""
+    return lambda args: {"": Benchmark("", protocol, open=open)}
+
+
+def add_tiling(add: Callable):
+    """Add the options of `restore`."""
+    ensemble = "mean over 8 flips and rotations (default: for SIDD and DND, as in the original)"
+    add("--self_ensemble", action=argparse.BooleanOptionalAction, help=ensemble)
+    tiles = "tile side in pixels, whole, or auto: whole where memory allows it (default: as the weights' record says, "
+    tiles += "else whole for scores, which tiles change, and auto where there are no targets)"
+    add("--tile", type=parse_tile, default=argparse.SUPPRESS, help=tiles)
+    add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter of the tile, at most 64)")
+    windows = "windows or tiles as the weights' record says (docs/local.md); --no-local: whole images, as in the paper"
+    add("--local", action=argparse.BooleanOptionalAction, default=True, help=windows)
+
+
+def noise_sigma(text: str) -> float:
+    """The value of an option: standard deviation of Gaussian noise, in 8-bit levels."""
+    if not 0 < float(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a standard deviation in 8-bit levels, such as 25")
+    return float(text)
+
+
+def tiling(args: argparse.Namespace, benchmark: Benchmark) -> dict:
+    chosen = {"tile": args.tile} if "tile" in args else {}
+    check_tiles(chosen.get("tile"), args.tile_overlap)
+    if not args.local:
+        chosen["local"] = False
+    ensemble = benchmark.self_ensemble if args.self_ensemble is None else args.self_ensemble
+    return dict(self_ensemble=ensemble, tile_overlap=args.tile_overlap) | chosen
+
+
+def command(
+    task: str,
+    description: str,
+    benchmarks: dict[str, Benchmark],
+    own: Callable[[argparse.Namespace], dict[str, Benchmark]],
+    default_weights: str,
+    *,
+    method: Callable = restore_images,
+    add_options: Callable[[Callable], None] = add_tiling,
+    options: Callable[[argparse.Namespace, Benchmark], dict] = tiling,
+    variants: Callable[[torch.nn.Module, argparse.Namespace], dict[str, dict]] = lambda model, args: {"": {}},
+    paper_key: Callable[..., str] = lambda name, model, args: name,
+    paper_average: dict[str, tuple[float, float]] | None = None,
+):
+    """Run a test.py: parse its command line, `evaluate` each data set, print and append the table.
+
+    Args:
+        task: e.g. ``"denoising"``; weights of another task are refused.
+        description: the script's docstring.
+        benchmarks: the published test sets, by name.
+        own: how a folder of the user's own is tested, by what is added to its name, given the parsed options.
+        default_weights: the name of the weights that are tested without --weights.
+        method: see `evaluate`.
+        add_options: adds the options of the task, given a parser's ``add_argument``; ``options`` are those of the
+            method, given the parsed ones and the test set.
+        variants: further options of the method that each data set is tested with, by what is added to its name, given
+            the network and the parsed options.
+        paper_key: the key of the paper's values in a `Benchmark`, given the network's name without its task, the
+            network, the parsed options, and those of a variant by name.
+        paper_average: the paper's mean over all benchmarks, by network, where the table is to have one.
+
+    Raises:
+        UserError: at the end, listing the images that could not be tested.
+    """
+    args = _parse(description, benchmarks, add_options)
+    network, noise, passes = None, None, {"": {}}
+    if args.score_only is None:
+        network = _load(task, args, default_weights)
+        folder = args.results / task / _folder_of(network)
+        passes = variants(network.model, args)
+        noise = network.noise_sigma if any(benchmark.sigma for benchmark in benchmarks.values()) else None
+    elif args.score_only.is_dir():
+        folder = args.results / task / f"scores_of_{args.score_only.absolute().name}"
+    else:
+        raise UserError(f"no folder {args.score_only.absolute()} with restored images")
+    metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device))
+    tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, own(args))
+
+    def test(name: str, word: str, benchmark: Benchmark, further: dict) -> Result:
+        source = _find(word, args.data_root, benchmarks)
+        data = benchmark.open(source)
+        common = dict(protocol=benchmark.protocol, folder=folder / name, name=name, metrics=metrics, say=print)
+        if network is None:
+            if not data.targets:
+                raise UserError(f"{source} has no input/ and target/, so there is nothing to score against")
+            restored = _read_restored(args.score_only, (name, Path(word).name), data)
+            result = evaluate(restored, data, save_images=False, **common)
+            result.seconds_per_image = math.nan
+            return result
+        levels: list[float] = []
+        common |= dict(settings=dict(compile=args.compile), save_images=args.save_images or None, bf16=args.bf16)
+        restoring = method if noise is None else _record_sigmas(method, levels)
+        result = evaluate(network.model, data, method=restoring, **common, **options(args, benchmark), **further)
+        _warn_about_noise(name, noise, levels)
+        if not result.missing:
+            variant = network.name.removeprefix(f"{task}_")
+            result.paper = benchmark.paper.get(paper_key(variant, network.model, args, **further))
+        return result
+
+    results, failures = [], []
+    for name, (word, benchmark) in tests.items():
+        for end, further in passes.items():
+            try:
+                result = test(name + end, word, benchmark, further)
+            except UserError as error:
+                if len(tests) == 1:
+                    raise
+                if (failure := f"{word}: {error}") not in failures:  # of another variant
+                    failures.append(failure)
+                continue
+            failures += result.failures
+            _report(result)
+            if result.images:
+                results.append(result)
+    published = [result for result in results if result.dataset in benchmarks and not result.missing]
+    if paper_average is not None and len(published) == len(benchmarks):
+        results.append(average(published))
+        results[-1].paper = network and paper_average.get(network.name.removeprefix(f"{task}_"))
+    if results:
+        print(format_table(results))
+        table = args.results / f"{task}.csv"
+        source = args.score_only or network.source
+        append_results(table, results, str(source), "score_only" if network is None else network.name)
+        print(f"appended to {table}")
+    if network is not None:
+        print(f"images and scores of each image are in {folder}")
+    if failures:
+        for failure in failures:
+            print(f"not tested: {one_line(failure)}", file=sys.stderr)
+        raise UserError(f"{len(failures)} not tested, all others were")
+
+
+def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Callable) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    noisy = any(benchmark.sigma for benchmark in benchmarks.values())
+    usual = "those whose noise the weights are for" if noisy else "all of these"
+    add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own)")
+    add("--dataset", nargs="+", help=f"{', '.join(benchmarks)}; folders or images (default: {usual})")
+    add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
+    where = "where everything is written (default: results): TASK.csv, and for each weights TASK/NAME_DIGEST/DATASET/"
+    add("--results", type=Path, default=Path("results"), help=where)
+    add("--score_only", type=Path, metavar="FOLDER", help="score the images in FOLDER/DATASET, restore nothing")
+    add("--save_images", action="store_true", help="write restored images also where the scores do not need it")
+    further = "further scores, of the pyiqa library: lpips, dists, niqe, ..."
+    add("--metrics", nargs="+", default=[], metavar="NAME", help=further)
+    add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
+    add("--bf16", action="store_true", help="bfloat16 autocast: faster, up to some hundredths of a dB off")
+    add("--compile", action="store_true", help="torch.compile: faster after a minute or more of compiling")
+    add_options(add)
+    return parser.parse_args()
+
+
+class _Network(NamedTuple):
+    model: torch.nn.Module
+    name: str
+    source: str  # as it was given
+    path: Path
+    noise_sigma: tuple[float, float] | None  # weakest and strongest noise that it was trained for
+
+
+def _load(task: str, args: argparse.Namespace, default_weights: str) -> _Network:
+    source = args.weights or default_weights
+    path = locate(source)
+    content = read_checkpoint(path)  # once: training may replace the file a moment later
+    if not args.weights:
+        print(f"no --weights given: this repository's own {default_weights} ({content['record']['trained_for']})")
+    model = load_model(path, task=task, device=pick_device(args.device), content=content)
+    if args.compile:
+        model.compile()  # once for the first size, and once more for all other sizes
+    name, noise = model.name or "DGUNet", trained_sigma_range(content)
+    print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, from {path}")
+    return _Network(model, name, source, path, noise)
+
+
+def _folder_of(network: _Network) -> str:
+    """The name of the folder of a network's results: that of weights that come along, else with a digest of them.
+
+    Many files are called model_best.pth, in folders of one name, and replaced as training goes on.
+    """
+    if network.path != Path(network.source):
+        return network.source
+    return f"{network.path.absolute().parent.name}_{network.path.stem}_{digest_of(network.model)[:8]}"
+
+
+def _default(benchmarks: dict[str, Benchmark], noise: tuple[float, float] | None) -> list[str]:
+    """The test sets with the Gaussian noise that a network is for, if any, else those without added noise."""
+    sigmas = {name: benchmark.sigma for name, benchmark in benchmarks.items() if benchmark.usual}
+    fitting = [name for name, sigma in sigmas.items() if sigma and noise and noise[0] <= sigma <= noise[1]]
+    return fitting or [name for name, sigma in sigmas.items() if sigma is None]
+
+
+def _tests(
+    words: list[str], benchmarks: dict[str, Benchmark], own: dict[str, Benchmark]
+) -> dict[str, tuple[str, Benchmark]]:
+    """The words of --dataset and how each is tested, by the data set's name in tables."""
+    known = {name.lower(): name for name in benchmarks}
+    tests = {}
+    words = [word if Path(word).exists() else known.get(word.lower(), str(match_unicode_form(word))) for word in words]
+    for word in dict.fromkeys(words):
+        alike = {word: benchmarks[word]} if word in benchmarks else {label(word) + end: how for end, how in own.items()}
+        for name, benchmark in alike.items():
+            if name in tests:
+                raise UserError(f"{word} and another --dataset would both be written to {name}; test one at a time")
+            tests[name] = word, benchmark
+    return tests
+
+
+def label(word: str) -> str:
+    """The name of a folder or image of the user's own in tables; with its parent's, for many are called ``test``."""
+    path = Path(os.path.abspath(word))
+    if path.is_file():
+        path = path.with_suffix("")
+    return nfc("_".join(path.parts[1:][-2:])) or "root"  # relative, wherever the folder is
+
+
+def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
+    """The folder or file of a word of --dataset."""
+    if word in benchmarks:
+        place = benchmarks[word].place
+        if not (source := find_folder(data_root, place)).exists():
+            raise UserError(
+                f"no {source.absolute()}; --data_root names the folder that holds {place}, see the task's README for "
+                "the data layout"
+            )
+        return source
+    if not Path(word).exists():
+        raise UserError(
+            f"no folder or image {Path(word).absolute()}; check the path, or name a test set: {', '.join(benchmarks)}"
+        )
+    return Path(word)
+
+
+def find_folder(root: Path, relative: str) -> Path:
+    """``root/relative``, or where that is not there, the one folder whose name differs in case or Unicode form."""
+    folder = root
+    for part in Path(relative).parts:
+        exact = folder / part
+        alike = [] if exact.exists() or not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
+        alike = [p for p in alike if nfc(p.name).lower() == nfc(part).lower()]
+        folder = alike[0] if len(alike) == 1 else exact
+    return folder
+
+
+def _read_restored(root: Path, names: tuple[str, ...], data: ImageSet) -> Callable:
+    """For `evaluate`: the images in one of the folders of these names in ``root``, or in ``root`` itself."""
+    folders = (find_folder(root, name) for name in names)
+    folder = next((folder for folder in folders if folder.is_dir()), root)
+    there = images_by_name(folder, report=False)  # missing ones are reported
+
+    def read(sample: Sample, degraded: Images) -> tuple[Images, Images]:
+        for name in sample.names:
+            if name not in there:
+                raise UserError(f"no restored {name} in {folder}")
+        restored = [data.read_image(there[name]) for name in sample.names]
+        return restored if sample.parts else restored[0], degraded
+
+    return read
+
+
+def _record_sigmas(method: Callable, levels: list[float]) -> Callable:
+    """The same method; the estimated noise of the images, in 8-bit levels, is appended to ``levels``."""
+
+    @functools.wraps(method)
+    def restore(model: torch.nn.Module, degraded: Images, **options) -> tuple[Images, Images]:
+        for images in degraded if isinstance(degraded, list) else [degraded]:
+            if np.isfinite(level := estimate_sigma(np.atleast_3d(unit_range(images)))):
+                levels.append(255 * level)
+        return method(model, degraded, **options)
+
+    return restore
+
+
+def _warn_about_noise(name: str, trained: tuple[float, float] | None, levels: list[float]):
+    unlike = [level for level in levels if noise_mismatch(level, trained)]
+    if unlike:
+        found = format_sigma((round(min(unlike)), round(max(unlike))))
+        print(
+            f"note: {len(unlike)} of {len(levels)} in {name}: noise of about sigma {found}, but these weights were "
+            f"trained for sigma {format_sigma(trained)}: they blur weaker noise and leave some of stronger noise"
+        )
+
+
+def _report(result: Result):
+    """Print what a data set's mean scores do not say."""
+    name, rows, count = result.dataset, result.rows, result.images
+    if notes := [f"{row.name}: {row.note}" for row in rows if row.note]:
+        print(f"note: {len(notes)} of {len(rows)} in {name}:", *notes, sep="\n  ")
+    for number, what in ((result.identical, "restored images"), (result.identical_inputs, "inputs")):
+        if number:  # their PSNR is infinite
+            left_out = "which has no finite PSNR" if number == count else "left out of the mean PSNR"
+            print(f"note: in {name}, {number} of {count} {what} identical to the target, {left_out}")
+    tiled = [row.tile for row in rows if row.tile not in ("", "whole")]
+    if tiled and str(result.settings["tile"]).startswith("auto"):
+        sides = " and ".join(sorted(set(tiled), key=int))
+        print(
+            f"note: in {name}, {len(tiled)} of {len(rows)} restored in tiles of {sides} pixels, as --tile auto does "
+            "where memory is short; that changes the result"
+        )
+
+
+def average(results: list[Result]) -> Result:
+    """The mean of the sets' means, each with equal weight whatever its size."""
+    means = [statistics.fmean(getattr(r, key) for r in results) for key in ("psnr", "ssim", "input_psnr", "input_ssim")]
+    metrics = {name: statistics.fmean(r.metrics[name] for r in results) for name in results[0].metrics}
+    images, settings = sum(r.images for r in results), results[0].settings
+    identical, inputs = (sum(getattr(r, key) for r in results) for key in ("identical", "identical_inputs"))
+    return Result(
+        "average", results[0].protocol, images, *means, metrics=metrics, settings=settings, identical=identical,
+        identical_inputs=inputs, version=results[0].version,
+    )  # fmt: skip
+
+
+def format_table(results: list[Result]) -> str:
+    """A table of the measured values beside the paper's, a line for each data set."""
+    header = ["dataset", "images", "input PSNR/SSIM", "PSNR/SSIM", "paper", "difference", *results[0].metrics]
+    rows = [header]
+    for r in results:
+        paper = difference = "-"
+        if r.paper is not None:
+            digits = 3 if round(r.paper[1], 3) == r.paper[1] else 4  # as many as the paper has
+            paper = f"{r.paper[0]:.2f}/{r.paper[1]:.{digits}f}"
+            difference = f"{r.psnr - r.paper[0]:+.2f}/{r.ssim - r.paper[1]:+.{digits}f}"
+        degraded, restored = f"{r.input_psnr:.2f}/{r.input_ssim:.4f}", f"{r.psnr:.2f}/{r.ssim:.4f}"
+        further = [f"{value:.4f}" for value in r.metrics.values()]
+        rows.append([r.label, str(r.images), degraded, restored, paper, difference, *further])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def append_results(path: Path, results: list[Result], weights: str, model: str):
+    """Add a row for each result to a CSV file of all results so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "date": datetime.datetime.now().isoformat(timespec="seconds"), "weights": weights, "model": model,
+            "dataset": r.label, "protocol": r.protocol, "images": r.images, "psnr": f"{r.psnr:.4f}",
+            "ssim": f"{r.ssim:.6f}", "input_psnr": f"{r.input_psnr:.4f}", "input_ssim": f"{r.input_ssim:.6f}",
+            "seconds_per_image": f"{r.seconds_per_image:.3f}",
+            "settings": " ".join(f"{key}={_setting_text(value)}" for key, value in r.settings.items()),
+            # New columns come after these: scripts/reproduce.sh counts them.
+            "command": " ".join(sys.argv), "identical": r.identical, "identical_inputs": r.identical_inputs,
+            "protocol_version": r.version, **{name: f"{value:.6f}" for name, value in r.metrics.items()},
+        }
+        for r in results
+    ]  # fmt: skip
+    with lock_dir(path.parent, "test", wait=True):  # tests that end together must not mix their rows
+        before = path.read_bytes() if path.exists() else b""
+        head, newline, others = before.partition(b"\n")
+        known = head.decode(TEXT["encoding"], TEXT["errors"]).strip().split(",") if head else []
+        if known and "psnr" not in known:
+            raise UserError(f"{path} is no table of results as test.py writes it; move it away, and start again")
+        columns = known + [name for name in rows[0] if name not in known]
+        if columns != known or not newline:  # a new table, or scores that it has had no columns for
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                file.write(",".join(columns).encode() + b"\r\n" + others)
+        with open(path, "a", **TEXT) as file:
+            if others and not others.endswith(b"\n"):  # a line that was cut off
+                file.write("\r\n")
+            csv.DictWriter(file, columns).writerows(rows)
+
+
+def _setting_text(value) -> str:
+    """A setting without spaces: windows as ``norm64+projection128``."""
+    return "+".join(f"{name}{size}" for name, size in value.items()) if isinstance(value, dict) else str(value)

@@ -1,0 +1,254 @@
+"""DGUNet: proximal gradient descent, unrolled into K stages.
+
+Deep Generalized Unfolding Networks for Image Restoration, C. Mou, Q. Wang, J. Zhang, CVPR 2022.
+
+Restoration of ``x`` from ``y = A x + n`` is ``min_x 1/2 ||A x - y||^2 + lambda J(x)``; stage k computes
+
+    v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)      gradient descent  (FGDM, degradations.py)
+    x_k = prox_k(v_k; features of stage k-1)               proximal mapping  (IPMM, proximal.py)
+
+from x_0 = y when the degradation is unknown and x_0 = A_adjoint(y) when it is known.
+"""
+
+import inspect
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import dgunet  # for dgunet.hub and dgunet.pretrained, which import this module and are imported when first used
+from dgunet.model.degradations import Degradation, LearnedDegradation, for_measurements
+from dgunet.model.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
+
+
+class Stage(nn.Module):
+    """One proximal gradient step.
+
+    Args:
+        proximal: maps v and the previous stage's features to x and this stage's features.
+        degradation: the stage's own learned degradation; None where the network's is known.
+        rho: initial value of the learned step size; None for no gradient step: v is x.
+    """
+
+    def __init__(self, proximal: nn.Module, degradation: LearnedDegradation | None, rho: float | None):
+        super().__init__()
+        self.rho = nn.Parameter(torch.full((1,), float(rho))) if rho is not None else None
+        self.degradation = degradation
+        self.proximal = proximal
+
+    def gradient_step(self, x: Tensor, y: Tensor, known: Degradation | None) -> Tensor:
+        if self.rho is None:
+            return x
+        degradation = self.degradation if known is None else known
+        # FGDM: v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)
+        return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
+
+    def forward(
+        self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
+    ) -> tuple[Tensor, StageFeatures | None]:
+        """x_{k-1} (B, C, H, W) and the features of stage k-1 (`StageFeatures`, None for k = 1) to those of stage k.
+
+        y is (B, C, H, W), or the ``known`` degradation's measurement; ``known`` is None where it is learned.
+        """
+        v = self.gradient_step(x, y, known)
+        return self.proximal(v, previous)  # IPMM: x_k = prox_k(v_k; features of stage k-1)
+
+
+class FinalStage(Stage):
+    """Stage K: its mapping predicts a residual to y (learned degradation) or to v_K (known degradation)."""
+
+    def forward(
+        self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
+    ) -> tuple[Tensor, None]:
+        v = self.gradient_step(x, y, known)
+        anchor = y if known is None else v
+        return anchor + self.proximal(v, previous), None
+
+
+class DGUNet(nn.Module):
+    """Deep generalized unfolding network. The defaults are the paper's DGUNet for deblurring and denoising.
+
+    Args:
+        channels: image channels, in [1, 1024].
+        width, growth: the U-Net of a stage has the widths w, w+g, w+2g, w+3g; both even, in [4, 1024] and [0, 1024].
+        stages: number of stages K, in [1, 100].
+        shared: the middle stages 2..K-1 share one set of weights (DGUNet) or have their own (DGUNet+).
+        pathways: the inter-stage information pathways, ISFF and feature fusion; False leaves both out.
+        fusion: feature fusion in the stages 2..K-1, ``"subspace"`` (images), ``"concat"`` (compressive sensing), or
+            ``"none"`` (then the last stage has none either); see `pathways`.
+        isff: inter-stage feature fusion in the encoders, ``"adaptive"`` (images), ``"additive"`` (compressive
+            sensing), or ``"none"``; see `ISFF`.
+        attention: the estimate attends to the features for the next stage (compressive sensing), see `ProximalMapping`.
+        final_fusion, final_growth: feature fusion in the last stage, ``"concat"`` (to width + final_growth channels,
+            in [0, 1024]) or ``"subspace"``.
+        gradient: False leaves out the gradient steps, ``v_k = x_{k-1}``.
+        degradation: None to learn it (each stage its own; shared middle stages share it), or a known one: of
+            `dgunet.degradations`, one of deepinv's linear operators, or any object with ``A(x)`` and ``A_adjoint(y)``.
+        rho: initial value of the learned step sizes; 1 projects onto the data where A has orthonormal rows.
+        checkpointing: recompute each stage in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        width: int = 80,
+        growth: int = 48,
+        stages: int = 7,
+        shared: bool = True,
+        pathways: bool = True,
+        fusion: str = "subspace",
+        isff: str = "adaptive",
+        attention: bool = False,
+        final_fusion: str = "concat",
+        final_growth: int = 32,
+        gradient: bool = True,
+        degradation: Degradation | None = None,
+        rho: float = 0.5,
+        checkpointing: bool = False,
+    ):
+        values = locals()  # of the arguments
+        super().__init__()
+        missing = [name for name in ("A", "A_adjoint") if not callable(getattr(degradation, name, None))]
+        if degradation is not None and missing:
+            raise ValueError(f"the degradation {type(degradation).__name__} has no method {' and no '.join(missing)}")
+        # load_model rebuilds the network from name and arguments, and from `describe_degradation` of a known one.
+        self.name = None
+        self.local: dict[str, int] = {}  # windows for statistics at test time, see `inference.restore`
+        self.arguments = {name: values[name] for name in ARGUMENTS}
+        _check_arguments(self.arguments)
+        if not (type(rho) in (int, float) and math.isfinite(rho)):
+            raise ValueError(f"rho must be a number, got {rho!r:.60}")
+        self.channels, self.stages, self.checkpointing = channels, stages, checkpointing
+        self.degradation = degradation
+        if not pathways:
+            fusion = isff = "none"
+        rho = rho if gradient else None
+
+        def stage(has_previous: bool) -> Stage:
+            proximal = ProximalMapping(channels, width, growth, fusion, isff, attention, has_previous)
+            return Stage(proximal, learned_degradation(), rho)
+
+        def learned_degradation() -> LearnedDegradation | None:
+            return LearnedDegradation(channels) if degradation is None and gradient else None
+
+        middle_stages = max(stages - 2, 0)
+        self.first = stage(has_previous=False) if stages > 1 else None
+        stored = min(middle_stages, 1) if shared else middle_stages
+        self.middle = nn.ModuleList(stage(has_previous=True) for _ in range(stored))
+        final_fusion = final_fusion if fusion != "none" and stages > 1 else "none"
+        mapping = FinalMapping(channels, width, final_fusion, width + final_growth)
+        self.last = FinalStage(mapping, learned_degradation(), rho)
+
+    @classmethod
+    def default_arguments(cls) -> dict:
+        """The constructor's defaults for ``arguments``."""
+        parameters = inspect.signature(cls).parameters
+        return {name: parameters[name].default for name in ARGUMENTS}
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options) -> "DGUNet":
+        """See `dgunet.checkpoints.hub.from_pretrained`."""
+        return dgunet.checkpoints.hub.from_pretrained(name, **options)
+
+    def save_pretrained(self, folder: str | Path, about: str = "", **options):
+        """See `dgunet.checkpoints.hub.save_pretrained`."""
+        return dgunet.checkpoints.hub.save_pretrained(self, folder, about, **options)
+
+    def push_to_hub(self, repo_id: str, about: str = "", **options) -> str:
+        """See `dgunet.checkpoints.hub.push_to_hub`."""
+        return dgunet.checkpoints.hub.push_to_hub(self, repo_id, about, **options)
+
+    def iter_stages(self):
+        """Yields the K stages in order; a shared middle stage is stored once and applied K-2 times."""
+        if self.first is not None:
+            yield self.first
+        for k in range(self.stages - 2):
+            yield self.middle[k % len(self.middle)]
+        yield self.last
+
+    def compile(self, **options):
+        """`torch.compile` the stages one by one, with its ``options``.
+
+        That makes 3 graphs (the middle stages share one) in a third of the time that one graph of all stages takes.
+        """
+        for stage in dict.fromkeys(self.iter_stages()):
+            stage.compile(**options)
+        self._compiled = True  # CUDA graphs need to know where a pass begins: `forward` marks it
+
+    _compiled = False
+
+    def forward(self, y: Tensor, degradation: Degradation | None = None) -> list[Tensor]:
+        """Returns the estimates x_K, ..., x_1, (B, C, H, W) each, the restored image first.
+
+        Args:
+            y: degraded image (B, C, H, W), range [0, 1], sides multiples of 8; of a known degradation the
+                measurement that its ``A_adjoint`` takes.
+            degradation: a known one instead of the network's own known one.
+        """
+        if self._compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        if degradation is not None and self.degradation is None:
+            raise ValueError("this DGUNet has a learned degradation and takes no known one; call it without")
+        known = self.degradation if degradation is None else degradation
+        if known is not None:
+            known = for_measurements(known, y)
+        x = y if known is None else known.A_adjoint(y)
+        self._check(x)
+        features = None
+        estimates = []
+        for stage in self.iter_stages():  # x_{k-1} to x_k
+            if self.checkpointing and torch.is_grad_enabled():
+                x, features = checkpoint(stage, x, y, features, known, use_reentrant=False)
+            else:
+                x, features = stage(x, y, features, known)
+            estimates.append(x)
+        return estimates[::-1]
+
+    def _check(self, x: Tensor):
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"this DGUNet takes (B, {self.channels}, H, W) images, got shape {tuple(x.shape)}")
+        height, width = x.shape[2:]
+        if height % MULTIPLE or width % MULTIPLE:
+            raise ValueError(
+                f"DGUNet needs height and width that are multiples of {MULTIPLE}, got {height}x{width}; "
+                "dgunet.restore(model, image) pads and crops for you"
+            )
+
+
+# The arguments that rebuild a network, and their allowed values: a list, or the smallest and the largest. The largest
+# are beyond any use, and bound the time to build a network from a damaged file.
+ARGUMENTS = dict(
+    channels=(1, 1024), width=(4, 1024), growth=(0, 1024), stages=(1, 100), shared=[True, False],
+    pathways=[True, False], fusion=["subspace", "concat", "none"], isff=["adaptive", "additive", "none"],
+    attention=[True, False], final_fusion=["subspace", "concat"], final_growth=(0, 1024), gradient=[True, False],
+)  # fmt: skip
+
+
+def _check_arguments(arguments: dict):
+    for name, value in arguments.items():
+        allowed, got = ARGUMENTS[name], f"got {value!r:.60}"
+        if isinstance(allowed, tuple):
+            least, most = allowed
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name} must be an integer from {least} to {most}, {got}")
+            if name in ("width", "growth") and value % 2:
+                raise ValueError(f"{name} must be even, {got}")
+        elif type(value) is not type(allowed[0]) or value not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, {got}")
+
+
+class MeasureThenRestore(nn.Module):
+    """A network as it is trained. One with a known degradation gets clean images (B, C, H, W) and measures them first.
+
+    `Degradation` says when estimates are smaller (of the images' centres), and what ``generators`` are.
+    """
+
+    def __init__(self, model: DGUNet):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, *generators, measuring: Degradation | None = None) -> list[Tensor]:
+        known = self.model.degradation if measuring is None else measuring
+        return self.model(x if known is None else getattr(known, "measure", known.A)(x, *generators))

@@ -1,0 +1,1 @@
+"""Processes, hardware, files and errors: what all other rooms stand on."""

@@ -1,0 +1,406 @@
+"""The configuration of a training run: defaults, then a YAML file, then the command line.
+
+Every key is declared here once, with what it means; a key that is not declared is an error. Relative paths are
+relative to the current folder.
+"""
+
+import argparse
+import contextlib
+import datetime
+import difflib
+import inspect
+import re
+import reprlib
+import unicodedata
+from collections.abc import Hashable
+from pathlib import Path
+
+import yaml
+from yacs.config import CfgNode as CN
+
+from dgunet.model.network import ARGUMENTS, DGUNet
+from dgunet.model.proximal import MULTIPLE
+from dgunet.runtime.errors import ROOT, UserError
+
+_C, _RANGES, _EPOCHS = CN(), {}, 10**6
+
+
+def _key(name: str, default, allowed=None):
+    """Declare a key, its default and ``allowed`` values: (lowest, highest) of each of its numbers, or [the choices]."""
+    *sections, leaf = name.split(".")
+    node = _C
+    for section in sections:
+        node = node.setdefault(section, CN())
+    node[leaf] = default
+    if allowed is not None:
+        _RANGES[name] = allowed
+
+
+_key("SEED", 1234, (0, 2**32 - 1))  # of everything random
+_key("DEVICE", "auto", ["auto", "cuda", "cpu"])  # auto: GPUs where there are any
+_key("GPU", [], (0, 1023))  # which GPUs to use, e.g. [0, 1]; empty: all that are visible
+_key("PROCESSES", 0, (0, 256))  # 0: one for each GPU, one on the CPU; more on the CPU run over gloo
+
+_key("MODEL.NAME", "deblurring_dgunet")  # see dgunet.list_models()
+_key("MODEL.SESSION", "DGUNet")  # name of the run: its files go to TRAINING.SAVE_DIR/SESSION
+_key("MODEL.OVERRIDES", CN())  # arguments of DGUNet that differ from the paper's, e.g. {width: 16}
+# Compressive sensing: measurements per pixel. Or two numbers, such as [0.01, 0.5]: one network for every ratio between
+# them. Each step then measures with the first M rows of the matrix. In half of the steps M is uniform, so that
+# the last rows are trained often enough; in the others it is log-uniform, or one step in sixteen would be below 4 %.
+_key("MODEL.RATIO", 0.25, (0.001, 1))
+_key("MODEL.BLOCK", 32, (MULTIPLE, 128))  # compressive sensing: side of the blocks in pixels, a multiple of 8 up to 128
+_key("MODEL.MATRIX", "learned")  # compressive sensing: learned (with the network) or fixed
+# What the matrix starts from, or stays: xavier, orthonormal (Gaussian), dct (lowest frequencies), pca (principal
+# components of training blocks), or a .npy file, which sets the ratio. Empty: xavier if learned, orthonormal if fixed,
+# dct for a range of ratios, which wants the rows that are worth the most first.
+# The matrix of MODEL.WEIGHTS comes before it, unless it is of another ratio, or a file's is to stay fixed.
+_key("MODEL.MATRIX_START", "")
+# Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean images: blur. Empty: it is learned.
+_key("MODEL.DEGRADATION", "")
+# blur: .npy file of the kernel, (h, w), both odd; or motion: a simulated camera shake for each step. It comes in from
+# beyond the crops, whose margin of half the largest extent, rounded up to a multiple of 8, is cut off.
+_key("MODEL.KERNEL", "")
+_key("MODEL.KERNEL_EXTENT", [5, 25], (1, 200))  # motion: smallest and largest extent, pixels
+_key("MODEL.NOISE", 0.0, (0, 255))  # blur: sigma of Gaussian noise added to blurred training images (0 to 255)
+_key("MODEL.GREY", False)  # blur: train on the luminance, for grey images
+_key("MODEL.WEIGHTS", "")  # to start from: a checkpoint (ours or the authors'), or the name of one; empty: from scratch
+
+_key("OPTIM.BATCH_SIZE", 16, (1, 2**16))  # total over all processes and accumulation steps
+_key("OPTIM.NUM_EPOCHS", 3000, (1, _EPOCHS))
+_key("OPTIM.LR_INITIAL", 1e-4, (1e-12, 1))
+_key("OPTIM.LR_MIN", 1e-6, (0, 1))  # where the cosine ends: one epoch after the last
+_key("OPTIM.WARMUP_EPOCHS", 3, (0, _EPOCHS))  # in epoch e of them the lr is LR_INITIAL * e / WARMUP_EPOCHS
+_key("OPTIM.SCHEDULE", "cosine", ["cosine", "constant", "step"])  # after the warm-up
+_key("OPTIM.COSINE_EXTRA_EPOCHS", 0, (-1, _EPOCHS))  # cosine: longer by so many (denoising: 40; -1: LR_MIN in the last)
+_key("OPTIM.LR_MILESTONES", [], (1, _EPOCHS))  # step: epochs after which the lr is multiplied by LR_DECAY
+_key("OPTIM.LR_DECAY", 0.5, (1e-6, 1))
+_key("OPTIM.WEIGHT_DECAY", 0.0, (0, 1))  # Adam's (L2)
+_key("OPTIM.ACCUMULATE", 1, (1, 2**16))  # split each batch into this many forward/backward passes
+_key("OPTIM.CLIP_NORM", 0.0, (0, 10**6))  # largest norm of the gradient; 0: no clipping
+_key("OPTIM.EMA_DECAY", 0.0, (0, 0.999999))  # e.g. 0.999: validate and test a moving average of the weights; 0: off
+_key("OPTIM.MAX_BAD_STEPS", 50, (1, 10**6))  # steps in a row with a non-finite loss or gradient before the run gives up
+# So many of them before the run goes back to its averaged weights, or without EMA to those of the last validation or
+# epoch, with Adam's moments cleared and a lower learning rate; 0, or not below MAX_BAD_STEPS: never.
+_key("OPTIM.ROLLBACK_AFTER_BAD_STEPS", 10, (0, 10**6))
+_key("OPTIM.ROLLBACK_LR_FACTOR", 0.5, (1e-6, 1))  # by which a rollback multiplies the lr from then on
+_key("OPTIM.MAX_ROLLBACKS", 5, (0, 1000))  # in a run; after them MAX_BAD_STEPS ends it
+
+# Weights of the losses, which are summed over all stages.
+_key("LOSS.CHARBONNIER", 1.0, (0, 10**6))
+_key("LOSS.EDGE", 0.0, (0, 10**6))
+_key("LOSS.MSE", 0.0, (0, 10**6))
+_key("LOSS.CLAMP", False)  # clamp the estimates to [0, 1] first
+
+_key("TRAINING.TRAIN_DIR", "")  # folder with input/ and target/
+_key("TRAINING.EXCLUDE", "")  # text file: names, one to a line, of images to leave out, such as those of a test set
+_key("TRAINING.VAL_DIR", "")  # the same for validation; empty: VAL_HOLD_BACK of TRAIN_DIR
+_key("TRAINING.VAL_HOLD_BACK", 32, (0, 10**6))  # images held out without VAL_DIR: the last by name, at most a tenth
+_key("TRAINING.SAVE_DIR", "checkpoints")
+# True: continue SAVE_DIR/SESSION where it stopped; auto: where there is none yet, begin it
+_key("TRAINING.RESUME", False, [False, True, "auto"])
+_key("TRAINING.TRAIN_PS", 256, (MULTIPLE, 4096))  # side of the random training crops, pixels
+# Side of the central validation crops; 0: whole images. Compressive sensing: of the blocks that the central 256x256
+# pixels are cut into.
+_key("TRAINING.VAL_PS", 256, (0, 2**16))
+_key("TRAINING.REPEAT", 1, (1, 10**4))  # how often an image counts in an epoch (each time with another crop)
+_key("TRAINING.VAL_AFTER_EVERY", 1, (1, _EPOCHS))  # epochs
+_key("TRAINING.VAL_TIMES", 1, (1, 1000))  # validations in such an epoch, evenly spaced
+_key("TRAINING.VAL_EPOCHS", [], (1, _EPOCHS))  # if given, validate in these epochs (and from VAL_FROM_EPOCH on) only
+_key("TRAINING.VAL_FROM_EPOCH", 0, (0, _EPOCHS))
+_key("TRAINING.SAVE_EACH_VALIDATION", True)  # keep the weights of every validation as model_epoch_N.pth
+_key("TRAINING.SAVE_MINUTES", 15.0, (0, 10**6))  # model_latest.pth is also written this often within an epoch
+_key("TRAINING.WORKERS", 4, (0, 256))  # data loading processes of each training process
+
+# Degrade clean images while training, by a function of dgunet/data/synthesis.py: gaussian_noise, found_noise,
+# sensor_noise, bayer_noise, grain, photo_noise, rain_streaks, added_rain, motion_blur. TRAIN_DIR is then a folder of
+# clean images. Empty: train on pairs.
+_key("SYNTHESIS.NAME", "")
+_key("SYNTHESIS.OPTIONS", CN())  # its arguments that differ from their defaults, e.g. {sigma: [0, 50]}
+
+_key("AUGMENT.FLIP", True)  # random flips and rotations by 90 degrees (compressive sensing: flips and transposition)
+_key("AUGMENT.SATURATION", 0.0, (0, 1))  # s: a third of the pairs gets its saturation scaled by U(1 - s, 1 + s); 0: off
+_key("AUGMENT.MIXUP", 0.0, (0, 100))  # alpha of the Beta distribution that mixes two pairs (denoising: 0.6); 0: off
+_key("AUGMENT.MIXUP_FROM_EPOCH", 6, (0, _EPOCHS))
+
+_key("SPEED.AMP", "auto", ["auto", "bf16", "fp32"])  # bf16, fp32, or auto: bf16 where the hardware computes it
+_key("SPEED.CHANNELS_LAST", "auto", ["auto", True, False])  # memory format, False: NCHW; auto: the faster one
+_key("SPEED.COMPILE", False)  # torch.compile: faster after a minute or more of compiling
+# Its mode; reduce-overhead runs CUDA graphs, which helps small networks and crops.
+_key("SPEED.COMPILE_MODE", "default", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+_key("SPEED.CHECKPOINTING", False)  # recompute each stage in the backward pass: much less memory, a third more time
+
+# Arguments of DGUNet and of the syntheses, where MODEL.OVERRIDES and SYNTHESIS.OPTIONS give them.
+_RANGES |= {
+    **{f"MODEL.OVERRIDES.{k}": v for k, v in ARGUMENTS.items() if k != "channels" and v != [True, False]},
+    "MODEL.OVERRIDES.rho": (0, 10),
+    "SYNTHESIS.OPTIONS.sigma": (0, 255),
+    "SYNTHESIS.OPTIONS.shot": (1e-9, 1),
+    "SYNTHESIS.OPTIONS.read": (1e-9, 1),
+    "SYNTHESIS.OPTIONS.density": (0.01, 1000),
+    "SYNTHESIS.OPTIONS.length": (1, 200),
+    "SYNTHESIS.OPTIONS.width": (0.1, 20),
+    "SYNTHESIS.OPTIONS.brightness": (0, 1),
+    "SYNTHESIS.OPTIONS.extent": (0, 100),
+}
+
+# Keys, or how they begin, that are not every task's: its train.py says which it uses.
+_NOT_EVERYWHERE = (
+    "MODEL.RATIO", "MODEL.BLOCK", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY",
+    "SYNTHESIS", "AUGMENT.SATURATION", "AUGMENT.MIXUP",
+)  # fmt: skip
+
+
+def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
+    """Defaults, overridden by a YAML file, overridden by ``KEY VALUE`` pairs; frozen.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (with the likeliest right one), a key given twice in the
+            file, a value of a wrong type or out of its range.
+    """
+    cfg = _C.clone()
+    if path is not None:
+        given = set()
+        for key, value in _flatten(_read_yaml(path), cfg):
+            if key in given:
+                raise UserError(f"{path}: {_shorten(key)} is given twice; keep one of the two")
+            given.add(key)
+            if value is None and isinstance(_declared(key), CN):
+                continue  # a section with nothing in it
+            _assign(cfg, key, value, source=str(path))
+    if len(options) % 2:
+        raise UserError(f"options come in pairs, KEY VALUE, as in OPTIM.BATCH_SIZE 8; got {' '.join(options)}")
+    for key, text in zip(options[::2], options[1::2], strict=True):
+        try:
+            value = yaml.load(text, _Loader)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            value = text
+        if isinstance(_declared(key), str) and type(value) in (int, float, datetime.date, datetime.datetime):
+            value = text  # 007 and 2026-01-05 may well be names of runs
+        _assign(cfg, key, value, source="command line")
+    if cfg.OPTIM.SCHEDULE == "cosine" and cfg.OPTIM.LR_MIN > cfg.OPTIM.LR_INITIAL:
+        raise UserError(f"OPTIM.LR_MIN {cfg.OPTIM.LR_MIN} is above OPTIM.LR_INITIAL {cfg.OPTIM.LR_INITIAL}; lower it")
+    cfg.freeze()
+    return cfg
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice (the last would win) and aliases (which may never end)."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"*{event.anchor}: a config has no aliases; write the value itself")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for part, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            key = self.construct_object(part, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.YAMLError(f"{key} is given twice; keep one of the two")
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str | Path) -> dict:
+    """The content of a YAML file that holds KEY: value lines."""
+    largest = 2**20  # a checkpoint in the place of a config need not be read to its end
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(largest + 1)
+        content = yaml.load(text, _Loader) if len(text) <= largest else text
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}; see configs/") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers of too many digits: ValueError
+        raise UserError(f"{path} is not valid YAML: {_shorten(str(error), 300)}") from error
+    if not isinstance(content, dict | None):
+        raise UserError(f"{path} is not a config: it should hold KEY: value lines, see configs/")
+    return content or {}
+
+
+def changed_keys(cfg: CN, other: CN) -> list[str]:
+    """Dotted names of the keys in which two configs differ; a key that one of them lacks has its default there."""
+    one, two, default = (dict(_flatten(config)) for config in (cfg, other, _C))
+    return [key for key in one | two if one.get(key, default.get(key)) != two.get(key, default.get(key))]
+
+
+def format_config(cfg: CN) -> str:
+    """The whole config as YAML, keys that differ from the defaults marked with ``# *``."""
+    changed = set(changed_keys(cfg, _C))
+    lines, path = [], []
+    for line in cfg.dump(default_flow_style=False, sort_keys=False, width=float("inf")).splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = path[:depth] + [line.strip().split(":")[0]]
+        lines.append(line + ("  # *" if ".".join(path) in changed else ""))
+    return "\n".join(lines)
+
+
+def parse_args(task: str, description: str, uses: tuple[str, ...]) -> tuple[CN, argparse.Namespace]:
+    """Read the command line of a task's ``train.py``: ``--config FILE --dry_run KEY VALUE ...``.
+
+    Args:
+        task: the folder of its configs.
+        description: for ``--help``.
+        uses: of the keys that not every task uses, those that this one does, or how they begin.
+
+    Raises:
+        UserError: as `load_config`; a key is set that the task does not use.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root = ROOT
+    default = f"configs/{task}/dgunet.yaml"
+    parser._negative_number_matcher = re.compile("-[0-9.in]", re.IGNORECASE)  # -1e-4 and -inf are values, too
+    parser.add_argument("--config", default=str(root / default), help=f"YAML file (default: {default})")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done, then stop")
+    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, OPTIM.BATCH_SIZE 8")
+    args = parser.parse_intermixed_args()
+    cfg = load_config(args.config, args.options)
+    for key in changed_keys(cfg, _C):
+        if key.startswith(_NOT_EVERYWHERE) and not key.startswith(uses):
+            known = " and ".join(uses)
+            raise UserError(f"{key} does nothing in {task.replace('_', ' ')}, which uses {known}; leave it out")
+    return cfg, args
+
+
+def _flatten(node: dict, declared: dict | None = None, prefix: str = ""):
+    """Yields (dotted key, value) of the leaves; a dict where ``declared`` has a value is that key's value."""
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        known = declared.get(key) if isinstance(declared, dict) else None
+        if isinstance(value, dict) and (declared is None or known is None or isinstance(known, dict)):
+            yield from _flatten(value, known if declared is not None else None, f"{name}.")
+        else:
+            yield name, value
+
+
+# What MODEL.OVERRIDES may change: how many channels there are, and their degradation, is up to the data.
+_ARGUMENTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(DGUNet).parameters.items()
+    if name not in ("channels", "degradation", "checkpointing")
+}
+
+
+def _declared(key: str):
+    """A value of the type that a key takes, () for a range, a CN for a section, None where there is no such key."""
+    *sections, leaf = key.split(".")
+    if sections == ["MODEL", "OVERRIDES"]:
+        return _ARGUMENTS.get(leaf)
+    if sections == ["SYNTHESIS", "OPTIONS"]:
+        return True if leaf == "clip" else () if key in _RANGES else None
+    node = _C
+    for section in (*sections, leaf):
+        node = node.get(section) if isinstance(node, CN) else None
+    return node
+
+
+def _assign(cfg: CN, key: str, value, source: str):
+    declared = _declared(key)
+    if isinstance(declared, CN):
+        if not isinstance(value, dict):
+            raise UserError(f"{source}: {key} is a section, got {_short(value)}; give its keys, {key}.NAME value")
+        for name, part in _flatten(value):  # MODEL.OVERRIDES "{width: 16}" on the command line
+            _assign(cfg, f"{key}.{name}", part, source)
+        return
+    if declared is None:
+        raise UserError(f"{source}: unknown config key {_shorten(key)}{_hint(key)}")
+    node = cfg
+    *sections, leaf = key.split(".")
+    for section in sections:
+        node = node[section]
+    node[leaf] = _coerce(declared, value, key, source)
+    _check_range(key, node[leaf], source)
+
+
+def _hint(key: str) -> str:
+    """What an unknown key was probably meant to be."""
+    names = [name for name, _ in _flatten(_C)]
+    section, _, leaf = key.rpartition(".")
+    if section == "MODEL.OVERRIDES":
+        return f"; it takes {', '.join(sorted(_ARGUMENTS))}"
+    key, leaf = key.upper(), leaf.upper()
+    # The first key that begins so (OPTIM.LR), the right name in a wrong section, the likeliest, the first of that name.
+    guess = [name for name in names if leaf and name.startswith(key)]
+    guess += [name for name in names if leaf == name.rsplit(".", 1)[-1]]
+    guess += difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    guess += [name for name in names if leaf and name.rsplit(".", 1)[-1].startswith(leaf)]
+    return f"; did you mean {guess[0]}?" if guess else "; the keys are listed in dgunet/training/config.py"
+
+
+def _coerce(default, value, key: str, source: str):
+    """Bring a value to the type of the key's default, where nothing is lost by it."""
+    if key == "MODEL.RATIO" and not isinstance(value, int | float | str):
+        default = ()  # or a range
+    kind, given = type(default), type(value)  # isinstance would take True for an int
+    if given is bool:
+        if kind is bool or default == "auto":  # a switch, or one that may be left to us
+            return value
+    elif kind is bool:
+        if key in _RANGES and isinstance(value, str | None):  # a switch of more than two positions
+            return value or ""
+    elif kind is float and isinstance(value, int | float | str):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)  # YAML takes 1e-4, without a dot, for text
+    elif kind is int and (given is int or (given is float and value.is_integer())):
+        return int(value)
+    elif kind is str and isinstance(value, str | int | float | None):
+        return "" if value is None else str(value)
+    elif kind is list:
+        numbers = value if given is list else [value]
+        if all(type(number) is int for number in numbers):
+            return numbers
+    elif kind is tuple:
+        ends = value if given is list and len(value) == 2 else [value, value]
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            lowest, highest = (float(end) for end in ends if type(end) is not bool)
+            if not lowest > highest:
+                return [lowest, highest]
+    expected = {
+        str: "text", int: "a whole number", float: "a number", bool: "True or False",
+        list: "a list of whole numbers", tuple: "a number or a range, [LOWEST, HIGHEST]",
+    }  # fmt: skip
+    raise UserError(f"{source}: {key} must be {expected[kind]}, got {_short(value)}")
+
+
+def _check_range(key: str, value, source: str):
+    """Raise a UserError where a value of the right type is out of its range."""
+    allowed = _RANGES.get(key)
+    if isinstance(allowed, list) and value not in allowed:
+        raise UserError(f"{source}: {key} is {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}, got {_short(value)}")
+    if isinstance(allowed, tuple):
+        lowest, highest = allowed
+        for number in value if isinstance(value, list) else [value]:
+            if not lowest <= number <= highest:  # nor is NaN
+                raise UserError(f"{source}: {key} must be from {lowest} to {highest}, got {_short(number)}")
+    if key == "GPU" and len(set(value)) < len(value):
+        raise UserError(f"{source}: GPU lists one twice, got {_short(value)}; each is used by one process")
+    if key == "TRAINING.VAL_PS" and 0 < value < MULTIPLE:
+        raise UserError(f"{source}: {key} must be 0 (whole images) or at least {MULTIPLE}, got {value}")
+    if key == "MODEL.BLOCK" and value % MULTIPLE:
+        raise UserError(f"{source}: {key} must be a multiple of {MULTIPLE}, got {value}")
+    if isinstance(value, str):
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+            raise UserError(f"{source}: {key} must be text without control characters, in UTF-8, got {_short(value)}")
+        if len(value.encode()) > 4000 or any(len(name.encode()) > 255 for name in value.split("/")):
+            raise UserError(f"{source}: {key} is longer than names of files can be, got {_short(value)}")
+        if key == "MODEL.SESSION" and (value in ("", ".", "..") or {*value} & {*"/\\"} or len(value.encode()) > 200):
+            raise UserError(
+                f"{source}: {key} is the name of one folder in TRAINING.SAVE_DIR, without slashes and of at most 200 "
+                f"bytes, got {_short(value)}"
+            )
+
+
+def _shorten(text: str, length: int = 100) -> str:
+    """A user's text on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+_shortener = reprlib.Repr()
+_shortener.maxstring = _shortener.maxother = 100
+
+
+def _short(value) -> str:
+    """``repr``, on one line that can be read."""
+    return _shorten(_shortener.repr(value))

@@ -1,0 +1,268 @@
+"""What a training step changes: the network, its optimiser and averaged weights, and the counters of the steps."""
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dgunet.checkpoints.load import check_tensors, load_weights, weights_of
+from dgunet.data.transforms import center_crop, unit_range
+from dgunet.model.network import DGUNet, MeasureThenRestore
+from dgunet.runtime import distributed
+from dgunet.runtime.errors import UserError, shorten_list
+from dgunet.runtime.hardware import autocast_dtype, memory_format, training_device
+from dgunet.training.losses import LOSSES, StageLoss
+
+
+class StepCounts(NamedTuple):
+    """The values of `StepCounters`."""
+
+    loss: float
+    counted: int
+    skipped: int
+    skipped_in_a_row: int
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.counted if self.counted else math.nan
+
+
+class StepCounters:
+    """Counters of an epoch's steps, kept on the device, so that a step need not wait for it.
+
+    ``loss``: sum over the ``counted`` steps; ``skipped``: steps with a loss or gradient that is not finite;
+    ``skipped_in_a_row``: the number of those since the last other one, in this epoch or before.
+    """
+
+    def __init__(self, device: torch.device):
+        self.values = torch.zeros(4, dtype=torch.float64, device=device)
+        self.loss, self.counted, self.skipped, self.skipped_in_a_row = self.values.unbind()  # views
+
+    def add(self, loss: Tensor, finite: Tensor):
+        skipped = (~finite).double()
+        self.loss += torch.where(finite, loss, 0).double()
+        self.counted += 1 - skipped
+        self.skipped += skipped
+        self.skipped_in_a_row.add_(1).mul_(skipped)
+
+    def next_epoch(self):
+        self.values[:3] = 0
+
+    def read(self) -> StepCounts:
+        loss, *counts = self.values.tolist()
+        return StepCounts(loss, *map(int, counts))
+
+
+class TrainState:
+    """A network in training on this process's device, with all that a training step reads and changes.
+
+    Args:
+        cfg: see `config.py`.
+        model: a DGUNet. One with a known degradation is trained on clean images, from which its input is measured.
+
+    Raises:
+        UserError: settings that do not go together.
+    """
+
+    def __init__(self, cfg, model: DGUNet):
+        self.cfg, self.rank, self.world = cfg, distributed.rank(), distributed.world_size()
+        graphs = cfg.SPEED.COMPILE and cfg.SPEED.COMPILE_MODE in ("reduce-overhead", "max-autotune")
+        if graphs and cfg.OPTIM.ACCUMULATE > 1:
+            raise UserError(
+                f"SPEED.COMPILE_MODE {cfg.SPEED.COMPILE_MODE} uses CUDA graphs, whose gradients the next pass "
+                "overwrites; with OPTIM.ACCUMULATE take default or max-autotune-no-cudagraphs"
+            )
+        torch.backends.cudnn.benchmark = True  # crops are of one size: it pays to try cuDNN's algorithms once
+        self.device = training_device(cfg)
+        self.amp = autocast_dtype(cfg.SPEED.AMP, self.device)
+        self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)
+        self.model = model.to(self.device, memory_format=self.memory_format)
+        self.network = MeasureThenRestore(self.model)  # what runs the forward pass; after `wrap_ddp` distributed
+        self.measured = hasattr(model.degradation, "measure")  # with random numbers
+        weights = {name: cfg.LOSS[name.upper()] for name in LOSSES}
+        self.loss = StageLoss(weights, cfg.LOSS.CLAMP).to(self.device)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=cfg.OPTIM.LR_INITIAL, betas=(0.9, 0.999), eps=1e-8,
+            weight_decay=cfg.OPTIM.WEIGHT_DECAY, fused=True,
+        )  # fmt: skip
+        self.ema = copy.deepcopy(model).requires_grad_(False) if cfg.OPTIM.EMA_DECAY > 0 else None
+        self.averaged = 0  # steps since its first weights, which are those of the first good step
+        self.good: dict[str, Tensor] | None = None  # trained weights, see `save_rollback_weights`
+        self.good_is_current = False  # they are the present ones
+        self.counters = StepCounters(self.device)
+        if cfg.SPEED.COMPILE:
+            self.model.compile(mode=cfg.SPEED.COMPILE_MODE)
+
+    def wrap_ddp(self):
+        """Share the gradients with the other processes, where there is a process group (also of one process)."""
+        if dist.is_initialized():
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.network, device_ids, gradient_as_bucket_view=True)
+
+    def random_draws(self, shared: tuple[int, ...], own: list[tuple[int, ...]]) -> tuple:
+        """The generators for `Degradation.measure`, seeded by SEED and the numbers given; () if none are needed.
+
+        Args:
+            shared: numbers for what the images of a batch have in common.
+            own: numbers for each image.
+        """
+        seeded = lambda device, key: torch.Generator(device).manual_seed(hash((self.cfg.SEED, *key)))  # noqa: E731
+        return (seeded("cpu", shared), [seeded(self.device, key) for key in own]) if self.measured else ()
+
+    def train_step(self, input: Tensor, target: Tensor, time: tuple[int, int] | None = None):
+        """One optimisation step on this process's part of a batch, without waiting for the device.
+
+        The batch goes through the network in ACCUMULATE chunks of b = B / ACCUMULATE images. Of each chunk the network
+        returns K estimates (b, C, H, W), one of each stage, whose losses are summed; a known degradation may
+        return smaller ones, which are compared with the centres of the targets. Where the loss or the gradient is not
+        finite the weights, also the averaged ones, stay as they are and the step is counted as skipped. (Until the
+        first step that is not, averaging does wait for the device.)
+
+        Args:
+            input, target: images (B, C, H, W) in [0, 1]; B is BATCH_SIZE / processes.
+            time: (epoch, step), which seed a random measurement; default: it is drawn from PyTorch's generator.
+
+        Raises:
+            UserError: the loss does not depend on a parameter.
+        """
+        passes = self.cfg.OPTIM.ACCUMULATE
+        loss = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.good_is_current = False
+        for i, (part, part_target) in enumerate(zip(input.chunk(passes), target.chunk(passes), strict=True)):
+            if isinstance(self.network, DistributedDataParallel):
+                self.network.require_backward_grad_sync = i == passes - 1  # gradients travel once, with the last pass
+            first = (self.rank * passes + i) * len(part)  # index in the batch of all processes
+            draws = () if time is None else self.random_draws(time, [(*time, first + k) for k in range(len(part))])
+            with self.autocast():
+                estimates = self.network(part, *draws)
+            part_loss = self.loss(estimates, center_crop(part_target, *estimates[0].shape[-2:])) / passes
+            part_loss.backward()
+            loss += part_loss.detach()
+        loss = distributed.sum_over_processes(loss) / self.world
+
+        unused = [name for name, p in self.trained.items() if p.grad is None]
+        if unused:  # DistributedDataParallel cannot train them, and Adam has no moments of them to save
+            raise UserError(
+                f"the loss has no gradient for {shorten_list(unused)}; leave out what the network does not use, or "
+                "freeze it with requires_grad_(False) before the Trainer is made"
+            )
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
+        if self.cfg.OPTIM.CLIP_NORM > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.OPTIM.CLIP_NORM, norm)
+        finite = torch.isfinite(loss + norm)
+        # The fused optimizer leaves weights and moments alone where found_inf is 1: the skip of torch.amp.GradScaler.
+        self.optimizer.found_inf = (~finite).float()
+        self.optimizer.step()
+        if self.ema is not None:
+            self._average()
+        self.counters.add(loss, finite)
+
+    @torch.no_grad()
+    def _average(self):
+        """Update the averaged weights as AveragedModel does, which would wait for the device, where its counter is."""
+        skipped = self.optimizer.found_inf
+        if self.averaged == 0:
+            self.ema.load_state_dict(self.model.state_dict())  # with what is not trained, such as a fixed matrix
+            self.averaged = 1 - int(skipped)
+            return
+        averaged, current = list(self.ema.parameters()), list(self.model.parameters())
+        # Towards the weights, or after a skipped step towards the average itself, which leaves it exactly as it is.
+        aim = torch._foreach_mul(current, 1 - skipped)
+        torch._foreach_add_(aim, torch._foreach_mul(averaged, skipped))
+        torch._foreach_lerp_(averaged, aim, 1 - self.cfg.OPTIM.EMA_DECAY)
+        self.averaged += 1
+
+    @torch.no_grad()
+    def save_rollback_weights(self):
+        """Keep a copy of the weights for `roll_back`; not with EMA, which goes back to the averaged ones."""
+        if self.ema is None and self.cfg.OPTIM.ROLLBACK_AFTER_BAD_STEPS:
+            self.good = {name: p.clone() for name, p in self.trained.items()}
+            self.good_is_current = True
+
+    @torch.no_grad()
+    def roll_back(self) -> bool:
+        """Go back to the averaged weights, or those kept, and clear Adam's moments; False if they are not finite."""
+        good = self.good if self.ema is None else dict(self.ema.named_parameters())
+        if good is None or not all(good[name].isfinite().all() for name in self.trained):
+            return False
+        torch._foreach_copy_(self.parameters, [good[name] for name in self.trained])
+        torch._foreach_zero_([moment for moments in self.optimizer.state.values() for moment in moments.values()])
+        self.counters.skipped_in_a_row.zero_()
+        self.good_is_current = True
+        return True
+
+    @property
+    def eval_model(self) -> DGUNet:
+        """The network that is validated and tested: the averaged one where EMA is on."""
+        return self.model if self.ema is None else self.ema
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Crops that go through this process's network at once."""
+        return self.cfg.OPTIM.BATCH_SIZE // (self.world * self.cfg.OPTIM.ACCUMULATE)
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+    def to_device(self, x: Tensor) -> Tensor:
+        return unit_range(x.to(self.device, non_blocking=True)).contiguous(memory_format=self.memory_format)
+
+    def state_dict(self) -> dict:
+        """What training needs to continue besides the weights of `eval_model`: Adam's moments, counts, raw weights."""
+        state = {"optimizer": self.optimizer.state_dict(), "totals": self.counters.values.tolist()}
+        if self.ema is not None:
+            state |= {"raw_state_dict": self.model.state_dict(), "averaged": self.averaged}
+        if self.good is not None and not self.good_is_current:
+            state["good_weights"] = self.good
+        return state
+
+    def load_state_dict(self, state: dict, path):
+        """Continue from a state that `resume.check_state` has found good; ``path`` is the file that it comes from.
+
+        Raises:
+            UserError: it is of another network.
+        """
+        averaged = "averaged" in state
+        raw = state["raw_state_dict" if averaged else "state_dict"]
+        load_weights(self.model, weights_of({"state_dict": raw}, path), path)
+        if averaged and self.ema is not None:
+            load_weights(self.ema, weights_of(state, path), path)
+            self.averaged = state["averaged"]
+        self._load_moments(state["optimizer"]["state"], path)
+        self.counters.values.copy_(torch.tensor(state["totals"], dtype=torch.float64))
+        self.save_rollback_weights()
+        if self.good is not None and "good_weights" in state:
+            check_tensors(self.good, state["good_weights"], path, "the good weights of this run")
+            for name, weights in self.good.items():
+                weights.copy_(state["good_weights"][name])
+            self.good_is_current = False
+
+    def _load_moments(self, saved: dict[int, dict[str, Tensor]], path):
+        """Load Adam's moments in their parameters' memory format; its learning rate, decay, ... stay."""
+        own = self.optimizer.state_dict()
+        own["state"] = {
+            i: {"step": torch.zeros(()), "exp_avg": torch.empty_like(p), "exp_avg_sq": torch.empty_like(p)}
+            for i, p in enumerate(self.parameters)
+        }
+        expected, found = (
+            {f"{i}.{key}": value for i, moments in states.items() for key, value in moments.items()}
+            for states in (own["state"], saved)
+        )
+        check_tensors(expected, found, path, "the optimizer of this run", exact=True)
+        negative = [name for name, value in found.items() if not name.endswith(".exp_avg") and (value < 0).any()]
+        if negative:
+            raise UserError(f"{path} holds negative squares in its optimizer state: {shorten_list(negative)}")
+        for name, value in expected.items():
+            value.copy_(found[name])
+        self.optimizer.load_state_dict(own)

@@ -1,0 +1,288 @@
+"""The training loop, one for all tasks and any number of processes; `training` is its command line."""
+
+import functools
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from dgunet.checkpoints.load import describe_model, save_checkpoint
+from dgunet.data.datasets import TrainingSet, ValidationSet
+from dgunet.data.loader import ResumableBatchSampler, make_dataloader
+from dgunet.data.pairs import fingerprint
+from dgunet.model.network import DGUNet
+from dgunet.runtime import distributed
+from dgunet.runtime.errors import UserError
+from dgunet.training.config import format_config
+from dgunet.training.logger import RunLogger, describe
+from dgunet.training.resume import load_state, lock_run_dir, resume, run_dir
+from dgunet.training.schedule import EpochSchedule, validation_steps
+from dgunet.training.step import StepCounts, TrainState
+from dgunet.training.validation import validate
+
+log = logging.getLogger("dgunet")
+
+
+class Trainer:
+    """Trains a model as a config says, and saves everything needed to continue exactly where it stopped.
+
+    In the run's folder, SAVE_DIR/SESSION: ``model_latest.pth`` (the whole training state), ``model_best.pth`` (the same
+    at the best validation), ``model_epoch_N.pth`` (weights of each validation), ``config.yaml``, what `RunLogger`
+    writes, and ``.lock``, which lets only one training write there. Nothing is read before `resume`, nor written before
+    `fit`.
+
+    Args:
+        cfg: see `config.py`.
+        model: a DGUNet. One with a known degradation is trained on clean images, from which its input is measured.
+        train_set, val_set: see `patches.TrainingSet` and `patches.ValidationSet`.
+
+    Raises:
+        UserError: an impossible batch size, or settings that do not go together.
+    """
+
+    def __init__(self, cfg, model: DGUNet, train_set: TrainingSet, val_set: ValidationSet):
+        self.cfg, self.train_set, self.val_set = cfg, train_set, val_set
+        self.rank, self.world = distributed.rank(), distributed.world_size()
+        self.main = self.rank == 0
+        self.folder = run_dir(cfg)
+        if cfg.OPTIM.BATCH_SIZE % (self.world * cfg.OPTIM.ACCUMULATE):
+            raise UserError(
+                f"OPTIM.BATCH_SIZE is the total and must be a multiple of {self.world} processes times "
+                f"{cfg.OPTIM.ACCUMULATE} accumulation steps, got {cfg.OPTIM.BATCH_SIZE}"
+            )
+        self.batches = ResumableBatchSampler(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
+        self.train_state = TrainState(cfg, model)
+        self.device = self.train_state.device
+        self.schedule = EpochSchedule(self.train_state.optimizer, cfg.OPTIM)
+
+        self.epoch, self.step = 1, 0  # the current epoch and the steps done in it
+        self.best = {"psnr": float("-inf"), "epoch": 0}
+        self.last_psnr = float("nan")
+        self.validation_due = False  # that of the last step was interrupted
+        self.rollbacks = 0  # to good weights, after steps without a finite loss
+        self.log = RunLogger(self.folder, cfg.MODEL.SESSION, cfg.OPTIM.NUM_EPOCHS, self.batches.steps, self.main)
+        self.resumed: Path | None = None  # the file that the run was resumed from
+        self.changed: list[str] = []  # keys of the config that were different then
+        self.validation_changed = False  # its images, or what it does with them
+        self.notes: list[str] = []  # what the user should know about how the run begins
+        self.stop = distributed.StopSignal()
+        self.training_since = 0.0  # when the epoch's training began, plus the time spent on other things
+        self.sync_interval = 1  # steps between two reads of the counters, which make the CPU wait for the device
+        self.last_save = time.monotonic()
+
+    # --------------------------------------------------------------------------------------------------------- a run
+
+    def fit(self):
+        """Train until the last epoch; SIGTERM or Ctrl-C saves and exits with 128 + the signal's number.
+
+        They also interrupt a validation, which is done again when the run is resumed. A second signal, some seconds
+        after the first, ends the run at once.
+
+        Raises:
+            UserError: another training writes to the folder; as `resume` does; an image that cannot be used; too many
+                steps in a row without a finite loss.
+        """
+        with lock_run_dir(self.folder, self.main):
+            self.resume()
+            describe(self)
+            if self.main:
+                _ = self.fingerprints  # of the data as they are now, before the first step
+                (self.folder / "config.yaml").write_text(format_config(self.cfg) + "\n")
+            self.train_state.wrap_ddp()
+            loading = make_dataloader(
+                self.train_set, self.cfg.TRAINING.WORKERS, batch_sampler=self.batches,
+                pin_memory=self.device.type == "cuda",
+            )  # fmt: skip
+            with self.log, self.stop, loading as loader:
+                for note in self.notes:
+                    log.info(note)
+                if self.resumed is not None:
+                    log.info("continuing %s: epoch %d, step %d", self.resumed, self.epoch, self.step)
+                else:
+                    self.train_state.save_rollback_weights()
+                if self.step == self.batches.steps and not self.validation_due:  # saved at the end of an epoch
+                    self._next_epoch()
+                while self.epoch <= self.cfg.OPTIM.NUM_EPOCHS and self._run_epoch(loader):
+                    self._next_epoch()
+                if not self.stop.agreed and self.best["epoch"]:
+                    log.info("done: best PSNR %.2f dB in epoch %d", self.best["psnr"], self.best["epoch"])
+            if self.stop.agreed:
+                distributed.barrier()
+                sys.exit(128 + self.stop.agreed)
+
+    def _run_epoch(self, loader: DataLoader) -> bool:
+        """Train to the end of the current epoch; False if a signal stopped it before."""
+        cfg, steps = self.cfg, self.batches.steps
+        self.schedule.go_to(self.epoch)
+        self.batches.epoch, self.batches.start = self.epoch, self.step
+        validations = validation_steps(self.epoch, steps, cfg)
+        first, images_per_second = self.step, float("nan")
+        with self.log.bar(self.epoch, self.step) as bar:
+            if self.validation_due:
+                self._validate_and_save(images_per_second)
+            self.training_since = time.monotonic()
+            for batch in () if self.stop.agreed else loader:
+                self.train_state.train_step(*map(self.train_state.to_device, batch), (self.epoch, self.step))
+                self.step += 1
+                bar.update()
+                if self.step % self.sync_interval and self.step != steps and self.step not in validations:
+                    continue
+                counts = self.train_state.counters.read()  # waits for the device
+                seconds = (time.monotonic() - self.training_since) / (self.step - first)
+                images_per_second = cfg.OPTIM.BATCH_SIZE / seconds
+                self._log_progress(bar, counts, images_per_second, seconds)
+                self._handle_skipped_steps(counts)
+                self._sync_stop_flag(seconds)
+                before = time.monotonic()
+                due = before - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES
+                if self.step in validations:
+                    self._validate_and_save(images_per_second)
+                elif self.step < steps and (due or self.stop.agreed):
+                    self._save_latest()  # after the last step only with the epoch's row in the history
+                self.training_since += time.monotonic() - before
+                if self.stop.agreed:
+                    break
+        if first < self.step == steps and steps not in validations:
+            self._record(images_per_second, validated=False)
+            self._save_latest()
+        if self.stop.agreed:
+            log.info(
+                "stopped by signal %d in epoch %d after step %d; continue with TRAINING.RESUME True",
+                self.stop.agreed, self.epoch, self.step,
+            )  # fmt: skip
+        return not self.stop.agreed
+
+    def _next_epoch(self):
+        self.epoch, self.step = self.epoch + 1, 0
+        self.train_state.counters.next_epoch()
+
+    def _log_progress(self, bar, counts: StepCounts, images_per_second: float, seconds: float):
+        psnr = "-" if math.isnan(self.last_psnr) else f"{self.last_psnr:.2f}"
+        status = f"loss {counts.mean_loss:.4f}, PSNR {psnr}, lr {self.train_state.lr:.1e}"
+        self.log.progress(bar, self.epoch, self.step, f"{status}, {images_per_second:.1f} images/s", seconds)
+
+    def _handle_skipped_steps(self, counts: StepCounts):
+        """After some steps in a row without a finite loss go back to good weights, after too many give up."""
+        optim, bad, after = self.cfg.OPTIM, counts.skipped_in_a_row, self.cfg.OPTIM.ROLLBACK_AFTER_BAD_STEPS
+        due = 0 < after <= bad and after < optim.MAX_BAD_STEPS and self.rollbacks < optim.MAX_ROLLBACKS
+        if due and self.train_state.roll_back():
+            self.rollbacks += 1
+            self.schedule.lower(optim.ROLLBACK_LR_FACTOR)
+            log.info(
+                "epoch %d, step %d: loss or gradient was not finite in %d steps in a row; back to the %s weights, "
+                "cleared Adam's moments and lowered the lr to %.2e (rollback %d of at most %d)",
+                self.epoch, self.step, bad, "averaged" if optim.EMA_DECAY else "last good", self.train_state.lr,
+                self.rollbacks, optim.MAX_ROLLBACKS,
+            )  # fmt: skip
+        elif bad >= optim.MAX_BAD_STEPS:
+            best = self.folder / "model_best.pth"
+            again = f"; start again from {best} (MODEL.WEIGHTS)" if best.exists() else ""
+            rolled_back = f", also after {self.rollbacks} rollbacks" if self.rollbacks else ""
+            raise UserError(
+                f"loss or gradient was not finite in {bad} steps in a row (epoch {self.epoch}){rolled_back}{again}. "
+                "Try a lower OPTIM.LR_INITIAL, OPTIM.CLIP_NORM 0.01, or SPEED.AMP fp32; look for broken images"
+            )
+
+    def _sync_stop_flag(self, seconds: float = 0.0) -> bool:
+        """Agree on whether to stop, and on how many steps of so many seconds to take before the next sync."""
+        seconds = self.stop.sync(self.device, seconds)
+        # Often enough to stop within some seconds; on the CPU reading the counters costs nothing.
+        if seconds:
+            self.sync_interval = 1 if self.device.type == "cpu" else max(1, min(20, int(3 / seconds)))
+        return bool(self.stop.agreed)
+
+    def validate(self) -> float | None:
+        """Mean PSNR over the validation set, see `validation.validate`; None if a signal has interrupted it."""
+        return validate(self.train_state, self.val_set, self._sync_stop_flag)
+
+    def _validate_and_save(self, images_per_second: float):
+        """Validate, unless the run is stopped before the end of that: it is then done when the run is resumed.
+
+        The state is saved first: a validation may take longer than a scheduler waits, or more memory than there is.
+        """
+        if not self.validation_due:
+            self.validation_due = True
+            self._save_latest()
+        psnr = None if self.stop.agreed else self.validate()
+        if psnr is None:
+            return
+        self.last_psnr, self.validation_due = psnr, False
+        better = psnr > self.best["psnr"]
+        if better:
+            self.best = {"psnr": psnr, "epoch": self.epoch}
+        self._record(images_per_second, validated=True)
+        # The state comes last: a run that is killed before it repeats the validation and writes all three.
+        if self.cfg.TRAINING.SAVE_EACH_VALIDATION:
+            part = "" if self.step == self.batches.steps else f"_step_{self.step}"
+            self.save(f"model_epoch_{self.epoch}{part}.pth", state=self.weights() if self.main else None)
+        self.save("model_best.pth", "model_latest.pth") if better else self._save_latest()
+        self._sync_stop_flag()
+
+    def _record(self, images_per_second: float, validated: bool):
+        """Add a row to the history: at each validation, and at the end of an epoch without one."""
+        counts = self.train_state.counters.read()
+        row = {
+            "epoch": self.epoch, "step": self.step, "lr": self.train_state.lr, "loss": counts.mean_loss,
+            "psnr": self.last_psnr if validated else None,
+            "best_psnr": self.best["psnr"] if self.best["epoch"] else None,
+            "images_per_second": round(images_per_second, 2),
+            "skipped_steps": counts.skipped, "rollbacks": self.rollbacks,
+        }  # fmt: skip
+        self.log.record(row, self.best["epoch"])
+        if counts.skipped_in_a_row == 0 and not (validated and math.isnan(self.last_psnr)):
+            self.train_state.save_rollback_weights()
+
+    # ------------------------------------------------------------------------------------------- saving and resuming
+
+    def resume(self):
+        """Resume the run in the folder, see `resume.resume`."""
+        resume(self)
+
+    def load_state_dict(self, state: dict, path: Path):
+        """Continue from a state that was saved at ``path``, see `resume.load_state`."""
+        load_state(self, state, path)
+
+    @functools.cached_property
+    def fingerprints(self) -> dict:
+        """What identifies the training and the validation images when a run is resumed."""
+        return {"data": fingerprint(self.train_set.items), "val_data": fingerprint(self.val_set.items)}
+
+    def state_dict(self) -> dict:
+        """Everything needed to continue, in types that load with ``weights_only=True``.
+
+        All that is random in training is drawn from the seed, the epoch, the step and the image: there are no
+        generators to save.
+        """
+        return {
+            **self.weights(),
+            **self.train_state.state_dict(),
+            "epoch": self.epoch,  # the schedule is a function of this and the config
+            "step": self.step,
+            "best": self.best,
+            "last_psnr": self.last_psnr,
+            "validation_due": self.validation_due,
+            "rollbacks": self.rollbacks,
+            "lr_factor": self.schedule.factor,
+            "history": self.log.rows,
+            **self.fingerprints,
+        }
+
+    def weights(self) -> dict:
+        """What using the network needs: its weights (the averaged ones where EMA is on), name and config."""
+        model = self.train_state.eval_model
+        return {"state_dict": model.state_dict(), "model": describe_model(model), "config": self.cfg.dump()}
+
+    def save(self, *names: str, state: dict | None = None):
+        if self.main:
+            state = self.state_dict() if state is None else state
+            for name in names:
+                save_checkpoint(state, self.folder / name)
+        self.last_save = time.monotonic()
+
+    def _save_latest(self):
+        """Replace ``model_latest.pth``; not while steps are skipped one after the other, perhaps for bad weights."""
+        if self.train_state.counters.read().skipped_in_a_row < 2 or not (self.folder / "model_latest.pth").exists():
+            self.save("model_latest.pth")
