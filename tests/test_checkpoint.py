@@ -682,7 +682,7 @@ def test_malicious_file_is_refused_and_does_nothing(tmp_path, layout):
     message = refusal(tmp_path / "a.pth")
     assert not trace.exists()
     if layout != "pickle":  # PyTorch cannot read a plain pickle at all
-        assert "touch" in message or "getattr" in message or "Path" in message
+        assert "getattr" in message
     # and the file would have done it
     if layout == "pickle":
         pickle.loads((tmp_path / "a.pth").read_bytes())

@@ -66,7 +66,8 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     path = locate(path)
     if os.path.isdir(path):
-        raise UserError(f"{path} is a folder; give the checkpoint file in it, such as {path / 'model_best.pth'}")
+        likely = [*path.glob("*.safetensors"), path / "model_best.pth"][0]
+        raise UserError(f"{path} is a folder; give the checkpoint file itself, such as {likely}")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
