@@ -6,9 +6,10 @@
 Instance norm, channel attention and subspace projection are computed over a whole image in testing and over crops in
 training; windows give them the size of then (dgunet/model/local.py). Which windows gain differs between networks. The
 images are those that the last config beside the weights holds out for validation, whole instead of cropped, degraded
-as the config says. For one operation after the other the window with the highest mean PSNR is taken, the others unchanged: the
-largest within 0.01 dB of it, or the whole image if no window gains as much. Tiles of these sides, which take longer,
-are chosen if they gain as much over the windows. The last line is the entry for the weights' record.yaml.
+as the config says. For one operation after the other the window with the highest mean PSNR is taken, the others
+unchanged: the largest within 0.01 dB of it, or the whole image if no window gains as much. Tiles of these sides,
+which take longer, are chosen if they gain as much over the windows. The last line is the entry for the weights'
+record.yaml.
 """
 
 from pathlib import Path

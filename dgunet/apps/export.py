@@ -209,7 +209,7 @@ def _at_ratio(model: DGUNet, ratio: float | None) -> DGUNet:
 
 
 def eliminate(gram: Tensor, eye: Tensor, ridge: float) -> Tensor:
-    """`pathways.inverse_cholesky` in the operations that ONNX has: unrolled elimination of ``[gram, eye]``.
+    """`projection.inverse_cholesky` in the operations that ONNX has: unrolled elimination of ``[gram, eye]``.
 
     That leaves ``[L^T, L^-1]``. No pivot is smaller than the ridge but by rounding.
     """

@@ -11,7 +11,7 @@ may have
 
     noise_sigma  (lowest, highest) standard deviation of the Gaussian noise it was trained for, in 8-bit levels
 
-and, to resume a training, the state that `engine.Trainer` adds. Files are loaded with ``weights_only=True``: none runs
+and, to resume a training, the state that `trainer.Trainer` adds. Files are loaded with ``weights_only=True``: none runs
 code. Weights to share are .safetensors files with the same entries, see `weights`.
 """
 

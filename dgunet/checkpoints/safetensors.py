@@ -2,8 +2,8 @@
 
 The metadata has ``dgunet``, as JSON
 
-    model    what `checkpoint.describe_model` gives, by which the network is built again
-    record   optional: what the weights are for and how they were trained, see `pretrained.Record`
+    model    what `load.describe_model` gives, by which the network is built again
+    record   optional: what the weights are for and how they were trained, see `registry.Record`
 
 and ``sha256``, of that text and the weights: the format has no checksum of its own.
 """
@@ -26,8 +26,8 @@ def save_weights(path: str | Path, state_dict: dict[str, Tensor], model: dict, r
     Args:
         path: of the file; its folder is made if needed.
         state_dict: the weights.
-        model: see `checkpoint.describe_model`.
-        record: the fields of a `pretrained.Record` but its ``task`` and ``path``, or None.
+        model: see `load.describe_model`.
+        record: the fields of a `registry.Record` but its ``task`` and ``path``, or None.
     """
     from safetensors.torch import save
 

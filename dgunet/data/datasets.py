@@ -27,7 +27,7 @@ Item = Path | Packed | Pair
 class TrainingSet(Protocol):
     """What the engine needs of a training set; `RandomPatches` is one."""
 
-    items: list[Item]  # compared when a run is resumed, see `data.fingerprint`
+    items: list[Item]  # compared when a run is resumed, see `pairs.fingerprint`
     repeat: int  # crops of each in an epoch
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """Images of phones and scanners: all kinds are read, upright, and written again with their metadata.
 
-`data.read_image` reads images to train and test with, and refuses other kinds.
+`images.read_image` reads images to train and test with, and refuses other kinds.
 """
 
 import contextlib

@@ -29,7 +29,7 @@ class SamplePhoto:
         """(H, W, 3) uint8 RGB; a grey image gets three equal channels.
 
         Raises:
-            UserError: it cannot be read, see `data.read_image`, or is too small.
+            UserError: it cannot be read, see `images.read_image`, or is too small.
         """
         image = read_image(self.path, grey=True)
         height, width = image.shape[:2]

@@ -32,7 +32,7 @@ from dgunet.training.trainer import Trainer
 
 
 def crop_options(cfg) -> dict:
-    """What all training sets take from a config, see `patches.RandomPatches`."""
+    """What all training sets take from a config, see `datasets.RandomPatches`."""
     return dict(patch=cfg.TRAINING.TRAIN_PS, repeat=cfg.TRAINING.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
 
 
@@ -45,7 +45,7 @@ class Task:
     """What a task trains on.
 
     Args:
-        name: that of its networks in `model.VARIANTS`, and the folder of its configs.
+        name: that of its networks in `variants.VARIANTS`, and the folder of its configs.
         uses: the config keys, or how they begin, that not every task uses and this one does.
         make_train_set: from the config and what ``find`` found to a data set indexed with (epoch, index).
         make_val_set: likewise to one for validation.

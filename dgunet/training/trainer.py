@@ -37,7 +37,7 @@ class Trainer:
     Args:
         cfg: see `config.py`.
         model: a DGUNet. One with a known degradation is trained on clean images, from which its input is measured.
-        train_set, val_set: see `patches.TrainingSet` and `patches.ValidationSet`.
+        train_set, val_set: see `datasets.TrainingSet` and `datasets.ValidationSet`.
 
     Raises:
         UserError: an impossible batch size, or settings that do not go together.
