@@ -1,14 +1,8 @@
-"""Train DGUNet for compressive sensing, of 32x32 blocks where MODEL.BLOCK says nothing else.
+"""Train DGUNet for compressive sensing: `dgunet train compressive_sensing` of a clone; more with --help.
 
-    python CompressiveSensing/train.py MODEL.RATIO 0.25                   # step 1: blocks, one by one
-    python CompressiveSensing/train.py --config configs/compressive_sensing/dgunet_step2.yaml MODEL.RATIO 0.25 \\
-        MODEL.WEIGHTS checkpoints/compressive_sensing/DGUNet/model_best.pth    # step 2: deblocking
-    python CompressiveSensing/train.py MODEL.RATIO "[0.01, 0.5]"          # one network for all ratios from 1 to 50 %
-    python CompressiveSensing/train.py MODEL.MATRIX fixed                 # do not learn the sampling matrix
-    python CompressiveSensing/train.py TRAINING.RESUME True               # continue where it stopped
-
-Ratios of the paper: 0.01, 0.04, 0.1, 0.25, 0.5. Give each its own MODEL.SESSION. Config keys are explained in
-dgunet/training/config.py.
+python CompressiveSensing/train.py MODEL.RATIO 0.25                  # step 1: blocks, one by one
+python CompressiveSensing/train.py --config dgunet_step2 MODEL.RATIO 0.25 MODEL.WEIGHTS STEP1   # step 2: deblocking
+python CompressiveSensing/train.py TRAINING.RESUME True              # continue where it stopped
 """
 
 import sys
@@ -16,10 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.runtime.errors import command_imports, run_cli
-
-with command_imports(__name__):
-    from dgunet.training.cli import TASKS, train_command
+from dgunet.apps.cli import run_task
+from dgunet.runtime.errors import run_cli
 
 if __name__ == "__main__":
-    run_cli(lambda: train_command(TASKS["compressive_sensing"], __doc__))
+    run_cli(lambda: run_task("train", "compressive_sensing", sys.argv[1:], "python CompressiveSensing/train.py"))

@@ -1,11 +1,8 @@
-"""Train DGUNet for deblurring.
+"""Train DGUNet for deblurring: `dgunet train deblurring` of a clone; more with --help.
 
-    python Deblurring/train.py                                             # the paper's DGUNet on GoPro, every GPU here
-    python Deblurring/train.py --config configs/deblurring/dgunet_plus.yaml GPU "[0, 1]" OPTIM.BATCH_SIZE 8
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 Deblurring/train.py
-    python Deblurring/train.py TRAINING.RESUME True                        # continue where it stopped
-
-Config keys are explained in dgunet/training/config.py.
+python Deblurring/train.py                                   # the paper's DGUNet, every GPU here
+python Deblurring/train.py --config dgunet_plus              # the paper's DGUNet+
+python Deblurring/train.py TRAINING.RESUME True              # continue where it stopped
 """
 
 import sys
@@ -13,10 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.runtime.errors import command_imports, run_cli
-
-with command_imports(__name__):
-    from dgunet.training.cli import TASKS, train_command
+from dgunet.apps.cli import run_task
+from dgunet.runtime.errors import run_cli
 
 if __name__ == "__main__":
-    run_cli(lambda: train_command(TASKS["deblurring"], __doc__))
+    run_cli(lambda: run_task("train", "deblurring", sys.argv[1:], "python Deblurring/train.py"))

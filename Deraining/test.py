@@ -1,13 +1,7 @@
-"""Test DGUNet for deraining, or remove the rain from images.
+"""Test DGUNet for deraining: `dgunet test deraining` of a clone; more with --help.
 
-    python Deraining/test.py --weights model.pth                             # the paper's table: all five test sets
-    python Deraining/test.py --dataset Rain100L                              # our own weights
-    python Deraining/test.py --weights model.pth --dataset Rain100L Test100
-    python Deraining/test.py --weights model.pth --dataset path/to/folder    # pairs in input/ and target/, or images
-    python Deraining/test.py --score_only restored                           # score restored/Rain100L/...
-
-PSNR and SSIM as in the literature on deraining: on the rounded luma of MATLAB's rgb2ycbcr, of images rounded to 8
-bits. The average is that of the sets' means. An interrupted test resumes.
+python Deraining/test.py --weights model.pth             # the paper's table: all five test sets
+python Deraining/test.py --dataset path/to/folder        # our own weights
 """
 
 import sys
@@ -15,49 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dgunet.runtime.errors import command_imports, run_cli
-
-with command_imports(__name__):
-    import numpy as np
-
-    from dgunet.data.images import read_image
-    from dgunet.evaluation.cli import Benchmark, command, custom_folder
-    from dgunet.evaluation.sets import ImageSet, image_samples, paired
-    from dgunet.runtime.errors import UserError
-
-
-def read_halves(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The rainy (right) and the clean (left) half of an image of Test100, as it was published."""
-    image = read_image(path)
-    if image.shape[1] % 2:
-        raise UserError(f"{path} is {image.shape[1]} pixels wide, which are not two halves; replace or remove it")
-    clean, rainy = np.hsplit(image, 2)
-    return rainy, clean
-
-
-def pairs_or_halves(source: Path) -> ImageSet:
-    """Pairs in ``input/`` and ``target/``, or where there is no such folder, images of two halves."""
-    return paired(source) if (source / "input").is_dir() else image_samples(source, read_halves)
-
-
-PAPER = {
-    "Test100": dict(dgunet=(30.32, 0.899), dgunet_plus=(30.86, 0.907)),
-    "Rain100H": dict(dgunet=(30.66, 0.891), dgunet_plus=(31.06, 0.897)),
-    "Rain100L": dict(dgunet=(37.42, 0.969), dgunet_plus=(38.25, 0.974)),
-    "Test2800": dict(dgunet=(33.68, 0.938), dgunet_plus=(34.01, 0.942)),
-    "Test1200": dict(dgunet=(33.23, 0.920), dgunet_plus=(33.08, 0.916)),
-}
-AVERAGE = dict(dgunet=(33.06, 0.923), dgunet_plus=(33.46, 0.927))  # the paper's, of all five
-BENCHMARKS = {
-    name: Benchmark(f"test/{name}", "deraining_y", paper, pairs_or_halves if name == "Test100" else paired)
-    for name, paper in PAPER.items()
-}
-
-
-def main():
-    own = custom_folder("deraining_y")
-    command("deraining", __doc__, BENCHMARKS, own, "deraining_mixture", paper_average=AVERAGE)
-
+from dgunet.apps.cli import run_task
+from dgunet.runtime.errors import run_cli
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: run_task("test", "deraining", sys.argv[1:], "python Deraining/test.py"))

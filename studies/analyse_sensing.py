@@ -28,7 +28,6 @@ with command_imports(__name__):
     import torch
     from matplotlib.figure import Figure
     from scipy.fft import dctn
-    from sensing import reconstruct_tiles, reconstruct_whole
     from torch import Tensor
 
     from dgunet import DGUNet, load_model
@@ -37,6 +36,7 @@ with command_imports(__name__):
     from dgunet.evaluation.metrics import evaluate_pair
     from dgunet.model.sampling import ScalableSampling, init_sampling_matrix
     from dgunet.runtime.fonts import drawable
+    from dgunet.tasks.compressive_sensing import reconstruct_tiles, reconstruct_whole
 
 TILE = 128
 ROWS = 8  # drawn of each matrix

@@ -2,7 +2,6 @@
 
 import csv
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -11,9 +10,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from benchmarks import read_dnd, read_dnd_image, read_sidd
 from conftest import run_script
-from test_evaluation import command
 
 from dgunet import UserError, create_model, load_model, restore
 from dgunet.checkpoints.load import describe_model, save_checkpoint
@@ -22,6 +19,8 @@ from dgunet.data.images import read_image
 from dgunet.data.transforms import unit_range
 from dgunet.evaluation.metrics import evaluate_pair
 from dgunet.runtime.errors import run_cli
+from dgunet.tasks import find_task
+from dgunet.tasks.denoising import read_dnd, read_dnd_image, read_sidd
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -207,9 +206,8 @@ def test_dnd_image_that_cannot_be_read_does_not_cost_the_others(
         write_mat(path, "InoisySRGB", image, "v7.3")
     monkeypatch.chdir(tmp_path)
     words = ["--weights", str(weights), "--dataset", "DND", "--no-self_ensemble", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["test.py", *words])
     with pytest.raises(SystemExit) as end:
-        run_cli(command("denoising").main)
+        run_cli(lambda: find_task("denoising").test(words))
     said = capsys.readouterr().err
     assert end.value.code == 2 and message in said and "0001.mat" in said and "error: 1 " in said
     assert [p.name for p in (out(tmp_path, weights) / "DND/matfiles").iterdir()] == ["0002.mat"]

@@ -35,7 +35,8 @@ from dgunet.model.sampling import BlockSampling, sampling_operator
 from dgunet.runtime.distributed import StopSignal, launch
 from dgunet.runtime.errors import UserError
 from dgunet.runtime.hardware import autocast_dtype, memory_format
-from dgunet.training.cli import TASKS, build_model, find_clean_images, train_command
+from dgunet.tasks import find_task
+from dgunet.training.cli import build_model, find_clean_images
 from dgunet.training.config import load_config
 from dgunet.training.logger import RunLogger, describe, plot_history
 from dgunet.training.trainer import Trainer
@@ -1049,8 +1050,7 @@ def test_dry_run_before_there_is_data(folders, monkeypatch, capsys):
     changed = dict(TRAINING__TRAIN_DIR="/nowhere", TRAINING__VAL_DIR="/neither", MODEL__WEIGHTS="step1.pth")
 
     def dry_run(**more):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", *options(folders, **changed, **more)])
-        train_command(TASKS["denoising"], "")
+        find_task("denoising").train(["--dry_run", *options(folders, **changed, **more)])
         return capsys.readouterr().out
 
     out = dry_run()

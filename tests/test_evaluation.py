@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
 import math
 import os
 import shutil
@@ -13,7 +12,7 @@ import time
 import urllib.error
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -34,19 +33,11 @@ from dgunet.evaluation.scoresheet import Result, ScoreSheet
 from dgunet.evaluation.sets import ImageSet, Sample
 from dgunet.runtime.errors import run_cli
 from dgunet.runtime.hardware import pick_device
+from dgunet.tasks import find_task
+from dgunet.tasks.denoising import BENCHMARKS, with_noise
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"deraining": "Deraining", "denoising": "Denoising", "compressive_sensing": "CompressiveSensing"}
-
-
-@cache
-def command(task: str) -> ModuleType:
-    """A task's test.py as a module."""
-    folder = ROOT / FOLDERS[task]
-    spec = importlib.util.spec_from_file_location(f"test_of_{task}", folder / "test.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+TASKS = ("deraining", "denoising", "compressive_sensing")
 
 
 @cache
@@ -65,10 +56,9 @@ def test(tmp_path, monkeypatch, capfd):
         if weights == "tiny.pth" and not Path(weights).exists():
             save_checkpoint(tiny_weights(task), weights)
         words = [*map(str, words), "--device", "cpu", *(["--weights", weights] if weights else [])]
-        monkeypatch.setattr(sys, "argv", ["test.py", *words])
         capfd.readouterr()
         with pytest.raises(SystemExit) as status:
-            run_cli(command(task).main)
+            run_cli(lambda: find_task(task).test(words))
         out, err = capfd.readouterr()
         err = "\n".join(line for line in err.splitlines() if "grfmt_" not in line)  # of OpenCV's decoders
         return SimpleNamespace(status=status.value.code or 0, out=out, err=err)
@@ -717,7 +707,7 @@ def test_data_set_is_found_in_any_unicode_form(test, image_pairs):
 # ----------------------------------------------------------------------------------------------------- bf16 and compile
 
 
-@pytest.mark.parametrize("task", FOLDERS)
+@pytest.mark.parametrize("task", TASKS)
 def test_bf16_and_compile_are_options_of_every_task(test, image_pairs, monkeypatch, task):
     compiled = []
     monkeypatch.setattr(DGUNet, "compile", lambda self, **options: compiled.append(self))
@@ -822,10 +812,10 @@ def test_gaussian_noise_is_that_of_the_literature():
         np.random.seed(0)
         expected = np.float32(clean / 255.0)
         expected += np.random.normal(0, 50 / 255.0, expected.shape)
-        noisy = command("denoising").with_noise(clean, 50)
+        noisy = with_noise(clean, 50)
         assert noisy.dtype == np.float32 and noisy.min() < 0 and noisy.max() > 1
         np.testing.assert_array_equal(noisy, expected)
-    black = command("denoising").with_noise(np.zeros((1, 1, 3), np.uint8), 255)  # the generator's first numbers
+    black = with_noise(np.zeros((1, 1, 3), np.uint8), 255)  # the generator's first numbers
     np.testing.assert_allclose(black.ravel(), [1.764052, 0.400157, 0.978738], atol=1e-6)
 
 
@@ -839,7 +829,7 @@ def test_gaussian_noise_is_that_of_the_literature():
     ],
 )
 def test_weights_are_tested_on_the_noise_that_they_are_for(noise, expected):
-    assert testing._default(command("denoising").BENCHMARKS, noise) == expected
+    assert testing._default(BENCHMARKS, noise) == expected
 
 
 def test_gaussian_sets(test, image_pairs):
@@ -855,7 +845,7 @@ def test_gaussian_sets(test, image_pairs):
     model, scores = load_model("gaussian.pth"), []
     for path in sorted(Path("Datasets/cbsd68").iterdir()):
         clean = read_image(path)
-        noisy = command("denoising").with_noise(clean, 25)
+        noisy = with_noise(clean, 25)
         restored = to_uint8(restore(model, noisy))
         scores.append(
             (*evaluate_pair(restored, clean, "gaussian_rgb"), *evaluate_pair(to_uint8(noisy), clean, "gaussian_rgb"))
@@ -1028,7 +1018,7 @@ def test_random_faults_of_inputs_end_in_one_line(test, image_pairs, fuzz, tmp_pa
     for trial in range(12 * fuzz):
         rng = np.random.default_rng([10, trial])
         monkeypatch.chdir(tmp_path_factory.mktemp("fuzz"))
-        task = str(rng.choice(list(FOLDERS)))
+        task = str(rng.choice(TASKS))
         image_pairs(Path("set"), count=int(rng.integers(1, 4)), size=tuple(rng.integers(9, 40, 2)), seed=trial)
         for _ in range(int(rng.integers(0, 3))):
             spoil(rng, Path("set"))

@@ -6,6 +6,7 @@ import random
 import runpy
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 from collections import Counter
@@ -334,17 +335,17 @@ def test_every_folder_of_modules_is_packed():
     packages = set(tool["packages"])
     assert modules <= packages
     weights = {f"dgunet.pretrained_models.{record.path.parents[2].name}" for record in list_pretrained()}
-    assert packages - modules == weights
+    assert packages - modules == weights | {"dgunet.configs"}
     assert all(tool["package-dir"][name] == f"{name.rsplit('.')[-1]}/pretrained_models" for name in weights)
 
 
-def test_wheel(tmp_path, run_command, monkeypatch):
-    """It has the modules and the weights, and finds these without the repository."""
+def test_wheel(tmp_path, run_command, image_pairs, monkeypatch):
+    """It has the modules, weights and configs, and finds, trains and tests without the repository."""
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"
     source.mkdir()
     folders = {record.path.parents[2].name for record in list_pretrained()}
-    for name in ("dgunet", *folders, "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("dgunet", "configs", *folders, "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         (source / name).symlink_to(ROOT / name)
     built = run_command(["-c", "from setuptools import build_meta; build_meta.build_wheel('..')"], cwd=source)
     assert built.returncode == 0, built.stderr
@@ -353,11 +354,39 @@ def test_wheel(tmp_path, run_command, monkeypatch):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "installed")
     weights = {name for name in names if name.endswith("weights.safetensors")}
-    assert names - weights == {path.relative_to(ROOT).as_posix() for path in ROOT.glob("dgunet/**/*.py")}
-    monkeypatch.setattr(dgunet.pretrained, "__file__", str(tmp_path / "installed/dgunet/checkpoints/registry.py"))
+    modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("dgunet/**/*.py")}
+    configs = {f"dgunet/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("configs/*/*.*")}
+    assert names == weights | modules | configs
+    monkeypatch.setattr(
+        dgunet.checkpoints.registry, "__file__", str(tmp_path / "installed/dgunet/checkpoints/registry.py")
+    )
     found = dgunet.checkpoints.registry._records.__wrapped__()
     assert {record.path.relative_to(tmp_path / "installed").as_posix() for record in found.values()} == weights
     assert list(found) == list_models(pretrained=True)
+
+    # it trains by a config of its own, and tests, where there is no clone
+    image_pairs(tmp_path / "pairs", count=3, size=(24, 24))
+    shutil.copytree(tmp_path / "pairs/target", tmp_path / "photos")
+    shutil.copy(tmp_path / "photos/img1.png", tmp_path / "photos/100075.png")  # which is in Rain100L
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+
+    def dgunet_command(*words) -> str:
+        command = [sys.executable, "-m", "dgunet", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    told = dgunet_command("train", "deraining", "--config", "cpu", "--dry_run", "TRAINING.TRAIN_DIR", "photos")
+    assert "training    2 images of photos" in told and "validation  1 images" in told
+    words = ["TRAINING.TRAIN_DIR", "pairs", "TRAINING.VAL_DIR", "pairs", "TRAINING.TRAIN_PS", 16, "TRAINING.VAL_PS", 16]
+    words += ["OPTIM.NUM_EPOCHS", 1, "TRAINING.REPEAT", 1, "TRAINING.WORKERS", 0, "DEVICE", "cpu"]
+    words += ["MODEL.OVERRIDES", "{width: 8, growth: 4, final_growth: 4, stages: 2}"]
+    trained = dgunet_command("train", "denoising", "--config", "quickstart", *words)
+    assert "done: best PSNR" in trained and str(ROOT) not in trained
+    best = "checkpoints/denoising/quickstart/model_best.pth"
+    assert "appended to results/denoising.csv" in dgunet_command(
+        "test", "denoising", "--weights", best, "--dataset", "pairs", "--device", "cpu"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ two hubs

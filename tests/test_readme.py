@@ -10,11 +10,12 @@ from prepare_patches import GRIDS, grid_boxes
 from dgunet import create_model, list_models
 from dgunet.data.loader import ResumableBatchSampler
 from dgunet.model.degradations import KINDS
-from dgunet.training.config import load_config
+from dgunet.training.config import find_config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
 README = (ROOT / "README.md").read_text()
+SNAKE = re.compile("(?<=[a-z])(?=[A-Z])")
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("[A-Z]*/README.md"), *ROOT.glob("docs/*.md")]
 
 
@@ -53,26 +54,34 @@ def commands() -> list[tuple[str, list[str]]]:
 
 def test_commands_have_the_options_and_keys_that_the_documents_give_them():
     sources = {
-        "train.py": "dgunet/training/config.py",
-        "test.py": "dgunet/evaluation/cli.py",
+        "train": "dgunet/training/config.py",
+        "test": "dgunet/evaluation/cli.py",
         "ablation.py": "studies/runs.py",
         "study_sensing.py": "studies/runs.py",
     }
     trained = 0
     for file, words in commands():
-        script = ROOT / (f"{words[0]}/command.py" if words[0] == "dgunet" else words[1])
-        places = {script, ROOT / sources.get(script.name, script), ROOT / f"dgunet/{words[1]}.py"}
+        script = ROOT / ("dgunet/apps/cli.py" if words[0] == "dgunet" else words[1])
+        command = words[1] if words[0] == "dgunet" else script.name
+        if command in ("train.py", "test.py"):  # of a task
+            command = command.removesuffix(".py")
+        places = {script, ROOT / sources.get(command, script), ROOT / f"dgunet/apps/{command}.py"}
+        places |= {*ROOT.glob("dgunet/tasks/*.py")} if command == "test" else set()
         known = "".join(place.read_text() for place in places if place.exists())
         for word in words:
             if word.startswith("--"):
                 option = word.replace("--no-", "--")  # of a BooleanOptionalAction
                 assert f'"{word}"' in known or f'"{option}"' in known, f"{file}: {shlex.join(words)} has no {word}"
-        if script.name == "train.py":
+        if command == "train":
             options = {
                 key: value for key, value in zip(words, words[1:], strict=False) if re.match(r"GPU$|[A-Z]+\.", key)
             }
             config = words[words.index("--config") + 1] if "--config" in words else None
-            load_config(config and ROOT / config, [word for pair in options.items() for word in pair])
+            task = words[2] if words[0] == "dgunet" else SNAKE.sub("_", script.parent.name).lower()
+            load_config(
+                config and find_config(config, ROOT / "configs" / task),
+                [word for pair in options.items() for word in pair],
+            )
             trained += 1
     assert trained > 30, "the commands were not found"
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import sensing
 import skimage.data
 import torch
 from conftest import run_script
@@ -33,7 +32,9 @@ from dgunet.model.degradations import Blur
 from dgunet.model.sampling import init_sampling_matrix
 from dgunet.model.variants import find_variant
 from dgunet.runtime.errors import UserError
-from dgunet.training.cli import block_sampling, build_model
+from dgunet.tasks import compressive_sensing as sensing
+from dgunet.tasks.compressive_sensing import block_sampling
+from dgunet.training.cli import build_model
 from dgunet.training.config import load_config
 from dgunet.training.trainer import Trainer
 

@@ -1,8 +1,10 @@
-"""The command `dgunet`, also `python -m dgunet`: restore photographs with the networks that come with it.
+"""The command `dgunet`, also `python -m dgunet`: restore photographs, train and test networks.
 
     dgunet denoise photo.jpg holiday/ --out restored
     dgunet derain street.png --out restored --stages
     dgunet list
+    dgunet train deraining --config cpu TRAINING.TRAIN_DIR path/to/pairs
+    dgunet test deraining --dataset path/to/pairs
 
 `dgunet COMMAND --help` lists the options of each.
 """
@@ -23,6 +25,9 @@ RESTORING = {
     "derain": ("deraining", "deraining_mixture", "remove rain streaks from photographs"),
     "deblur": ("deblurring", "deblurring_motion", "remove motion blur from photographs"),
 }
+
+# Commands that are followed by the name of a task, whose record (dgunet/tasks) has the rest of the command line.
+OF_TASKS = {"train": "train a network for a task", "test": "test a network on data sets: restored images, scores"}
 
 # Commands in modules of their own name, with add_arguments(parser) and run(args).
 MODULES = {
@@ -63,6 +68,13 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="the networks that come with dgunet", description="List the networks.")
     listing.add_argument("--json", action="store_true", help="their whole records, as JSON")
     listing.set_defaults(run=_list)
+    for command, summary in OF_TASKS.items():
+        own = "`--help` after the task lists its options. A task of your own: module:name, see docs/extending.md."
+        sub = commands.add_parser(command, help=summary, description=f"{summary.capitalize()}. {own}")
+        names = "deblurring, deraining, denoising, compressive_sensing, or module:name"
+        sub.add_argument("task", metavar="TASK", help=names)
+        sub.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the task's options")
+        sub.set_defaults(run=lambda args: run_task(args.command, args.task, args.words))
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for command, summary in MODULES.items():
         sub = commands.add_parser(command, help=summary, description=f"{summary.capitalize()}.")
@@ -71,6 +83,14 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     return parser
+
+
+def run_task(command: str, name: str, argv: list[str], prog: str | None = None):
+    """``dgunet train NAME`` or ``dgunet test NAME``; ``prog`` is what the command is called by otherwise."""
+    from dgunet.tasks import find_task
+
+    task = find_task(name)
+    (task.train if command == "train" else task.test)(argv, prog or f"dgunet {command} {name}")
 
 
 def _add_restoring(parser: argparse.ArgumentParser, default: str):

@@ -1,4 +1,4 @@
-"""The command line of the tasks' test.py: its options, its test sets one after the other, its table."""
+"""Testing from the command line: how a task is tested, its options, its test sets one after the other, its table."""
 
 import argparse
 import csv
@@ -78,28 +78,14 @@ def tiling(args: argparse.Namespace, benchmark: Benchmark) -> dict:
     return dict(self_ensemble=ensemble, tile_overlap=args.tile_overlap) | chosen
 
 
-def command(
-    task: str,
-    description: str,
-    benchmarks: dict[str, Benchmark],
-    own: Callable[[argparse.Namespace], dict[str, Benchmark]],
-    default_weights: str,
-    *,
-    method: Callable = restore_images,
-    add_options: Callable[[Callable], None] = add_tiling,
-    options: Callable[[argparse.Namespace, Benchmark], dict] = tiling,
-    variants: Callable[[torch.nn.Module, argparse.Namespace], dict[str, dict]] = lambda model, args: {"": {}},
-    paper_key: Callable[..., str] = lambda name, model, args: name,
-    paper_average: dict[str, tuple[float, float]] | None = None,
-):
-    """Run a test.py: parse its command line, `evaluate` each data set, print and append the table.
+@dataclass(frozen=True)
+class Evaluation:
+    """How a task is tested: by default pairs, scored in RGB, restored by `restore`.
 
     Args:
-        task: e.g. ``"denoising"``; weights of another task are refused.
-        description: the script's docstring.
         benchmarks: the published test sets, by name.
         own: how a folder of the user's own is tested, by what is added to its name, given the parsed options.
-        default_weights: the name of the weights that are tested without --weights.
+        default_weights: the name of the weights that are tested without --weights; empty: there are none.
         method: see `evaluate`.
         add_options: adds the options of the task, given a parser's ``add_argument``; ``options`` are those of the
             method, given the parsed ones and the test set.
@@ -108,23 +94,46 @@ def command(
         paper_key: the key of the paper's values in a `Benchmark`, given the network's name without its task, the
             network, the parsed options, and those of a variant by name.
         paper_average: the paper's mean over all benchmarks, by network, where the table is to have one.
+    """
+
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
+    own: Callable[[argparse.Namespace], dict[str, Benchmark]] = custom_folder("rgb_matlab")
+    default_weights: str = ""
+    method: Callable = restore_images
+    add_options: Callable[[Callable], None] = add_tiling
+    options: Callable[[argparse.Namespace, Benchmark], dict] = tiling
+    variants: Callable[[torch.nn.Module, argparse.Namespace], dict[str, dict]] = lambda model, args: {"": {}}
+    paper_key: Callable[..., str] = lambda name, model, args: name
+    paper_average: dict[str, tuple[float, float]] | None = None
+
+
+def test_command(task: str, how: Evaluation, description: str, argv: list[str] | None = None, prog: str | None = None):
+    """A task's test from the command line: read that, `evaluate` each data set, print and append the table.
+
+    Args:
+        task: e.g. ``"denoising"``; weights of another task are refused.
+        how: it is tested.
+        description: for ``--help``.
+        argv: the words of the command line; default: the process's own.
+        prog: the command, for ``--help``.
 
     Raises:
         UserError: at the end, listing the images that could not be tested.
     """
-    args = _parse(description, benchmarks, add_options)
+    benchmarks = how.benchmarks
+    args = _parse(description, how, argv, prog)
     network, noise, passes = None, None, {"": {}}
     if args.score_only is None:
-        network = _load(task, args, default_weights)
+        network = _load(task, args, how.default_weights)
         folder = args.results / task / _folder_of(network)
-        passes = variants(network.model, args)
+        passes = how.variants(network.model, args)
         noise = network.noise_sigma if any(benchmark.sigma for benchmark in benchmarks.values()) else None
     elif args.score_only.is_dir():
         folder = args.results / task / f"scores_of_{args.score_only.absolute().name}"
     else:
         raise UserError(f"no folder {args.score_only.absolute()} with restored images")
     metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device))
-    tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, own(args))
+    tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, how.own(args))
 
     def test(name: str, word: str, benchmark: Benchmark, further: dict) -> Result:
         source = _find(word, args.data_root, benchmarks)
@@ -139,12 +148,12 @@ def command(
             return result
         levels: list[float] = []
         common |= dict(settings=dict(compile=args.compile), save_images=args.save_images or None, bf16=args.bf16)
-        restoring = method if noise is None else _record_sigmas(method, levels)
-        result = evaluate(network.model, data, method=restoring, **common, **options(args, benchmark), **further)
+        restoring = how.method if noise is None else _record_sigmas(how.method, levels)
+        result = evaluate(network.model, data, method=restoring, **common, **how.options(args, benchmark), **further)
         _warn_about_noise(name, noise, levels)
         if not result.missing:
             variant = network.name.removeprefix(f"{task}_")
-            result.paper = benchmark.paper.get(paper_key(variant, network.model, args, **further))
+            result.paper = benchmark.paper.get(how.paper_key(variant, network.model, args, **further))
         return result
 
     results, failures = [], []
@@ -163,9 +172,9 @@ def command(
             if result.images:
                 results.append(result)
     published = [result for result in results if result.dataset in benchmarks and not result.missing]
-    if paper_average is not None and len(published) == len(benchmarks):
+    if how.paper_average is not None and len(published) == len(benchmarks):
         results.append(average(published))
-        results[-1].paper = network and paper_average.get(network.name.removeprefix(f"{task}_"))
+        results[-1].paper = network and how.paper_average.get(network.name.removeprefix(f"{task}_"))
     if results:
         print(format_table(results))
         table = args.results / f"{task}.csv"
@@ -180,9 +189,11 @@ def command(
         raise UserError(f"{len(failures)} not tested, all others were")
 
 
-def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Callable) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def _parse(description: str, how: Evaluation, argv: list[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, benchmarks = parser.add_argument, how.benchmarks
     noisy = any(benchmark.sigma for benchmark in benchmarks.values())
     usual = "those whose noise the weights are for" if noisy else "all of these"
     add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own)")
@@ -197,8 +208,8 @@ def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Call
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
     add("--bf16", action="store_true", help="bfloat16 autocast: faster, up to some hundredths of a dB off")
     add("--compile", action="store_true", help="torch.compile: faster after a minute or more of compiling")
-    add_options(add)
-    return parser.parse_args()
+    how.add_options(add)
+    return parser.parse_args(argv)
 
 
 class _Network(NamedTuple):
@@ -211,6 +222,8 @@ class _Network(NamedTuple):
 
 def _load(task: str, args: argparse.Namespace, default_weights: str) -> _Network:
     source = args.weights or default_weights
+    if not source:
+        raise UserError(f"no network for {task.replace('_', ' ')} comes with dgunet; give one with --weights FILE")
     path = locate(source)
     content = read_checkpoint(path)  # once: training may replace the file a moment later
     if not args.weights:

@@ -1,27 +1,18 @@
-"""The tasks' ``train.py``: what each trains on, its command line, and a run of the `engine` in every process."""
+"""Training from the command line: how a task trains, its options, and a run of the `Trainer` in every process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from dgunet.checkpoints.load import load_weights, read_checkpoint, weights_of
 from dgunet.checkpoints.registry import locate
-from dgunet.data.datasets import (  # fmt: skip
-    CenterCropDataset,
-    MixupPatches,
-    PairedPatches,
-    SaturationPatches,
-    SyntheticPatches,
-    TrainingSet,
-    ValidationSet,
-)
-from dgunet.data.luma import LumaPatches
+from dgunet.data.datasets import CenterCropDataset, PairedPatches, SyntheticPatches, TrainingSet, ValidationSet
 from dgunet.data.pairs import Pair, exclude, find_images, find_pairs, hold_out, images_by_name
 from dgunet.data.synthesis import find_degradation, motion_kernel
 from dgunet.model.degradations import MotionBlur, degradation_from_config
 from dgunet.model.network import DGUNet
-from dgunet.model.sampling import BlockSampling, sampling_operator
 from dgunet.model.variants import VARIANTS, create_model, find_variant
 from dgunet.runtime.distributed import launch
 from dgunet.runtime.errors import UserError
@@ -40,13 +31,18 @@ def _centers(cfg, items) -> CenterCropDataset:
     return CenterCropDataset(items, cfg.TRAINING.VAL_PS, luma=cfg.MODEL.GREY)
 
 
+def paired_patches(cfg, pairs: list[Pair]) -> PairedPatches:
+    """Random crops of pairs."""
+    return PairedPatches(pairs, **crop_options(cfg))
+
+
 @dataclass(frozen=True)
-class Task:
-    """What a task trains on.
+class Training:
+    """How a task trains: by default on random crops of pairs.
 
     Args:
-        name: that of its networks in `variants.VARIANTS`, and the folder of its configs.
         uses: the config keys, or how they begin, that not every task uses and this one does.
+        syntheses: the values of SYNTHESIS.NAME that are meant for this task, where it uses that.
         make_train_set: from the config and what ``find`` found to a data set indexed with (epoch, index).
         make_val_set: likewise to one for validation.
         find: lists the pairs, or the images, of a folder or of a packed file.
@@ -54,68 +50,41 @@ class Task:
             learned. A function that other processes can import.
     """
 
-    name: str
-    uses: tuple[str, ...]
-    make_train_set: Callable[..., TrainingSet]
+    uses: tuple[str, ...] = ()
+    syntheses: tuple[str, ...] = ()
+    make_train_set: Callable[..., TrainingSet] = paired_patches
     make_val_set: Callable[..., ValidationSet] = _centers
     find: Callable[[str], list] = find_pairs
     make_degradation: Callable = degradation_from_config
 
 
-def block_sampling(cfg, train_set: LumaPatches) -> BlockSampling:
-    """The measurement of compressive sensing; its matrix may start from components of the training images' blocks."""
-    start = cfg.MODEL.MATRIX_START
-    if start == "pca" and not len(train_set):
-        start = "orthonormal"  # a dry run before there are images
-    return sampling_operator(cfg.MODEL.RATIO, cfg.MODEL.MATRIX, start, lambda: train_set.blocks(), cfg.MODEL.BLOCK)
+def train_command(
+    task: str, how: Training, configs: Path, description: str, argv: list[str] | None = None, prog: str | None = None
+):
+    """A task's training from the command line: read that, open the data, train.
 
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "deblurring",
-            ("SYNTHESIS", "AUGMENT.SATURATION", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY"),
-            lambda cfg, pairs: SaturationPatches(
-                pairs, saturation=cfg.AUGMENT.SATURATION, luma=cfg.MODEL.GREY, **crop_options(cfg)
-            ),
-        ),
-        Task("deraining", ("SYNTHESIS",), lambda cfg, pairs: PairedPatches(pairs, **crop_options(cfg))),
-        Task(
-            "denoising",
-            ("SYNTHESIS", "AUGMENT.MIXUP"),
-            lambda cfg, pairs: MixupPatches(
-                pairs, mixup=cfg.AUGMENT.MIXUP, mixup_from=cfg.AUGMENT.MIXUP_FROM_EPOCH, **crop_options(cfg)
-            ),
-        ),
-        Task(
-            "compressive_sensing",
-            ("MODEL.RATIO", "MODEL.BLOCK", "MODEL.MATRIX"),
-            lambda cfg, paths: LumaPatches(paths, block=cfg.MODEL.BLOCK, **crop_options(cfg)),
-            # As the original does, in blocks as large as those trained on, each restored by itself.
-            lambda cfg, paths: CenterCropDataset(
-                paths, cfg.TRAINING.VAL_PS, luma=True, multiple=cfg.MODEL.BLOCK, area=256
-            ),
-            find_images,
-            block_sampling,
-        ),
-    )
-}
-
-
-def train_command(task: Task, description: str):
-    """A task's ``train.py``: read the command line (``description`` is for ``--help``), open the data, train."""
-    cfg, args = parse_args(task.name, description, task.uses)
+    Args:
+        task: that of the networks in `variants.VARIANTS`.
+        how: it trains.
+        configs: the folder of its configs, of which ``dgunet.yaml`` is the default.
+        description: for ``--help``.
+        argv: the words of the command line; default: the process's own.
+        prog: the command, for ``--help``.
+    """
+    uses = how.uses + (("SYNTHESIS",) if how.syntheses else ())
+    if how.syntheses:
+        description += f"\nTo degrade clean images while training: SYNTHESIS.NAME {', '.join(how.syntheses)}."
+    cfg, args = parse_args(task, description, uses, configs, argv, prog)
     _check_keys(cfg, task)
     missing: list[str] = []
-    train_set, val_set = _open_data(cfg, task, missing if args.dry_run else None)
-    launch(train, cfg, train_set, val_set, task.make_degradation, args.dry_run, missing)
+    train_set, val_set = _open_data(cfg, how, configs, missing if args.dry_run else None)
+    launch(run, cfg, train_set, val_set, how.make_degradation, args.dry_run, missing)
 
 
-def _check_keys(cfg, task: Task):
+def _check_keys(cfg, task: str):
     """Refuse keys that do not go together."""
-    if find_variant(cfg.MODEL.NAME).task != task.name:
-        names = [name for name, variant in VARIANTS.items() if variant.task == task.name]
+    if find_variant(cfg.MODEL.NAME).task != task:
+        names = [name for name, variant in VARIANTS.items() if variant.task == task]
         raise UserError(f"{cfg.MODEL.NAME} is not a network for this task; MODEL.NAME is {' or '.join(names)}")
     if cfg.MODEL.DEGRADATION and cfg.SYNTHESIS.NAME:
         raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the images; set one of the two")
@@ -127,7 +96,7 @@ def _check_keys(cfg, task: Task):
         raise UserError("SYNTHESIS.OPTIONS are of SYNTHESIS.NAME; set it, or leave them out")
 
 
-def _open_data(cfg, task: Task, missing: list[str] | None) -> tuple[TrainingSet, ValidationSet]:
+def _open_data(cfg, how: Training, configs: Path, missing: list[str] | None) -> tuple[TrainingSet, ValidationSet]:
     """The training and the validation set; where ``missing`` is given, what is not there is added to it instead."""
 
     def look(find: Callable, folder: str) -> list:
@@ -140,20 +109,22 @@ def _open_data(cfg, task: Task, missing: list[str] | None) -> tuple[TrainingSet,
             return []
 
     training = cfg.TRAINING
-    find = find_clean_images if cfg.MODEL.DEGRADATION else task.find
+    find = find_clean_images if cfg.MODEL.DEGRADATION else how.find
     degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS) if cfg.SYNTHESIS.NAME else None
     items, val_items = look(find_images if degrade else find, training.TRAIN_DIR), []
     if training.EXCLUDE and items:
-        items = exclude(items, training.EXCLUDE)
+        listing = Path(training.EXCLUDE)
+        beside = configs / listing.name  # a recipe's own, where there is no clone around it
+        items = exclude(items, beside if beside.is_file() and not listing.exists() else listing)
     if training.VAL_DIR:
         val_items = look(find, training.VAL_DIR)
     elif items:
         items, val_items = hold_out(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)
     if not degrade:
-        return task.make_train_set(cfg, items), task.make_val_set(cfg, val_items)
+        return how.make_train_set(cfg, items), how.make_val_set(cfg, val_items)
     train_set = SyntheticPatches(items, degrade, **crop_options(cfg))
     if training.VAL_DIR:
-        return train_set, task.make_val_set(cfg, val_items)
+        return train_set, how.make_val_set(cfg, val_items)
     return train_set, CenterCropDataset(val_items, training.VAL_PS, degrade=degrade, seed=cfg.SEED)
 
 
@@ -162,7 +133,7 @@ def find_clean_images(folder: str) -> list[Pair]:
     return [Pair(name, path, path) for name, path in images_by_name(folder).items()]
 
 
-def train(
+def run(
     cfg, train_set: TrainingSet, val_set: ValidationSet, make_degradation: Callable, dry_run: bool = False,
     missing: list[str] = (),
 ):  # fmt: skip
@@ -191,7 +162,7 @@ def build_model(
 
     Args:
         cfg: see `config.py`.
-        train_set, make_degradation: see `Task`.
+        train_set, make_degradation: see `Training`.
         missing: for a dry run, what is not there yet; weights that are not are added to it.
 
     Raises:

@@ -12,6 +12,7 @@ import inspect
 import re
 import reprlib
 import unicodedata
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from yacs.config import CfgNode as CN
 
 from dgunet.model.network import ARGUMENTS, DGUNet
 from dgunet.model.proximal import MULTIPLE
-from dgunet.runtime.errors import ROOT, UserError
+from dgunet.runtime.errors import UserError
 
 _C, _RANGES, _EPOCHS = CN(), {}, 10**6
 
@@ -92,7 +93,9 @@ _key("LOSS.MSE", 0.0, (0, 10**6))
 _key("LOSS.CLAMP", False)  # clamp the estimates to [0, 1] first
 
 _key("TRAINING.TRAIN_DIR", "")  # folder with input/ and target/
-_key("TRAINING.EXCLUDE", "")  # text file: names, one to a line, of images to leave out, such as those of a test set
+_key(
+    "TRAINING.EXCLUDE", ""
+)  # text file, also one beside the config: a name to a line of images to leave out, as of a test set
 _key("TRAINING.VAL_DIR", "")  # the same for validation; empty: VAL_HOLD_BACK of TRAIN_DIR
 _key("TRAINING.VAL_HOLD_BACK", 32, (0, 10**6))  # images held out without VAL_DIR: the last by name, at most a tenth
 _key("TRAINING.SAVE_DIR", "checkpoints")
@@ -143,7 +146,7 @@ _RANGES |= {
     "SYNTHESIS.OPTIONS.extent": (0, 100),
 }
 
-# Keys, or how they begin, that are not every task's: its train.py says which it uses.
+# Keys, or how they begin, that are not every task's: its record (dgunet/tasks) says which it uses.
 _NOT_EVERYWHERE = (
     "MODEL.RATIO", "MODEL.BLOCK", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY",
     "SYNTHESIS", "AUGMENT.SATURATION", "AUGMENT.MIXUP",
@@ -236,26 +239,48 @@ def format_config(cfg: CN) -> str:
     return "\n".join(lines)
 
 
-def parse_args(task: str, description: str, uses: tuple[str, ...]) -> tuple[CN, argparse.Namespace]:
-    """Read the command line of a task's ``train.py``: ``--config FILE --dry_run KEY VALUE ...``.
-
-    Args:
-        task: the folder of its configs.
-        description: for ``--help``.
-        uses: of the keys that not every task uses, those that this one does, or how they begin.
+def find_config(config: str, folder: Path) -> str:
+    """The path of a config: of a file, or where that is a bare name, of the one of this name in a task's folder.
 
     Raises:
-        UserError: as `load_config`; a key is set that the task does not use.
+        UserError: neither a file nor such a name.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root = ROOT
-    default = f"configs/{task}/dgunet.yaml"
+    if Path(config).name != config or Path(config).suffix or Path(config).is_file():
+        return config
+    if not (path := folder / f"{config}.yaml").is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or f"none in {folder}"
+        raise UserError(f"--config {config} is neither a file nor the name of one of this task's configs: {known}")
+    return str(path)
+
+
+def parse_args(
+    task: str,
+    description: str,
+    uses: tuple[str, ...],
+    configs: Path,
+    argv: list[str] | None = None,
+    prog: str | None = None,
+) -> tuple[CN, argparse.Namespace]:
+    """Read the command line of a task's training: ``--config FILE --dry_run KEY VALUE ...``.
+
+    Args:
+        task: its name.
+        description: for ``--help``.
+        uses: of the keys that not every task uses, those that this one does, or how they begin.
+        configs: the folder of its configs.
+        argv, prog: as of argparse.
+
+    Raises:
+        UserError: as `find_config` and `load_config`; a key is set that the task does not use.
+    """
+    parser = argparse.ArgumentParser(prog, description=description, formatter_class=RawDescriptionHelpFormatter)
     parser._negative_number_matcher = re.compile("-[0-9.in]", re.IGNORECASE)  # -1e-4 and -inf are values, too
-    parser.add_argument("--config", default=str(root / default), help=f"YAML file (default: {default})")
+    known = ", ".join(sorted(path.stem for path in configs.glob("*.yaml")))
+    parser.add_argument("--config", default="dgunet", help=f"YAML file, or one of {known} (default: dgunet)")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, then stop")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, OPTIM.BATCH_SIZE 8")
-    args = parser.parse_intermixed_args()
-    cfg = load_config(args.config, args.options)
+    args = parser.parse_intermixed_args(argv)
+    cfg = load_config(find_config(args.config, configs), args.options)
     for key in changed_keys(cfg, _C):
         if key.startswith(_NOT_EVERYWHERE) and not key.startswith(uses):
             known = " and ".join(uses)
