@@ -1,6 +1,7 @@
 """Proximal mappings and degradations of the user's own, from a module outside the package."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -18,55 +19,20 @@ from dgunet.checkpoints.load import describe_model, read_checkpoint, save_checkp
 from dgunet.introspect import trace
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULE = '''
-from torch import nn
-
-
-class Convolutions(nn.Module):
-    """Three convolutions with a residual, whose features add to the next stage's."""
-
-    def __init__(self, channels, k, stages, has_previous, width=8):
-        super().__init__()
-        self.first, self.last = (nn.Conv2d(*sides, 3, padding=1) for sides in ((channels, width), (width, channels)))
-        self.middle = nn.Conv2d(width, width, 3, padding=1)
-        self.scale = nn.Parameter(self.middle.weight.new_full((1,), 0.5)) if has_previous else None
-        self.made_for = k, stages
-
-    def forward(self, v, previous):
-        features = self.first(v).relu()
-        if previous is not None:
-            features = features + self.scale * previous["features"]
-        features = self.middle(features).relu()
-        return v + self.last(features), {"features": features}
-
-
-class Scale(nn.Module):
-    """A learned degradation: one factor."""
-
-    def __init__(self, channels, k, stages):
-        super().__init__()
-        self.factor = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
-
-    def A(self, x):
-        return self.factor(x)
-
-    A_adjoint = A
-
-
-def not_found():
-    return lambda **given: Convolutions(**given)
-'''
-OWN = {"proximal": "own_parts:Convolutions", "learned_degradation": "own_parts:Scale"}
+OWN = {"proximal": "my_parts:Convolutions", "learned_degradation": "my_parts:Scale"}
 
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """The user's module, in the current folder."""
-    (tmp_path / "own_parts.py").write_text(MODULE)
+    """The module of docs/extending.md, in the current folder."""
+    (code,) = re.findall(
+        r"```python\n(# my_parts.py\n.*?)```", (ROOT / "docs/extending.md").read_text(), flags=re.DOTALL
+    )
+    (tmp_path / "my_parts.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    yield importlib.import_module("own_parts")
-    sys.modules.pop("own_parts", None)
+    yield importlib.import_module("my_parts")
+    sys.modules.pop("my_parts", None)
 
 
 def factories(own) -> dict:
@@ -95,9 +61,8 @@ def y() -> torch.Tensor:
 
 def test_forward_is_the_proximal_gradient_method(own, y):
     model, x, features, expected = network(own, stages=4), y, None, []
-    assert model.middle[0].proximal.made_for == (2, 4) and model.last.proximal.made_for == (4, 4)
     for stage in (model.first, model.middle[0], model.middle[0], model.last):
-        A = stage.degradation.factor
+        A = stage.degradation.scale
         x, features = stage.proximal(x - stage.rho * A(A(x) - y), features)
         expected.append(x)
     for estimate, own_estimate in zip(model(y), expected[::-1], strict=True):
@@ -105,7 +70,9 @@ def test_forward_is_the_proximal_gradient_method(own, y):
     assert torch.equal(trace(model, y).steps[-1].x, model(y)[0])
 
 
-@pytest.mark.parametrize("stages, shared, made", [(1, True, [1]), (2, True, [1, 2]), (5, True, [1, 2, 5])])
+@pytest.mark.parametrize(
+    "stages, shared, made", [(1, True, [1]), (2, True, [1, 2]), (5, True, [1, 2, 5]), (4, False, [1, 2, 3, 4])]
+)
 @pytest.mark.parametrize("part", OWN)
 def test_each_stored_stage_is_made_once(own, part, stages, shared, made):
     calls = []
@@ -114,16 +81,12 @@ def test_each_stored_stage_is_made_once(own, part, stages, shared, made):
         calls.append(given)
         return factories(own)[part](**given)
 
-    network(own, stages=stages, shared=shared, **{part: factory})
+    model = network(own, stages=stages, shared=shared, **{part: factory})
+    assert len(model(torch.rand(1, 3, 8, 8))) == stages
     assert [given["k"] for given in calls] == made
     assert all(given["stages"] == stages and given["channels"] == 3 for given in calls)
     if part == "proximal":
         assert [given["has_previous"] for given in calls] == [k > 1 for k in made]
-
-
-def test_middle_stages_of_their_own(own, y):
-    model = network(own, stages=4, shared=False)
-    assert [stage.proximal.made_for[0] for stage in model.iter_stages()] == [1, 2, 3, 4] and len(model(y)) == 4
 
 
 def test_checkpointing_and_channels_last_change_nothing(own, y):
@@ -181,28 +144,28 @@ def test_trained_tested_and_restored_with_from_the_command_line(own, tmp_path, i
     run("test.py", ["--weights", weights, "--dataset", "val", "--device", "cpu", *options])
     assert "deraining_dgunet" in (tmp_path / "results/deraining.csv").read_text()
     done = run_script(ROOT / "Deraining/test.py", "--weights", weights, "--dataset", "val", cwd=tmp_path)
-    assert done.returncode == 2 and "own_parts:Convolutions" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "my_parts:Convolutions" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("missing", OWN)
 def test_loading_asks_for_what_the_file_names_and_never_imports_it(own, tmp_path, missing):
     path = save(network(own), tmp_path / "a.pth")
-    del sys.modules["own_parts"]
+    del sys.modules["my_parts"]
     given = {part: factory for part, factory in factories(own).items() if part != missing}
     with pytest.raises(UserError) as error:
         load_model(path, **given)
     name = OWN[missing]
     for text in (str(path), name, f"load_model(path, {missing}={name.split(':')[1]})"):
         assert text in str(error.value)
-    assert "\n" not in str(error.value) and "own_parts" not in sys.modules
+    assert "\n" not in str(error.value) and "my_parts" not in sys.modules
 
 
 def test_loading_with_something_else_is_refused(own, tmp_path):
     path = save(network(own), tmp_path / "a.pth")
     others = {"proximal": lambda **given: own.Convolutions(**given, width=16)}
-    with pytest.raises(UserError, match=r"first.proximal.last.weight \(3, 8, 3, 3\) instead of \(3, 16, 3, 3\)"):
+    with pytest.raises(UserError, match=r"first.proximal.last.weight \(3, 32, 3, 3\) instead of \(3, 16, 3, 3\)"):
         load_model(path, **(factories(own) | others))
-    with pytest.raises(UserError, match="'own_parts:Convolutions'"):
+    with pytest.raises(UserError, match="'my_parts:Convolutions'"):
         load_model(path, **(factories(own) | {"proximal": OWN["proximal"]}))
     save_checkpoint(network(own).state_dict(), tmp_path / "bare.pth")
     with pytest.raises(UserError, match=r"load_state_dict"):
@@ -210,7 +173,7 @@ def test_loading_with_something_else_is_refused(own, tmp_path):
 
 
 def test_what_cannot_be_imported_is_saved_without_a_name(own, tmp_path, y):
-    model = network(own, proximal=own.not_found())
+    model = network(own, proximal=lambda **given: own.Convolutions(**given))
     path = save(model, tmp_path / "a.pth")
     assert (
         describe_model(model)["proximal"] == ""
@@ -221,7 +184,7 @@ def test_what_cannot_be_imported_is_saved_without_a_name(own, tmp_path, y):
     assert same(load_model(path, **factories(own)), model, y)
 
 
-@pytest.mark.parametrize("damaged", [None, 3, ["own_parts:Convolutions"], "own_parts", "a b:c\nd"], ids=repr)
+@pytest.mark.parametrize("damaged", [None, 3, ["my_parts:Convolutions"], "my_parts", "a b:c\nd"], ids=repr)
 def test_damaged_name(own, tmp_path, damaged):
     model = network(own)
     content = {"state_dict": model.state_dict(), "model": describe_model(model) | {"proximal": damaged}}
@@ -268,14 +231,14 @@ def test_known_degradation_with_weights_is_trained_along(own, tmp_path, y):
     torch.manual_seed(0)
     operator = own.Scale(3, 1, 1)
     model = DGUNet(width=8, growth=4, final_growth=4, stages=2, degradation=operator)
-    before = operator.factor.weight.clone()
+    before = operator.scale.weight.clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sum((x - y).square().mean() for x in model(operator.A(y))).backward()
     optimizer.step()
-    assert not torch.equal(operator.factor.weight, before)
+    assert not torch.equal(operator.scale.weight, before)
     given = own.Scale(3, 1, 1)
     loaded = load_model(save(model, tmp_path / "a.pth"), degradation=given)
-    assert loaded.degradation is given and torch.equal(given.factor.weight, operator.factor.weight)
+    assert loaded.degradation is given and torch.equal(given.scale.weight, operator.scale.weight)
     assert same(loaded, model, y)
 
 
@@ -284,9 +247,9 @@ def test_safetensors_and_the_hub_carry_the_name(own, tmp_path, y):
     hub.save_pretrained(model, tmp_path / "hub")
     assert same(hub.from_pretrained(tmp_path / "hub", **factories(own)), model, y)
     assert same(load_model(tmp_path / "hub/model.safetensors", **factories(own)), model, y)
-    assert "proximal=own_parts.Convolutions" in (tmp_path / "hub/README.md").read_text()
+    assert "proximal=my_parts.Convolutions" in (tmp_path / "hub/README.md").read_text()
     assert read_checkpoint(tmp_path / "hub/model.safetensors")["model"].items() >= OWN.items()
-    with pytest.raises(UserError, match="own_parts:Convolutions"):
+    with pytest.raises(UserError, match="my_parts:Convolutions"):
         hub.from_pretrained(tmp_path / "hub")
 
 
@@ -307,8 +270,8 @@ def test_local_statistics_are_refused(own, y):
     assert restore(network(own), y, local={"tile": 16}).shape == y.shape
 
 
-class Sum(nn.Module):
-    """Of any number of arguments: what a proximal mapping must not return."""
+class Returns(nn.Module):
+    """A mapping whose result is that of a function of v."""
 
     def __init__(self, result):
         super().__init__()
@@ -323,15 +286,15 @@ class Sum(nn.Module):
     [lambda v: v, lambda v: (v, None, None), lambda v: (v[..., :8], None), lambda v: (None, v), lambda v: [v, None]],
 )
 def test_results_that_are_no_estimate_and_features_are_refused(y, result):
-    model = DGUNet(proximal=lambda **given: Sum(result), stages=2)
-    with pytest.raises(ValueError, match=r"Sum must return \(x, features\), x of v's shape \(2, 3, 16, 24\)"):
+    model = DGUNet(proximal=lambda **given: Returns(result), stages=2)
+    with pytest.raises(ValueError, match=r"Returns must return \(x, features\), x of v's shape \(2, 3, 16, 24\)"):
         model(y)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"proximal": "own_parts:Convolutions"}, "proximal .*'own_parts:Convolutions'"),
+        ({"proximal": "my_parts:Convolutions"}, "proximal .*'my_parts:Convolutions'"),
         ({"proximal": nn.Identity()}, "proximal .*Identity"),
         ({"proximal": lambda **given: abs}, "proximal must return an nn.Module"),
         ({"learned_degradation": lambda **given: abs}, "learned_degradation must return an nn.Module"),
