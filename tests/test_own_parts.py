@@ -212,6 +212,19 @@ def test_values_that_are_no_weights_survive_loading_which_leaves_random_numbers_
     assert torch.equal(torch.get_rng_state(), before) and same(loaded, model, y)
 
 
+def test_mapping_that_is_a_network_itself(tmp_path, y):
+    class Inner(nn.Module):
+        def __init__(self, **_):
+            super().__init__()
+            self.network = DGUNet(width=4, growth=0, stages=1)
+
+        def forward(self, v, previous):
+            return self.network(v)[0], None
+
+    model = DGUNet(proximal=Inner, stages=3)
+    assert same(load_model(save(model, tmp_path / "a.pth"), proximal=Inner), model, y)
+
+
 def test_degradation_without_weights_is_no_known_one(tmp_path, y):
     class Half(nn.Module):
         def __init__(self, **_):

@@ -175,8 +175,12 @@ def _networks(content, key: str = "") -> dict[str, dict[str, Tensor]]:
     found, entries = {}, content.items() if isinstance(content, dict) else ()
     bare = {_WRAPPERS.sub("", k): v for k, v in entries if isinstance(k, str) and isinstance(v, Tensor)}
     averaged = bare.pop("n_averaged", None)  # by AveragedModel, so many times
-    for prefix in {match[1] or "" for match in map(_OF_A_NETWORK.match, bare) if match}:
-        if averaged is None or averaged.any():
+    prefixes = {match[1] or "" for match in map(_OF_A_NETWORK.match, bare) if match}
+    stages = tuple(f"{prefix}{stage}." for prefix in prefixes for stage in ("first", "middle", "last"))
+    for prefix in prefixes:
+        if (averaged is None or averaged.any()) and not prefix.startswith(
+            stages
+        ):  # a network within a stage is its part
             weights = {name.removeprefix(prefix): v for name, v in bare.items() if name.startswith(prefix)}
             found[f"{key}{prefix}".strip(".")] = weights
     for name, value in entries:
