@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import dgunet  # for dgunet.hub and dgunet.pretrained, which import this module and are imported when first used
+import dgunet  # for dgunet.checkpoints, which imports this module and is imported when first used
 from dgunet.model.degradations import Degradation, LearnedDegradation, for_measurements
 from dgunet.model.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
 

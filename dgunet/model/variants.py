@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import dgunet  # for dgunet.hub and dgunet.pretrained, which import this module and are imported when first used
+import dgunet  # for dgunet.checkpoints, which imports this module and is imported when first used
 from dgunet.model.degradations import Degradation
 from dgunet.model.network import DGUNet
 from dgunet.model.sampling import block_sampling
