@@ -100,7 +100,7 @@ def test_a_shipped_file_that_is_damaged(tmp_path, monkeypatch):
     weights = package / "pretrained_models/Denoising/a/weights.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_text("version https://git-lfs.github.com/spec/v1\n")
-    monkeypatch.setattr(dgunet.pretrained, "__file__", str(package / "pretrained.py"))
+    monkeypatch.setattr(dgunet.checkpoints.registry, "__file__", str(package / "checkpoints/registry.py"))
     with pytest.raises(UserError, match="weights.safetensors is not a safetensors file, or is damaged; download"):
         dgunet.checkpoints.registry._records.__wrapped__()
 
