@@ -77,9 +77,9 @@ def test_commands_have_the_options_and_keys_that_the_documents_give_them():
                 key: value for key, value in zip(words, words[1:], strict=False) if re.match(r"GPU$|[A-Z]+\.", key)
             }
             config = words[words.index("--config") + 1] if "--config" in words else None
-            task = words[2] if words[0] == "dgunet" else SNAKE.sub("_", script.parent.name).lower()
+            task = words[2:3] if words[0] == "dgunet" else [SNAKE.sub("_", script.parent.name).lower()]
             load_config(
-                config and find_config(config, ROOT / "configs" / task),
+                config and find_config(config, ROOT.joinpath("configs", *task)),
                 [word for pair in options.items() for word in pair],
             )
             trained += 1

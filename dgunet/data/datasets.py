@@ -6,8 +6,9 @@ changes a sample, and a resumed epoch sees what the first one would have seen.
 """
 
 import operator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -21,13 +22,14 @@ from dgunet.data.transforms import dihedral, pad_to, unit_range
 from dgunet.model.proximal import MULTIPLE
 from dgunet.runtime.errors import UserError
 
-Item = Path | Packed | Pair
+Item = Path | Packed | Pair | int  # an int: the number of a sample of another data set
 
 
+@runtime_checkable
 class TrainingSet(Protocol):
     """What the engine needs of a training set; `RandomPatches` is one."""
 
-    items: list[Item]  # compared when a run is resumed, see `pairs.fingerprint`
+    items: Sequence[Item]  # compared when a run is resumed, see `pairs.fingerprint`
     repeat: int  # crops of each in an epoch
 
     def __len__(self) -> int:
@@ -41,10 +43,11 @@ class TrainingSet(Protocol):
         """
 
 
+@runtime_checkable
 class ValidationSet(Protocol):
     """What the engine needs of a validation set; `CenterCropDataset` is one."""
 
-    items: list[Item]  # as of `TrainingSet`
+    items: Sequence[Item]  # as of `TrainingSet`
     sizes: set[tuple[int, ...]]  # all sizes, without channels: items of one size can be batched
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -197,16 +197,16 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
     return left
 
 
-def fingerprint(items: list[Path | Packed | Pair]) -> dict[str, Tensor | bool]:
+def fingerprint(items: Sequence[Path | Packed | Pair | int]) -> dict[str, Tensor | bool]:
     """Names and sizes that identify training data, independent of their location, for `changed_items`.
 
-    Sizes are in bytes for files, in pixels for packed images (``packed``).
+    Sizes are in bytes for files, in pixels for packed images (``packed``); numbered samples have none.
     """
     names, sizes, packed = [], [], False
     for name, source in _sources(items):
         packed = isinstance(source, Packed)
         names.append(_digest(name))
-        sizes.append(_PackedImage(source).size if packed else os.stat(source).st_size)
+        sizes.append(0 if source is None else _PackedImage(source).size if packed else os.stat(source).st_size)
     return {"names": torch.tensor(names), "sizes": torch.tensor(sizes), "packed": packed}
 
 
@@ -214,7 +214,7 @@ def _digest(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little", signed=True)
 
 
-def changed_items(items: list[Path | Packed | Pair], then: dict[str, Tensor | bool]) -> str:
+def changed_items(items: Sequence[Path | Packed | Pair | int], then: dict[str, Tensor | bool]) -> str:
     """In words, how training data differ from those of the `fingerprint` ``then``; empty if they do not."""
     now = fingerprint(items)
     before = dict(zip(then["names"].tolist(), then["sizes"].tolist(), strict=True))
@@ -232,12 +232,14 @@ def changed_items(items: list[Path | Packed | Pair], then: dict[str, Tensor | bo
     return ", ".join(parts + ([f"{gone} gone"] if gone else []))
 
 
-def _sources(items: list[Path | Packed | Pair]) -> Iterator[tuple[str, Path | Packed]]:
+def _sources(items: Sequence[Path | Packed | Pair | int]) -> Iterator[tuple[str, Path | Packed | None]]:
     """(name, source) of all images; a name is the same in a folder and in its packed file."""
     for item in items:
         if isinstance(item, Pair):
             yield f"input/{item.name}", item.input
             yield f"target/{item.name}", item.target
+        elif isinstance(item, int):
+            yield f"sample {item}", None
         else:
             yield nfc(item.key if isinstance(item, Packed) else item.name), item
 

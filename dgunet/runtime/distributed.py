@@ -26,12 +26,12 @@ from dgunet.runtime.errors import UserError, friendly_errors, run_cli
 from dgunet.runtime.hardware import training_device
 
 
-def launch(function: Callable, cfg, *args):
+def launch(function: Callable, cfg, *args, spawn: bool = True):
     """Call ``function(cfg, *args)`` in as many processes as the config asks for, each joined to the group.
 
     Under torchrun the processes are there already. Otherwise one process is started for each GPU (or, on the CPU,
-    PROCESSES of them); a single one runs here. SIGTERM and Ctrl-C reach all of them. When one fails, it reports why,
-    and all end with its exit status.
+    PROCESSES of them); a single one runs here, as without ``spawn``. SIGTERM and Ctrl-C reach all of them. When one
+    fails, it reports why, and all end with its exit status.
     """
     processes = _count(cfg)
     if os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}:
@@ -42,7 +42,7 @@ def launch(function: Callable, cfg, *args):
         if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, other launchers may not
             _set_num_threads(cfg, here)
         return _run(function, cfg, args, group=True)
-    if processes == 1:
+    if processes == 1 or not spawn:
         return _run(function, cfg, args, group=False)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -157,8 +157,8 @@ _NOT_EVERYWHERE = (
 )  # fmt: skip
 
 
-def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
-    """Defaults, overridden by a YAML file, overridden by ``KEY VALUE`` pairs; frozen.
+def load_config(path: str | Path | None = None, options: list[str] | dict = ()) -> CN:
+    """Defaults, overridden by a YAML file, overridden by ``KEY VALUE`` pairs, or a dict of keys and values; frozen.
 
     Raises:
         UserError: no such file, not YAML, an unknown key (with the likeliest right one), a key given twice in the
@@ -174,6 +174,10 @@ def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
             if value is None and isinstance(_declared(key), CN):
                 continue  # a section with nothing in it
             _assign(cfg, key, value, source=str(path))
+    if isinstance(options, dict):
+        for key, value in options.items():
+            _assign(cfg, key, value, source="options")
+        options = ()
     if len(options) % 2:
         raise UserError(f"options come in pairs, KEY VALUE, as in OPTIM.BATCH_SIZE 8; got {' '.join(options)}")
     for key, text in zip(options[::2], options[1::2], strict=True):
