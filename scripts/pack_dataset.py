@@ -32,7 +32,11 @@ CHUNK = 96
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("source", type=Path, help="folder with input/ and target/, or with images (--luma)")
+    parser.add_argument(
+        "source", type=Path, help="folder of input/ and target/, or of images (--luma); a list of pairs"
+    )
+    names = "patterns of inputs and targets, such as '*_input' '*_gt' (default: input/* target/*, or as is known)"
+    parser.add_argument("--pairs", nargs=2, metavar=("INPUT", "TARGET"), help=names)
     parser.add_argument("--out", type=Path, help="file to write (default: SOURCE.h5)")
     parser.add_argument("--luma", action="store_true", help="pack the luminance of a folder of single images")
     args = parser.parse_args()
@@ -42,7 +46,7 @@ def main():
     if args.luma:
         images = {nfc(path.name): path for path in list_images(args.source)}
     else:
-        pairs = find_pairs(args.source)
+        pairs = find_pairs(args.source, names=args.pairs and tuple(args.pairs))
         images = {f"{side}/{pair.name}": getattr(pair, side) for pair in pairs for side in ("input", "target")}
     out.parent.mkdir(parents=True, exist_ok=True)
     alone = lock_dir(out.parent, "packing", "wait until it ends")

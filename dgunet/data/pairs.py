@@ -15,6 +15,7 @@ from natsort import natsorted
 from torch import Tensor
 
 from dgunet.data.images import image_size
+from dgunet.data.layouts import LISTS, USUAL, Layout, check_layout, find_layout, match_images, read_list
 from dgunet.data.packed import Packed, _PackedImage, list_packed
 from dgunet.runtime.errors import UserError, one_line, shorten_list
 from dgunet.runtime.files import IMAGE_SUFFIXES, escaped, nfc
@@ -61,11 +62,17 @@ def report_skipped_files(folder: Path, others: list[Path]):
     others = [
         path for path in others if path.name.lower() not in SYSTEM_FILES and not path.name.startswith(("@", "__MACOSX"))
     ]
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-    if others and first and folder.absolute() not in _reported:
-        _reported.add(folder.absolute())
+    if others:
         names = natsorted(one_line(f"{path.name}/" if path.is_dir() else path.name) for path in others)
-        print(f"note: skipped in {one_line(str(folder))}, not images: {shorten_list(names)}", file=sys.stderr)
+        report_once(folder, f"note: skipped in {one_line(str(folder))}, not images: {shorten_list(names)}")
+
+
+def report_once(folder: Path, note: str):
+    """Print a note on a folder on stderr, the first one of each process that is not of torchrun's further ones."""
+    first = os.environ.get("RANK", "0") == "0"
+    if first and folder.absolute() not in _reported:
+        _reported.add(folder.absolute())
+        print(note, file=sys.stderr)
 
 
 def index_by_name(named: Iterable[tuple[str, Path | Packed]]) -> dict[str, Path | Packed]:
@@ -99,38 +106,97 @@ def images_by_name(folder: str | Path, report: bool = True) -> dict[str, Path]:
     return index_by_name((path.stem, path) for path in list_images(folder, report))
 
 
-def find_pairs(root: str | Path, check_sizes: bool = True) -> list[Pair]:
-    """Pairs of ``root/input`` and ``root/target``, matched by file name (without suffix).
+def find_pairs(
+    root: str | Path,
+    check_sizes: bool = True,
+    *,
+    target: str | Path | None = None,
+    names: tuple[str, str] | None = None,
+) -> list[Pair]:
+    """Pairs of ``root/input`` and ``root/target``, matched by file name (without suffix), or in another layout.
 
-    Names are compared in Unicode's form NFC, which a `Pair` has, since macOS and Linux write different forms.
+    Layouts of published sets (`layouts.KNOWN`) are recognised, and named in a note on stderr. Names are compared in
+    Unicode's form NFC, which a `Pair` has, since macOS and Linux write different forms.
 
     Args:
-        root: the folder, or a file that scripts/pack_dataset.py made of it.
+        root: the folder; or a file that scripts/pack_dataset.py made of it; or a list, a text or CSV file with two
+            paths to a line, see `layouts.read_list`.
         check_sizes: read all headers and compare the sizes.
+        target: the folder of the targets, where ``root`` is that of the inputs alone.
+        names: patterns of the inputs and the targets in their folder, such as ``("*_input", "*_gt")``, see `layouts`.
 
     Raises:
-        UserError: a missing or empty folder, an image without partner, two images of one name; with
+        UserError: a missing or empty folder, an image without partner, two images of one name, two layouts; with
             ``check_sizes``, also a pair whose sizes differ or an image whose header shows that it is unsuitable.
     """
     root = Path(root)
-    packed = root.is_file()
-    inputs, targets = (
-        index_by_name((name, Packed(root, f"{side}/{name}")) for name in list_packed(root, side))
-        if packed
-        else images_by_name(root / side)
-        for side in ("input", "target")
-    )
-    for have, lack, other in ((inputs, targets, "target"), (targets, inputs, "input")):
-        alone = [path for name, path in have.items() if name not in lack]
-        if alone:
-            more = f" (and {len(alone) - 1} more like it)" if len(alone) > 1 else ""
-            raise UserError(f"{alone[0]} has no partner of the same name in {root / other}{more}; add or remove it")
-    pairs = [Pair(name, inputs[name], targets[name]) for name in natsorted(inputs)]
+    packed = root.is_file() and root.suffix.lower() not in LISTS
+    if root.is_file() and not packed:
+        pairs = [Pair(*each) for each in read_list(root)]
+        index_by_name((pair.name, pair.input) for pair in pairs)
+    else:
+        if packed:
+            inputs, targets = (
+                index_by_name((name, Packed(root, f"{side}/{name}")) for name in list_packed(root, side))
+                for side in ("input", "target")
+            )
+            places = [root / "input", root / "target"]
+        else:
+            inputs, targets, places = _match_layout(root, Path(target) if target else root, names)
+        for have, lack, place in ((inputs, targets, places[1]), (targets, inputs, places[0])):
+            alone = [path for name, path in have.items() if name not in lack]
+            if alone:
+                more = f" (and {len(alone) - 1} more like it)" if len(alone) > 1 else ""
+                raise UserError(f"{alone[0]} has no partner of the same name in {place}{more}; add or remove it")
+        pairs = [Pair(name, inputs[name], targets[name]) for name in natsorted(inputs)]
     if not check_sizes:
         return pairs
     with ThreadPoolExecutor(1 if packed else 16) as pool:
         list(pool.map(pair_size, pairs))
     return pairs
+
+
+def has_pairs(source: Path) -> bool:
+    """Whether a path is that of pairs, rather than of images: of a list, or of a folder with a known layout."""
+    if source.is_file():
+        return source.suffix.lower() in LISTS
+    return (source / "input").is_dir() or find_layout(source, source) is not None
+
+
+def _match_layout(
+    inputs: Path, targets: Path, names: tuple[str, str] | None
+) -> tuple[dict[str, Path], dict[str, Path], list]:
+    """The inputs and the targets in folders, by the names of their pairs, and where they are, for messages."""
+    usual = USUAL if inputs == targets else Layout("*", "*")
+    if names is None:
+        layout, note = find_layout(inputs, targets) or (usual, "")
+        if note and layout != usual:
+            report_once(inputs, f"note: pairs in {one_line(str(inputs))}: {note}")
+    else:
+        layout = Layout(*names)
+        check_layout(layout)
+    sides, places = [], []
+    for root, pattern in zip((inputs, targets), layout, strict=True):
+        folder, _, last = pattern.rpartition("/")
+        if last == "*" and "*" not in folder:
+            sides.append(images_by_name(root / folder))
+            places.append(root / folder)
+        else:
+            found = match_images(root, pattern)
+            if not found:
+                raise UserError(f"no images {pattern} in {root.absolute()}; check the pattern and the path")
+            sides.append(found)
+            places.append(f"{root} ({pattern})")
+    # Of two patterns that match an image, such as * and *_gt, the one that says more has it.
+    sides = [list(side.items()) if isinstance(side, dict) else side for side in sides]
+    twice = {path for _, path in sides[0]} & {path for _, path in sides[1]}
+    if twice:
+        literal = [len(pattern.replace("*", "")) for pattern in layout]
+        if literal[0] == literal[1]:
+            raise UserError(f"pairs of {layout}: {min(twice)} is both")
+        less = literal.index(min(literal))
+        sides[less] = [(name, path) for name, path in sides[less] if path not in twice]
+    return *map(index_by_name, sides), places
 
 
 def pair_size(pair: Pair) -> tuple[int, int]:

@@ -53,7 +53,9 @@ def custom_folder(protocol: str, open: Callable[[Path], ImageSet] = pairs_or_ima
 
 
 def add_tiling(add: Callable):
-    """Add the options of `restore`."""
+    """Add the options of `restore`, and how pairs are found."""
+    patterns = "patterns of the names of inputs and of targets in folders of your own, such as '*_input' '*_gt'"
+    add("--pairs", nargs=2, metavar=("INPUT", "TARGET"), help=f"{patterns} (default: input/ and target/, or as known)")
     ensemble = "mean over 8 flips and rotations (default: for SIDD and DND, as in the original)"
     add("--self_ensemble", action=argparse.BooleanOptionalAction, help=ensemble)
     tiles = "tile side in pixels, whole, or auto: whole where memory allows it (default: as the weights' record says, "
@@ -139,7 +141,10 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
 
     def test(name: str, word: str, benchmark: Benchmark, further: dict) -> Result:
         source = _find(word, args.data_root, benchmarks)
-        data = benchmark.open(source)
+        own = word not in benchmarks and getattr(args, "pairs", None)
+        if own and benchmark.sigma:
+            raise UserError("--pairs are of inputs and targets, --sigma makes inputs of targets; leave one out")
+        data = paired(source, tuple(args.pairs)) if own else benchmark.open(source)
         common = dict(protocol=benchmark.protocol, folder=folder / name, name=name, metrics=metrics, say=print)
         if network is None:
             if not data.targets:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dgunet.data.images import read_image
-from dgunet.data.pairs import Pair, find_pairs, images_by_name
+from dgunet.data.pairs import Pair, find_pairs, has_pairs, images_by_name
 from dgunet.runtime.errors import UserError
 from dgunet.runtime.files import IMAGE_SUFFIXES, nfc
 
@@ -51,8 +51,8 @@ class ImageSet:
         """Write the output of the whole data set; returns a line to report it."""
 
 
-def paired(source: Path) -> ImageSet:
-    """The pairs in ``input/`` and ``target/``."""
+def paired(source: Path, names: tuple[str, str] | None = None) -> ImageSet:
+    """The pairs in ``input/`` and ``target/``, or in another layout, see `find_pairs`."""
 
     def read(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         degraded, target = read_image(pair.input), read_image(pair.target)
@@ -60,13 +60,13 @@ def paired(source: Path) -> ImageSet:
             raise UserError(f"{pair.input} and {pair.target} differ in size: {degraded.shape} and {target.shape}")
         return degraded, target
 
-    pairs = find_pairs(source, check_sizes=False)
+    pairs = find_pairs(source, check_sizes=False, names=names)
     return ImageSet([Sample(pair.name, (pair.input, pair.target), partial(read, pair)) for pair in pairs])
 
 
 def pairs_or_images(source: Path) -> ImageSet:
-    """Pairs, or where there is no ``input/``, images without targets."""
-    if (source / "input").is_dir():
+    """Pairs, or where no layout of pairs is recognised, images without targets."""
+    if has_pairs(source):
         return paired(source)
     return image_samples(source, lambda path: (read_image(path), None), targets=False, save=True)
 

@@ -17,7 +17,7 @@ from dgunet.model.variants import VARIANTS, create_model, find_variant
 from dgunet.runtime.distributed import launch
 from dgunet.runtime.errors import UserError
 from dgunet.runtime.imports import import_object
-from dgunet.training.config import parse_args
+from dgunet.training.config import PAIRS, parse_args
 from dgunet.training.logger import describe
 from dgunet.training.resume import checkpoint_to_resume
 from dgunet.training.trainer import Trainer
@@ -75,6 +75,8 @@ def train_command(
     uses = how.uses + (("SYNTHESIS",) if how.syntheses else ())
     if how.syntheses:
         description += f"\nTo degrade clean images while training: SYNTHESIS.NAME {', '.join(how.syntheses)}."
+    if how.find is find_pairs:
+        uses += PAIRS
     cfg, args = parse_args(task, description, uses, configs, argv, prog)
     _check_keys(cfg, task)
     missing: list[str] = []
@@ -93,6 +95,16 @@ def _check_keys(cfg, task: str):
         raise UserError("MODEL.GREY and MODEL.NOISE are of a known blur; set MODEL.DEGRADATION blur, or leave them out")
     if cfg.SYNTHESIS.NAME and (cfg.AUGMENT.MIXUP or cfg.AUGMENT.SATURATION):
         raise UserError("AUGMENT.MIXUP and AUGMENT.SATURATION are of pairs; set them to 0 with SYNTHESIS.NAME")
+    training = cfg.TRAINING
+    for input, target in (("INPUT_DIR", "TARGET_DIR"), ("VAL_INPUT_DIR", "VAL_TARGET_DIR")):
+        if bool(training[input]) != bool(training[target]):
+            raise UserError(f"TRAINING.{input} and TRAINING.{target} belong together; set both, or neither")
+        if training[input] and cfg.MODEL.DEGRADATION:
+            raise UserError(f"TRAINING.{input} is of pairs, but a known degradation is trained on clean images")
+    if training.INPUT_DIR and cfg.SYNTHESIS.NAME:
+        raise UserError("TRAINING.INPUT_DIR is of pairs, but SYNTHESIS.NAME degrades clean images; leave out one")
+    if bool(training.PAIRS.input) != bool(training.PAIRS.target):
+        raise UserError("TRAINING.PAIRS needs both patterns, {input: '*_input', target: '*_gt'}, say")
     if cfg.SYNTHESIS.OPTIONS and not cfg.SYNTHESIS.NAME:
         raise UserError("SYNTHESIS.OPTIONS are of SYNTHESIS.NAME; set it, or leave them out")
 
@@ -100,9 +112,12 @@ def _check_keys(cfg, task: str):
 def _open_data(cfg, how: Training, configs: Path, missing: list[str] | None) -> tuple[TrainingSet, ValidationSet]:
     """The training and the validation set; where ``missing`` is given, what is not there is added to it instead."""
 
-    def look(find: Callable, folder: str) -> list:
+    def look(find: Callable, folder: str, inputs: str = "", targets: str = "") -> list:
         try:
-            return find(folder)
+            if find is not find_pairs:
+                return find(folder)
+            names = (training.PAIRS.input, training.PAIRS.target) if training.PAIRS.input else None
+            return find_pairs(inputs or folder, target=targets or None, names=names)
         except UserError as error:
             if missing is None:
                 raise
@@ -112,19 +127,21 @@ def _open_data(cfg, how: Training, configs: Path, missing: list[str] | None) -> 
     training = cfg.TRAINING
     find = find_clean_images if cfg.MODEL.DEGRADATION else how.find
     degrade = find_degradation(cfg.SYNTHESIS.NAME, cfg.SYNTHESIS.OPTIONS) if cfg.SYNTHESIS.NAME else None
-    items, val_items = look(find_images if degrade else find, training.TRAIN_DIR), []
+    where = training.TRAIN_DIR, training.INPUT_DIR, training.TARGET_DIR
+    where_val = training.VAL_DIR, training.VAL_INPUT_DIR, training.VAL_TARGET_DIR
+    items, val_items = look(find_images if degrade else find, *where), []
     if training.EXCLUDE and items:
         listing = Path(training.EXCLUDE)
         beside = configs / listing.name  # a recipe's own, where there is no clone around it
         items = exclude(items, beside if beside.is_file() and not listing.exists() else listing)
-    if training.VAL_DIR:
-        val_items = look(find, training.VAL_DIR)
+    if any(where_val):
+        val_items = look(find, *where_val)
     elif items:
-        items, val_items = hold_out(items, training.VAL_HOLD_BACK, training.TRAIN_DIR)
+        items, val_items = hold_out(items, training.VAL_HOLD_BACK, training.INPUT_DIR or training.TRAIN_DIR)
     if not degrade:
         return how.make_train_set(cfg, items), how.make_val_set(cfg, val_items)
     train_set = SyntheticPatches(items, degrade, **crop_options(cfg))
-    if training.VAL_DIR:
+    if any(where_val):
         return train_set, how.make_val_set(cfg, val_items)
     return train_set, CenterCropDataset(val_items, training.VAL_PS, degrade=degrade, seed=cfg.SEED)
 

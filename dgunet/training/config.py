@@ -96,10 +96,20 @@ _key("LOSS.EDGE", 0.0, (0, 10**6))
 _key("LOSS.MSE", 0.0, (0, 10**6))
 _key("LOSS.CLAMP", False)  # clamp the estimates to [0, 1] first
 
-_key("TRAINING.TRAIN_DIR", "")  # folder with input/ and target/
-_key(
-    "TRAINING.EXCLUDE", ""
-)  # text file, also one beside the config: a name to a line of images to leave out, as of a test set
+# Folder with input/ and target/; or a file that scripts/pack_dataset.py wrote; or a list, a text or CSV file with two
+# paths to a line.
+_key("TRAINING.TRAIN_DIR", "")
+# Instead of TRAIN_DIR, and of VAL_DIR: two folders whose images have the same names.
+_key("TRAINING.INPUT_DIR", "")
+_key("TRAINING.TARGET_DIR", "")
+_key("TRAINING.VAL_INPUT_DIR", "")
+_key("TRAINING.VAL_TARGET_DIR", "")
+# Other names of inputs and targets in these folders, such as {input: '*_input', target: '*_gt'}: each * stands for what
+# the two have in common, see dgunet/data/layouts.py. Empty: input/* and target/*, or as a note says.
+_key("TRAINING.PAIRS.input", "")
+_key("TRAINING.PAIRS.target", "")
+# Text file, also one beside the config: names, one to a line, of images to leave out, such as those of a test set.
+_key("TRAINING.EXCLUDE", "")
 _key("TRAINING.VAL_DIR", "")  # the same for validation; empty: VAL_HOLD_BACK of TRAIN_DIR
 _key("TRAINING.VAL_HOLD_BACK", 32, (0, 10**6))  # images held out without VAL_DIR: the last by name, at most a tenth
 _key("TRAINING.SAVE_DIR", "checkpoints")
@@ -150,10 +160,15 @@ _RANGES |= {
     "SYNTHESIS.OPTIONS.extent": (0, 100),
 }
 
+# Keys, or how they begin, that say where pairs are.
+PAIRS = (
+    "TRAINING.INPUT_DIR", "TRAINING.TARGET_DIR", "TRAINING.VAL_INPUT_DIR", "TRAINING.VAL_TARGET_DIR", "TRAINING.PAIRS",
+)  # fmt: skip
+
 # Keys, or how they begin, that are not every task's: its record (dgunet/tasks) says which it uses.
 _NOT_EVERYWHERE = (
     "MODEL.RATIO", "MODEL.BLOCK", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY",
-    "SYNTHESIS", "AUGMENT.SATURATION", "AUGMENT.MIXUP",
+    "SYNTHESIS", "AUGMENT.SATURATION", "AUGMENT.MIXUP", *PAIRS,
 )  # fmt: skip
 
 

@@ -127,14 +127,15 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
     precision = "bf16 autocast" if trainer.train_state.amp else "float32"
     if config:
         print(f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n")
-    source = cfg.TRAINING.TRAIN_DIR or "the data set"
-    held_out = "them, the last ones, held out" if cfg.TRAINING.TRAIN_DIR else "the other data set"
+    source = cfg.TRAINING.INPUT_DIR or cfg.TRAINING.TRAIN_DIR
+    held_out = "them, the last ones, held out" if source else "the other data set"
+    val_source = cfg.TRAINING.VAL_INPUT_DIR or cfg.TRAINING.VAL_DIR or held_out
     lines = [
         f"model       {cfg.MODEL.NAME}, {count:,} parameters, {model.stages} stages",
         *(f"missing     {what}" for what in missing),
-        f"training    {len(trainer.train_set) // trainer.train_set.repeat} images of {source}, "
+        f"training    {len(trainer.train_set) // trainer.train_set.repeat} images of {source or 'the data set'}, "
         f"{trainer.train_set.repeat} crops of {cfg.TRAINING.TRAIN_PS} px from each in an epoch",
-        f"validation  {len(trainer.val_set)} images of {cfg.TRAINING.VAL_DIR or held_out}",
+        f"validation  {len(trainer.val_set)} images of {val_source}",
         f"batch       {cfg.OPTIM.BATCH_SIZE} = {trainer.world} processes x {cfg.OPTIM.ACCUMULATE} passes x "
         f"{trainer.train_state.micro_batch_size}",
         f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"

@@ -226,7 +226,7 @@ def _compare_config(trainer: "Trainer", text: str, _):
 
 def _compare_data(trainer: "Trainer", then: dict, path: Path):
     if changes := changed_items(trainer.train_set.items, then):
-        source = trainer.cfg.TRAINING.TRAIN_DIR or "the data set"
+        source = trainer.cfg.TRAINING.INPUT_DIR or trainer.cfg.TRAINING.TRAIN_DIR or "the data set"
         raise UserError(
             f"{source} is not what {path} was trained on: {changes}. Put that back, "
             f"or start a run of its own from its weights: MODEL.SESSION NAME MODEL.WEIGHTS {path}"
