@@ -31,7 +31,7 @@ from dgunet.runtime.distributed import lock_dir
 from dgunet.runtime.errors import UserError, one_line
 from dgunet.runtime.files import atomic_write, match_unicode_form, nfc
 from dgunet.runtime.hardware import pick_device
-from dgunet.runtime.imports import import_object
+from dgunet.runtime.imports import import_object, is_object_name
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,10 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
     Raises:
         UserError: at the end, listing the images that could not be tested.
     """
-    benchmarks = how.benchmarks
     args = _parse(description, how, argv, prog)
+    imported = _import_benchmarks(args.dataset or [])
+    args.dataset = [imported[word][0] if word in imported else word for word in args.dataset or []]
+    benchmarks = how.benchmarks | dict(imported.values())
     network, noise, passes = None, None, {"": {}}
     if args.score_only is None:
         network = _load(task, args, how.default_weights)
@@ -137,7 +139,7 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
     else:
         raise UserError(f"no folder {args.score_only.absolute()} with restored images")
     metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device))
-    tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, how.own(args))
+    tests = _tests(args.dataset or _default(how.benchmarks, noise), benchmarks, how.own(args))
 
     def test(name: str, word: str, benchmark: Benchmark, further: dict) -> Result:
         source = _find(word, args.data_root, benchmarks)
@@ -178,8 +180,8 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
             _report(result)
             if result.images:
                 results.append(result)
-    published = [result for result in results if result.dataset in benchmarks and not result.missing]
-    if how.paper_average is not None and len(published) == len(benchmarks):
+    published = [result for result in results if result.dataset in how.benchmarks and not result.missing]
+    if how.paper_average is not None and len(published) == len(how.benchmarks):
         results.append(average(published))
         results[-1].paper = network and how.paper_average.get(network.name.removeprefix(f"{task}_"))
     if results:
@@ -206,13 +208,19 @@ def _parse(description: str, how: Evaluation, argv: list[str] | None, prog: str 
     add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own)")
     add("--proximal", metavar="MODULE:NAME", help="what makes their proximal mappings, if these are your own")
     add("--learned_degradation", metavar="MODULE:NAME", help="what makes their learned degradations, if your own")
-    add("--dataset", nargs="+", help=f"{', '.join(benchmarks)}; folders or images (default: {usual})")
+    add(
+        "--dataset",
+        nargs="+",
+        help=f"{', '.join(benchmarks)}; folders or images; module:name of a Benchmark (default: {usual})",
+    )
     add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
     where = "where everything is written (default: results): TASK.csv, and for each weights TASK/NAME_DIGEST/DATASET/"
     add("--results", type=Path, default=Path("results"), help=where)
     add("--score_only", type=Path, metavar="FOLDER", help="score the images in FOLDER/DATASET, restore nothing")
     add("--save_images", action="store_true", help="write restored images also where the scores do not need it")
-    further = "further scores, of the pyiqa library: lpips, dists, niqe, ..."
+    further = (
+        "further scores: of the pyiqa library (lpips, dists, niqe, ...), or module:name of a function of two arrays"
+    )
     add("--metrics", nargs="+", default=[], metavar="NAME", help=further)
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
     add("--bf16", action="store_true", help="bfloat16 autocast: faster, up to some hundredths of a dB off")
@@ -254,6 +262,17 @@ def _folder_of(network: _Network) -> str:
     if network.path != Path(network.source):
         return network.source
     return f"{network.path.absolute().parent.name}_{network.path.stem}_{digest_of(network.model)[:8]}"
+
+
+def _import_benchmarks(words: list[str]) -> dict[str, tuple[str, Benchmark]]:
+    """The names and the records of test sets of the user's own, by the ``module:name`` that they are given as."""
+    found = {}
+    for word in words:
+        if is_object_name(word) and not Path(word).exists():
+            if not isinstance(benchmark := import_object(word, "--dataset"), Benchmark):
+                raise UserError(f"--dataset {word} is no dgunet.evaluation.cli.Benchmark, but {benchmark!r:.100}")
+            found[word] = word.rpartition(":")[2], benchmark
+    return found
 
 
 def _default(benchmarks: dict[str, Benchmark], noise: tuple[float, float] | None) -> list[str]:

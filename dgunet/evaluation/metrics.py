@@ -57,6 +57,7 @@ from torch import Tensor
 
 from dgunet.data.transforms import unit_range
 from dgunet.runtime.errors import UserError
+from dgunet.runtime.imports import import_object, is_object_name
 
 # cv2 and skimage are imported where they are used: a model that is only trained or run needs neither.
 
@@ -150,20 +151,26 @@ Metric = Callable[[np.ndarray, np.ndarray], float]  # of a restored image and it
 
 
 def find_metrics(names: list[str], device: str | torch.device = "cpu") -> dict[str, Metric]:
-    """Metrics of the pyiqa library by their names there: ``lpips``, ``dists``, ``niqe``, ...
+    """Scores by name: of the pyiqa library (``lpips``, ``dists``, ``niqe``, ...), or functions of one's own.
 
-    They score images as they are, not aligned or cropped; grey ones as three equal channels.
+    A function, ``module:name``, is given a restored image and its target, (H, W, C) or (H, W), as `evaluate_pair` is,
+    and returns a number. Those of pyiqa score images as they are, not aligned or cropped; grey ones as three equal
+    channels.
 
     Raises:
         UserError: there is no such metric, or its weights cannot be downloaded.
         ModuleNotFoundError: the library is not installed; the message says what to install.
     """
+    found = {name.rpartition(":")[2]: import_object(name, "--metrics") for name in names if is_object_name(name)}
+    for name, metric in found.items():
+        if not callable(metric):
+            raise UserError(f"--metrics {name} is no function of a restored image and its target, but {metric!r:.100}")
+    names = [name for name in names if not is_object_name(name)]
     if not names:
-        return {}
+        return found
     import pyiqa
 
     known = pyiqa.list_models()
-    found = {}
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name.lower(), known, n=3) or known[:8]
