@@ -168,12 +168,15 @@ def _check_network(model) -> torch.device:
 
 def _restore_measurement(model, measurement, device: torch.device, bf16: bool):
     """`restore` of a measurement y (B, ...): the images x_K, (B, C, H, W), or of an array (B, H, W, C)."""
-    if not isinstance(measurement, Tensor | np.ndarray):
-        raise UserError(
-            f"restore takes a measurement as a tensor or NumPy array, or a list, not {type(measurement).__name__}"
-        )
-    y = torch.from_numpy(np.array(measurement)) if isinstance(measurement, np.ndarray) else measurement.detach()
+    _check_dense(measurement)
+    if isinstance(measurement, Tensor):
+        y = measurement.detach()
+    elif (kind := measurement.dtype.kind) in "biufc":
+        y = torch.from_numpy(np.array(measurement, dtype=np.complex64 if kind == "c" else np.float32))
+    else:
+        raise UserError(f"a measurement is of numbers, got an array of {measurement.dtype}")
     home, y = y.device, y.to(device)
+    y = y.to(torch.complex64 if y.is_complex() else torch.float32)
     if y.dim() < 2 or not y.numel() or not torch.isfinite(y).all():
         raise UserError(f"a measurement is (B, ...), of finite numbers, as A gives it; got shape {tuple(y.shape)}")
     if not y.is_complex():
@@ -188,9 +191,7 @@ def _restore_measurement(model, measurement, device: torch.device, bf16: bool):
     whole = Whole(known)
     x = whole.cut(estimate(model, y, bf16, whole))
     x = (x if model.channels == 2 else x.clamp(0, 1)).to(home)
-    return (
-        np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy()) if isinstance(measurement, np.ndarray) else x.contiguous()
-    )
+    return x.contiguous() if isinstance(measurement, Tensor) else np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy())
 
 
 def estimate(model, y: Tensor, bf16: bool = False, degradation: Degradation | None = None) -> Tensor:
@@ -311,23 +312,29 @@ def automatic_tile(model, shape: tuple[int, int, int, int], device: torch.device
     return side
 
 
+def _check_dense(image):
+    """Raise a UserError for what is no NumPy array or tensor of values."""
+    if isinstance(image, np.ma.MaskedArray):
+        raise UserError("restore takes no masked arrays; use image.filled(0)")
+    if isinstance(image, Tensor):
+        if image.is_nested or image.layout != torch.strided or image.is_quantized or image.device.type == "meta":
+            raise UserError("restore takes no nested, sparse, quantised or meta tensors; pass a dense one, or a list")
+    elif not isinstance(image, np.ndarray):
+        raise UserError(f"restore takes a NumPy array, a tensor, or a list of them, not {type(image).__name__}")
+
+
 def _as_batch(image, channels: int):
     """The image(s) as a (B, C, H, W) float32 tensor, and a function that converts the result to the caller's type."""
+    _check_dense(image)
     if isinstance(image, np.ndarray):
-        if isinstance(image, np.ma.MaskedArray):
-            raise UserError("restore takes no masked arrays; use image.filled(0)")
         layout, dtype = "HWC", image.dtype
         scale = 1 if dtype.kind == "f" else {"u1": 255, "u2": 65535}.get(dtype.str[1:])
         # np.array copies: from_numpy would share the caller's memory
         x = torch.from_numpy(np.array(image, dtype=np.float32)) if scale else None
-    elif isinstance(image, Tensor):
-        if image.is_nested or image.layout != torch.strided or image.is_quantized or image.device.type == "meta":
-            raise UserError("restore takes no nested, sparse, quantised or meta tensors; pass a dense one, or a list")
+    else:
         layout, dtype = "CHW", image.dtype
         scale = 1 if image.is_floating_point() else {torch.uint8: 255, torch.uint16: 65535}.get(dtype)
         x = image.detach().to(torch.float32) if scale else None
-    else:
-        raise UserError(f"restore takes a NumPy array, a tensor, or a list of them, not {type(image).__name__}")
     if scale is None:
         raise UserError(f"restore takes uint8, uint16 or floats in [0, 1], got {dtype}")
     shape, home = tuple(image.shape), x.device

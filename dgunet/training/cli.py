@@ -37,8 +37,16 @@ def crop_options(cfg) -> dict:
     return dict(patch=cfg.TRAINING.TRAIN_PS, repeat=cfg.TRAINING.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
 
 
+_KNOWN_DEGRADATION = ("MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY", "MODEL.COMPLEX")
+
+
+def _channels(cfg) -> dict:
+    """Which channels of images a known degradation measures."""
+    return dict(luma=cfg.MODEL.GREY, complex=cfg.MODEL.COMPLEX)
+
+
 def _centers(cfg, items) -> CenterCropDataset:
-    return CenterCropDataset(items, cfg.TRAINING.VAL_PS, luma=cfg.MODEL.GREY, complex=cfg.MODEL.COMPLEX)
+    return CenterCropDataset(items, cfg.TRAINING.VAL_PS, **_channels(cfg))
 
 
 @dataclass(frozen=True)
@@ -76,21 +84,9 @@ TASKS = {
     for task in (
         Task(
             "deblurring",
-            (
-                "SYNTHESIS",
-                "AUGMENT.SATURATION",
-                "MODEL.DEGRADATION",
-                "MODEL.KERNEL",
-                "MODEL.NOISE",
-                "MODEL.GREY",
-                "MODEL.COMPLEX",
-            ),
+            ("SYNTHESIS", "AUGMENT.SATURATION", *_KNOWN_DEGRADATION),
             lambda cfg, pairs: SaturationPatches(
-                pairs,
-                saturation=cfg.AUGMENT.SATURATION,
-                luma=cfg.MODEL.GREY,
-                complex=cfg.MODEL.COMPLEX,
-                **crop_options(cfg),
+                pairs, saturation=cfg.AUGMENT.SATURATION, **_channels(cfg), **crop_options(cfg)
             ),
         ),
         Task("deraining", ("SYNTHESIS",), lambda cfg, pairs: PairedPatches(pairs, **crop_options(cfg))),
@@ -133,9 +129,9 @@ def _check_keys(cfg, task: Task):
     if cfg.MODEL.DEGRADATION and cfg.SYNTHESIS.NAME:
         raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the images; set one of the two")
     if (cfg.MODEL.GREY or cfg.MODEL.COMPLEX or cfg.MODEL.NOISE) and not cfg.MODEL.DEGRADATION:
-        keys = "MODEL.COMPLEX, MODEL.GREY" if cfg.MODEL.COMPLEX else "MODEL.GREY"
         raise UserError(
-            f"{keys} and MODEL.NOISE are of a known blur or operator; set MODEL.DEGRADATION, or leave them out"
+            "MODEL.GREY and MODEL.NOISE are of a known blur (GREY and COMPLEX of an operator of your own); set "
+            "MODEL.DEGRADATION, or leave them out"
         )
     if cfg.SYNTHESIS.NAME and (cfg.AUGMENT.MIXUP or cfg.AUGMENT.SATURATION):
         raise UserError("AUGMENT.MIXUP and AUGMENT.SATURATION are of pairs; set them to 0 with SYNTHESIS.NAME")
