@@ -257,7 +257,10 @@ def try_operator(degradation: Degradation, x: Tensor, generators: tuple = (), na
 def apply_adjoint(degradation: Degradation, y: Tensor, name: str = "") -> Tensor:
     """``x_0 = A_adjoint(y)``; a UserError where the operator, ``name`` in messages, fails for such measurements."""
     name = name or type(degradation).__name__
-    with _one_line_errors(f"{name} has no A_adjoint of measurements {tuple(y.shape)}"), full_precision(degradation, y):
+    with (
+        _one_line_errors(f"A_adjoint of {name} fails for measurements {tuple(y.shape)}"),
+        full_precision(degradation, y),
+    ):
         return degradation.A_adjoint(y)
 
 

@@ -122,7 +122,7 @@ class Trainer:
         cfg, model, sizes = self.cfg, self.train_state.model, sorted(self.val_set.sizes)
         crop = ("TRAINING.TRAIN_PS", (cfg.TRAINING.TRAIN_PS,) * 2)
         for key, size in (crop, *(("TRAINING.VAL_PS", size) for size in dict.fromkeys(sizes[:1] + sizes[-1:]))):
-            name = f"{cfg.MODEL.DEGRADATION or type(model.degradation).__name__}, with images as {key} says,"
+            name = f"{cfg.MODEL.DEGRADATION or type(model.degradation).__name__} ({key})"
             x = torch.zeros(1, model.channels, *size[-2:], device=self.device)
             try_operator(model.degradation, x, self.train_state.random_draws((0,), [(0,)]), name)
 
