@@ -1,6 +1,12 @@
 """A degradation of the user's own, by ``module:name``: from training to a score through the real command line."""
 
+import contextlib
 import csv
+import io
+import re
+import runpy
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -324,3 +330,46 @@ def test_image_that_an_operator_cannot_measure_costs_no_other(folder):
     with open(folder / "results/deblurring.csv", newline="") as file:
         assert [row["images"] for row in csv.DictReader(file)] == ["4"]
     assert "--dataset FOLDER" in score(folder, "of_32", "clean", "--score_only", "clean", check=2)[0]
+
+
+def test_page_does_what_it_says(tmp_path, monkeypatch):
+    """Its files and commands, in its order, on corners of the photographs and for an epoch."""
+    for name in ("configs", "scripts", "Deblurring"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    kind = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    blocks = kind.findall((ROOT / "docs/own_operator.md").read_text())
+    tiny = ["OPTIM.NUM_EPOCHS", 1, "TRAINING.VAL_AFTER_EVERY", 1, "TRAINING.REPEAT", 12, "TRAINING.TRAIN_PS", 32,
+            "OPTIM.EMA_DECAY", 0.8, "MODEL.OVERRIDES.width", 8, "TRAINING.WORKERS", 0, "SPEED.AMP", "fp32"]  # fmt: skip
+    for file in (code for language, code in blocks if language == "python"):
+        (tmp_path / re.match(r"# (\w+\.py)\n", file)[1]).write_text(file)
+    commands = "".join(code for language, code in blocks if language == "bash").replace("\\\n", " ").splitlines()
+    said = []
+    monkeypatch.syspath_prepend(tmp_path)
+    for command in [*commands, "python fill_in.py"]:
+        python, script, *words = shlex.split(command, comments=True)
+        if script.endswith(("/train.py", "/test.py")):
+            words += [*tiny, "DEVICE", "cpu"] if script.endswith("/train.py") else ["--device", "cpu"]
+        if "/" in script:
+            done = run_script(ROOT / script, *words, cwd=tmp_path)
+        else:  # a file of the page
+            out = io.StringIO()
+            with monkeypatch.context() as here, contextlib.redirect_stdout(out):
+                here.chdir(tmp_path)
+                runpy.run_path(script)
+            done = subprocess.CompletedProcess(script, 0, out.getvalue(), "")
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+        for path in (tmp_path / "Datasets").rglob("*.png"):
+            write_image(path, read_image(path)[:61, :45])
+    made, trained, tested, by_variation, filled = said
+    with open(tmp_path / "results/deblurring.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["images"] == "3" and float(row["psnr"]) > float(row["input_psnr"]) + 1, "it has learned something"
+    assert float(re.search(r"([\d.]+) dB", by_variation)[1]) > float(row["input_psnr"]) + 5
+    sys.modules.pop("inpainting")
+
+    pytest.importorskip("deepinv")
+    import my_physics
+
+    physics = my_physics.tomography(CfgNode({"TRAINING": {"TRAIN_PS": 16}}))
+    assert physics.A_adjoint(physics(torch.rand(1, 1, 16, 16))).shape == (1, 1, 16, 16)

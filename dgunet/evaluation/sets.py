@@ -77,7 +77,7 @@ def pairs_or_images(source: Path) -> ImageSet:
     return image_samples(source, lambda path: (read_image(path), None), targets=False, save=True)
 
 
-def measured(source: Path, model: DGUNet) -> ImageSet:
+def measured(source: str | Path, model: DGUNet) -> ImageSet:
     """Clean images, in ``target/`` if there is one, which a network's known degradation measures when they are read.
 
     Its noise is seeded by each image's name. A folder of .npy files has measurements (1, ...) instead, without targets.
@@ -85,7 +85,7 @@ def measured(source: Path, model: DGUNet) -> ImageSet:
     Raises:
         UserError: no images, or a network that is not for 1 (luminance), 2 (complex) or 3 channels (RGB).
     """
-    known, channels = model.degradation, model.channels
+    source, known, channels = Path(source), model.degradation, model.channels
     if channels not in (1, 2, 3):
         raise UserError(f"the network restores {channels} channels; test it in Python, dgunet.evaluation.evaluate")
     device = next(model.parameters()).device

@@ -256,11 +256,8 @@ def try_operator(degradation: Degradation, x: Tensor, generators: tuple = (), na
 
 def apply_adjoint(degradation: Degradation, y: Tensor, name: str = "") -> Tensor:
     """``x_0 = A_adjoint(y)``; a UserError where the operator, ``name`` in messages, fails for such measurements."""
-    name = name or type(degradation).__name__
-    with (
-        _one_line_errors(f"A_adjoint of {name} fails for measurements {tuple(y.shape)}"),
-        full_precision(degradation, y),
-    ):
+    failing = f"A_adjoint of {name or type(degradation).__name__} fails for measurements {tuple(y.shape)}"
+    with _one_line_errors(failing), full_precision(degradation, y):
         return degradation.A_adjoint(y)
 
 
