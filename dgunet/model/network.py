@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dgunet  # for dgunet.checkpoints, which imports this module and is imported when first used
-from dgunet.model.degradations import Degradation, LearnedDegradation, for_measurements
+from dgunet.model.degradations import Degradation, LearnedDegradation, for_measurements, full_precision, measure
 from dgunet.model.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
 
 
@@ -44,7 +44,8 @@ class Stage(nn.Module):
             return x
         degradation = self.degradation if known is None else known
         # FGDM: v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)
-        return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
+        with full_precision(known, x):
+            return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
 
     def forward(
         self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
@@ -151,6 +152,7 @@ class DGUNet(nn.Module):
             raise ValueError("learned_degradation is for gradient steps whose degradation is not known; leave it out")
         # load_model rebuilds the network from name and arguments, and from `describe_degradation` of a known one.
         self.name = None
+        self.degradation_name: str | None = None  # the user's ``module:name`` that made the known degradation
         self.local: dict[str, int] = {}  # windows for statistics at test time, see `inference.restore`
         self.arguments = {name: values[name] for name in ARGUMENTS}
         _check_arguments(self.arguments)
@@ -239,7 +241,8 @@ class DGUNet(nn.Module):
         known = self.degradation if degradation is None else degradation
         if known is not None:
             known = for_measurements(known, y)
-        x = y if known is None else known.A_adjoint(y)
+        with full_precision(known, y):
+            x = y if known is None else known.A_adjoint(y)
         self._check(x)
         features = None
         estimates = []
@@ -315,4 +318,4 @@ class MeasureThenRestore(nn.Module):
 
     def forward(self, x: Tensor, *generators, measuring: Degradation | None = None) -> list[Tensor]:
         known = self.model.degradation if measuring is None else measuring
-        return self.model(x if known is None else getattr(known, "measure", known.A)(x, *generators))
+        return self.model(x if known is None else measure(known, x, *generators))

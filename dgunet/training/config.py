@@ -55,14 +55,17 @@ _key("MODEL.MATRIX", "learned")  # compressive sensing: learned (with the networ
 # dct for a range of ratios, which wants the rows that are worth the most first.
 # The matrix of MODEL.WEIGHTS comes before it, unless it is of another ratio, or a file's is to stay fixed.
 _key("MODEL.MATRIX_START", "")
-# Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean images: blur. Empty: it is learned.
+# Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean images: blur, or an operator of your own,
+# module:name of a function or class that make() or make(cfg) gives it (docs/own_operator.md). Empty: it is learned.
 _key("MODEL.DEGRADATION", "")
 # blur: .npy file of the kernel, (h, w), both odd; or motion: a simulated camera shake for each step. It comes in from
 # beyond the crops, whose margin of half the largest extent, rounded up to a multiple of 8, is cut off.
 _key("MODEL.KERNEL", "")
 _key("MODEL.KERNEL_EXTENT", [5, 25], (1, 200))  # motion: smallest and largest extent, pixels
 _key("MODEL.NOISE", 0.0, (0, 255))  # blur: sigma of Gaussian noise added to blurred training images (0 to 255)
-_key("MODEL.GREY", False)  # blur: train on the luminance, for grey images
+_key("MODEL.GREY", False)  # known degradation: train on the luminance, for grey images
+# Known degradation: train on complex images, two channels: the luminance as the real part, 0 as the imaginary part.
+_key("MODEL.COMPLEX", False)
 # Parts of your own, module:name of functions or classes that make them, see docs/extending.md: the proximal mapping and
 # the learned degradation of each stage. Empty: the paper's.
 _key("MODEL.PROXIMAL", "")
@@ -150,7 +153,7 @@ _RANGES |= {
 # Keys, or how they begin, that are not every task's: its train.py says which it uses.
 _NOT_EVERYWHERE = (
     "MODEL.RATIO", "MODEL.BLOCK", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY",
-    "SYNTHESIS", "AUGMENT.SATURATION", "AUGMENT.MIXUP",
+    "MODEL.COMPLEX", "SYNTHESIS", "AUGMENT.SATURATION", "AUGMENT.MIXUP",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dgunet.checkpoints.load import check_tensors, load_weights, weights_of
 from dgunet.data.transforms import center_crop, unit_range
+from dgunet.model.degradations import measures_with_noise
 from dgunet.model.network import DGUNet, MeasureThenRestore
 from dgunet.runtime import distributed
 from dgunet.runtime.errors import UserError, shorten_list
@@ -82,7 +83,7 @@ class TrainState:
         self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)
         self.model = model.to(self.device, memory_format=self.memory_format)
         self.network = MeasureThenRestore(self.model)  # what runs the forward pass; after `wrap_ddp` distributed
-        self.measured = hasattr(model.degradation, "measure")  # with random numbers
+        self.measured = measures_with_noise(model.degradation)
         weights = {name: cfg.LOSS[name.upper()] for name in LOSSES}
         self.loss = StageLoss(weights, cfg.LOSS.CLAMP).to(self.device)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

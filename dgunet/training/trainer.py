@@ -7,12 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
 from dgunet.checkpoints.load import describe_model, save_checkpoint
 from dgunet.data.datasets import TrainingSet, ValidationSet
 from dgunet.data.loader import ResumableBatchSampler, make_dataloader
 from dgunet.data.pairs import fingerprint
+from dgunet.model.degradations import is_ours, try_operator
 from dgunet.model.network import DGUNet
 from dgunet.runtime import distributed
 from dgunet.runtime.errors import UserError
@@ -56,6 +58,8 @@ class Trainer:
         self.batches = ResumableBatchSampler(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
         self.train_state = TrainState(cfg, model)
         self.device = self.train_state.device
+        if model.degradation is not None and not is_ours(model.degradation):
+            self._try_operator()
         self.schedule = EpochSchedule(self.train_state.optimizer, cfg.OPTIM)
 
         self.epoch, self.step = 1, 0  # the current epoch and the steps done in it
@@ -112,6 +116,15 @@ class Trainer:
             if self.stop.agreed:
                 distributed.barrier()
                 sys.exit(128 + self.stop.agreed)
+
+    def _try_operator(self):
+        """Measure an image of each size once: what the user's operator cannot do shows now, not after an epoch."""
+        cfg, model, sizes = self.cfg, self.train_state.model, sorted(self.val_set.sizes)
+        crop = ("TRAINING.TRAIN_PS", (cfg.TRAINING.TRAIN_PS,) * 2)
+        for key, size in (crop, *(("TRAINING.VAL_PS", size) for size in dict.fromkeys(sizes[:1] + sizes[-1:]))):
+            name = f"{cfg.MODEL.DEGRADATION or type(model.degradation).__name__} ({key})"
+            x = torch.zeros(1, model.channels, *size[-2:], device=self.device)
+            try_operator(model.degradation, x, self.train_state.random_draws((0,), [(0,)]), name)
 
     def _run_epoch(self, loader: DataLoader) -> bool:
         """Train to the end of the current epoch; False if a signal stopped it before."""

@@ -76,7 +76,10 @@ def _psnr(train_state: TrainState, network, input: Tensor, target: Tensor, indic
         restored = network(x, *draws, measuring=operator)[0]
     truth = center_crop(target, *restored.shape[-2:])
     truth = unit_range(truth.to(train_state.device)).flatten(1, -3)  # blocks side by side again, as channels
-    return psnr_batch(restored.float().reshape(truth.shape), truth).double()
+    restored = restored.float().reshape(truth.shape)
+    if train_state.cfg.MODEL.COMPLEX:
+        restored, truth = (image.norm(dim=1, keepdim=True) for image in (restored, truth))  # magnitudes
+    return psnr_batch(restored, truth).double()
 
 
 def validation_batch_size(train_state: TrainState, val_set: ValidationSet) -> int:
