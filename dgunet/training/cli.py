@@ -26,7 +26,7 @@ from dgunet.model.variants import VARIANTS, create_model, find_variant
 from dgunet.runtime.distributed import launch
 from dgunet.runtime.errors import UserError
 from dgunet.training.config import parse_args
-from dgunet.training.logger import describe
+from dgunet.training.loggers import describe
 from dgunet.training.resume import checkpoint_to_resume
 from dgunet.training.trainer import Trainer
 
