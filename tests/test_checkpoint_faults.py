@@ -130,7 +130,7 @@ def resumes(path: Path, state: dict, trainer: Trainer) -> bool:
     assert all(equal(moments[i], entry) for i, entry in state["optimizer"]["state"].items())
     optimizer_step(trainer)
     assert all(parameter.isfinite().all() for parameter in trainer.train_state.parameters)
-    trainer._record(3.0, validated=False)
+    trainer._record(validated=False)
     return True
 
 
