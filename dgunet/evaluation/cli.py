@@ -26,10 +26,12 @@ from dgunet.evaluation.runner import digest_of, evaluate, restore_images
 from dgunet.evaluation.scoresheet import TEXT, Result
 from dgunet.evaluation.sets import Images, ImageSet, Sample, paired, pairs_or_images
 from dgunet.inference import check_tiles, parse_tile
+from dgunet.model.network import FACTORIES
 from dgunet.runtime.distributed import lock_dir
 from dgunet.runtime.errors import UserError, one_line
 from dgunet.runtime.files import atomic_write, match_unicode_form, nfc
 from dgunet.runtime.hardware import pick_device
+from dgunet.runtime.imports import import_object
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Call
     noisy = any(benchmark.sigma for benchmark in benchmarks.values())
     usual = "those whose noise the weights are for" if noisy else "all of these"
     add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own)")
+    add("--proximal", metavar="MODULE:NAME", help="what makes their proximal mappings, if these are your own")
+    add("--learned_degradation", metavar="MODULE:NAME", help="what makes their learned degradations, if your own")
     add("--dataset", nargs="+", help=f"{', '.join(benchmarks)}; folders or images (default: {usual})")
     add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
     where = "where everything is written (default: results): TASK.csv, and for each weights TASK/NAME_DIGEST/DATASET/"
@@ -215,7 +219,8 @@ def _load(task: str, args: argparse.Namespace, default_weights: str) -> _Network
     content = read_checkpoint(path)  # once: training may replace the file a moment later
     if not args.weights:
         print(f"no --weights given: this repository's own {default_weights} ({content['record']['trained_for']})")
-    model = load_model(path, task=task, device=pick_device(args.device), content=content)
+    own = {name: import_object(text, f"--{name}") for name in FACTORIES if (text := getattr(args, name))}
+    model = load_model(path, task=task, device=pick_device(args.device), content=content, **own)
     if args.compile:
         model.compile()  # once for the first size, and once more for all other sizes
     name, noise = model.name or "DGUNet", trained_sigma_range(content)

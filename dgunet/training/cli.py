@@ -25,6 +25,7 @@ from dgunet.model.sampling import BlockSampling, sampling_operator
 from dgunet.model.variants import VARIANTS, create_model, find_variant
 from dgunet.runtime.distributed import launch
 from dgunet.runtime.errors import UserError
+from dgunet.runtime.imports import import_object
 from dgunet.training.config import parse_args
 from dgunet.training.loggers import describe
 from dgunet.training.resume import checkpoint_to_resume
@@ -202,6 +203,8 @@ def build_model(
     if isinstance(degradation, MotionBlur):
         degradation.sample_kernel = motion_kernel
     arguments = {**cfg.MODEL.OVERRIDES, **({"channels": 1} if cfg.MODEL.GREY else {})}
+    own = {"proximal": cfg.MODEL.PROXIMAL, "learned_degradation": cfg.MODEL.LEARNED_DEGRADATION}
+    arguments |= {name: import_object(text, f"MODEL.{name.upper()}") for name, text in own.items() if text}
     model = create_model(cfg.MODEL.NAME, degradation, checkpointing=cfg.SPEED.CHECKPOINTING, **arguments)
     path = cfg.MODEL.WEIGHTS
     if not path or checkpoint_to_resume(cfg):

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode as CN
 
-from dgunet.model.network import ARGUMENTS, DGUNet
+from dgunet.model.network import ARGUMENTS, FACTORIES, DGUNet
 from dgunet.model.proximal import MULTIPLE
 from dgunet.runtime.errors import ROOT, UserError
 
@@ -63,6 +63,10 @@ _key("MODEL.KERNEL", "")
 _key("MODEL.KERNEL_EXTENT", [5, 25], (1, 200))  # motion: smallest and largest extent, pixels
 _key("MODEL.NOISE", 0.0, (0, 255))  # blur: sigma of Gaussian noise added to blurred training images (0 to 255)
 _key("MODEL.GREY", False)  # blur: train on the luminance, for grey images
+# Parts of your own, module:name of functions or classes that make them, see docs/extending.md: the proximal mapping and
+# the learned degradation of each stage. Empty: the paper's.
+_key("MODEL.PROXIMAL", "")
+_key("MODEL.LEARNED_DEGRADATION", "")
 _key("MODEL.WEIGHTS", "")  # to start from: a checkpoint (ours or the authors'), or the name of one; empty: from scratch
 
 _key("OPTIM.BATCH_SIZE", 16, (1, 2**16))  # total over all processes and accumulation steps
@@ -282,11 +286,12 @@ def _flatten(node: dict, declared: dict | None = None, prefix: str = ""):
             yield name, value
 
 
-# What MODEL.OVERRIDES may change: how many channels there are, and their degradation, is up to the data.
+# What MODEL.OVERRIDES may change: how many channels there are, and their degradation, is up to the data; parts of the
+# user's own have keys.
 _ARGUMENTS = {
     name: parameter.default
     for name, parameter in inspect.signature(DGUNet).parameters.items()
-    if name not in ("channels", "degradation", "checkpointing")
+    if name not in ("channels", "degradation", "checkpointing", *FACTORIES)
 }
 
 
