@@ -27,7 +27,7 @@ from dgunet.runtime.distributed import launch
 from dgunet.runtime.errors import UserError
 from dgunet.runtime.imports import import_object, is_object_name
 from dgunet.training.config import parse_args
-from dgunet.training.logger import describe
+from dgunet.training.loggers import describe
 from dgunet.training.resume import checkpoint_to_resume
 from dgunet.training.trainer import Trainer
 

@@ -117,6 +117,9 @@ _key("TRAINING.VAL_FROM_EPOCH", 0, (0, _EPOCHS))
 _key("TRAINING.SAVE_EACH_VALIDATION", True)  # keep the weights of every validation as model_epoch_N.pth
 _key("TRAINING.SAVE_MINUTES", 15.0, (0, 10**6))  # model_latest.pth is also written this often within an epoch
 _key("TRAINING.WORKERS", 4, (0, 256))  # data loading processes of each training process
+# A list of csv (history.csv, curves.png), console (lines, train.log, a bar), images (of the validation, as PNG),
+# tensorboard, wandb, mlflow, and module:name, a logger of one's own; auto: csv, console, tensorboard if installed.
+_key("TRAINING.LOGGERS", "auto")
 
 # Degrade clean images while training, by a function of dgunet/data/synthesis.py: gaussian_noise, found_noise,
 # sensor_noise, bayer_noise, grain, photo_noise, rain_streaks, added_rain, motion_blur. TRAIN_DIR is then a folder of
@@ -232,6 +235,11 @@ def changed_keys(cfg: CN, other: CN) -> list[str]:
     return [key for key in one | two if one.get(key, default.get(key)) != two.get(key, default.get(key))]
 
 
+def flat_config(cfg: CN) -> dict:
+    """Every key's value by its dotted name."""
+    return dict(_flatten(cfg))
+
+
 def format_config(cfg: CN) -> str:
     """The whole config as YAML, keys that differ from the defaults marked with ``# *``."""
     changed = set(changed_keys(cfg, _C))
@@ -341,7 +349,11 @@ def _coerce(default, value, key: str, source: str):
     if key == "MODEL.RATIO" and not isinstance(value, int | float | str):
         default = ()  # or a range
     kind, given = type(default), type(value)  # isinstance would take True for an int
-    if given is bool:
+    if key == "TRAINING.LOGGERS":
+        names = value if given is list else [value]
+        if all(isinstance(name, str) for name in names):
+            return value if value == "auto" else names
+    elif given is bool:
         if kind is bool or default == "auto":  # a switch, or one that may be left to us
             return value
     elif kind is bool:
@@ -368,6 +380,8 @@ def _coerce(default, value, key: str, source: str):
         str: "text", int: "a whole number", float: "a number", bool: "True or False",
         list: "a list of whole numbers", tuple: "a number or a range, [LOWEST, HIGHEST]",
     }  # fmt: skip
+    if key == "TRAINING.LOGGERS":
+        expected[str] = "auto or a list of names"
     raise UserError(f"{source}: {key} must be {expected[kind]}, got {_short(value)}")
 
 
