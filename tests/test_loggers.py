@@ -3,8 +3,10 @@
 import csv
 import json
 import logging
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -331,3 +333,19 @@ def test_only_the_main_process_logs(folders, own_module, monkeypatch):  # noqa: 
     trainer = make_trainer(folders, TRAINING__LOGGERS="[my_loggers:JSONLogger]")
     trainer.validate()
     assert trainer.log.loggers == trainer.panels == []
+
+
+def test_the_logger_of_the_documentation(folders, monkeypatch):  # noqa: F811
+    text = (Path(__file__).resolve().parents[1] / "docs/extending.md").read_text()
+    (code,) = re.findall(r"```python\n# my_loggers.py\n(.*?)```", text, re.DOTALL)
+    (folders / "my_loggers.py").write_text(code)
+    monkeypatch.chdir(folders)
+    (logger,) = make_loggers(["my_loggers:JSONLogger"])
+    sys.modules.pop("my_loggers")
+    log = RunLogger([logger])
+    run = SimpleNamespace(folder=folders)
+    logger.start(run)
+    log.started = [logger]
+    log.log_row({"epoch": 1, "loss": 0.5}, [])
+    logger.close(failed=False)
+    assert json.loads((folders / "log.jsonl").read_text()) == {"epoch": 1, "loss": 0.5} and not log.failed

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dgunet.runtime.errors import UserError, describe_error
@@ -177,6 +176,8 @@ class ImageLogger(Logger):
         self.folder = run.folder / "images"
 
     def log_row(self, row, images):
+        from PIL import Image
+
         for number, image in enumerate(images, start=1):
             name = f"epoch_{row['epoch']}_step_{row['step']}_image_{number}.png"
             with atomic_write(self.folder / name) as temporary:
