@@ -12,7 +12,7 @@ from shared import ROOT, Parser, UserError
 
 from dgunet.data.pairs import changed_items, find_images, fingerprint
 from dgunet.training.config import load_config
-from dgunet.training.trainer import changed_settings
+from dgunet.training.resume import changed_settings
 
 SHORT_RUN = {
     "OPTIM.BATCH_SIZE": 4, "OPTIM.LR_INITIAL": 1e-3, "OPTIM.CLIP_NORM": 1.0, "TRAINING.REPEAT": 1,

@@ -43,7 +43,7 @@ def make_trainer(folder: Path, *options) -> Trainer:
     words = [str(word) for pair in settings.items() for word in pair]
     cfg = load_config(ROOT / "configs/denoising/dgunet.yaml", words + list(options))
     torch.manual_seed(0)
-    files = sorted(ROOT.glob("dgunet/*.py"))
+    files = sorted(ROOT.glob("dgunet/**/*.py"))
     return Trainer(cfg, create_model("denoising_dgunet", **OVERRIDES), Files(files[:8]), Files(files[8:10]))
 
 

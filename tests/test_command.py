@@ -191,7 +191,7 @@ def test_colour_profile_and_resolution_are_kept(tmp_path, deep):
 
 def test_the_former_module_of_photos_warns(tmp_path):
     sys.modules.pop("dgunet.pictures", None)
-    with pytest.warns(DeprecationWarning, match="dgunet.photos"):
+    with pytest.warns(DeprecationWarning, match="dgunet.data.photos"):
         from dgunet.pictures import read_picture
     np.testing.assert_array_equal(read_picture(save(tmp_path / "a.png")).pixels, colours())
 
@@ -891,7 +891,7 @@ def test_modules_of_their_own_are_imported_when_used(dgunet, monkeypatch):
     module = SimpleNamespace(
         add_arguments=lambda parser: parser.add_argument("--port", type=int), run=lambda args: calls.append(args.port)
     )
-    monkeypatch.setitem(sys.modules, "dgunet.demo", module)
+    monkeypatch.setitem(sys.modules, "dgunet.apps.demo", module)
     assert dgunet("demo", "--port", "7").status == 0 and calls == [7]
 
 

@@ -361,7 +361,7 @@ def test_lr_min_matters_only_to_the_cosine():
 
 @pytest.mark.parametrize("key", leaves(load_config()) | {"MODEL.OVERRIDES": None})
 def test_every_key_is_read_somewhere(key):
-    files = [p for p in (ROOT / "dgunet").glob("*.py") if p.name != "config.py"]
+    files = [p for p in (ROOT / "dgunet").rglob("*.py") if p.name != "config.py"]
     files += [p for p in ROOT.glob("[A-Z]*/*.py")]
     leaf = key.rsplit(".", 1)[-1]
     is_loss = key == f"LOSS.{leaf}" and leaf.lower() in LOSSES  # the engine goes through them all
@@ -521,7 +521,7 @@ def dry_run(cfg, monkeypatch, words: list[str]):
     task = VARIANTS[cfg.MODEL.NAME].task if cfg.MODEL.NAME in VARIANTS else "denoising"
     uses = ("AUGMENT", "MODEL") if task == "compressive_sensing" else ("SYNTHESIS", "AUGMENT", "MODEL")
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", "--config", "config.yaml", *words])
-    monkeypatch.setattr(dgunet.training, "launch", launch_here)
+    monkeypatch.setattr(dgunet.training.cli, "launch", launch_here)
     train_command(dataclasses.replace(TASKS[task], uses=uses), "")
 
 

@@ -16,7 +16,8 @@ import tifffile
 import torch
 from PIL import Image
 
-from dgunet import UserError, create_model, data
+import dgunet.data.packed
+from dgunet import UserError, create_model
 from dgunet.checkpoints.load import describe_model, save_checkpoint
 from dgunet.data.images import image_size, open_image, read_image
 from dgunet.data.pairs import find_pairs
@@ -190,7 +191,7 @@ def test_damaged_packed_files(tmp_path, packed, fuzz):
         path.write_bytes(damage(whole, rng))
         for image in told(crops, path) or []:
             assert image.dtype == np.uint8 and image.shape == (16, 16, 3)
-        data._close_packed_files()
+        dgunet.data.packed._close_packed_files()
 
 
 # -------------------------------------------------------------------------------------------------------- measurements

@@ -20,7 +20,8 @@ import pytest
 import torch
 from PIL import Image, features
 
-from dgunet import UserError, data
+import dgunet.data.pairs
+from dgunet import UserError
 from dgunet.data.datasets import CenterCropDataset, MixupPatches, PairedPatches, SaturationPatches, SyntheticPatches
 from dgunet.data.images import image_size, read_image, read_luma, write_image
 from dgunet.data.loader import ResumableBatchSampler
@@ -465,7 +466,7 @@ def test_names_that_differ_in_unicode_form_alone_are_one(forms, monkeypatch):
     with h5py.File(packed, "r+") as file:
         assert in_form("NFC") in file["input"]
         file.move(f"input/{in_form('NFC')}", f"input/{in_form('NFD')}")
-    data._close_packed_files()
+    dgunet.data.packed._close_packed_files()
     assert [pair.name for pair in find_pairs(packed)] == [pair.name for pair in pairs]
     assert all(map(np.array_equal, PairedPatches(packed, 16)[1, 0], PairedPatches(pairs, 16)[1, 0]))
     assert not changed_items(find_pairs(packed), fingerprint(pairs))
@@ -475,7 +476,9 @@ def test_run_from_before_names_had_one_form_is_resumed(forms, monkeypatch):
     pairs = find_pairs(forms)
     with monkeypatch.context() as context:  # fingerprints were of names as they were on the disk
         paths = [("input", pair.input) for pair in pairs] + [("target", pair.target) for pair in pairs]
-        context.setattr(data, "_sources", lambda items: [(f"{side}/{path.stem}", path) for side, path in paths])
+        context.setattr(
+            dgunet.data.pairs, "_sources", lambda items: [(f"{side}/{path.stem}", path) for side, path in paths]
+        )
         before = fingerprint(pairs)
     assert not torch.equal(before["names"], fingerprint(pairs)["names"])
     assert changed_items(pairs, before) == ""
@@ -858,7 +861,7 @@ def test_sizes_for_validation_come_from_headers(tmp_path, monkeypatch, ending):
     """Also of grey images: no image is decoded before it is needed."""
     write_image(tmp_path / f"colour{ending}", random_image(70, 100))
     write_image(tmp_path / f"grey{ending}", random_image(64, 99)[:, :, 0])
-    monkeypatch.setattr(data, "_decode", None)
+    monkeypatch.setattr(dgunet.data.images, "_decode", None)
     assert CenterCropDataset(list_images(tmp_path), 32, luma=True, multiple=32, area=256).sizes == {(6, 32, 32)}
 
 

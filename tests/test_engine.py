@@ -263,7 +263,7 @@ def test_two_processes_give_the_losses_of_one(folders):
 @pytest.fixture
 def no_curves(monkeypatch):
     """Drawing them takes longer than the epochs here."""
-    monkeypatch.setattr(dgunet.runlog, "plot_history", lambda *_: None)
+    monkeypatch.setattr(dgunet.training.logger, "plot_history", lambda *_: None)
 
 
 class PartlyBroken(PairedPatches):
@@ -795,7 +795,7 @@ def saved(monkeypatch) -> list[tuple]:
         found.append((path.name, state | {"history": list(state.get("history", []))}))  # as it is now
         save(state, path)
 
-    monkeypatch.setattr(dgunet.engine, "save_checkpoint", noting)
+    monkeypatch.setattr(dgunet.training.trainer, "save_checkpoint", noting)
     return found
 
 
@@ -1158,7 +1158,7 @@ def test_progress_without_a_terminal(folders, monkeypatch):
 def test_time_left_is_that_of_the_steps_to_come(tmp_path, monkeypatch, caplog):
     run = RunLogger(tmp_path, "run", epochs=10, steps=4, main=True)
     clock = iter([0, 100])
-    monkeypatch.setattr(dgunet.runlog, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(dgunet.training.logger, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with run, caplog.at_level("INFO", "dgunet"):  # step 2 of epoch 6: two steps more, and four epochs
         run.progress(SimpleNamespace(set_postfix_str=lambda *_, **__: None, disable=True), 6, 2, "loss 1", seconds=60)
     assert caplog.messages == ["epoch 6/10  step 2/4  loss 1, 18:00 left"]
@@ -1315,11 +1315,11 @@ def test_images_that_are_restored_exactly_are_counted_and_left_out_of_the_mean(
 ):
     scores = iter([torch.inf] * exact + [20.0])
     psnr = lambda restored, target: torch.tensor([next(scores) for _ in restored])  # noqa: E731
-    monkeypatch.setattr(dgunet.validation, "psnr_batch", psnr)
+    monkeypatch.setattr(dgunet.training.validation, "psnr_batch", psnr)
     with caplog.at_level("INFO", "dgunet"):
         assert make_trainer(folders).validate() == expected
     assert [f"{exact} of 2 validation images" in message for message in caplog.messages] == [True]
-    monkeypatch.setattr(dgunet.validation, "psnr_batch", lambda *_: torch.tensor([torch.nan, torch.inf]))
+    monkeypatch.setattr(dgunet.training.validation, "psnr_batch", lambda *_: torch.tensor([torch.nan, torch.inf]))
     assert np.isnan(make_trainer(folders).validate()), "a score that is no number is not left out"
 
 

@@ -209,7 +209,7 @@ def test_a_missing_package_is_described_whichever_module_imports_it():
 
 
 def test_importing_the_package_imports_no_extras(run_command):
-    code = "import sys, dgunet.model, dgunet.checkpoint, dgunet.inference, dgunet.training\n"
+    code = "import sys, dgunet.model, dgunet.checkpoints.load, dgunet.inference, dgunet.training.cli\n"
     code += "print({'PIL', 'cv2', 'h5py', 'matplotlib', 'psutil', 'skimage'} & sys.modules.keys())"
     assert run_command(["-c", code]).stdout == "set()\n"
 
@@ -219,8 +219,6 @@ COMMANDS = [path for path in ROOT.glob("[!.]*/*.py") if "run_cli(" in path.read_
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_nothing_installed_is_told_by_every_command(path):
-    if path.parent.name == "dgunet":
-        pytest.skip("imports no other package before its main()")
     command = [sys.executable, "-E", "-s", "-S", path, "--help"]  # without any site-packages
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
@@ -230,12 +228,12 @@ def test_nothing_installed_is_told_by_every_command(path):
 @pytest.mark.parametrize("start", [["-m", "other"], ["other/__main__.py"]], ids=["module", "file"])
 def test_importing_the_package_changes_nothing_in_a_program_of_others(tmp_path, start):
     """Nor where the program is installed beside it."""
-    for name in ("__init__.py", "errors.py"):
-        (tmp_path / "dgunet").mkdir(exist_ok=True)
+    for name in ("__init__.py", "_moved.py", "runtime/__init__.py", "runtime/errors.py"):
+        (tmp_path / "dgunet/runtime").mkdir(parents=True, exist_ok=True)
         (tmp_path / "dgunet" / name).write_text((ROOT / "dgunet" / name).read_text())
     (tmp_path / "other").mkdir()
     code = "import sys; sys.path.insert(0, '.'); before = sys.excepthook, sys.stdout, sys.stderr\n"
-    code += "import dgunet.errors\n"
+    code += "import dgunet.runtime.errors\n"
     code += "assert (sys.excepthook, sys.stdout, sys.stderr) == before\n"
     code += "try:\n    import gradio\nfinally:\n    print('the program ends itself')"
     (tmp_path / "other/__main__.py").write_text(code)
@@ -262,6 +260,7 @@ def test_missing_package_is_told_by_a_command(tmp_path):
 
 def test_windows_lacks_these(run_command):
     others = "import cv2, dgunet, torch.utils.data, tqdm, warmup_scheduler"  # which do without them in their own ways
-    code = "import os, signal; del os.register_at_fork, signal.alarm; import dgunet.patches as p; p._ignore_sigterm()"
+    code = "import os, signal; del os.register_at_fork, signal.alarm\n"
+    code += "from dgunet.data import loader; loader._ignore_sigterm()"
     done = run_command(["-c", f"{others}; {code}"])
     assert (done.returncode, done.stderr) == (0, "")

@@ -21,12 +21,13 @@ import pytest
 import scipy.io
 import torch
 
-from dgunet import DGUNet, UserError, create_model, evaluation, inference, load_model, restore
+from dgunet import DGUNet, UserError, create_model, inference, load_model, restore
 from dgunet.checkpoints.load import describe_model, read_checkpoint, save_checkpoint
 from dgunet.data.images import read_image, write_image
 from dgunet.data.pairs import find_pairs
 from dgunet.data.transforms import to_uint8, unit_range
 from dgunet.evaluation import cli as testing
+from dgunet.evaluation import runner, scoresheet, sets
 from dgunet.evaluation.cli import append_results, average, estimate_sigma, find_folder
 from dgunet.evaluation.metrics import PROTOCOLS, evaluate_pair
 from dgunet.evaluation.runner import evaluate
@@ -102,7 +103,7 @@ def test_two_tests_at_once_do_not_mix_and_a_killed_one_goes_on_at_once(test, ima
     child = os.fork()
     if child == 0:  # a test that restores two images and is then still busy
         try:
-            restore, calls = evaluation.restore, []
+            restore, calls = runner.restore, []
 
             def slow(*args, **options):
                 if len(calls) == 2:
@@ -112,7 +113,7 @@ def test_two_tests_at_once_do_not_mix_and_a_killed_one_goes_on_at_once(test, ima
                 calls.append(args)
                 return restore(*args, **options)
 
-            evaluation.restore = slow
+            runner.restore = slow
             test("--dataset", "set")
         finally:
             os._exit(1)
@@ -349,7 +350,7 @@ def test_images_that_are_not_scored_are_restored_in_tiles_where_memory_is_short(
 )  # fmt: skip
 def test_out_of_memory_names_the_option(test, image_pairs, monkeypatch, error):
     image_pairs(Path("set"), count=2, size=(16, 16))
-    whole = evaluation.restore
+    whole = runner.restore
 
     def short(model, image, **options):
         if short.calls:
@@ -358,7 +359,7 @@ def test_out_of_memory_names_the_option(test, image_pairs, monkeypatch, error):
         return whole(model, image, **options)
 
     short.calls = 0
-    monkeypatch.setattr(evaluation, "restore", short)
+    monkeypatch.setattr(runner, "restore", short)
     done = test("--dataset", "set")
     assert done.status == 2 and "Traceback" not in done.err and rows()[-1]["images"] == "1"
     assert "img2.png" in done.err and "--tile 512" in done.err
@@ -367,7 +368,7 @@ def test_out_of_memory_names_the_option(test, image_pairs, monkeypatch, error):
 def test_time_of_an_image_is_that_of_restoring_it(tmp_path, image_pairs, monkeypatch):
     """Not of reading, scoring and writing it, nor of what was done before."""
     image_pairs(tmp_path / "set", count=2, size=(16, 16))
-    for module, name in ((evaluation, "read_image"), (evaluation, "write_image"), (evaluation, "evaluate_pair")):
+    for module, name in ((sets, "read_image"), (runner, "write_image"), (scoresheet, "evaluate_pair")):
         slow = partial(lambda do, *args, **options: (time.sleep(0.1), do(*args, **options))[1], getattr(module, name))
         monkeypatch.setattr(module, name, slow)
 

@@ -14,8 +14,13 @@ def test_object_of_a_module_in_the_current_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("no_such_module_x:f", "no_such_module_x"), ("own_module_b:f", "own_module_b has no f"), ("f", "module:name"), ("a b:c", "a b:c")],
-)  # fmt: skip
+    [
+        ("no_such_module_x:f", "no_such_module_x"),
+        ("own_module_b:f", "own_module_b has no f"),
+        ("f", "module:name"),
+        ("a b:c", "a b:c"),
+    ],
+)
 def test_what_is_not_there_is_named(tmp_path, monkeypatch, text, named):
     (tmp_path / "own_module_b.py").write_text("")
     monkeypatch.chdir(tmp_path)

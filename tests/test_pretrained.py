@@ -99,7 +99,7 @@ def test_a_shipped_file_that_is_damaged(tmp_path, monkeypatch):
     weights = package / "pretrained_models/Denoising/a/weights.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_text("version https://git-lfs.github.com/spec/v1\n")
-    monkeypatch.setattr(dgunet.pretrained, "__file__", str(package / "pretrained.py"))
+    monkeypatch.setattr(dgunet.checkpoints.registry, "__file__", str(package / "checkpoints/registry.py"))
     with pytest.raises(UserError, match="weights.safetensors is not a safetensors file, or is damaged; download"):
         dgunet.checkpoints.registry._records.__wrapped__()
 
@@ -354,7 +354,9 @@ def test_wheel(tmp_path, run_command, monkeypatch):
         archive.extractall(tmp_path / "installed")
     weights = {name for name in names if name.endswith("weights.safetensors")}
     assert names - weights == {path.relative_to(ROOT).as_posix() for path in ROOT.glob("dgunet/**/*.py")}
-    monkeypatch.setattr(dgunet.pretrained, "__file__", str(tmp_path / "installed/dgunet/checkpoints/registry.py"))
+    monkeypatch.setattr(
+        dgunet.checkpoints.registry, "__file__", str(tmp_path / "installed/dgunet/checkpoints/registry.py")
+    )
     found = dgunet.checkpoints.registry._records.__wrapped__()
     assert {record.path.relative_to(tmp_path / "installed").as_posix() for record in found.values()} == weights
     assert list(found) == list_models(pretrained=True)

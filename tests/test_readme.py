@@ -60,7 +60,7 @@ def test_commands_have_the_options_and_keys_that_the_documents_give_them():
     }
     trained = 0
     for file, words in commands():
-        script = ROOT / (f"{words[0]}/command.py" if words[0] == "dgunet" else words[1])
+        script = ROOT / (f"{words[0]}/apps/cli.py" if words[0] == "dgunet" else words[1])
         places = {script, ROOT / sources.get(script.name, script), ROOT / f"dgunet/{words[1]}.py"}
         known = "".join(place.read_text() for place in places if place.exists())
         for word in words:
