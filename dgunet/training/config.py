@@ -294,7 +294,7 @@ def describe_keys(uses: tuple[str, ...] = _NOT_EVERYWHERE) -> str:
             default, allowed = _declared(found[1]), _RANGES.get(found[1])
             lines.append(f"{found[1]} {dict(default) if isinstance(default, CN) else default!r}")
             if allowed is not None:
-                lines[-1] += "  (%s)" % (" to " if isinstance(allowed, tuple) else ", ").join(map(str, allowed))
+                lines[-1] += f"  ({(' to ' if isinstance(allowed, tuple) else ', ').join(map(str, allowed))})"
             text = " ".join([*above, found[2] or ""])
             lines += textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="    ")
         above = [*above, line[2:]] if line.startswith("# ") else []

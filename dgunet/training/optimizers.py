@@ -33,11 +33,12 @@ def make_optimizer(optim, parameters: list[Tensor]) -> Optimizer:
         raise UserError(f"OPTIM.NAME {name} is {make!r:.60}; name an optimizer's class, or a function that makes one")
     takes = inspect.signature(make).parameters
     options = {}
-    for option, value, unset in (("betas", betas, (0.9, 0.999)), ("weight_decay", decay, 0)):
+    for option, value, unset in (("betas", betas, (0.9, 0.999)), ("weight_decay", decay, 0.0)):
         if option in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             options[option] = value
         elif value != unset:
-            raise UserError(f"OPTIM.{option.upper()} {value} is set, but {name} takes no {option}; leave it out")
+            key, unset = f"OPTIM.{option.upper()}", list(unset) if option == "betas" else unset
+            raise UserError(f"{key} is set, but {name} takes no {option}; set {key} {unset}, or give it that argument")
     optimizer = make(parameters, lr=optim.LR_INITIAL, **options)
     if not isinstance(optimizer, Optimizer):
         raise UserError(f"OPTIM.NAME {name} made a {type(optimizer).__name__}, which is no torch.optim.Optimizer")
@@ -72,12 +73,10 @@ class Muon(Optimizer):
     ):  # fmt: skip
         super().__init__(params, dict(lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay))
         for p in parameters_of(self):
-            if p.dim() >= 2:
-                self.state[p] = {"momentum": torch.zeros_like(p)}
-            else:
-                self.state[p] = {
-                    "step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)
-                }  # fmt: skip
+            moments = ("momentum",) if p.dim() >= 2 else ("exp_avg", "exp_avg_sq")
+            self.state[p] = {name: torch.zeros_like(p) for name in moments}
+            if p.dim() < 2:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -103,7 +102,7 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """U V^T, about, of a matrix U S V^T: five steps of Newton and Schulz's iteration, in bfloat16, as Muon's authors."""
+    """U V^T, about, of a matrix U S V^T: five steps of a Newton-Schulz iteration in bfloat16, Muon's authors'."""
     x = matrix.bfloat16()
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T
@@ -146,8 +145,8 @@ def load_state(optimizer: Optimizer, optim, saved: dict, path):
     name, then = optim.NAME, saved.get("name", "adam")  # earlier versions had only that
     if then != name and {then, name} != {"adam", "adamw"}:
         raise UserError(
-            f"{path} holds a state of the optimizer {then!r:.100}, not of {name}; resume it with OPTIM.NAME {then!s:.100}, "
-            f"or start another run (MODEL.SESSION) from its weights (MODEL.WEIGHTS {path})"
+            f"{path} holds the state of {then:.100}, not of {name}; resume it with OPTIM.NAME {then:.100}, or "
+            f"start another run (MODEL.SESSION) from its weights (MODEL.WEIGHTS {path})"
         )
     if is_object_name(name):
         _load_own(optimizer, saved, path)

@@ -220,7 +220,7 @@ class TrainState:
         return unit_range(x.to(self.device, non_blocking=True)).contiguous(memory_format=self.memory_format)
 
     def state_dict(self) -> dict:
-        """What training needs to continue besides the weights of `eval_model`: the optimizer's state, counts, raw weights."""
+        """What training needs to continue besides the weights of `eval_model`: moments, counts, raw weights."""
         state = {
             "optimizer": optimizers.saved_state(self.optimizer, self.cfg.OPTIM),
             "totals": self.counters.values.tolist(),
