@@ -309,13 +309,15 @@ def _check_arguments(arguments: dict):
 class MeasureThenRestore(nn.Module):
     """A network as it is trained. One with a known degradation gets clean images (B, C, H, W) and measures them first.
 
-    `Degradation` says when estimates are smaller (of the images' centres), and what ``generators`` are.
+    `Degradation` says when estimates are smaller (of the images' centres), and what ``generators`` are. ``y`` is the
+    network's last input: the measurement.
     """
 
     def __init__(self, model: DGUNet):
         super().__init__()
-        self.model = model
+        self.model, self.y = model, None
 
     def forward(self, x: Tensor, *generators, measuring: Degradation | None = None) -> list[Tensor]:
         known = self.model.degradation if measuring is None else measuring
-        return self.model(x if known is None else measure(known, x, *generators))
+        self.y = x if known is None else measure(known, x, *generators)
+        return self.model(self.y)

@@ -11,6 +11,8 @@ import difflib
 import inspect
 import re
 import reprlib
+import sys
+import textwrap
 import unicodedata
 from collections.abc import Hashable
 from pathlib import Path
@@ -21,8 +23,11 @@ from yacs.config import CfgNode as CN
 from dgunet.model.network import ARGUMENTS, FACTORIES, DGUNet
 from dgunet.model.proximal import MULTIPLE
 from dgunet.runtime.errors import ROOT, UserError
+from dgunet.runtime.imports import is_object_name
+from dgunet.training.losses import LOSSES
 
 _C, _RANGES, _EPOCHS = CN(), {}, 10**6
+_OWN = "module:name"  # among the choices of a key that takes an object of the user's own module, too
 
 
 def _key(name: str, default, allowed=None):
@@ -76,18 +81,20 @@ _key("OPTIM.BATCH_SIZE", 16, (1, 2**16))  # total over all processes and accumul
 _key("OPTIM.NUM_EPOCHS", 3000, (1, _EPOCHS))
 _key("OPTIM.LR_INITIAL", 1e-4, (1e-12, 1))
 _key("OPTIM.LR_MIN", 1e-6, (0, 1))  # where the cosine ends: one epoch after the last
+_key("OPTIM.NAME", "adam", ["adam", "adamw", "muon", _OWN])  # the optimizer; see docs/extending.md
+_key("OPTIM.BETAS", [0.9, 0.999], (0, 0.999999))  # of Adam, AdamW, and the parameters that Muon leaves to AdamW
 _key("OPTIM.WARMUP_EPOCHS", 3, (0, _EPOCHS))  # in epoch e of them the lr is LR_INITIAL * e / WARMUP_EPOCHS
-_key("OPTIM.SCHEDULE", "cosine", ["cosine", "constant", "step"])  # after the warm-up
+_key("OPTIM.SCHEDULE", "cosine", ["cosine", "constant", "step", _OWN])  # after the warm-up
 _key("OPTIM.COSINE_EXTRA_EPOCHS", 0, (-1, _EPOCHS))  # cosine: longer by so many (denoising: 40; -1: LR_MIN in the last)
 _key("OPTIM.LR_MILESTONES", [], (1, _EPOCHS))  # step: epochs after which the lr is multiplied by LR_DECAY
 _key("OPTIM.LR_DECAY", 0.5, (1e-6, 1))
-_key("OPTIM.WEIGHT_DECAY", 0.0, (0, 1))  # Adam's (L2)
+_key("OPTIM.WEIGHT_DECAY", 0.0, (0, 1))  # Adam's is L2, AdamW's and Muon's are decoupled
 _key("OPTIM.ACCUMULATE", 1, (1, 2**16))  # split each batch into this many forward/backward passes
 _key("OPTIM.CLIP_NORM", 0.0, (0, 10**6))  # largest norm of the gradient; 0: no clipping
 _key("OPTIM.EMA_DECAY", 0.0, (0, 0.999999))  # e.g. 0.999: validate and test a moving average of the weights; 0: off
 _key("OPTIM.MAX_BAD_STEPS", 50, (1, 10**6))  # steps in a row with a non-finite loss or gradient before the run gives up
 # So many of them before the run goes back to its averaged weights, or without EMA to those of the last validation or
-# epoch, with Adam's moments cleared and a lower learning rate; 0, or not below MAX_BAD_STEPS: never.
+# epoch, with the optimizer's moments cleared and a lower learning rate; 0, or not below MAX_BAD_STEPS: never.
 _key("OPTIM.ROLLBACK_AFTER_BAD_STEPS", 10, (0, 10**6))
 _key("OPTIM.ROLLBACK_LR_FACTOR", 0.5, (1e-6, 1))  # by which a rollback multiplies the lr from then on
 _key("OPTIM.MAX_ROLLBACKS", 5, (0, 1000))  # in a run; after them MAX_BAD_STEPS ends it
@@ -96,6 +103,9 @@ _key("OPTIM.MAX_ROLLBACKS", 5, (0, 1000))  # in a run; after them MAX_BAD_STEPS 
 _key("LOSS.CHARBONNIER", 1.0, (0, 10**6))
 _key("LOSS.EDGE", 0.0, (0, 10**6))
 _key("LOSS.MSE", 0.0, (0, 10**6))
+# {name: weight}, in place of these three: charbonnier, edge, mse, or module:name of a loss of your own, such as
+# "{charbonnier: 1, my_losses:Focal: 0.1}"; see docs/extending.md.
+_key("LOSS.TERMS", CN())
 _key("LOSS.CLAMP", False)  # clamp the estimates to [0, 1] first
 
 _key("TRAINING.TRAIN_DIR", "")  # folder with input/ and target/
@@ -122,8 +132,8 @@ _key("TRAINING.WORKERS", 4, (0, 256))  # data loading processes of each training
 _key("TRAINING.LOGGERS", "auto")
 
 # Degrade clean images while training, by a function of dgunet/data/synthesis.py: gaussian_noise, found_noise,
-# sensor_noise, bayer_noise, grain, photo_noise, rain_streaks, added_rain, motion_blur. TRAIN_DIR is then a folder of
-# clean images. Empty: train on pairs.
+# sensor_noise, bayer_noise, grain, photo_noise, rain_streaks, added_rain, motion_blur; or by module:name, one of your
+# own (docs/extending.md). TRAIN_DIR is then a folder of clean images. Empty: train on pairs.
 _key("SYNTHESIS.NAME", "")
 _key("SYNTHESIS.OPTIONS", CN())  # its arguments that differ from their defaults, e.g. {sigma: [0, 50]}
 
@@ -167,16 +177,14 @@ def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
         UserError: no such file, not YAML, an unknown key (with the likeliest right one), a key given twice in the
             file, a value of a wrong type or out of its range.
     """
-    cfg = _C.clone()
+    cfg, given, assignments = _C.clone(), set(), []
     if path is not None:
-        given = set()
         for key, value in _flatten(_read_yaml(path), cfg):
             if key in given:
                 raise UserError(f"{path}: {_shorten(key)} is given twice; keep one of the two")
             given.add(key)
-            if value is None and isinstance(_declared(key), CN):
-                continue  # a section with nothing in it
-            _assign(cfg, key, value, source=str(path))
+            if value is not None or not isinstance(_declared(key), CN):  # else a section with nothing in it
+                assignments.append((key, value, str(path)))
     if len(options) % 2:
         raise UserError(f"options come in pairs, KEY VALUE, as in OPTIM.BATCH_SIZE 8; got {' '.join(options)}")
     for key, text in zip(options[::2], options[1::2], strict=True):
@@ -186,7 +194,13 @@ def load_config(path: str | Path | None = None, options: list[str] = ()) -> CN:
             value = text
         if isinstance(_declared(key), str) and type(value) in (int, float, datetime.date, datetime.datetime):
             value = text  # 007 and 2026-01-05 may well be names of runs
-        _assign(cfg, key, value, source="command line")
+        assignments.append((key, value, "command line"))
+    for key, value, source in sorted(assignments, key=lambda one: one[0] != "SYNTHESIS.NAME"):  # whose the options are
+        _assign(cfg, key, value, source)
+    unread = [key for key in options[::2] if key in _LOSS_KEYS]
+    if unread and cfg.LOSS.TERMS:
+        name = unread[0].removeprefix("LOSS.").lower()
+        raise UserError(f"{unread[0]} does nothing where LOSS.TERMS is set; set LOSS.TERMS.{name} instead")
     if cfg.OPTIM.SCHEDULE == "cosine" and cfg.OPTIM.LR_MIN > cfg.OPTIM.LR_INITIAL:
         raise UserError(f"OPTIM.LR_MIN {cfg.OPTIM.LR_MIN} is above OPTIM.LR_INITIAL {cfg.OPTIM.LR_INITIAL}; lower it")
     cfg.freeze()
@@ -246,7 +260,7 @@ def format_config(cfg: CN) -> str:
     lines, path = [], []
     for line in cfg.dump(default_flow_style=False, sort_keys=False, width=float("inf")).splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
-        path = path[:depth] + [line.strip().split(":")[0]]
+        path = path[:depth] + [re.split(r":(?: |$)", line.strip())[0]]
         lines.append(line + ("  # *" if ".".join(path) in changed else ""))
     return "\n".join(lines)
 
@@ -268,14 +282,38 @@ def parse_args(task: str, description: str, uses: tuple[str, ...]) -> tuple[CN, 
     parser._negative_number_matcher = re.compile("-[0-9.in]", re.IGNORECASE)  # -1e-4 and -inf are values, too
     parser.add_argument("--config", default=str(root / default), help=f"YAML file (default: {default})")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, then stop")
+    parser.add_argument("--help_config", action="store_true", help="list this task's config keys, then stop")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, OPTIM.BATCH_SIZE 8")
     args = parser.parse_intermixed_args()
+    if args.help_config:
+        print(describe_keys(uses))
+        parser.exit()
     cfg = load_config(args.config, args.options)
     for key in changed_keys(cfg, _C):
         if key.startswith(_NOT_EVERYWHERE) and not key.startswith(uses):
             known = " and ".join(uses)
             raise UserError(f"{key} does nothing in {task.replace('_', ' ')}, which uses {known}; leave it out")
     return cfg, args
+
+
+def describe_keys(uses: tuple[str, ...] = _NOT_EVERYWHERE) -> str:
+    """Every config key with its default, its allowed values, and what the comments in this file say of it.
+
+    Args:
+        uses: of the keys that not every task uses, those to list, or how they begin.
+    """
+    lines, above = [], []
+    for line in inspect.getsource(sys.modules[__name__]).splitlines():
+        found = re.match(r'_key\("([\w.]+)".*?\)(?:  # (.*))?$', line)
+        if found and (not found[1].startswith(_NOT_EVERYWHERE) or found[1].startswith(uses)):
+            default, allowed = _declared(found[1]), _RANGES.get(found[1])
+            lines.append(f"{found[1]} {dict(default) if isinstance(default, CN) else default!r}")
+            if allowed is not None:
+                lines[-1] += f"  ({(' to ' if isinstance(allowed, tuple) else ', ').join(map(str, allowed))})"
+            text = " ".join([*above, found[2] or ""])
+            lines += textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="    ")
+        above = [*above, line[2:]] if line.startswith("# ") else []
+    return "\n".join(lines)
 
 
 def _flatten(node: dict, declared: dict | None = None, prefix: str = ""):
@@ -289,6 +327,9 @@ def _flatten(node: dict, declared: dict | None = None, prefix: str = ""):
             yield name, value
 
 
+# What LOSS.TERMS replaces.
+_LOSS_KEYS = [f"LOSS.{name.upper()}" for name in LOSSES]
+
 # What MODEL.OVERRIDES may change: how many channels there are, and their degradation, is up to the data; parts of the
 # user's own have keys.
 _ARGUMENTS = {
@@ -300,9 +341,11 @@ _ARGUMENTS = {
 
 def _declared(key: str):
     """A value of the type that a key takes, () for a range, a CN for a section, None where there is no such key."""
-    *sections, leaf = key.split(".")
+    *sections, leaf = _split(key)
     if sections == ["MODEL", "OVERRIDES"]:
         return _ARGUMENTS.get(leaf)
+    if sections == ["LOSS", "TERMS"]:
+        return 1.0 if leaf in LOSSES or is_object_name(leaf) else None
     if sections == ["SYNTHESIS", "OPTIONS"]:
         return True if leaf == "clip" else () if key in _RANGES else None
     node = _C
@@ -311,18 +354,32 @@ def _declared(key: str):
     return node
 
 
+def _split(key: str) -> list[str]:
+    """The parts of a dotted key; the name of a loss may have dots itself."""
+    terms = "LOSS.TERMS."
+    return ["LOSS", "TERMS", key.removeprefix(terms)] if key.startswith(terms) else key.split(".")
+
+
 def _assign(cfg: CN, key: str, value, source: str):
     declared = _declared(key)
     if isinstance(declared, CN):
         if not isinstance(value, dict):
             raise UserError(f"{source}: {key} is a section, got {_short(value)}; give its keys, {key}.NAME value")
-        for name, part in _flatten(value):  # MODEL.OVERRIDES "{width: 16}" on the command line
+        if key == "LOSS.TERMS":
+            cfg.LOSS.TERMS.clear()  # given as a whole, it is the whole loss
+        parts = sorted(_flatten(value), key=lambda part: part[0] != "NAME")
+        for name, part in parts:  # MODEL.OVERRIDES "{width: 16}" on the command line
             _assign(cfg, f"{key}.{name}", part, source)
+        return
+    if key.startswith("SYNTHESIS.OPTIONS.") and is_object_name(cfg.SYNTHESIS.NAME):
+        value = _plain(value, key, source)
+        _check_text(key, value, source)
+        cfg.SYNTHESIS.OPTIONS[key.removeprefix("SYNTHESIS.OPTIONS.")] = value
         return
     if declared is None:
         raise UserError(f"{source}: unknown config key {_shorten(key)}{_hint(key)}")
     node = cfg
-    *sections, leaf = key.split(".")
+    *sections, leaf = _split(key)
     for section in sections:
         node = node[section]
     node[leaf] = _coerce(declared, value, key, source)
@@ -335,6 +392,8 @@ def _hint(key: str) -> str:
     section, _, leaf = key.rpartition(".")
     if section == "MODEL.OVERRIDES":
         return f"; it takes {', '.join(sorted(_ARGUMENTS))}"
+    if key.startswith("LOSS.TERMS."):
+        return f"; it takes {', '.join(LOSSES)}, or a loss of your own as module:name"
     key, leaf = key.upper(), leaf.upper()
     # The first key that begins so (OPTIM.LR), the right name in a wrong section, the likeliest, the first of that name.
     guess = [name for name in names if leaf and name.startswith(key)]
@@ -366,6 +425,11 @@ def _coerce(default, value, key: str, source: str):
         return int(value)
     elif kind is str and isinstance(value, str | int | float | None):
         return "" if value is None else str(value)
+    elif kind is list and default and type(default[0]) is float:
+        numbers = value if given is list else [value] * len(default)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if len(numbers) == len(default) and bool not in map(type, numbers):
+                return [float(number) for number in numbers]
     elif kind is list:
         numbers = value if given is list else [value]
         if all(type(number) is int for number in numbers):
@@ -378,17 +442,30 @@ def _coerce(default, value, key: str, source: str):
                 return [lowest, highest]
     expected = {
         str: "text", int: "a whole number", float: "a number", bool: "True or False",
-        list: "a list of whole numbers", tuple: "a number or a range, [LOWEST, HIGHEST]",
+        list: "two numbers" if default else "a list of whole numbers", tuple: "a number or a range, [LOWEST, HIGHEST]",
     }  # fmt: skip
     if key == "TRAINING.LOGGERS":
         expected[str] = "auto or a list of names"
     raise UserError(f"{source}: {key} must be {expected[kind]}, got {_short(value)}")
 
 
+def _plain(value, key: str, source: str):
+    """An option of a user's own function as it is: a number, text, a switch, or a list of them."""
+    if type(value) is list:
+        return [_plain(part, key, source) for part in value]
+    if type(value) is str and re.fullmatch(r"[-+]?[0-9.]+e[-+]?[0-9]+", value, re.IGNORECASE):
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML takes 1e-4, without a dot, for text
+    if not isinstance(value, str | int | float | bool | None):
+        raise UserError(f"{source}: {key} must be a number, text, a switch or a list of them, got {_short(value)}")
+    return value
+
+
 def _check_range(key: str, value, source: str):
     """Raise a UserError where a value of the right type is out of its range."""
-    allowed = _RANGES.get(key)
-    if isinstance(allowed, list) and value not in allowed:
+    allowed = _RANGES.get("LOSS.MSE" if key.startswith("LOSS.TERMS.") else key)
+    own = isinstance(allowed, list) and _OWN in allowed and is_object_name(value)
+    if isinstance(allowed, list) and value not in allowed and not own:
         raise UserError(f"{source}: {key} is {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}, got {_short(value)}")
     if isinstance(allowed, tuple):
         lowest, highest = allowed
@@ -401,16 +478,20 @@ def _check_range(key: str, value, source: str):
         raise UserError(f"{source}: {key} must be 0 (whole images) or at least {MULTIPLE}, got {value}")
     if key == "MODEL.BLOCK" and value % MULTIPLE:
         raise UserError(f"{source}: {key} must be a multiple of {MULTIPLE}, got {value}")
+    _check_text(key, value, source)
+    if key == "MODEL.SESSION" and (value in ("", ".", "..") or {*value} & {*"/\\"} or len(value.encode()) > 200):
+        raise UserError(
+            f"{source}: {key} is the name of one folder in TRAINING.SAVE_DIR, without slashes and of at most 200 "
+            f"bytes, got {_short(value)}"
+        )
+
+
+def _check_text(key: str, value, source: str):
     if isinstance(value, str):
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
             raise UserError(f"{source}: {key} must be text without control characters, in UTF-8, got {_short(value)}")
         if len(value.encode()) > 4000 or any(len(name.encode()) > 255 for name in value.split("/")):
             raise UserError(f"{source}: {key} is longer than names of files can be, got {_short(value)}")
-        if key == "MODEL.SESSION" and (value in ("", ".", "..") or {*value} & {*"/\\"} or len(value.encode()) > 200):
-            raise UserError(
-                f"{source}: {key} is the name of one folder in TRAINING.SAVE_DIR, without slashes and of at most 200 "
-                f"bytes, got {_short(value)}"
-            )
 
 
 def _shorten(text: str, length: int = 100) -> str:

@@ -150,7 +150,7 @@ _CHECKS = {
     "state_dict": lambda x: isinstance(x, dict),
     "raw_state_dict": lambda x: isinstance(x, dict),
     "averaged": _is_count,
-    "optimizer": lambda x: all(isinstance(moments, dict) for moments in x["state"].values()),
+    "optimizer": lambda x: all(isinstance(y, dict) for y in x["state"].values()) and type(x.get("name", "")) is str,
     "epoch": lambda x: _is_count(x) and x > 0,
     "step": _is_count,
     "best": lambda x: type(x["psnr"]) is float and not math.isnan(x["psnr"]) and _is_count(x["epoch"]),

@@ -16,7 +16,8 @@ from dgunet.model.network import DGUNet, MeasureThenRestore
 from dgunet.runtime import distributed
 from dgunet.runtime.errors import UserError, shorten_list
 from dgunet.runtime.hardware import autocast_dtype, memory_format, training_device
-from dgunet.training.losses import LOSSES, StageLoss
+from dgunet.training import optimizers
+from dgunet.training.losses import loss_from_config
 
 
 class StepCounts(NamedTuple):
@@ -105,14 +106,10 @@ class TrainState:
         self.model = model.to(self.device, memory_format=self.memory_format)
         self.network = MeasureThenRestore(self.model)  # what runs the forward pass; after `wrap_ddp` distributed
         self.measured = measures_with_noise(model.degradation)
-        weights = {name: cfg.LOSS[name.upper()] for name in LOSSES}
-        self.loss = StageLoss(weights, cfg.LOSS.CLAMP).to(self.device)
+        self.loss = loss_from_config(cfg.LOSS).to(self.device)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self.trained.values())
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=cfg.OPTIM.LR_INITIAL, betas=(0.9, 0.999), eps=1e-8,
-            weight_decay=cfg.OPTIM.WEIGHT_DECAY, fused=True,
-        )  # fmt: skip
+        self.optimizer = optimizers.make_optimizer(cfg.OPTIM, self.parameters)
         self.ema = copy.deepcopy(model).requires_grad_(False) if cfg.OPTIM.EMA_DECAY > 0 else None
         self.averaged = 0  # steps since its first weights, which are those of the first good step
         self.good: dict[str, Tensor] | None = None  # trained weights, see `save_rollback_weights`
@@ -144,7 +141,7 @@ class TrainState:
         returns K estimates (b, C, H, W), one of each stage, whose losses are summed; a known degradation may
         return smaller ones, which are compared with the centres of the targets. Where the loss or the gradient is not
         finite the weights, also the averaged ones, stay as they are and the step is counted as skipped. (Until the
-        first step that is not, averaging does wait for the device.)
+        first step that is not, averaging does wait for the device, and so does an optimizer that is not fused.)
 
         Args:
             input, target: images (B, C, H, W) in [0, 1]; B is BATCH_SIZE / processes.
@@ -164,13 +161,14 @@ class TrainState:
             draws = () if time is None else self.random_draws(time, [(*time, first + k) for k in range(len(part))])
             with self.autocast():
                 estimates = self.network(part, *draws)
-            part_loss = self.loss(estimates, center_crop(part_target, *estimates[0].shape[-2:])) / passes
+            y = getattr(self.network, "module", self.network).y
+            part_loss = self.loss(estimates, center_crop(part_target, *estimates[0].shape[-2:]), y) / passes
             part_loss.backward()
             loss += part_loss.detach()
         loss = distributed.sum_over_processes(loss) / self.world
 
         unused = [name for name, p in self.trained.items() if p.grad is None]
-        if unused:  # DistributedDataParallel cannot train them, and Adam has no moments of them to save
+        if unused:  # DistributedDataParallel cannot train them, and Adam would have no moments to save
             raise UserError(
                 f"the loss has no gradient for {shorten_list(unused)}; leave out what the network does not use, or "
                 "freeze it with requires_grad_(False) before the Trainer is made"
@@ -179,17 +177,20 @@ class TrainState:
         if self.cfg.OPTIM.CLIP_NORM > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.OPTIM.CLIP_NORM, norm)
         finite = torch.isfinite(loss + norm)
-        # The fused optimizer leaves weights and moments alone where found_inf is 1: the skip of torch.amp.GradScaler.
-        self.optimizer.found_inf = (~finite).float()
-        self.optimizer.step()
+        skipped = (~finite).float()
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # A fused one leaves weights and moments alone where found_inf is 1: the skip of torch.amp.GradScaler.
+            self.optimizer.found_inf = skipped
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
         if self.ema is not None:
-            self._average()
+            self._average(skipped)
         self.counters.add(loss, norm, finite)
 
     @torch.no_grad()
-    def _average(self):
+    def _average(self, skipped: Tensor):
         """Update the averaged weights as AveragedModel does, which would wait for the device, where its counter is."""
-        skipped = self.optimizer.found_inf
         if self.averaged == 0:
             self.ema.load_state_dict(self.model.state_dict())  # with what is not trained, such as a fixed matrix
             self.averaged = 1 - int(skipped)
@@ -210,12 +211,12 @@ class TrainState:
 
     @torch.no_grad()
     def roll_back(self) -> bool:
-        """Go back to the averaged weights, or those kept, and clear Adam's moments; False if they are not finite."""
+        """Go back to the averaged weights, or those kept, and clear the moments; False if they are not finite."""
         good = self.good if self.ema is None else dict(self.ema.named_parameters())
         if good is None or not all(good[name].isfinite().all() for name in self.trained):
             return False
         torch._foreach_copy_(self.parameters, [good[name] for name in self.trained])
-        torch._foreach_zero_([moment for moments in self.optimizer.state.values() for moment in moments.values()])
+        optimizers.clear_state(self.optimizer, self.cfg.OPTIM)
         self.counters.skipped_in_a_row.zero_()
         self.good_is_current = True
         return True
@@ -241,8 +242,11 @@ class TrainState:
         return unit_range(x.to(self.device, non_blocking=True)).contiguous(memory_format=self.memory_format)
 
     def state_dict(self) -> dict:
-        """What training needs to continue besides the weights of `eval_model`: Adam's moments, counts, raw weights."""
-        state = {"optimizer": self.optimizer.state_dict(), "totals": self.counters.values.tolist()}
+        """What training needs to continue besides the weights of `eval_model`: moments, counts, raw weights."""
+        state = {
+            "optimizer": optimizers.saved_state(self.optimizer, self.cfg.OPTIM),
+            "totals": self.counters.values.tolist(),
+        }
         if self.ema is not None:
             state |= {"raw_state_dict": self.model.state_dict(), "averaged": self.averaged}
         if self.good is not None and not self.good_is_current:
@@ -261,7 +265,7 @@ class TrainState:
         if averaged and self.ema is not None:
             load_weights(self.ema, weights_of(state, path), path)
             self.averaged = state["averaged"]
-        self._load_moments(state["optimizer"]["state"], path)
+        optimizers.load_state(self.optimizer, self.cfg.OPTIM, state["optimizer"], path)
         self.counters.load(state["totals"])
         self.save_rollback_weights()
         if self.good is not None and "good_weights" in state:
@@ -269,22 +273,3 @@ class TrainState:
             for name, weights in self.good.items():
                 weights.copy_(state["good_weights"][name])
             self.good_is_current = False
-
-    def _load_moments(self, saved: dict[int, dict[str, Tensor]], path):
-        """Load Adam's moments in their parameters' memory format; its learning rate, decay, ... stay."""
-        own = self.optimizer.state_dict()
-        own["state"] = {
-            i: {"step": torch.zeros(()), "exp_avg": torch.empty_like(p), "exp_avg_sq": torch.empty_like(p)}
-            for i, p in enumerate(self.parameters)
-        }
-        expected, found = (
-            {f"{i}.{key}": value for i, moments in states.items() for key, value in moments.items()}
-            for states in (own["state"], saved)
-        )
-        check_tensors(expected, found, path, "the optimizer of this run", exact=True)
-        negative = [name for name, value in found.items() if not name.endswith(".exp_avg") and (value < 0).any()]
-        if negative:
-            raise UserError(f"{path} holds negative squares in its optimizer state: {shorten_list(negative)}")
-        for name, value in expected.items():
-            value.copy_(found[name])
-        self.optimizer.load_state_dict(own)

@@ -183,7 +183,7 @@ class Trainer:
             self.schedule.lower(optim.ROLLBACK_LR_FACTOR)
             log.info(
                 "epoch %d, step %d: loss or gradient was not finite in %d steps in a row; back to the %s weights, "
-                "cleared Adam's moments and lowered the lr to %.2e (rollback %d of at most %d)",
+                "cleared the optimizer's moments and lowered the lr to %.2e (rollback %d of at most %d)",
                 self.epoch, self.step, bad, "averaged" if optim.EMA_DECAY else "last good", self.train_state.lr,
                 self.rollbacks, optim.MAX_ROLLBACKS,
             )  # fmt: skip
