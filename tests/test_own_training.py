@@ -94,7 +94,7 @@ def own(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr("dgunet.training.logger.plot_history", lambda *_: None, raising=False)
+    monkeypatch.setattr("dgunet.training.loggers.plot_history", lambda *_: None, raising=False)
 
 
 def refusal(*words) -> str:
