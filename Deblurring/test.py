@@ -4,6 +4,7 @@
     python Deblurring/test.py --weights model.pth --dataset RealBlur_J RealBlur_R
     python Deblurring/test.py --weights model.pth --dataset path/to/folder   # pairs in input/ and target/, or images
     python Deblurring/test.py --dataset path/to/folder                       # our own weights
+    python Deblurring/test.py --weights model.pth --degradation my_module:make --dataset path/to/clean/images
     python Deblurring/test.py --score_only restored                          # score restored/GoPro/...
 
 GoPro and HIDE: PSNR and SSIM of MATLAB on 8-bit RGB, SSIM over three dimensions. RealBlur: after alignment to the
@@ -29,7 +30,7 @@ BENCHMARKS = {
 
 
 def main():
-    command("deblurring", __doc__, BENCHMARKS, custom_folder("rgb_matlab"), "deblurring_motion")
+    command("deblurring", __doc__, BENCHMARKS, custom_folder("rgb_matlab"), "deblurring_motion", operators=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ A deep generalized unfolding network for image restoration ([paper]({{ paper_url
 # from a clone of dgunet: pip install ".[hub]"
 from dgunet import DGUNet, restore
 
-model = DGUNet.from_pretrained("{{ repo_id }}")
+model = DGUNet.from_pretrained("{{ repo_id }}"{{ own_parts }})
 restored = restore(model, image)  # (H, W, C), or a tensor (C, H, W): any size; same type out as in
 ```
 """
@@ -82,7 +82,7 @@ class _HubModel(
 def from_pretrained(name: str | Path, **options) -> DGUNet:
     """A network from a repository on the Hub, a folder of `save_pretrained`, or weights that come with dgunet.
 
-    Options are those of `load_model` (device, task, degradation), and of huggingface_hub's ``ModelHubMixin``
+    Options are those of `load_model` (device, task, degradation, ...), and of huggingface_hub's ``ModelHubMixin``
     (revision, token, cache_dir, local_files_only, force_download).
     """
     if not Path(name).is_dir() and "/" not in str(name):  # the Hub's names are user/name
@@ -114,4 +114,7 @@ def push_to_hub(model: DGUNet, repo_id: str, about: str = "", **options) -> str:
 
 def _options(model: DGUNet, repo_id: str, about: str) -> dict:
     card = {"network": model.name or "DGUNet", "repo_id": repo_id, "about": about or "What it was trained for: ..."}
-    return {"config": describe_model(model), "model_card_kwargs": card}
+    description = describe_model(model)
+    made_by = {name: description[name].replace(":", ".") or "..." for name in model.factories}
+    card["own_parts"] = "".join(f", {name}={text}" for name, text in made_by.items())
+    return {"config": description, "model_card_kwargs": card}

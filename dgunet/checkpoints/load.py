@@ -5,7 +5,9 @@ what network they are of, `load_model` builds the network and loads them. A chec
 
     state_dict   the weights to use (the averaged ones where EMA was on)
     model        {"name": ..., "arguments": {...}}: the arguments of `DGUNet`, and for a known degradation
-                 "degradation": {"kind": ..., its settings}, see `degradations.KINDS`; its tensors are weights
+                 "degradation": {"kind": ..., its settings}, see `degradations.KINDS`; its tensors are weights;
+                 for parts of the user's own "proximal" and "learned_degradation": ``module:name`` of what makes them,
+                 which is never imported from here: `load_model` asks for it
 
 may have
 
@@ -20,21 +22,23 @@ import re
 import threading
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgunet.checkpoints.original import STAGES, convert_original, is_original
 from dgunet.checkpoints.registry import locate
 from dgunet.checkpoints.safetensors import read_weights
 from dgunet.model.degradations import KINDS, Degradation, describe_degradation, rebuild_degradation
 from dgunet.model.local import check_windows
-from dgunet.model.network import DGUNet
+from dgunet.model.network import FACTORIES, DGUNet
 from dgunet.model.variants import VARIANTS
 from dgunet.runtime.errors import UserError, shorten_list
 from dgunet.runtime.files import atomic_write
+from dgunet.runtime.imports import is_object_name, object_name
 
 
 def save_checkpoint(content: dict, path: str | Path):
@@ -48,8 +52,11 @@ def save_checkpoint(content: dict, path: str | Path):
 def describe_model(model: DGUNet) -> dict:
     """The ``model`` entry of a checkpoint: what `load_model` needs to build the network again."""
     known = describe_degradation(model.degradation)
+    if known == {"kind": "own"} and model.degradation_name:
+        known["name"] = model.degradation_name
     description = {"name": model.name, "arguments": dict(model.arguments)}
-    return description | ({} if known is None else {"degradation": known})
+    own = {name: object_name(factory) for name, factory in model.factories.items()}
+    return description | own | ({} if known is None else {"degradation": known})
 
 
 # ---------------------------------------------------------------------------------------------------- 1. open the file
@@ -170,8 +177,12 @@ def _networks(content, key: str = "") -> dict[str, dict[str, Tensor]]:
     found, entries = {}, content.items() if isinstance(content, dict) else ()
     bare = {_WRAPPERS.sub("", k): v for k, v in entries if isinstance(k, str) and isinstance(v, Tensor)}
     averaged = bare.pop("n_averaged", None)  # by AveragedModel, so many times
-    for prefix in {match[1] or "" for match in map(_OF_A_NETWORK.match, bare) if match}:
-        if averaged is None or averaged.any():
+    prefixes = {match[1] or "" for match in map(_OF_A_NETWORK.match, bare) if match}
+    stages = tuple(f"{prefix}{stage}." for prefix in prefixes for stage in ("first", "middle", "last"))
+    for prefix in prefixes:
+        if (averaged is None or averaged.any()) and not prefix.startswith(
+            stages
+        ):  # a network within a stage is its part
             weights = {name.removeprefix(prefix): v for name, v in bare.items() if name.startswith(prefix)}
             found[f"{key}{prefix}".strip(".")] = weights
     for name, value in entries:
@@ -203,6 +214,8 @@ def load_model(
     device="cpu",
     degradation: Degradation | None = None,
     content: dict | None = None,
+    proximal: Callable[..., nn.Module] | None = None,
+    learned_degradation: Callable[..., nn.Module] | None = None,
 ) -> DGUNet:
     """Build the network that a checkpoint was made by and load its weights.
 
@@ -218,22 +231,27 @@ def load_model(
             denoising's DGUNet are the same network, so weights in the original layout pass for both.
         device: where to put the model.
         degradation: the known degradation of a network that was built with one of your own, or one to replace the
-            file's. One of `dgunet.degradations` in which nothing is learned, such as a `Blur`, stays as it is; any
-            other gets the file's values.
+            file's. One of `dgunet.degradations` in which nothing is learned, such as a `Blur`, stays as it is, and so
+            does one of yours with nothing to learn whose tensors differ in shape from the file's, such as a mask for
+            images of another size; any other gets the file's values.
         content: what `read_checkpoint` returned for ``path``, if it has been read already.
+        proximal, learned_degradation: what makes the parts of your own that the network was built with, see `DGUNet`.
+            The file has their ``module:name``, but that is not imported: a file never decides what code runs.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         UserError: no such file or name, not a checkpoint, not a DGUNet, missing or unknown weights (all are listed),
-            weights that are no finite numbers, another task.
+            weights that are no finite numbers, another task, a part of the user's own that is not given.
     """
     content = read_checkpoint(path) if content is None else content
     description, state_dict = _description(content, path), weights_of(content, path)
-    fixed = isinstance(degradation, tuple(KINDS.values())) and not list(degradation.parameters())
-    model = _build(description, state_dict, degradation, path)
-    names = [model.name] if model.name in VARIANTS else _matching_variants(model.arguments, model.degradation)
+    fixed = degradation is not None and _stays_as_it_is(degradation, state_dict)
+    own = {"proximal": proximal, "learned_degradation": learned_degradation}
+    own = {name: factory for name, factory in own.items() if factory is not None}
+    model = _build(description, state_dict, degradation, own, path)
+    names = [model.name] if model.name in VARIANTS else _matching_variants(model)
     fitting = [name for name in names if task in (None, VARIANTS[name].task)]
     if names and not fitting:
         raise UserError(
@@ -253,20 +271,67 @@ def load_model(
     return model.eval().to(device, memory_format=torch.channels_last)  # faster wherever it runs
 
 
-def _build(description: dict, state_dict: dict[str, Tensor], degradation: Degradation | None, path) -> DGUNet:
-    """The network, without values (on the ``meta`` device): one that does not fit its weights costs nothing."""
+def _stays_as_it_is(degradation: Degradation, state_dict: dict[str, Tensor]) -> bool:
+    """Whether an operator that is given to `load_model` keeps its values."""
+    if not isinstance(degradation, torch.nn.Module) or list(degradation.parameters()):
+        return False
+    if isinstance(degradation, tuple(KINDS.values())):
+        return True
+    shapes = {f"degradation.{name}": value.shape for name, value in degradation.state_dict().items()}
+    found = {name: value.shape for name, value in state_dict.items() if name.startswith("degradation.")}
+    return shapes.keys() == found.keys() and shapes != found
+
+
+def _build(
+    description: dict, state_dict: dict[str, Tensor], degradation: Degradation | None, own: dict[str, Callable], path
+) -> DGUNet:
+    """The network, without values (on the ``meta`` device): one that does not fit its weights costs nothing.
+
+    ``own`` has the factories that the user gave; only what they make has values.
+    """
+    for name in FACTORIES:
+        if name in description and name not in own:
+            raise UserError(f"{path} {_of_own(description[name], name)}")
+    if "proximal" in own and not description:
+        raise UserError(
+            f"{path} does not describe its network, and weights of a proximal mapping of your own do not show how to "
+            "build it; build it yourself, model = DGUNet(proximal=..., ...), and model.load_state_dict(...)"
+        )
     arguments = description.get("arguments", {})
     if arguments.keys() != DGUNet.default_arguments().keys():  # not described, or by a version with fewer arguments
-        arguments = _infer_arguments(state_dict, path) | arguments
+        others = DGUNet.default_arguments() if "proximal" in own else _infer_arguments(state_dict, path)
+        arguments = others | arguments
     with torch.device("meta"):
-        if degradation is None:
+        if degradation is None and "learned_degradation" not in own:
             degradation = _infer_degradation(state_dict, description, path)
         try:
-            model = DGUNet(**arguments, degradation=degradation)
+            model = DGUNet(**arguments, degradation=degradation, **{name: _on_cpu(own[name]) for name in own})
         except ValueError as error:
             raise UserError(f"{path}: cannot build the network it describes: {error}") from error
-    model.name = description.get("name")
+    model.name, model.factories = description.get("name"), own
+    model.degradation_name = _operator_name(description) or None
     return model
+
+
+def _of_own(made_by, name: str) -> str:
+    """What is missing of a network with a part of the user's own, and what to do."""
+    words = name.replace("_", " ").replace("proximal", "proximal mapping")
+    if isinstance(made_by, str) and is_object_name(made_by):
+        return (
+            f"has a {words} made by {made_by:.200}, which loading does not import; import it yourself and call "
+            f"load_model(path, {name}={made_by.rpartition(':')[2]:.200}), or test.py --{name} {made_by:.200}"
+        )
+    return f"has a {words} of its own that it cannot name; call load_model(path, {name}=...) with what made it"
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    """A factory whose modules have values also where the rest of the network has none; PyTorch's generator stays."""
+
+    def make(**given) -> nn.Module:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            return factory(**given)
+
+    return make if callable(factory) else factory
 
 
 def _infer_arguments(state_dict: dict[str, Tensor], path) -> dict:
@@ -319,15 +384,27 @@ def _infer_degradation(state_dict: dict[str, Tensor], description: dict, path) -
             known = {"kind": "block_sampling", "block": block, "learned": description.get("learned_matrix", True)}
         return rebuild_degradation(known, tensors)
     except Exception as error:  # a description of something else fails in many ways
+        name = _operator_name(description)
+        option = f"; on the command line: --degradation {name}" if name else ""
         raise UserError(
-            f"{path} was trained with a known degradation that is not in the file; "
-            "pass it as load_model(path, degradation=...)"
+            f"{path} was trained with a known degradation{name and f', {name},'} that is not in the file; "
+            f"pass it as load_model(path, degradation=...){option}"
         ) from error
 
 
-def _matching_variants(arguments: dict, degradation: Degradation | None) -> list[str]:
-    """Names of the paper's networks with these arguments; none for a network of the user's own."""
-    names = []
+def _operator_name(description: dict) -> str:
+    """The ``module:name`` that made a network's operator, as its file says: for messages, never to be imported."""
+    match description.get("degradation"):
+        case {"kind": "own", "name": str(name)} if is_object_name(name) and len(name) < 200:
+            return name
+    return ""
+
+
+def _matching_variants(model: DGUNet) -> list[str]:
+    """Names of the paper's networks with a network's arguments; none for a network of the user's own."""
+    names, arguments, degradation = [], model.arguments, model.degradation
+    if model.factories:
+        return names
     for name, variant in VARIANTS.items():
         built = DGUNet.default_arguments() | variant.arguments
         irrelevant = {"final_growth"} if built["final_fusion"] == "subspace" else set()

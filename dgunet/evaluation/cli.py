@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +22,17 @@ from dgunet.data.pairs import images_by_name
 from dgunet.data.photos import estimate_sigma, format_sigma, noise_mismatch, trained_sigma_range
 from dgunet.data.transforms import unit_range
 from dgunet.evaluation.metrics import find_metrics
-from dgunet.evaluation.runner import digest_of, evaluate, restore_images
+from dgunet.evaluation.runner import digest_of, evaluate, restore_images, restore_measurement
 from dgunet.evaluation.scoresheet import TEXT, Result
-from dgunet.evaluation.sets import Images, ImageSet, Sample, paired, pairs_or_images
+from dgunet.evaluation.sets import Images, ImageSet, Sample, measured, paired, pairs_or_images
 from dgunet.inference import check_tiles, parse_tile
+from dgunet.model.degradations import make_operator
+from dgunet.model.network import FACTORIES
 from dgunet.runtime.distributed import lock_dir
 from dgunet.runtime.errors import UserError, one_line
 from dgunet.runtime.files import atomic_write, match_unicode_form, nfc
 from dgunet.runtime.hardware import pick_device
+from dgunet.runtime.imports import import_object
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def command(
     variants: Callable[[torch.nn.Module, argparse.Namespace], dict[str, dict]] = lambda model, args: {"": {}},
     paper_key: Callable[..., str] = lambda name, model, args: name,
     paper_average: dict[str, tuple[float, float]] | None = None,
+    operators: bool = False,
 ):
     """Run a test.py: parse its command line, `evaluate` each data set, print and append the table.
 
@@ -108,11 +112,17 @@ def command(
         paper_key: the key of the paper's values in a `Benchmark`, given the network's name without its task, the
             network, the parsed options, and those of a variant by name.
         paper_average: the paper's mean over all benchmarks, by network, where the table is to have one.
+        operators: whether there is ``--degradation``, for networks with an operator of the user's own. Folders then
+            hold clean images, which it measures, or measurements, see `sets.measured`.
 
     Raises:
         UserError: at the end, listing the images that could not be tested.
     """
-    args = _parse(description, benchmarks, add_options)
+    args = _parse(description, benchmarks, add_options, operators)
+    if operators and args.degradation:
+        if args.score_only or not args.dataset:
+            raise UserError("--degradation measures the images of a folder; give it with --dataset FOLDER")
+        benchmarks = {}  # they are pairs, of an unknown degradation
     network, noise, passes = None, None, {"": {}}
     if args.score_only is None:
         network = _load(task, args, default_weights)
@@ -124,7 +134,11 @@ def command(
     else:
         raise UserError(f"no folder {args.score_only.absolute()} with restored images")
     metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device))
-    tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, own(args))
+    own_folders = own(args)
+    if operators and args.degradation:
+        method, open_folder = restore_measurement, functools.partial(measured, model=network.model)
+        own_folders = {end: replace(benchmark, open=open_folder) for end, benchmark in own_folders.items()}
+    tests = _tests(args.dataset or _default(benchmarks, noise), benchmarks, own_folders)
 
     def test(name: str, word: str, benchmark: Benchmark, further: dict) -> Result:
         source = _find(word, args.data_root, benchmarks)
@@ -138,7 +152,10 @@ def command(
             result.seconds_per_image = math.nan
             return result
         levels: list[float] = []
-        common |= dict(settings=dict(compile=args.compile), save_images=args.save_images or None, bf16=args.bf16)
+        settings = dict(compile=args.compile)
+        if operators and args.degradation:
+            settings["degradation"] = args.degradation
+        common |= dict(settings=settings, save_images=args.save_images or None, bf16=args.bf16)
         restoring = method if noise is None else _record_sigmas(method, levels)
         result = evaluate(network.model, data, method=restoring, **common, **options(args, benchmark), **further)
         _warn_about_noise(name, noise, levels)
@@ -180,12 +197,16 @@ def command(
         raise UserError(f"{len(failures)} not tested, all others were")
 
 
-def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Callable) -> argparse.Namespace:
+def _parse(
+    description: str, benchmarks: dict[str, Benchmark], add_options: Callable, operators: bool
+) -> argparse.Namespace:  # fmt: skip
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     noisy = any(benchmark.sigma for benchmark in benchmarks.values())
     usual = "those whose noise the weights are for" if noisy else "all of these"
     add("--weights", help="checkpoint, yours or the original authors', or a name (default: our own)")
+    add("--proximal", metavar="MODULE:NAME", help="what makes their proximal mappings, if these are your own")
+    add("--learned_degradation", metavar="MODULE:NAME", help="what makes their learned degradations, if your own")
     add("--dataset", nargs="+", help=f"{', '.join(benchmarks)}; folders or images (default: {usual})")
     add("--data_root", type=Path, default=Path("Datasets"), help="holds the test sets (default: Datasets)")
     where = "where everything is written (default: results): TASK.csv, and for each weights TASK/NAME_DIGEST/DATASET/"
@@ -197,6 +218,10 @@ def _parse(description: str, benchmarks: dict[str, Benchmark], add_options: Call
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
     add("--bf16", action="store_true", help="bfloat16 autocast: faster, up to some hundredths of a dB off")
     add("--compile", action="store_true", help="torch.compile: faster after a minute or more of compiling")
+    if operators:
+        known = "module:name of what makes the known degradation of the weights; --dataset then names folders of clean "
+        known += "images, which it measures, or of measurements in .npy files, which are restored only"
+        add("--degradation", metavar="MODULE:NAME", help=known)
     add_options(add)
     return parser.parse_args()
 
@@ -215,12 +240,28 @@ def _load(task: str, args: argparse.Namespace, default_weights: str) -> _Network
     content = read_checkpoint(path)  # once: training may replace the file a moment later
     if not args.weights:
         print(f"no --weights given: this repository's own {default_weights} ({content['record']['trained_for']})")
-    model = load_model(path, task=task, device=pick_device(args.device), content=content)
+    own = {name: import_object(text, f"--{name}") for name in FACTORIES if (text := getattr(args, name))}
+    known = None
+    if name := getattr(args, "degradation", None):
+        known = make_operator(name, "--degradation", _config_of(content))
+    model = load_model(path, task=task, device=pick_device(args.device), degradation=known, content=content, **own)
     if args.compile:
         model.compile()  # once for the first size, and once more for all other sizes
     name, noise = model.name or "DGUNet", trained_sigma_range(content)
     print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, from {path}")
     return _Network(model, name, source, path, noise)
+
+
+def _config_of(content: dict):
+    """The training's config that a checkpoint holds, for an operator that is made from it; None where it has none."""
+    import yaml
+    from yacs.config import CfgNode
+
+    text = content.get("config")
+    try:
+        return CfgNode(yaml.safe_load(text)) if isinstance(text, str) else None
+    except Exception as error:  # a damaged one fails in many ways
+        raise UserError("the config in the checkpoint is damaged") from error
 
 
 def _folder_of(network: _Network) -> str:
@@ -275,9 +316,8 @@ def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
             )
         return source
     if not Path(word).exists():
-        raise UserError(
-            f"no folder or image {Path(word).absolute()}; check the path, or name a test set: {', '.join(benchmarks)}"
-        )
+        named = f", or name a test set: {', '.join(benchmarks)}" if benchmarks else ""
+        raise UserError(f"no folder or image {Path(word).absolute()}; check the path{named}")
     return Path(word)
 
 

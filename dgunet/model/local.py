@@ -29,7 +29,7 @@ from dgunet.model.instance_norm import HalfInstanceNorm
 from dgunet.model.layers import ChannelAttention
 from dgunet.model.network import DGUNet
 from dgunet.model.projection import gram_precision, project, solve_projection
-from dgunet.model.proximal import MULTIPLE
+from dgunet.model.proximal import MULTIPLE, FinalMapping, ProximalMapping
 from dgunet.runtime.errors import UserError
 
 OPERATIONS = ("norm", "attention", "projection")
@@ -63,6 +63,11 @@ def with_local_statistics(model: DGUNet, windows: Mapping[str, int]) -> DGUNet:
     local = copy.deepcopy(model, shared).eval()
     for stage in dict.fromkeys(local.iter_stages()):
         mapping = stage.proximal
+        if not isinstance(mapping, ProximalMapping | FinalMapping):
+            raise UserError(
+                f"local statistics are of dgunet's own proximal mappings, not of a {type(mapping).__name__}; leave "
+                "local out, or ask for a tile, local={'tile': 128}"
+            )
         if "attention" in windows:
             block = mapping.shallow.block
             block.attention = LocalChannelAttention(block.attention, windows["attention"])

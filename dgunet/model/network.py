@@ -12,14 +12,15 @@ from x_0 = y when the degradation is unknown and x_0 = A_adjoint(y) when it is k
 
 import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import dgunet  # for dgunet.hub and dgunet.pretrained, which import this module and are imported when first used
-from dgunet.model.degradations import Degradation, LearnedDegradation, for_measurements
+import dgunet  # for dgunet.checkpoints, which imports this module and is imported when first used
+from dgunet.model.degradations import Degradation, LearnedDegradation, for_measurements, full_precision, measure
 from dgunet.model.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
 
 
@@ -28,11 +29,11 @@ class Stage(nn.Module):
 
     Args:
         proximal: maps v and the previous stage's features to x and this stage's features.
-        degradation: the stage's own learned degradation; None where the network's is known.
+        degradation: the stage's own learned degradation, with A and A_adjoint; None where the network's is known.
         rho: initial value of the learned step size; None for no gradient step: v is x.
     """
 
-    def __init__(self, proximal: nn.Module, degradation: LearnedDegradation | None, rho: float | None):
+    def __init__(self, proximal: nn.Module, degradation: nn.Module | None, rho: float | None):
         super().__init__()
         self.rho = nn.Parameter(torch.full((1,), float(rho))) if rho is not None else None
         self.degradation = degradation
@@ -43,7 +44,8 @@ class Stage(nn.Module):
             return x
         degradation = self.degradation if known is None else known
         # FGDM: v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)
-        return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
+        with full_precision(known, x):
+            return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
 
     def forward(
         self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
@@ -67,6 +69,25 @@ class FinalStage(Stage):
         return anchor + self.proximal(v, previous), None
 
 
+class OwnStage(Stage):
+    """Any stage with a proximal mapping of the user's own: what that returns is checked."""
+
+    def forward(self, x: Tensor, y: Tensor, previous, known: Degradation | None) -> tuple:
+        result = super().forward(x, y, previous, known)
+        if not (isinstance(result, tuple) and len(result) == 2 and getattr(result[0], "shape", None) == x.shape):
+            raise ValueError(
+                f"the proximal mapping {type(self.proximal).__name__} must return (x, features), x of v's shape "
+                f"{tuple(x.shape)}; got {_describe_result(result)}"
+            )
+        return result
+
+
+def _describe_result(result) -> str:
+    if isinstance(result, tuple):
+        return f"({', '.join(map(_describe_result, result))})"
+    return f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+
+
 class DGUNet(nn.Module):
     """Deep generalized unfolding network. The defaults are the paper's DGUNet for deblurring and denoising.
 
@@ -88,6 +109,18 @@ class DGUNet(nn.Module):
             `dgunet.degradations`, one of deepinv's linear operators, or any object with ``A(x)`` and ``A_adjoint(y)``.
         rho: initial value of the learned step sizes; 1 projects onto the data where A has orthonormal rows.
         checkpointing: recompute each stage in the backward pass instead of keeping its activations.
+        proximal: makes a proximal mapping of your own for each stage k in 1..K that is stored (a shared middle stage is
+            k = 2). Called as ``proximal(channels=, k=, stages=, has_previous=)`` it returns an nn.Module that maps
+            ``v, previous`` to ``(x, features)``, v and x (B, C, H, W). ``features`` may be anything: they are the next
+            stage's ``previous``, which is None where ``has_previous`` is False; those of stage K are not used.
+            ``width``, ``growth``, ``pathways``, ``fusion``, ``isff``, ``attention``, ``final_fusion`` and
+            ``final_growth`` are of the paper's mapping and then do nothing (`restore` estimates memory from ``width``).
+        learned_degradation: likewise makes a learned degradation of your own: called as
+            ``learned_degradation(channels=, k=, stages=)``, it returns an nn.Module with ``A(x)`` and ``A_adjoint(y)``.
+
+    Raises:
+        ValueError: arguments out of their range, or that do not go together; no module from ``proximal``, or none with
+            the two methods from ``learned_degradation``.
     """
 
     def __init__(
@@ -107,14 +140,19 @@ class DGUNet(nn.Module):
         degradation: Degradation | None = None,
         rho: float = 0.5,
         checkpointing: bool = False,
+        proximal: Callable[..., nn.Module] | None = None,
+        learned_degradation: Callable[..., nn.Module] | None = None,
     ):
         values = locals()  # of the arguments
         super().__init__()
-        missing = [name for name in ("A", "A_adjoint") if not callable(getattr(degradation, name, None))]
-        if degradation is not None and missing:
-            raise ValueError(f"the degradation {type(degradation).__name__} has no method {' and no '.join(missing)}")
+        if degradation is not None:
+            _check_operator(degradation, "degradation")
+        self.factories = {name: values[name] for name in FACTORIES if values[name] is not None}
+        if learned_degradation is not None and not (degradation is None and gradient):
+            raise ValueError("learned_degradation is for gradient steps whose degradation is not known; leave it out")
         # load_model rebuilds the network from name and arguments, and from `describe_degradation` of a known one.
         self.name = None
+        self.degradation_name: str | None = None  # the user's ``module:name`` that made the known degradation
         self.local: dict[str, int] = {}  # windows for statistics at test time, see `inference.restore`
         self.arguments = {name: values[name] for name in ARGUMENTS}
         _check_arguments(self.arguments)
@@ -125,21 +163,30 @@ class DGUNet(nn.Module):
         if not pathways:
             fusion = isff = "none"
         rho = rho if gradient else None
+        final_fusion = final_fusion if fusion != "none" and stages > 1 else "none"
 
-        def stage(has_previous: bool) -> Stage:
-            proximal = ProximalMapping(channels, width, growth, fusion, isff, attention, has_previous)
-            return Stage(proximal, learned_degradation(), rho)
+        def stage(k: int) -> Stage:
+            if proximal is not None:
+                place = dict(channels=channels, k=k, stages=stages, has_previous=k > 1)
+                kind, mapping = OwnStage, _make("proximal", proximal, **place)
+            elif k < stages:
+                kind, mapping = Stage, ProximalMapping(channels, width, growth, fusion, isff, attention, k > 1)
+            else:
+                kind, mapping = FinalStage, FinalMapping(channels, width, final_fusion, width + final_growth)
+            return kind(mapping, learned(k) if degradation is None and gradient else None, rho)
 
-        def learned_degradation() -> LearnedDegradation | None:
-            return LearnedDegradation(channels) if degradation is None and gradient else None
+        def learned(k: int) -> nn.Module:
+            if learned_degradation is None:
+                return LearnedDegradation(channels)
+            made = _make("learned_degradation", learned_degradation, channels=channels, k=k, stages=stages)
+            _check_operator(made, "learned degradation")
+            return made
 
         middle_stages = max(stages - 2, 0)
-        self.first = stage(has_previous=False) if stages > 1 else None
         stored = min(middle_stages, 1) if shared else middle_stages
-        self.middle = nn.ModuleList(stage(has_previous=True) for _ in range(stored))
-        final_fusion = final_fusion if fusion != "none" and stages > 1 else "none"
-        mapping = FinalMapping(channels, width, final_fusion, width + final_growth)
-        self.last = FinalStage(mapping, learned_degradation(), rho)
+        self.first = stage(1) if stages > 1 else None
+        self.middle = nn.ModuleList(stage(k) for k in range(2, 2 + stored))
+        self.last = stage(stages)
 
     @classmethod
     def default_arguments(cls) -> dict:
@@ -194,7 +241,8 @@ class DGUNet(nn.Module):
         known = self.degradation if degradation is None else degradation
         if known is not None:
             known = for_measurements(known, y)
-        x = y if known is None else known.A_adjoint(y)
+        with full_precision(known, y):
+            x = y if known is None else known.A_adjoint(y)
         self._check(x)
         features = None
         estimates = []
@@ -225,6 +273,25 @@ ARGUMENTS = dict(
     attention=[True, False], final_fusion=["subspace", "concat"], final_growth=(0, 1024), gradient=[True, False],
 )  # fmt: skip
 
+FACTORIES = ("proximal", "learned_degradation")  # arguments that make parts of the user's own
+
+
+def _make(name: str, factory: Callable[..., nn.Module], **given) -> nn.Module:
+    """What a factory of the user's own, the argument ``name``, makes for a stage."""
+    if not callable(factory) or isinstance(factory, nn.Module):
+        got = repr(factory) if isinstance(factory, str) else f"a {type(factory).__name__}"
+        raise ValueError(f"{name} is a function or class that makes a module for each stage, got {got:.100}")
+    made = factory(**given)
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{name} must return an nn.Module for each stage, got a {type(made).__name__}")
+    return made
+
+
+def _check_operator(degradation, what: str):
+    missing = [name for name in ("A", "A_adjoint") if not callable(getattr(degradation, name, None))]
+    if missing:
+        raise ValueError(f"the {what} {type(degradation).__name__} has no method {' and no '.join(missing)}")
+
 
 def _check_arguments(arguments: dict):
     for name, value in arguments.items():
@@ -252,5 +319,5 @@ class MeasureThenRestore(nn.Module):
 
     def forward(self, x: Tensor, *generators, measuring: Degradation | None = None) -> list[Tensor]:
         known = self.model.degradation if measuring is None else measuring
-        self.y = x if known is None else getattr(known, "measure", known.A)(x, *generators)
+        self.y = x if known is None else measure(known, x, *generators)
         return self.model(self.y)

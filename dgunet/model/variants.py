@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import dgunet  # for dgunet.hub and dgunet.pretrained, which import this module and are imported when first used
+import dgunet  # for dgunet.checkpoints, which imports this module and is imported when first used
 from dgunet.model.degradations import Degradation
 from dgunet.model.network import DGUNet
 from dgunet.model.sampling import block_sampling
@@ -63,8 +63,9 @@ def create_model(name: str, degradation: Degradation | None = None, **overrides)
     Args:
         name: one of `list_models()`.
         degradation: a known one instead of the variant's own: learned, or in compressive sensing block sampling.
-        **overrides: arguments of `DGUNet` that differ from the paper's, and in compressive sensing of
-            `block_sampling`, e.g. ``ratio=0.1``, or ``ratio=(0.01, 0.5)`` for one network for that range.
+        **overrides: arguments of `DGUNet` that differ from the paper's, such as ``stages`` or ``proximal``, and in
+            compressive sensing of `block_sampling`, e.g. ``ratio=0.1``, or ``ratio=(0.01, 0.5)`` for one network for
+            that range.
     """
     variant = find_variant(name)
     build = variant.degradation if degradation is None else None

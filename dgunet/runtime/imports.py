@@ -14,6 +14,12 @@ def is_object_name(text: str) -> bool:
     return bool(name) and all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
 
 
+def object_name(found) -> str:
+    """``module:name`` of a function or class; "" for what no import finds: a lambda, a partial, one in a function."""
+    name = f"{getattr(found, '__module__', '')}:{getattr(found, '__qualname__', '')}"
+    return name if is_object_name(name) else ""
+
+
 def import_object(text: str, key: str):
     """The object that ``module:name`` names; modules in the current folder are found, too.
 

@@ -19,14 +19,15 @@ from dgunet.data.datasets import (  # fmt: skip
 from dgunet.data.luma import LumaPatches
 from dgunet.data.pairs import Pair, exclude, find_images, find_pairs, hold_out, images_by_name
 from dgunet.data.synthesis import find_degradation, motion_kernel
-from dgunet.model.degradations import MotionBlur, degradation_from_config
+from dgunet.model.degradations import MotionBlur, degradation_from_config, keeps_its_values
 from dgunet.model.network import DGUNet
 from dgunet.model.sampling import BlockSampling, sampling_operator
 from dgunet.model.variants import VARIANTS, create_model, find_variant
 from dgunet.runtime.distributed import launch
 from dgunet.runtime.errors import UserError
+from dgunet.runtime.imports import import_object, is_object_name
 from dgunet.training.config import parse_args
-from dgunet.training.logger import describe
+from dgunet.training.loggers import describe
 from dgunet.training.resume import checkpoint_to_resume
 from dgunet.training.trainer import Trainer
 
@@ -36,8 +37,16 @@ def crop_options(cfg) -> dict:
     return dict(patch=cfg.TRAINING.TRAIN_PS, repeat=cfg.TRAINING.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
 
 
+_KNOWN_DEGRADATION = ("MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY", "MODEL.COMPLEX")
+
+
+def _channels(cfg) -> dict:
+    """Which channels of images a known degradation measures."""
+    return dict(luma=cfg.MODEL.GREY, complex=cfg.MODEL.COMPLEX)
+
+
 def _centers(cfg, items) -> CenterCropDataset:
-    return CenterCropDataset(items, cfg.TRAINING.VAL_PS, luma=cfg.MODEL.GREY)
+    return CenterCropDataset(items, cfg.TRAINING.VAL_PS, **_channels(cfg))
 
 
 @dataclass(frozen=True)
@@ -75,9 +84,9 @@ TASKS = {
     for task in (
         Task(
             "deblurring",
-            ("SYNTHESIS", "AUGMENT.SATURATION", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY"),
+            ("SYNTHESIS", "AUGMENT.SATURATION", *_KNOWN_DEGRADATION),
             lambda cfg, pairs: SaturationPatches(
-                pairs, saturation=cfg.AUGMENT.SATURATION, luma=cfg.MODEL.GREY, **crop_options(cfg)
+                pairs, saturation=cfg.AUGMENT.SATURATION, **_channels(cfg), **crop_options(cfg)
             ),
         ),
         Task("deraining", ("SYNTHESIS",), lambda cfg, pairs: PairedPatches(pairs, **crop_options(cfg))),
@@ -119,8 +128,11 @@ def _check_keys(cfg, task: Task):
         raise UserError(f"{cfg.MODEL.NAME} is not a network for this task; MODEL.NAME is {' or '.join(names)}")
     if cfg.MODEL.DEGRADATION and cfg.SYNTHESIS.NAME:
         raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the images; set one of the two")
-    if (cfg.MODEL.GREY or cfg.MODEL.NOISE) and not cfg.MODEL.DEGRADATION:
-        raise UserError("MODEL.GREY and MODEL.NOISE are of a known blur; set MODEL.DEGRADATION blur, or leave them out")
+    if (cfg.MODEL.GREY or cfg.MODEL.COMPLEX or cfg.MODEL.NOISE) and not cfg.MODEL.DEGRADATION:
+        raise UserError(
+            "MODEL.GREY and MODEL.NOISE are of a known blur (GREY and COMPLEX of an operator of your own); set "
+            "MODEL.DEGRADATION, or leave them out"
+        )
     if cfg.SYNTHESIS.NAME and (cfg.AUGMENT.MIXUP or cfg.AUGMENT.SATURATION):
         raise UserError("AUGMENT.MIXUP and AUGMENT.SATURATION are of pairs; set them to 0 with SYNTHESIS.NAME")
     if cfg.SYNTHESIS.OPTIONS and not cfg.SYNTHESIS.NAME:
@@ -201,8 +213,12 @@ def build_model(
     degradation = make_degradation(cfg, train_set)
     if isinstance(degradation, MotionBlur):
         degradation.sample_kernel = motion_kernel
-    arguments = {**cfg.MODEL.OVERRIDES, **({"channels": 1} if cfg.MODEL.GREY else {})}
+    channels = 2 if cfg.MODEL.COMPLEX else 1 if cfg.MODEL.GREY else None
+    arguments = {**cfg.MODEL.OVERRIDES, **({"channels": channels} if channels else {})}
+    own = {"proximal": cfg.MODEL.PROXIMAL, "learned_degradation": cfg.MODEL.LEARNED_DEGRADATION}
+    arguments |= {name: import_object(text, f"MODEL.{name.upper()}") for name, text in own.items() if text}
     model = create_model(cfg.MODEL.NAME, degradation, checkpointing=cfg.SPEED.CHECKPOINTING, **arguments)
+    model.degradation_name = cfg.MODEL.DEGRADATION if is_object_name(cfg.MODEL.DEGRADATION) else None
     path = cfg.MODEL.WEIGHTS
     if not path or checkpoint_to_resume(cfg):
         return model
@@ -210,7 +226,5 @@ def build_model(
         missing.append(f"no checkpoint at {path}")
         return model
     weights = weights_of(read_checkpoint(path), path)
-    if degradation is not None and degradation.keep_on_load(weights):
-        weights |= {name: own for name, own in model.state_dict().items() if name.startswith("degradation.")}
-    load_weights(model, weights, path)
+    load_weights(model, weights, path, degradation is not None and keeps_its_values(degradation, weights))
     return model

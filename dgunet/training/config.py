@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode as CN
 
-from dgunet.model.network import ARGUMENTS, DGUNet
+from dgunet.model.network import ARGUMENTS, FACTORIES, DGUNet
 from dgunet.model.proximal import MULTIPLE
 from dgunet.runtime.errors import ROOT, UserError
 from dgunet.runtime.imports import is_object_name
@@ -60,14 +60,21 @@ _key("MODEL.MATRIX", "learned")  # compressive sensing: learned (with the networ
 # dct for a range of ratios, which wants the rows that are worth the most first.
 # The matrix of MODEL.WEIGHTS comes before it, unless it is of another ratio, or a file's is to stay fixed.
 _key("MODEL.MATRIX_START", "")
-# Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean images: blur. Empty: it is learned.
+# Deblurring: a known degradation, of which TRAIN_DIR and VAL_DIR hold clean images: blur, or an operator of your own,
+# module:name of a function or class that make() or make(cfg) gives it (docs/own_operator.md). Empty: it is learned.
 _key("MODEL.DEGRADATION", "")
 # blur: .npy file of the kernel, (h, w), both odd; or motion: a simulated camera shake for each step. It comes in from
 # beyond the crops, whose margin of half the largest extent, rounded up to a multiple of 8, is cut off.
 _key("MODEL.KERNEL", "")
 _key("MODEL.KERNEL_EXTENT", [5, 25], (1, 200))  # motion: smallest and largest extent, pixels
 _key("MODEL.NOISE", 0.0, (0, 255))  # blur: sigma of Gaussian noise added to blurred training images (0 to 255)
-_key("MODEL.GREY", False)  # blur: train on the luminance, for grey images
+_key("MODEL.GREY", False)  # known degradation: train on the luminance, for grey images
+# Known degradation: train on complex images, two channels: the luminance as the real part, 0 as the imaginary part.
+_key("MODEL.COMPLEX", False)
+# Parts of your own, module:name of functions or classes that make them, see docs/extending.md: the proximal mapping and
+# the learned degradation of each stage. Empty: the paper's.
+_key("MODEL.PROXIMAL", "")
+_key("MODEL.LEARNED_DEGRADATION", "")
 _key("MODEL.WEIGHTS", "")  # to start from: a checkpoint (ours or the authors'), or the name of one; empty: from scratch
 
 _key("OPTIM.BATCH_SIZE", 16, (1, 2**16))  # total over all processes and accumulation steps
@@ -120,6 +127,9 @@ _key("TRAINING.VAL_FROM_EPOCH", 0, (0, _EPOCHS))
 _key("TRAINING.SAVE_EACH_VALIDATION", True)  # keep the weights of every validation as model_epoch_N.pth
 _key("TRAINING.SAVE_MINUTES", 15.0, (0, 10**6))  # model_latest.pth is also written this often within an epoch
 _key("TRAINING.WORKERS", 4, (0, 256))  # data loading processes of each training process
+# A list of csv (history.csv, curves.png), console (lines, train.log, a bar), images (of the validation, as PNG),
+# tensorboard, wandb, mlflow, and module:name, a logger of one's own; auto: csv, console, tensorboard if installed.
+_key("TRAINING.LOGGERS", "auto")
 
 # Degrade clean images while training, by a function of dgunet/data/synthesis.py: gaussian_noise, found_noise,
 # sensor_noise, bayer_noise, grain, photo_noise, rain_streaks, added_rain, motion_blur; or by module:name, one of your
@@ -156,7 +166,7 @@ _RANGES |= {
 # Keys, or how they begin, that are not every task's: its train.py says which it uses.
 _NOT_EVERYWHERE = (
     "MODEL.RATIO", "MODEL.BLOCK", "MODEL.MATRIX", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY",
-    "SYNTHESIS", "AUGMENT.SATURATION", "AUGMENT.MIXUP",
+    "MODEL.COMPLEX", "SYNTHESIS", "AUGMENT.SATURATION", "AUGMENT.MIXUP",
 )  # fmt: skip
 
 
@@ -239,6 +249,11 @@ def changed_keys(cfg: CN, other: CN) -> list[str]:
     return [key for key in one | two if one.get(key, default.get(key)) != two.get(key, default.get(key))]
 
 
+def flat_config(cfg: CN) -> dict:
+    """Every key's value by its dotted name."""
+    return dict(_flatten(cfg))
+
+
 def format_config(cfg: CN) -> str:
     """The whole config as YAML, keys that differ from the defaults marked with ``# *``."""
     changed = set(changed_keys(cfg, _C))
@@ -315,11 +330,12 @@ def _flatten(node: dict, declared: dict | None = None, prefix: str = ""):
 # What LOSS.TERMS replaces.
 _LOSS_KEYS = [f"LOSS.{name.upper()}" for name in LOSSES]
 
-# What MODEL.OVERRIDES may change: how many channels there are, and their degradation, is up to the data.
+# What MODEL.OVERRIDES may change: how many channels there are, and their degradation, is up to the data; parts of the
+# user's own have keys.
 _ARGUMENTS = {
     name: parameter.default
     for name, parameter in inspect.signature(DGUNet).parameters.items()
-    if name not in ("channels", "degradation", "checkpointing")
+    if name not in ("channels", "degradation", "checkpointing", *FACTORIES)
 }
 
 
@@ -392,7 +408,11 @@ def _coerce(default, value, key: str, source: str):
     if key == "MODEL.RATIO" and not isinstance(value, int | float | str):
         default = ()  # or a range
     kind, given = type(default), type(value)  # isinstance would take True for an int
-    if given is bool:
+    if key == "TRAINING.LOGGERS":
+        names = value if given is list else [value]
+        if all(isinstance(name, str) for name in names):
+            return value if value == "auto" else names
+    elif given is bool:
         if kind is bool or default == "auto":  # a switch, or one that may be left to us
             return value
     elif kind is bool:
@@ -424,6 +444,8 @@ def _coerce(default, value, key: str, source: str):
         str: "text", int: "a whole number", float: "a number", bool: "True or False",
         list: "two numbers" if default else "a list of whole numbers", tuple: "a number or a range, [LOWEST, HIGHEST]",
     }  # fmt: skip
+    if key == "TRAINING.LOGGERS":
+        expected[str] = "auto or a list of names"
     raise UserError(f"{source}: {key} must be {expected[kind]}, got {_short(value)}")
 
 

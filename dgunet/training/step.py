@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dgunet.checkpoints.load import check_tensors, load_weights, weights_of
 from dgunet.data.transforms import center_crop, unit_range
+from dgunet.model.degradations import measures_with_noise
 from dgunet.model.network import DGUNet, MeasureThenRestore
 from dgunet.runtime import distributed
 from dgunet.runtime.errors import UserError, shorten_list
@@ -22,40 +23,61 @@ from dgunet.training.losses import loss_from_config
 class StepCounts(NamedTuple):
     """The values of `StepCounters`."""
 
-    loss: float
-    counted: int
-    skipped: int
-    skipped_in_a_row: int
+    loss: float = 0.0
+    counted: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    norm: float = 0.0
+    norm_max: float = 0.0
 
     @property
     def mean_loss(self) -> float:
         return self.loss / self.counted if self.counted else math.nan
+
+    @property
+    def mean_norm(self) -> float:
+        return self.norm / self.counted if self.counted else math.nan
+
+    def since(self, earlier: "StepCounts") -> "StepCounts":
+        """The sums of loss and norm, and their number, over the steps since an earlier reading in this epoch."""
+        return StepCounts(self.loss - earlier.loss, self.counted - earlier.counted, norm=self.norm - earlier.norm)
 
 
 class StepCounters:
     """Counters of an epoch's steps, kept on the device, so that a step need not wait for it.
 
     ``loss``: sum over the ``counted`` steps; ``skipped``: steps with a loss or gradient that is not finite;
-    ``skipped_in_a_row``: the number of those since the last other one, in this epoch or before.
+    ``skipped_in_a_row``: the number of those since the last other one, in this epoch or before; ``norm`` and
+    ``norm_max``: sum and maximum of the gradient's norm before clipping over the counted steps.
     """
 
     def __init__(self, device: torch.device):
-        self.values = torch.zeros(4, dtype=torch.float64, device=device)
-        self.loss, self.counted, self.skipped, self.skipped_in_a_row = self.values.unbind()  # views
+        self.values = torch.zeros(6, dtype=torch.float64, device=device)
+        views = self.values.unbind()
+        self.loss, self.counted, self.skipped, self.skipped_in_a_row, self.norm, self.norm_max = views
 
-    def add(self, loss: Tensor, finite: Tensor):
+    def add(self, loss: Tensor, norm: Tensor, finite: Tensor):
         skipped = (~finite).double()
         self.loss += torch.where(finite, loss, 0).double()
         self.counted += 1 - skipped
         self.skipped += skipped
         self.skipped_in_a_row.add_(1).mul_(skipped)
+        norm = torch.where(finite, norm, 0).double()
+        self.norm += norm
+        self.norm_max.copy_(torch.maximum(self.norm_max, norm))
 
     def next_epoch(self):
         self.values[:3] = 0
+        self.values[4:] = 0
 
     def read(self) -> StepCounts:
-        loss, *counts = self.values.tolist()
-        return StepCounts(loss, *map(int, counts))
+        loss, *counts, norm, norm_max = self.values.tolist()
+        return StepCounts(loss, *map(int, counts), norm, norm_max)
+
+    def load(self, totals: list[float]):
+        """Continue from values that were read; earlier versions have no norms: those of their epoch are NaN."""
+        totals = totals + [math.nan] * (len(self.values) - len(totals))
+        self.values.copy_(torch.tensor(totals, dtype=torch.float64))
 
 
 class TrainState:
@@ -83,7 +105,7 @@ class TrainState:
         self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)
         self.model = model.to(self.device, memory_format=self.memory_format)
         self.network = MeasureThenRestore(self.model)  # what runs the forward pass; after `wrap_ddp` distributed
-        self.measured = hasattr(model.degradation, "measure")  # with random numbers
+        self.measured = measures_with_noise(model.degradation)
         self.loss = loss_from_config(cfg.LOSS).to(self.device)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self.trained.values())
@@ -164,7 +186,7 @@ class TrainState:
             self.optimizer.step()
         if self.ema is not None:
             self._average(skipped)
-        self.counters.add(loss, finite)
+        self.counters.add(loss, norm, finite)
 
     @torch.no_grad()
     def _average(self, skipped: Tensor):
@@ -244,7 +266,7 @@ class TrainState:
             load_weights(self.ema, weights_of(state, path), path)
             self.averaged = state["averaged"]
         optimizers.load_state(self.optimizer, self.cfg.OPTIM, state["optimizer"], path)
-        self.counters.values.copy_(torch.tensor(state["totals"], dtype=torch.float64))
+        self.counters.load(state["totals"])
         self.save_rollback_weights()
         if self.good is not None and "good_weights" in state:
             check_tensors(self.good, state["good_weights"], path, "the good weights of this run")
