@@ -52,7 +52,7 @@ def optimizer_step(trainer: Trainer):
         parameter.grad = torch.full_like(parameter, 0.1)
     trainer.train_state.optimizer.found_inf = torch.zeros(())
     trainer.train_state.optimizer.step()
-    trainer.train_state._average()
+    trainer.train_state._average(trainer.train_state.optimizer.found_inf)
 
 
 @pytest.fixture(scope="module", autouse=True)

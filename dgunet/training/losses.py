@@ -93,7 +93,7 @@ class StageLoss(nn.Module):
     def forward(self, estimates: list[Tensor], target: Tensor, y: Tensor | None = None) -> Tensor:
         """K estimates (B, C, H, W), their target (B, C, H, W) and the measurement to a scalar, float32."""
         target = target.float()
-        y = None if y is None else y.float()
+        y = y.float() if isinstance(y, Tensor) and y.is_floating_point() else y
         estimates = [estimate.float().clamp(0, 1) if self.clamp else estimate.float() for estimate in estimates]
         total = target.new_zeros(())
         for estimate in estimates:  # L = sum_{k=1..K} sum_terms weight * term(x_k, x)
