@@ -2,6 +2,8 @@
 
 import csv
 import pickle
+import re
+import shlex
 import sys
 
 import numpy as np
@@ -92,38 +94,36 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("my_parts", None)
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr("dgunet.training.loggers.plot_history", lambda *_: None, raising=False)
-
-
 def refusal(*words) -> str:
     with pytest.raises(UserError) as error:
         load_config(None, list(words))
     return str(error.value)
 
 
-def test_a_run_of_parts_of_ones_own_from_the_command_line(own, folders):  # noqa: F811
-    words = options(
-        folders, TRAINING__TRAIN_DIR="train/target", TRAINING__VAL_DIR="", TRAINING__VAL_HOLD_BACK=2,
-        AUGMENT__MIXUP=0, OPTIM__WEIGHT_DECAY=0,
-        TRAINING__WORKERS=1, SYNTHESIS__NAME="my_parts:fog",
-        SYNTHESIS__OPTIONS="{thickness: 8e-1, colour: [1, 0.9, 1]}",
-        OPTIM__NAME="my_parts:sgd", OPTIM__SCHEDULE="my_parts:halving", OPTIM__NUM_EPOCHS=3,
-        LOSS__TERMS="{charbonnier: 1, my_parts:Squared: 0.1, my_parts:towards_input: 0.2, my_parts:growing: 0.3}",
-    )  # fmt: skip
-    done = run_script(TRAIN, *words, cwd=folders)
+def test_a_run_of_parts_of_ones_own_from_the_command_line(own, folders, monkeypatch):  # noqa: F811
+    """That of docs/extending.md, with its module and its command."""
+    text = (TRAIN.parents[1] / "docs/extending.md").read_text()
+    module = re.search(r"```python\n(# my_training.py\n.*?)```", text, flags=re.DOTALL)[1]
+    (own / "my_training.py").write_text(module)
+    (own / "train/target").rename(own / "photographs")
+    monkeypatch.delitem(sys.modules, "my_training", raising=False)
+    command = re.search(r"python (Deraining/train\.py) (TRAINING.*?my_training.*?)\n```", text, flags=re.DOTALL)
+    script = TRAIN.parents[1] / command[1]
+    given = shlex.split(command[2].replace("\\\n", " "))
+    small = options(folders, TRAINING__WORKERS=1, OPTIM__NUM_EPOCHS=3)
+    at = small.index("AUGMENT.MIXUP_FROM_EPOCH")  # which deraining does not use
+    done = run_script(script, *small[:at], *small[at + 2 :], *given, cwd=folders)
     assert done.returncode == 0, done.stdout + done.stderr
     with open(folders / "runs/run/history.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["lr"]) for row in rows] == pytest.approx([1e-3, 1e-3, 5e-4])
+    assert [float(row["lr"]) for row in rows] == pytest.approx([1e-3, 1e-3, 0.98e-3])
     assert all(0 < float(row["loss"]) < 3 for row in rows)
     cfg = load_config("runs/run/config.yaml")  # which reads back what the command line gave
     assert dict(cfg.LOSS.TERMS) == {
-        "charbonnier": 1, "my_parts:Squared": 0.1, "my_parts:towards_input": 0.2, "my_parts:growing": 0.3
+        "charbonnier": 1, "my_training:Gradients": 0.1, "my_training:stay_close": 0.01, "my_training:last_stages": 0.5
     }  # fmt: skip
-    assert dict(cfg.SYNTHESIS.OPTIONS) == {"thickness": 0.8, "colour": [1, 0.9, 1]}
-    again = run_script(TRAIN, "--config", "runs/run/config.yaml", "TRAINING.RESUME", "True", cwd=folders)
+    assert dict(cfg.SYNTHESIS.OPTIONS) == {"thickness": 0.8} and cfg.OPTIM.NAME == "my_training:sgd"
+    again = run_script(script, "--config", "runs/run/config.yaml", "TRAINING.RESUME", "True", cwd=folders)
     assert again.returncode == 0 and "differ" not in again.stdout, again.stdout + again.stderr
 
 
