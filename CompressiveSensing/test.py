@@ -1,7 +1,9 @@
-"""Test DGUNet for compressive sensing: `dgunet test compressive_sensing` of a clone; more with --help.
+"""Test DGUNet for compressive sensing.
 
-python CompressiveSensing/test.py --weights model.pth             # the paper's table: Set11 and BSD68
-python CompressiveSensing/test.py --dataset path/to/images        # our own weights, ratio 25 %
+    python CompressiveSensing/test.py --weights model.pth             # the paper's table: Set11 and BSD68
+    python CompressiveSensing/test.py --dataset path/to/images        # our own weights, ratio 25 %
+
+It is `dgunet test compressive_sensing`, in a clone; --help says more.
 """
 
 import sys

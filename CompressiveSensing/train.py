@@ -1,8 +1,10 @@
-"""Train DGUNet for compressive sensing: `dgunet train compressive_sensing` of a clone; more with --help.
+"""Train DGUNet for compressive sensing.
 
-python CompressiveSensing/train.py MODEL.RATIO 0.25                  # step 1: blocks, one by one
-python CompressiveSensing/train.py --config dgunet_step2 MODEL.RATIO 0.25 MODEL.WEIGHTS STEP1   # step 2: deblocking
-python CompressiveSensing/train.py TRAINING.RESUME True              # continue where it stopped
+    python CompressiveSensing/train.py MODEL.RATIO 0.25                  # step 1: blocks, one by one
+    python CompressiveSensing/train.py --config dgunet_step2 MODEL.RATIO 0.25 MODEL.WEIGHTS STEP1   # step 2: deblocking
+    python CompressiveSensing/train.py TRAINING.RESUME True              # continue where it stopped
+
+It is `dgunet train compressive_sensing`, in a clone; --help says more.
 """
 
 import sys

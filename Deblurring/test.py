@@ -1,7 +1,9 @@
-"""Test DGUNet for deblurring: `dgunet test deblurring` of a clone; more with --help.
+"""Test DGUNet for deblurring.
 
-python Deblurring/test.py --weights model.pth --dataset GoPro HIDE       # the paper's table
-python Deblurring/test.py --dataset path/to/folder                       # our own weights
+    python Deblurring/test.py --weights model.pth --dataset GoPro HIDE       # the paper's table
+    python Deblurring/test.py --dataset path/to/folder                       # our own weights
+
+It is `dgunet test deblurring`, in a clone; --help says more.
 """
 
 import sys

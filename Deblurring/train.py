@@ -1,8 +1,10 @@
-"""Train DGUNet for deblurring: `dgunet train deblurring` of a clone; more with --help.
+"""Train DGUNet for deblurring.
 
-python Deblurring/train.py                                   # the paper's DGUNet, every GPU here
-python Deblurring/train.py --config dgunet_plus              # the paper's DGUNet+
-python Deblurring/train.py TRAINING.RESUME True              # continue where it stopped
+    python Deblurring/train.py                                   # the paper's DGUNet, every GPU here
+    python Deblurring/train.py --config dgunet_plus              # the paper's DGUNet+
+    python Deblurring/train.py TRAINING.RESUME True              # continue where it stopped
+
+It is `dgunet train deblurring`, in a clone; --help says more.
 """
 
 import sys

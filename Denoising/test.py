@@ -1,7 +1,9 @@
-"""Test DGUNet for denoising: `dgunet test denoising` of a clone; more with --help.
+"""Test DGUNet for denoising.
 
-python Denoising/test.py --weights model.pth --dataset SIDD       # the paper's table
-python Denoising/test.py --dataset path/to/folder                 # our own weights: Gaussian noise
+    python Denoising/test.py --weights model.pth --dataset SIDD       # the paper's table
+    python Denoising/test.py --dataset path/to/folder                 # our own weights: Gaussian noise
+
+It is `dgunet test denoising`, in a clone; --help says more.
 """
 
 import sys

@@ -1,8 +1,10 @@
-"""Train DGUNet for denoising: `dgunet train denoising` of a clone; more with --help.
+"""Train DGUNet for denoising.
 
-python Denoising/train.py                                   # the paper's DGUNet, every GPU here
-python Denoising/train.py --config dgunet_plus              # the paper's DGUNet+
-python Denoising/train.py TRAINING.RESUME True              # continue where it stopped
+    python Denoising/train.py                                   # the paper's DGUNet, every GPU here
+    python Denoising/train.py --config dgunet_plus              # the paper's DGUNet+
+    python Denoising/train.py TRAINING.RESUME True              # continue where it stopped
+
+It is `dgunet train denoising`, in a clone; --help says more.
 """
 
 import sys

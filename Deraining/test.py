@@ -1,7 +1,9 @@
-"""Test DGUNet for deraining: `dgunet test deraining` of a clone; more with --help.
+"""Test DGUNet for deraining.
 
-python Deraining/test.py --weights model.pth             # the paper's table: all five test sets
-python Deraining/test.py --dataset path/to/folder        # our own weights
+    python Deraining/test.py --weights model.pth             # the paper's table: all five test sets
+    python Deraining/test.py --dataset path/to/folder        # our own weights
+
+It is `dgunet test deraining`, in a clone; --help says more.
 """
 
 import sys

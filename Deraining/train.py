@@ -1,8 +1,10 @@
-"""Train DGUNet for deraining: `dgunet train deraining` of a clone; more with --help.
+"""Train DGUNet for deraining.
 
-python Deraining/train.py                                   # the paper's DGUNet, every GPU here
-python Deraining/train.py --config dgunet_plus              # the paper's DGUNet+
-python Deraining/train.py TRAINING.RESUME True              # continue where it stopped
+    python Deraining/train.py                                   # the paper's DGUNet, every GPU here
+    python Deraining/train.py --config dgunet_plus              # the paper's DGUNet+
+    python Deraining/train.py TRAINING.RESUME True              # continue where it stopped
+
+It is `dgunet train deraining`, in a clone; --help says more.
 """
 
 import sys

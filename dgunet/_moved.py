@@ -32,7 +32,7 @@ MODULES = {
     "pretrained": ("checkpoints.registry",),
     "proximal": ("model.proximal",),
     "restoring": ("apps.batch",),
-    "runlog": ("training.logger",),
+    "runlog": ("training.loggers",),
     "schedule": ("training.schedule",),
     "synthesis": ("data.synthesis",),
     "testing": ("evaluation.cli",),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dgunet.data.transforms import dihedral, pad_to_multiple, undo_dihedral
-from dgunet.model.degradations import MotionBlur
+from dgunet.model.degradations import Degradation, MotionBlur, Whole, apply_adjoint, for_measurements
 from dgunet.model.local import check_windows, with_local_statistics
 from dgunet.model.proximal import MULTIPLE
 from dgunet.runtime.errors import UserError
@@ -31,16 +31,23 @@ def restore(
     bf16: bool = False,
     local: Mapping[str, int] | bool | None = None,
 ):
-    """Restore an image, or a batch of them, of any size.
+    """Restore an image, or a batch of them, of any size; or of a known degradation the image of a measurement.
 
     The image is padded to multiples of 8 (by reflection; by replication where it is too small), restored on the
     network's device, cropped back and clamped to [0, 1].
 
+    A network whose known degradation is not from image to image, such as `BlockSampling` or an operator of your own,
+    takes a measurement y instead, as the operator's ``A`` gives it: a tensor or array (B, ...) of any shape and type,
+    also complex. x_0 = A_adjoint(y) may be of any size. The result is the image, float32: a tensor (B, C, H, W) of a
+    tensor, an array (B, H, W, C) of an array; clamped to [0, 1], but for the two channels of a complex image. It is
+    restored whole: ``tile`` is None or "auto".
+
     Args:
-        model: a DGUNet for C channels whose degradation is learned, or a known one from image to image (`Blur`); of any
-            floating type (``model.half()``), and compiled (``model.compile()``) or not.
+        model: a DGUNet for C channels; of any floating type (``model.half()``), and compiled (``model.compile()``) or
+            not.
         image: a NumPy array (H, W, C) or (B, H, W, C), a tensor (C, H, W) or (B, C, H, W), for C = 1 also (H, W):
-            uint8, uint16, or floats in [0, 1]; or a list or tuple of such, of any sizes. It is not modified.
+            uint8, uint16, or floats in [0, 1]; or a measurement, see above; or a list or tuple of such, of any sizes.
+            It is not modified.
         tile: side in pixels of the tiles that the image is restored in; None for the whole image at once; "auto"
             for the tile that ``local`` has, else the whole image if it fits into memory, else tiles, with a warning.
             Tiles change the result: channel attention, instance norm and subspace projection see only the tile.
@@ -53,7 +60,8 @@ def restore(
             None for what the weights' record says (``model.local``). docs/local.md compares them.
 
     Returns:
-        The restored image(s), of the same type, shape and dtype as ``image``, tensors on the same device.
+        The restored image(s), of the same type, shape and dtype as ``image`` (of a measurement see above), tensors on
+        the same device.
 
     Raises:
         UserError: an unsuitable shape, type or range, NaN pixels, or a network that outputs NaN.
@@ -66,10 +74,15 @@ def restore(
     device = _check_network(model)
     if self_ensemble and model.degradation is not None:
         raise UserError("self_ensemble rotates the image, but not the network's known degradation; leave it out")
-    x, back = _as_batch(image, model.channels)
     windows = check_windows(getattr(model, "local", None) if local is None else local)
     if windows.keys() - {"tile"}:
         model = with_local_statistics(model, windows)
+    if not (model.degradation is None or getattr(model.degradation, "image_to_image", False)):
+        if tile not in (None, "auto") or "tile" in windows:
+            raise UserError("a measurement cannot be cut into tiles; leave tile out, or pass local=False")
+        with temporarily_set(model.modules(), "training", False), torch.no_grad():
+            return _restore_measurement(model, image, device, bf16)
+    x, back = _as_batch(image, model.channels)
     with temporarily_set(model.modules(), "training", False), torch.no_grad():
         x = x.to(device)
         if isinstance(tile, str):
@@ -140,10 +153,8 @@ def _check_network(model) -> torch.device:
             f"restore takes a network from load_model or DGUNet(...), not {type(model).__name__}"
             + ("; pass its .module" if hasattr(model, "module") else "")
         )
-    if not (model.degradation is None or getattr(model.degradation, "image_to_image", False)):
-        if isinstance(model.degradation, MotionBlur):
-            raise UserError("this network is for any known blur; give it yours first: model.degradation = Blur(kernel)")
-        raise UserError("restore is for networks whose input is an image; call model(y)[0] with the measurement")
+    if isinstance(model.degradation, MotionBlur):
+        raise UserError("this network is for any known blur; give it yours first: model.degradation = Blur(kernel)")
     kinds = {(p.device, p.dtype) for p in model.parameters()}
     if len(kinds) != 1:
         raise UserError(
@@ -155,14 +166,44 @@ def _check_network(model) -> torch.device:
     return device
 
 
-def estimate(model, y: Tensor, bf16: bool = False) -> Tensor:
+def _restore_measurement(model, measurement, device: torch.device, bf16: bool):
+    """`restore` of a measurement y (B, ...): the images x_K, (B, C, H, W), or of an array (B, H, W, C)."""
+    _check_dense(measurement)
+    if isinstance(measurement, Tensor):
+        y = measurement.detach()
+    elif (kind := measurement.dtype.kind) in "biufc":
+        y = torch.from_numpy(np.array(measurement, dtype=np.complex64 if kind == "c" else np.float32))
+    else:
+        raise UserError(f"a measurement is of numbers, got an array of {measurement.dtype}")
+    home, y = y.device, y.to(device)
+    y = y.to(torch.complex64 if y.is_complex() else torch.float32)
+    if y.dim() < 2 or not y.numel() or not torch.isfinite(y).all():
+        raise UserError(f"a measurement is (B, ...), of finite numbers, as A gives it; got shape {tuple(y.shape)}")
+    if not y.is_complex():
+        y = y.to(next(model.parameters()).dtype)
+    known = for_measurements(model.degradation, y)
+    initial = apply_adjoint(known, y)
+    if initial.dim() != 4 or initial.shape[1] != model.channels:
+        raise UserError(
+            f"A_adjoint makes {tuple(initial.shape)} of a measurement {tuple(y.shape)}, but the network restores "
+            f"images (B, {model.channels}, H, W)"
+        )
+    whole = Whole(known)
+    x = whole.cut(estimate(model, y, bf16, whole))
+    x = (x if model.channels == 2 else x.clamp(0, 1)).to(home)
+    return x.contiguous() if isinstance(measurement, Tensor) else np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy())
+
+
+def estimate(model, y: Tensor, bf16: bool = False, degradation: Degradation | None = None) -> Tensor:
     """The network's final estimate x_K, (B, C, H, W) float32, without gradients.
 
-    ``y`` is degraded images (B, C, H, W) with sides that are multiples of 8, or measurements; float32.
+    ``y`` is degraded images (B, C, H, W) with sides that are multiples of 8, or measurements; float32, or complex.
+    ``degradation``: see `DGUNet.forward`.
     """
-    y = y.to(next(model.parameters()).dtype)
+    if not y.is_complex():
+        y = y.to(next(model.parameters()).dtype)
     with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, enabled=bf16):
-        estimates = model(y)
+        estimates = model(y, degradation) if degradation is not None else model(y)
     if not torch.isfinite(estimates[0]).all():
         stage = next(k for k, x in enumerate(estimates[::-1], start=1) if not torch.isfinite(x).all())
         raise UserError(
@@ -271,23 +312,29 @@ def automatic_tile(model, shape: tuple[int, int, int, int], device: torch.device
     return side
 
 
+def _check_dense(image):
+    """Raise a UserError for what is no NumPy array or tensor of values."""
+    if isinstance(image, np.ma.MaskedArray):
+        raise UserError("restore takes no masked arrays; use image.filled(0)")
+    if isinstance(image, Tensor):
+        if image.is_nested or image.layout != torch.strided or image.is_quantized or image.device.type == "meta":
+            raise UserError("restore takes no nested, sparse, quantised or meta tensors; pass a dense one, or a list")
+    elif not isinstance(image, np.ndarray):
+        raise UserError(f"restore takes a NumPy array, a tensor, or a list of them, not {type(image).__name__}")
+
+
 def _as_batch(image, channels: int):
     """The image(s) as a (B, C, H, W) float32 tensor, and a function that converts the result to the caller's type."""
+    _check_dense(image)
     if isinstance(image, np.ndarray):
-        if isinstance(image, np.ma.MaskedArray):
-            raise UserError("restore takes no masked arrays; use image.filled(0)")
         layout, dtype = "HWC", image.dtype
         scale = 1 if dtype.kind == "f" else {"u1": 255, "u2": 65535}.get(dtype.str[1:])
         # np.array copies: from_numpy would share the caller's memory
         x = torch.from_numpy(np.array(image, dtype=np.float32)) if scale else None
-    elif isinstance(image, Tensor):
-        if image.is_nested or image.layout != torch.strided or image.is_quantized or image.device.type == "meta":
-            raise UserError("restore takes no nested, sparse, quantised or meta tensors; pass a dense one, or a list")
+    else:
         layout, dtype = "CHW", image.dtype
         scale = 1 if image.is_floating_point() else {torch.uint8: 255, torch.uint16: 65535}.get(dtype)
         x = image.detach().to(torch.float32) if scale else None
-    else:
-        raise UserError(f"restore takes a NumPy array, a tensor, or a list of them, not {type(image).__name__}")
     if scale is None:
         raise UserError(f"restore takes uint8, uint16 or floats in [0, 1], got {dtype}")
     shape, home = tuple(image.shape), x.device

@@ -33,6 +33,7 @@ with command_imports(__name__):
     from dgunet.model.network import DGUNet
     from dgunet.model.proximal import MULTIPLE
     from dgunet.runtime.hardware import pick_device
+    from dgunet.runtime.imports import is_object_name
     from dgunet.training.config import load_config
 
 LEAST_GAIN = 0.01  # dB
@@ -88,7 +89,12 @@ def main():
     if not configs:
         raise UserError(f"no config beside {path}; give that of the run with --config")
     model = load_model(args.weights, device=pick_device(args.device))
-    images = held_out(load_config(configs[-1], args.options), model)
+    cfg = load_config(configs[-1], args.options)
+    if is_object_name(cfg.SYNTHESIS.NAME) and not args.config:
+        raise UserError(
+            f"{configs[-1]} names code to run, {cfg.SYNTHESIS.NAME}; give that file with --config to run it"
+        )
+    images = held_out(cfg, model)
     step = max(len(images) // (args.images or len(images)), 1)
     samples = [images[i] for i in range(0, len(images), step)][: args.images]
     print(f"{args.weights}: mean PSNR in dB of {len(samples)} images that {configs[-1]} holds out")

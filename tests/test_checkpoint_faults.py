@@ -18,7 +18,7 @@ from torch import nn
 
 from dgunet import UserError, create_model, load_model
 from dgunet.checkpoints.load import read_checkpoint
-from dgunet.training import logger as runlog
+from dgunet.training import loggers
 from dgunet.training.config import load_config
 from dgunet.training.trainer import Trainer
 
@@ -52,13 +52,13 @@ def optimizer_step(trainer: Trainer):
         parameter.grad = torch.full_like(parameter, 0.1)
     trainer.train_state.optimizer.found_inf = torch.zeros(())
     trainer.train_state.optimizer.step()
-    trainer.train_state._average()
+    trainer.train_state._average(trainer.train_state.optimizer.found_inf)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_curves():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runlog, "plot_history", lambda *args: None)
+        patch.setattr(loggers, "plot_history", lambda *args: None)
         yield
 
 
@@ -75,8 +75,8 @@ def state(trainer) -> dict:
     for _ in range(2):
         optimizer_step(trainer)
     trainer.step = 2
-    trainer.train_state.counters.values += torch.tensor([0.5, 2, 0, 0])
-    trainer._record(3.0, validated=False)
+    trainer.train_state.counters.values += torch.tensor([0.5, 2, 0, 0, 3, 2])
+    trainer._record(validated=False)
     trainer.save("model_latest.pth")
     return torch.load(trainer.folder / "model_latest.pth", weights_only=True)
 
@@ -130,7 +130,7 @@ def resumes(path: Path, state: dict, trainer: Trainer) -> bool:
     assert all(equal(moments[i], entry) for i, entry in state["optimizer"]["state"].items())
     optimizer_step(trainer)
     assert all(parameter.isfinite().all() for parameter in trainer.train_state.parameters)
-    trainer._record(3.0, validated=False)
+    trainer._record(validated=False)
     return True
 
 

@@ -21,7 +21,7 @@ from conftest import run_script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_model import Operations
 
-import dgunet.training.logger
+import dgunet.training.loggers
 import dgunet.training.trainer
 import dgunet.training.validation
 from dgunet import create_model, load_model
@@ -38,7 +38,7 @@ from dgunet.runtime.hardware import autocast_dtype, memory_format
 from dgunet.tasks import find_task
 from dgunet.training.cli import build_model, find_clean_images
 from dgunet.training.config import load_config
-from dgunet.training.logger import RunLogger, describe, plot_history
+from dgunet.training.loggers import ConsoleLogger, Run, TensorBoardLogger, describe, plot_history
 from dgunet.training.trainer import Trainer
 from dgunet.training.validation import validation_batch_size
 
@@ -264,7 +264,7 @@ def test_two_processes_give_the_losses_of_one(folders):
 @pytest.fixture
 def no_curves(monkeypatch):
     """Drawing them takes longer than the epochs here."""
-    monkeypatch.setattr(dgunet.training.logger, "plot_history", lambda *_: None)
+    monkeypatch.setattr(dgunet.training.loggers, "plot_history", lambda *_: None)
 
 
 class PartlyBroken(PairedPatches):
@@ -610,9 +610,9 @@ def test_non_finite_step_is_skipped_and_counted(folders):
     assert_same_weights(trainer.train_state.model.state_dict(), before)
     for key, value in trainer.train_state.optimizer.state_dict()["state"].items():
         assert torch.equal(value["exp_avg"], moments[key]) and value["step"].item() == 1
-    assert trainer.train_state.counters.read()[1:] == (1, 1, 1)
+    assert trainer.train_state.counters.read()[1:4] == (1, 1, 1)
     trainer.train_state.train_step(input, target)
-    assert trainer.train_state.counters.read()[1:] == (2, 1, 0)
+    assert trainer.train_state.counters.read()[1:4] == (2, 1, 0)
     assert not torch.equal(trainer.train_state.model.last.rho, before["last.rho"])
 
 
@@ -1147,7 +1147,7 @@ def test_progress_without_a_terminal(folders, monkeypatch):
     """The bar is silent in a log; a line every 20 seconds says how far it is."""
     clock = iter(range(0, 10**9, 3))
     fake = SimpleNamespace(**vars(time) | {"monotonic": lambda: next(clock)})
-    for module in (dgunet.engine, dgunet.runlog):
+    for module in (dgunet.training.trainer, dgunet.training.loggers):
         monkeypatch.setattr(module, "time", fake)
     make_trainer(folders).fit()
     lines = [line for line in (folders / "runs/run/train.log").read_text().splitlines() if line.endswith(" left")]
@@ -1155,13 +1155,18 @@ def test_progress_without_a_terminal(folders, monkeypatch):
     assert all("loss 0." in line and "images/s, 0" in line for line in lines), lines
 
 
+def tiny_run(folder: Path) -> Run:
+    return Run("run", folder, {}, epochs=10, steps=4, epoch=6, step=0, resumed=True, rows=[])
+
+
 def test_time_left_is_that_of_the_steps_to_come(tmp_path, monkeypatch, caplog):
-    run = RunLogger(tmp_path, "run", epochs=10, steps=4, main=True)
-    clock = iter([0, 100])
-    monkeypatch.setattr(dgunet.training.logger, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with run, caplog.at_level("INFO", "dgunet"):  # step 2 of epoch 6: two steps more, and four epochs
-        run.progress(SimpleNamespace(set_postfix_str=lambda *_, **__: None, disable=True), 6, 2, "loss 1", seconds=60)
-    assert caplog.messages == ["epoch 6/10  step 2/4  loss 1, 18:00 left"]
+    clock, console = iter([0, 100]), ConsoleLogger()
+    monkeypatch.setattr(dgunet.training.loggers, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with caplog.at_level("INFO", "dgunet"):  # step 2 of epoch 6: two steps more, and four epochs
+        console.start(tiny_run(tmp_path))
+        console.log_step(6, 2, {"epoch_loss": 1.0, "lr": 1e-4, "images_per_second": 0.5, "step_seconds": 60})
+        console.close(failed=False)
+    assert caplog.messages == ["epoch 6/10  step 2/4  loss 1.0000, PSNR -, lr 1.0e-04, 0.5 images/s, 18:00 left"]
 
 
 def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
@@ -1178,10 +1183,11 @@ def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
             found.append("closed")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    row = {"epoch": 6, "step": 2, "lr": 1e-4, "loss": 0.5, "psnr": None, "best_psnr": None}
-    with RunLogger(tmp_path, "run", epochs=10, steps=4, main=True) as run:
-        run.record(row | {"images_per_second": 1.0, "skipped_steps": 0}, best_epoch=0)
-    assert found == [tmp_path / "tensorboard", ("loss", 0.5, 22), ("lr", 1e-4, 22), "closed"]
+    board = TensorBoardLogger()
+    board.start(tiny_run(tmp_path))
+    board.log_row({"epoch": 6, "step": 2, "lr": 1e-4, "loss": 0.5, "psnr": None}, [])
+    board.close(failed=False)
+    assert found == [tmp_path / "tensorboard", ("epoch", 6, 22), ("lr", 1e-4, 22), ("loss", 0.5, 22), "closed"]
 
 
 def test_curves_show_all_values(tmp_path, monkeypatch):
@@ -1293,7 +1299,7 @@ def test_second_signal_ends_a_run_at_once_if_it_is_late(folders, monkeypatch, la
 def test_images_per_second_are_those_of_training(folders, no_curves, monkeypatch):
     """A step takes 2 seconds, each validation and what is saved after it 100."""
     clock = [0.0]
-    for module in (dgunet.engine, dgunet.runlog):
+    for module in (dgunet.training.trainer, dgunet.training.loggers):
         monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: clock[0]}))
     trainer = make_trainer(folders, TRAINING__VAL_TIMES=4, TRAINING__SAVE_MINUTES=0)
 

@@ -698,7 +698,7 @@ def test_unsuitable_tiles(model, options):
 
 def test_network_of_a_known_degradation(tiny_model):
     model = tiny_model("compressive_sensing_dgunet")
-    assert "model(y)[0]" in refusal(model, random_image(32, 32, 1))
+    assert "measurements (32, 32, 1)" in refusal(model, random_image(32, 32, 1)), "an image is no measurement"
 
 
 def random_argument(rng: np.random.Generator):

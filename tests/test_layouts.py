@@ -163,7 +163,7 @@ def test_training_packing_and_testing_have_them(tmp_path, tiny_model, capsys):
     out = train("--dry_run", "MODEL.SESSION", "b", *folders)
     assert "training    6 images of raw/s1/blur" in out and "validation  6 images of raw/s2/blur" in out
     assert "belong together" in refusal(*folders[:2])
-    assert "both patterns" in refusal("TRAINING.PAIRS.input", "*_input")
+    assert "both patterns" in refusal("TRAINING.PAIRS", "{input: '*_input'}")
     assert "clean images" in refusal(*folders, "SYNTHESIS.NAME", "motion_blur")
     assert "clean images" in refusal(*folders, "MODEL.DEGRADATION", "blur")
     with pytest.raises(UserError, match="TRAINING.PAIRS.input does nothing in compressive sensing"):

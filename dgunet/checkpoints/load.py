@@ -52,6 +52,8 @@ def save_checkpoint(content: dict, path: str | Path):
 def describe_model(model: DGUNet) -> dict:
     """The ``model`` entry of a checkpoint: what `load_model` needs to build the network again."""
     known = describe_degradation(model.degradation)
+    if known == {"kind": "own"} and model.degradation_name:
+        known["name"] = model.degradation_name
     description = {"name": model.name, "arguments": dict(model.arguments)}
     own = {name: object_name(factory) for name, factory in model.factories.items()}
     return description | own | ({} if known is None else {"degradation": known})
@@ -229,8 +231,9 @@ def load_model(
             denoising's DGUNet are the same network, so weights in the original layout pass for both.
         device: where to put the model.
         degradation: the known degradation of a network that was built with one of your own, or one to replace the
-            file's. One of `dgunet.degradations` in which nothing is learned, such as a `Blur`, stays as it is; any
-            other gets the file's values.
+            file's. One of `dgunet.degradations` in which nothing is learned, such as a `Blur`, stays as it is, and so
+            does one of yours with nothing to learn whose tensors differ in shape from the file's, such as a mask for
+            images of another size; any other gets the file's values.
         content: what `read_checkpoint` returned for ``path``, if it has been read already.
         proximal, learned_degradation: what makes the parts of your own that the network was built with, see `DGUNet`.
             The file has their ``module:name``, but that is not imported: a file never decides what code runs.
@@ -244,7 +247,7 @@ def load_model(
     """
     content = read_checkpoint(path) if content is None else content
     description, state_dict = _description(content, path), weights_of(content, path)
-    fixed = isinstance(degradation, tuple(KINDS.values())) and not list(degradation.parameters())
+    fixed = degradation is not None and _stays_as_it_is(degradation, state_dict)
     own = {"proximal": proximal, "learned_degradation": learned_degradation}
     own = {name: factory for name, factory in own.items() if factory is not None}
     model = _build(description, state_dict, degradation, own, path)
@@ -266,6 +269,17 @@ def load_model(
     record = content.get("record")
     model.local = check_windows(record.get("local") if isinstance(record, dict) else None)
     return model.eval().to(device, memory_format=torch.channels_last)  # faster wherever it runs
+
+
+def _stays_as_it_is(degradation: Degradation, state_dict: dict[str, Tensor]) -> bool:
+    """Whether an operator that is given to `load_model` keeps its values."""
+    if not isinstance(degradation, torch.nn.Module) or list(degradation.parameters()):
+        return False
+    if isinstance(degradation, tuple(KINDS.values())):
+        return True
+    shapes = {f"degradation.{name}": value.shape for name, value in degradation.state_dict().items()}
+    found = {name: value.shape for name, value in state_dict.items() if name.startswith("degradation.")}
+    return shapes.keys() == found.keys() and shapes != found
 
 
 def _build(
@@ -295,6 +309,7 @@ def _build(
         except ValueError as error:
             raise UserError(f"{path}: cannot build the network it describes: {error}") from error
     model.name, model.factories = description.get("name"), own
+    model.degradation_name = _operator_name(description) or None
     return model
 
 
@@ -369,10 +384,20 @@ def _infer_degradation(state_dict: dict[str, Tensor], description: dict, path) -
             known = {"kind": "block_sampling", "block": block, "learned": description.get("learned_matrix", True)}
         return rebuild_degradation(known, tensors)
     except Exception as error:  # a description of something else fails in many ways
+        name = _operator_name(description)
+        option = f"; on the command line: --degradation {name}" if name else ""
         raise UserError(
-            f"{path} was trained with a known degradation that is not in the file; "
-            "pass it as load_model(path, degradation=...)"
+            f"{path} was trained with a known degradation{name and f', {name},'} that is not in the file; "
+            f"pass it as load_model(path, degradation=...){option}"
         ) from error
+
+
+def _operator_name(description: dict) -> str:
+    """The ``module:name`` that made a network's operator, as its file says: for messages, never to be imported."""
+    match description.get("degradation"):
+        case {"kind": "own", "name": str(name)} if is_object_name(name) and len(name) < 200:
+            return name
+    return ""
 
 
 def _matching_variants(model: DGUNet) -> list[str]:

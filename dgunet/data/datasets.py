@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dgunet.data.images import image_size, open_image, open_luma, to_tensor
+from dgunet.data.images import image_size, open_complex, open_image, open_luma, to_tensor
 from dgunet.data.packed import Packed
 from dgunet.data.pairs import Pair, find_pairs
 from dgunet.data.synthesis import Degrade
@@ -128,11 +128,14 @@ class PairedPatches(RandomPatches):
             packed file.
         *args, **kwargs: see `RandomPatches`.
         luma: whether to use luminance, (1, patch, patch).
+        complex: whether to use complex images, (2, patch, patch), see `images.open_complex`.
     """
 
-    def __init__(self, items: str | Path | list[Pair], *args, luma: bool = False, **kwargs):
+    def __init__(
+        self, items: str | Path | list[Pair], *args, luma: bool = False, complex: bool = False, **kwargs
+    ):  # fmt: skip
         super().__init__(items if isinstance(items, list) else find_pairs(items), *args, **kwargs)
-        self.open = open_luma if luma else open_image
+        self.open = open_complex if complex else open_luma if luma else open_image
 
     def sample(self, item: Pair, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         input = self.open(item.input)
@@ -159,7 +162,7 @@ class SaturationPatches(PairedPatches):
 
     def augment(self, rng: np.random.Generator, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         input, target = super().augment(rng, input, target)
-        if not self.saturation:
+        if not self.saturation or len(input) == 2:  # complex images have none
             return input, target
         input, target = unit_range(input), unit_range(target)
         if rng.integers(3) == 0:
@@ -243,6 +246,7 @@ class CenterCropDataset(Dataset):
         degrade: one of `dgunet.synthesis`, for images.
         seed: of the degradations.
         luma: whether to use luminance, (1, H, W).
+        complex: whether to use complex images, (2, H, W), see `images.open_complex`.
         area: if given, an item is as many adjacent crops as fit into a centre of this side, (N, C, H, W), which the
             network restores one by one.
 
@@ -252,17 +256,18 @@ class CenterCropDataset(Dataset):
 
     def __init__(
         self, items: str | Path | list[Item], patch: int, *, degrade: Degrade | None = None, seed: int = 1234,
-        luma: bool = False, multiple: int = MULTIPLE, area: int = 0,
+        luma: bool = False, complex: bool = False, multiple: int = MULTIPLE, area: int = 0,
     ):  # fmt: skip
         if area and patch % multiple:
             raise UserError(f"TRAINING.VAL_PS must be a multiple of {multiple} pixels, got {patch}")
         self.items = items if isinstance(items, list) else find_pairs(items)
         self.patch, self.degrade, self.seed = patch, degrade, seed
-        self.luma, self.multiple, self.area = luma, multiple, area
+        self.open = open_complex if complex else open_luma if luma else open_image
+        self.multiple, self.area = multiple, area
         self.sizes = set()
         for item in self.items:
             source = item.input if isinstance(item, Pair) else item
-            rows, columns, *size = self.grid(image_size(source, grey=luma), source)
+            rows, columns, *size = self.grid(image_size(source, grey=luma or complex), source)
             self.sizes.add((rows * columns, *size) if area else tuple(size))
 
     def __len__(self) -> int:
@@ -288,7 +293,7 @@ class CenterCropDataset(Dataset):
         return degraded(target, self.degrade, np.random.default_rng([self.seed, index])), target
 
     def center_crop(self, source: Path | Packed) -> Tensor:
-        image = (open_luma if self.luma else open_image)(source)
+        image = self.open(source)
         rows, columns, height, width = self.grid(image.shape[:2], source)
         top, left = (image.shape[0] - rows * height) // 2, (image.shape[1] - columns * width) // 2
         x = to_tensor(image[top : top + rows * height, left : left + columns * width])

@@ -70,6 +70,12 @@ def open_luma(source: str | Path | Packed):
     return cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)[:, :, 0]
 
 
+def open_complex(source: str | Path | Packed) -> np.ndarray:
+    """An image's luminance as a complex image, (H, W, 2) uint8: the real part, and an imaginary part of zeros."""
+    luma = open_luma(source)[:, :]
+    return np.stack([luma, np.zeros_like(luma)], axis=-1)
+
+
 # Formats whose 8-bit pixels OpenCV decodes as Pillow does, in half to two thirds of its time.
 _BY_OPENCV = ("JPEG", "MPO", "PNG", "BMP", "WEBP")
 

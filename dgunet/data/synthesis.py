@@ -16,6 +16,7 @@ from numpy.random import Generator
 
 from dgunet.data.transforms import to_uint8
 from dgunet.runtime.errors import UserError
+from dgunet.runtime.imports import import_object, is_object_name
 
 
 def to_linear(image: np.ndarray) -> np.ndarray:
@@ -312,15 +313,31 @@ def degrade_image(image: np.ndarray, degrade: Degrade, seed: int, name: str) -> 
 
 
 def find_degradation(name: str, options: dict) -> Degrade:
-    """One of the degradations above, with its own options.
+    """One of the degradations above, or a user's own as ``module:name``, with its own options.
 
     Raises:
         UserError: there is none of that name, or it has no such option.
     """
-    if name not in DEGRADATIONS:
-        raise UserError(f"SYNTHESIS.NAME is one of {', '.join(DEGRADATIONS)}, got {name!r}")
-    known = list(inspect.signature(DEGRADATIONS[name]).parameters)[2:]
-    for key in options:
-        if key not in known:
-            raise UserError(f"SYNTHESIS.OPTIONS: {name} has no {key}; it has {', '.join(known)}")
-    return partial(DEGRADATIONS[name], **options)
+    own = is_object_name(name)
+    if not own and name not in DEGRADATIONS:
+        raise UserError(f"SYNTHESIS.NAME is one of {', '.join(DEGRADATIONS)} or module:name, got {name!r}")
+    function = import_object(name, "SYNTHESIS.NAME") if own else DEGRADATIONS[name]
+    if not callable(function):
+        raise UserError(f"SYNTHESIS.NAME {name} is {function!r:.60}; name a function of an image and a generator")
+    known = list(inspect.signature(function).parameters.values())[2:]
+    for key in () if any(p.kind is p.VAR_KEYWORD for p in known) else options:
+        if key not in (names := [p.name for p in known]):
+            raise UserError(f"SYNTHESIS.OPTIONS: {name} has no {key}; it has {', '.join(names) or 'none'}")
+    return partial(_degrade_as_named, name=name, options=dict(options)) if own else partial(function, **options)
+
+
+def _degrade_as_named(image: np.ndarray, rng: Generator, name: str, options: dict) -> np.ndarray:
+    """By a user's own function, looked up by its name: processes that load data may not find its module by themselves.
+
+    Raises:
+        UserError: the result is no image of the same shape.
+    """
+    found = import_object(name, "SYNTHESIS.NAME")(image, rng, **options)
+    if np.shape(found) != image.shape:
+        raise UserError(f"SYNTHESIS.NAME {name} must return an image {image.shape}, got {np.shape(found)}")
+    return np.asarray(found, np.float32)

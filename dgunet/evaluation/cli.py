@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +22,11 @@ from dgunet.data.pairs import images_by_name
 from dgunet.data.photos import estimate_sigma, format_sigma, noise_mismatch, trained_sigma_range
 from dgunet.data.transforms import unit_range
 from dgunet.evaluation.metrics import find_metrics
-from dgunet.evaluation.runner import digest_of, evaluate, restore_images
+from dgunet.evaluation.runner import digest_of, evaluate, restore_images, restore_measurement
 from dgunet.evaluation.scoresheet import TEXT, Result
-from dgunet.evaluation.sets import Images, ImageSet, Sample, paired, pairs_or_images
+from dgunet.evaluation.sets import Images, ImageSet, Sample, measured, paired, pairs_or_images
 from dgunet.inference import check_tiles, parse_tile
+from dgunet.model.degradations import make_operator
 from dgunet.model.network import FACTORIES
 from dgunet.runtime.distributed import lock_dir
 from dgunet.runtime.errors import UserError, one_line
@@ -98,6 +99,8 @@ class Evaluation:
         paper_key: the key of the paper's values in a `Benchmark`, given the network's name without its task, the
             network, the parsed options, and those of a variant by name.
         paper_average: the paper's mean over all benchmarks, by network, where the table is to have one.
+        operators: whether there is ``--degradation``, for networks with an operator of the user's own. Folders then
+            hold clean images, which it measures, or measurements, see `sets.measured`.
     """
 
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
@@ -109,6 +112,7 @@ class Evaluation:
     variants: Callable[[torch.nn.Module, argparse.Namespace], dict[str, dict]] = lambda model, args: {"": {}}
     paper_key: Callable[..., str] = lambda name, model, args: name
     paper_average: dict[str, tuple[float, float]] | None = None
+    operators: bool = False
 
 
 def test_command(task: str, how: Evaluation, description: str, argv: list[str] | None = None, prog: str | None = None):
@@ -127,7 +131,13 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
     args = _parse(description, how, argv, prog)
     imported = _import_benchmarks(args.dataset or [])
     args.dataset = [imported[word][0] if word in imported else word for word in args.dataset or []]
-    benchmarks = how.benchmarks | dict(imported.values())
+    benchmarks, method = how.benchmarks | dict(imported.values()), how.method
+    if how.operators and args.degradation:
+        if args.score_only or not args.dataset:
+            raise UserError("--degradation measures the images of a folder; give it with --dataset FOLDER")
+        if args.pairs:
+            raise UserError("--pairs are of an unknown degradation; leave them out with --degradation")
+        benchmarks = {}  # they are pairs, of an unknown degradation
     network, noise, passes = None, None, {"": {}}
     if args.score_only is None:
         network = _load(task, args, how.default_weights)
@@ -139,7 +149,11 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
     else:
         raise UserError(f"no folder {args.score_only.absolute()} with restored images")
     metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device))
-    tests = _tests(args.dataset or _default(how.benchmarks, noise), benchmarks, how.own(args))
+    own_folders = how.own(args)
+    if how.operators and args.degradation:
+        method, open_folder = restore_measurement, functools.partial(measured, model=network.model)
+        own_folders = {end: replace(benchmark, open=open_folder) for end, benchmark in own_folders.items()}
+    tests = _tests(args.dataset or _default(how.benchmarks, noise), benchmarks, own_folders)
 
     def test(name: str, word: str, benchmark: Benchmark, further: dict) -> Result:
         source = _find(word, args.data_root, benchmarks)
@@ -156,8 +170,11 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
             result.seconds_per_image = math.nan
             return result
         levels: list[float] = []
-        common |= dict(settings=dict(compile=args.compile), save_images=args.save_images or None, bf16=args.bf16)
-        restoring = how.method if noise is None else _record_sigmas(how.method, levels)
+        settings = dict(compile=args.compile)
+        if how.operators and args.degradation:
+            settings["degradation"] = args.degradation
+        common |= dict(settings=settings, save_images=args.save_images or None, bf16=args.bf16)
+        restoring = method if noise is None else _record_sigmas(method, levels)
         result = evaluate(network.model, data, method=restoring, **common, **how.options(args, benchmark), **further)
         _warn_about_noise(name, noise, levels)
         if not result.missing:
@@ -225,6 +242,10 @@ def _parse(description: str, how: Evaluation, argv: list[str] | None, prog: str 
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
     add("--bf16", action="store_true", help="bfloat16 autocast: faster, up to some hundredths of a dB off")
     add("--compile", action="store_true", help="torch.compile: faster after a minute or more of compiling")
+    if how.operators:
+        known = "module:name of what makes the known degradation of the weights; --dataset then names folders of clean "
+        known += "images, which it measures, or of measurements in .npy files, which are restored only"
+        add("--degradation", metavar="MODULE:NAME", help=known)
     how.add_options(add)
     return parser.parse_args(argv)
 
@@ -246,12 +267,27 @@ def _load(task: str, args: argparse.Namespace, default_weights: str) -> _Network
     if not args.weights:
         print(f"no --weights given: this repository's own {default_weights} ({content['record']['trained_for']})")
     own = {name: import_object(text, f"--{name}") for name in FACTORIES if (text := getattr(args, name))}
-    model = load_model(path, task=task, device=pick_device(args.device), content=content, **own)
+    known = None
+    if name := getattr(args, "degradation", None):
+        known = make_operator(name, "--degradation", _config_of(content))
+    model = load_model(path, task=task, device=pick_device(args.device), degradation=known, content=content, **own)
     if args.compile:
         model.compile()  # once for the first size, and once more for all other sizes
     name, noise = model.name or "DGUNet", trained_sigma_range(content)
     print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, from {path}")
     return _Network(model, name, source, path, noise)
+
+
+def _config_of(content: dict):
+    """The training's config that a checkpoint holds, for an operator that is made from it; None where it has none."""
+    import yaml
+    from yacs.config import CfgNode
+
+    text = content.get("config")
+    try:
+        return CfgNode(yaml.safe_load(text)) if isinstance(text, str) else None
+    except Exception as error:  # a damaged one fails in many ways
+        raise UserError("the config in the checkpoint is damaged") from error
 
 
 def _folder_of(network: _Network) -> str:
@@ -317,9 +353,8 @@ def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
             )
         return source
     if not Path(word).exists():
-        raise UserError(
-            f"no folder or image {Path(word).absolute()}; check the path, or name a test set: {', '.join(benchmarks)}"
-        )
+        named = f", or name a test set: {', '.join(benchmarks)}" if benchmarks else ""
+        raise UserError(f"no folder or image {Path(word).absolute()}; check the path{named}")
     return Path(word)
 
 

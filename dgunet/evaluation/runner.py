@@ -26,7 +26,7 @@ from dgunet.evaluation.metrics import Metric, find_protocol
 from dgunet.evaluation.scoresheet import Result, ScoreSheet
 from dgunet.evaluation.sets import Images, ImageSet, Sample, pairs_or_images
 from dgunet.inference import automatic_tile, check_tiles, restore, temporarily_set
-from dgunet.model.degradations import KINDS
+from dgunet.model.degradations import KINDS, apply_adjoint, for_measurements
 from dgunet.model.local import check_windows
 from dgunet.runtime.errors import UserError
 from dgunet.runtime.progress import progress_bar
@@ -43,6 +43,23 @@ def restore_images(
         return restore(model, [unit_range(image) for image in degraded], **options), degraded
     batches = [degraded] if degraded.ndim < 4 else np.split(degraded, range(BATCH, len(degraded), BATCH))
     return np.concatenate([restore(model, unit_range(batch), **options) for batch in batches]), degraded
+
+
+def restore_measurement(model: torch.nn.Module, y: torch.Tensor, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Restore a measurement y (1, ...) by `dgunet.restore`, which takes the options: the image, and x_0 as the input.
+
+    Both are (H, W, 3) or (H, W), of complex images the magnitude.
+    """
+    restored = restore(model, y, **options)
+    with torch.no_grad():
+        initial = apply_adjoint(for_measurements(model.degradation, y), y)
+    return tuple(_as_image(x[0].float()) for x in (restored, initial))
+
+
+def _as_image(x: torch.Tensor) -> np.ndarray:
+    """(C, H, W) as an image to score and to write: (H, W, 3), or (H, W) for one channel or the two of complex ones."""
+    x = x.permute(1, 2, 0) if len(x) == 3 else x.norm(dim=0) if len(x) == 2 else x[0]
+    return x.clamp(0, 1).cpu().numpy()
 
 
 def evaluate(

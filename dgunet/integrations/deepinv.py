@@ -8,10 +8,9 @@ The reverse needs nothing: deepinv's linear operators have ``A`` and ``A_adjoint
 
 import deepinv
 from torch import Tensor
-from torch.nn import functional as F
 
 from dgunet.data.transforms import pad_to_multiple
-from dgunet.model.degradations import Degradation, for_measurements
+from dgunet.model.degradations import Degradation, Whole, for_measurements
 from dgunet.model.network import DGUNet
 from dgunet.model.proximal import MULTIPLE
 
@@ -38,25 +37,6 @@ class Reconstructor(deepinv.models.Reconstructor):
             return self.model(pad_to_multiple(y, MULTIPLE))[0][..., :height, :width]
         whole = Whole(for_measurements(self.model.degradation if physics is None else physics, y))
         return whole.cut(self.model(y, whole)[0])
-
-
-class Whole:
-    """A known degradation on images padded to multiples of 8; the padding is not measured."""
-
-    def __init__(self, degradation: Degradation):
-        self.degradation = degradation
-        self.size = ()  # height and width of the images, known after A_adjoint
-
-    def A(self, x: Tensor) -> Tensor:
-        return self.degradation.A(self.cut(x))
-
-    def A_adjoint(self, y: Tensor) -> Tensor:
-        x = self.degradation.A_adjoint(y)
-        self.size = height, width = x.shape[-2:]
-        return F.pad(x, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
-
-    def cut(self, x: Tensor) -> Tensor:
-        return x[..., : self.size[0], : self.size[1]]
 
 
 class Denoiser(deepinv.models.Denoiser):

@@ -3,7 +3,10 @@
 All have ``A`` and ``A_adjoint``, the convention of the deepinv library.
 """
 
+import contextlib
+import inspect
 import math
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -15,20 +18,25 @@ from torch.nn import functional as F
 
 from dgunet.model.layers import conv3x3
 from dgunet.model.proximal import MULTIPLE
-from dgunet.model.sampling import BlockSampling, ScalableSampling, read_array
+from dgunet.model.sampling import BlockSampling, FirstRows, ScalableSampling, read_array
 from dgunet.runtime.errors import UserError
+from dgunet.runtime.imports import import_object, is_object_name
 
 
 class Degradation(Protocol):
-    """A linear map from images (B, C, H, W) to measurements, and its adjoint.
+    """A linear map from images (B, C, H, W) to measurements (B, ...) of any shape, and its adjoint.
 
-    A known degradation may have more:
+    Operators of deepinv are such maps, and so is any object with the two methods; neither they nor what `measure`
+    computes run in low precision. A known degradation may have more:
 
     ``image_to_image = True``: measurements are images of x's size, which `restore` may pad and cut into tiles.
-    ``measure(x, shared, own)``: what training measures instead of ``A(x)``, for example ``A(x)`` with noise. Its output
-    may be smaller than x, and is of x's centre then. Random numbers for the whole batch come from the generator
-    ``shared`` (on the CPU), those for each image from its generator in the list ``own`` (on x's device): training seeds
-    them so that a measurement depends neither on the number of processes nor on that of accumulation steps.
+    ``measure(x)``: what training and tests measure instead of ``A(x)``, for example ``A(x)`` with noise. An operator
+    that can be called, as deepinv's can, needs no such method: ``operator(x)`` measures. PyTorch's own random numbers
+    are seeded before each image, so that a measurement depends neither on the number of processes nor on that of
+    accumulation steps, and is the same after a resume.
+    ``measure(x, shared, own)``: the same, of a whole batch at once. Random numbers for the batch come from the
+    generator ``shared`` (on the CPU), those for each image from its generator in the list ``own`` (on x's device). Its
+    output may be smaller than x, and is of x's centre then.
     ``for_measurements(y)``: of several operators the one that made y; the network computes with it.
     ``validation_ratios``: the operators that validation measures each image with, in turn, instead of ``measure``.
     """
@@ -182,6 +190,116 @@ def for_measurements(degradation: Degradation, y: Tensor) -> Degradation:
     return degradation.for_measurements(y) if hasattr(degradation, "for_measurements") else degradation
 
 
+def is_ours(degradation: Degradation) -> bool:
+    return isinstance(degradation, (*KINDS.values(), FirstRows))
+
+
+def full_precision(degradation: Degradation | None, x: Tensor) -> contextlib.AbstractContextManager:
+    """Around an operator on x or y: one of the user's own is kept out of autocast; ours see to it themselves."""
+    ours = degradation is None or is_ours(degradation)
+    return contextlib.nullcontext() if ours else torch.autocast(x.device.type, enabled=False)
+
+
+def measures_with_noise(degradation: Degradation | None) -> bool:
+    """Whether measuring may draw random numbers: by a method ``measure``, or because the operator can be called."""
+    if isinstance(degradation, nn.Module) and type(degradation).forward is nn.Module.forward:
+        return hasattr(degradation, "measure")
+    return hasattr(degradation, "measure") or callable(degradation)
+
+
+def measure(
+    degradation: Degradation, x: Tensor, shared: torch.Generator | None = None, own: list[torch.Generator] | None = None
+) -> Tensor:
+    """Measurements y (B, ...) of images x (B, C, H, W), with the operator's noise, if it has any; see `Degradation`."""
+    with full_precision(degradation, x):
+        if not measures_with_noise(degradation):
+            return degradation.A(x)
+        noisy = getattr(degradation, "measure", degradation)
+        if hasattr(degradation, "measure") and len(inspect.signature(noisy).parameters) > 1:
+            return noisy(x, shared, own)
+        if own is None:
+            return noisy(x)
+        rng = getattr(getattr(degradation, "noise_model", None), "rng", None)  # a generator of deepinv's noise
+        measured = []
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            for image, generator in zip(x.split(1), own, strict=True):
+                torch.manual_seed(generator.initial_seed())
+                if rng is not None:
+                    rng.manual_seed(generator.initial_seed())
+                measured.append(noisy(image))
+        return torch.cat(measured)
+
+
+def try_operator(degradation: Degradation, x: Tensor, generators: tuple = (), name: str = "") -> tuple[Tensor, Tensor]:
+    """Measurements y of images x (B, C, H, W), and ``x_0 = A_adjoint(y)``, without gradients.
+
+    Args:
+        degradation: a known one.
+        generators: see `Degradation`.
+        name: of the operator in messages.
+
+    Raises:
+        UserError: it cannot measure such images, or x_0 is no such image.
+    """
+    name = name or type(degradation).__name__
+    with torch.no_grad():
+        with _one_line_errors(f"{name} cannot measure images {tuple(x.shape)}"):
+            y = measure(degradation, x, *generators)
+        initial = apply_adjoint(for_measurements(degradation, y), y, name)
+    if initial.dim() != 4 or initial.shape[:2] != x.shape[:2]:
+        raise UserError(
+            f"{name} makes of images {tuple(x.shape)} measurements {tuple(y.shape)}, and A_adjoint of these "
+            f"{tuple(initial.shape)}; it must be {tuple(x.shape)}"
+        )
+    return y, initial
+
+
+def apply_adjoint(degradation: Degradation, y: Tensor, name: str = "") -> Tensor:
+    """``x_0 = A_adjoint(y)``; a UserError where the operator, ``name`` in messages, fails for such measurements."""
+    failing = f"A_adjoint of {name or type(degradation).__name__} fails for measurements {tuple(y.shape)}"
+    with _one_line_errors(failing), full_precision(degradation, y):
+        return degradation.A_adjoint(y)
+
+
+@contextlib.contextmanager
+def _one_line_errors(what: str):
+    """Around an operator of the user's own: its error in one line, which says where in the code it comes from."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(error, UserError | torch.OutOfMemoryError):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{what}: {text} ({Path(place.filename).name}, line {place.lineno})") from error
+
+
+def keeps_its_values(degradation: Degradation, weights: dict[str, Tensor]) -> bool:
+    """Whether an operator stays as the config has it where training starts from weights: one with nothing to learn."""
+    if is_ours(degradation):
+        return degradation.keep_on_load(weights)
+    return not (isinstance(degradation, nn.Module) and any(p.requires_grad for p in degradation.parameters()))
+
+
+class Whole:
+    """A known degradation on images padded to multiples of 8; the padding is not measured."""
+
+    def __init__(self, degradation: Degradation):
+        self.degradation = degradation
+        self.size = ()  # height and width of the images, known after A_adjoint
+
+    def A(self, x: Tensor) -> Tensor:
+        return self.degradation.A(self.cut(x))
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        x = self.degradation.A_adjoint(y)
+        self.size = height, width = x.shape[-2:]
+        return F.pad(x, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+
+    def cut(self, x: Tensor) -> Tensor:
+        return x[..., : self.size[0], : self.size[1]]
+
+
 def describe_degradation(degradation: Degradation | None) -> dict | None:
     """What `rebuild_degradation` needs besides the tensors; None for a learned one. A user's own cannot be rebuilt."""
     if degradation is None:
@@ -202,8 +320,18 @@ def rebuild_degradation(description: dict, tensors: dict[str, Tensor]) -> Degrad
 def degradation_from_config(cfg, train_set=None) -> Degradation | None:
     """The known degradation that a config's MODEL.DEGRADATION names; None where it is learned."""
     name, kernel = cfg.MODEL.DEGRADATION, cfg.MODEL.KERNEL
+    if is_object_name(name):
+        if kernel or cfg.MODEL.NOISE:
+            raise UserError(
+                f"MODEL.KERNEL and MODEL.NOISE are of MODEL.DEGRADATION blur; leave them out with {name}, which may "
+                "have a method measure(x) that adds noise"
+            )
+        return make_operator(name, "MODEL.DEGRADATION", cfg)
     if name not in ("", "blur"):
-        raise UserError(f"MODEL.DEGRADATION must be blur, or empty for a learned one, got {name!r}")
+        raise UserError(
+            f"MODEL.DEGRADATION must be blur, an operator of your own as module:name, or empty for a learned one, "
+            f"got {name!r}"
+        )
     if bool(name) != bool(kernel):
         raise UserError("a known blur needs both MODEL.DEGRADATION blur and MODEL.KERNEL, a .npy file or motion")
     if not name:
@@ -215,3 +343,31 @@ def degradation_from_config(cfg, train_set=None) -> Degradation | None:
         return Blur(torch.from_numpy(read_array(Path(kernel))), noise)
     except ValueError as error:
         raise UserError(f"MODEL.KERNEL {kernel}: {error}") from error
+
+
+def make_operator(name: str, key: str, cfg=None) -> Degradation:
+    """The known degradation that a user's function or class makes, ``make()`` or ``make(cfg)``.
+
+    Args:
+        name: ``module:name`` of it.
+        key: where the user wrote that, for messages.
+        cfg: the training's config; None where it is not known.
+
+    Raises:
+        UserError: there is no such function or class, it needs other arguments, or what it makes has not the two
+            methods of a `Degradation`.
+    """
+    make = import_object(name, key)
+    needed = []
+    if callable(make):
+        needed = [p for p in inspect.signature(make).parameters.values() if p.default is p.empty]
+        needed = [p.name for p in needed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if not callable(make) or len(needed) > 1:
+        raise UserError(f"{key} {name} must be a function or class to call without arguments or with the config")
+    if needed and cfg is None:
+        raise UserError(f"{key} {name} takes the training's config, which the checkpoint does not have; give a make()")
+    degradation = make(cfg) if needed else make()
+    missing = [method for method in ("A", "A_adjoint") if not callable(getattr(degradation, method, None))]
+    if missing:
+        raise UserError(f"{key} {name} made a {type(degradation).__name__}, without a method {' and '.join(missing)}")
+    return degradation

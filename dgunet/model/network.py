@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dgunet  # for dgunet.checkpoints, which imports this module and is imported when first used
-from dgunet.model.degradations import Degradation, LearnedDegradation, for_measurements
+from dgunet.model.degradations import Degradation, LearnedDegradation, for_measurements, full_precision, measure
 from dgunet.model.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
 
 
@@ -44,7 +44,8 @@ class Stage(nn.Module):
             return x
         degradation = self.degradation if known is None else known
         # FGDM: v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)
-        return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
+        with full_precision(known, x):
+            return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
 
     def forward(
         self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
@@ -151,6 +152,7 @@ class DGUNet(nn.Module):
             raise ValueError("learned_degradation is for gradient steps whose degradation is not known; leave it out")
         # load_model rebuilds the network from name and arguments, and from `describe_degradation` of a known one.
         self.name = None
+        self.degradation_name: str | None = None  # the user's ``module:name`` that made the known degradation
         self.local: dict[str, int] = {}  # windows for statistics at test time, see `inference.restore`
         self.arguments = {name: values[name] for name in ARGUMENTS}
         _check_arguments(self.arguments)
@@ -239,7 +241,8 @@ class DGUNet(nn.Module):
         known = self.degradation if degradation is None else degradation
         if known is not None:
             known = for_measurements(known, y)
-        x = y if known is None else known.A_adjoint(y)
+        with full_precision(known, y):
+            x = y if known is None else known.A_adjoint(y)
         self._check(x)
         features = None
         estimates = []
@@ -306,13 +309,15 @@ def _check_arguments(arguments: dict):
 class MeasureThenRestore(nn.Module):
     """A network as it is trained. One with a known degradation gets clean images (B, C, H, W) and measures them first.
 
-    `Degradation` says when estimates are smaller (of the images' centres), and what ``generators`` are.
+    `Degradation` says when estimates are smaller (of the images' centres), and what ``generators`` are. ``y`` is the
+    network's last input: the measurement.
     """
 
     def __init__(self, model: DGUNet):
         super().__init__()
-        self.model = model
+        self.model, self.y = model, None
 
     def forward(self, x: Tensor, *generators, measuring: Degradation | None = None) -> list[Tensor]:
         known = self.model.degradation if measuring is None else measuring
-        return self.model(x if known is None else getattr(known, "measure", known.A)(x, *generators))
+        self.y = x if known is None else measure(known, x, *generators)
+        return self.model(self.y)

@@ -25,6 +25,7 @@ EXTRAS = {
     "deepinv": "deepinv",
     "spandrel": "spandrel",
     "pyiqa": "metrics",
+    **{name: name for name in ("tensorboard", "wandb", "mlflow")},
 }
 
 _ADVICE = {

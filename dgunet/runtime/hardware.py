@@ -75,6 +75,22 @@ def _has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors have taken on a CUDA device; elsewhere that this process has taken of the memory.
+
+    Without its data loading processes. On other systems than Linux what it takes now.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        import resource  # which other systems lack
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 def available_memory(process: Path = Path("/proc/self")) -> int:
     """How many bytes of the CPU's memory this process may still take.
 

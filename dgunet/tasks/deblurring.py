@@ -3,7 +3,7 @@
 from dgunet.data.datasets import SaturationPatches
 from dgunet.evaluation.cli import Benchmark, Evaluation, custom_folder
 from dgunet.tasks import Task, own_variants
-from dgunet.training.cli import Training, crop_options
+from dgunet.training.cli import KNOWN_DEGRADATION, Training, crop_options, measured_channels
 
 TRAIN = """Train DGUNet for deblurring.
 
@@ -21,6 +21,7 @@ TEST = """Test DGUNet for motion deblurring, or deblur images.
     dgunet test deblurring --weights model.pth --dataset RealBlur_J RealBlur_R
     dgunet test deblurring --weights model.pth --dataset path/to/folder   # pairs in input/ and target/, or images
     dgunet test deblurring --dataset path/to/folder                       # our own weights
+    dgunet test deblurring --weights model.pth --degradation my_module:make --dataset path/to/clean/images
     dgunet test deblurring --score_only restored                          # score restored/GoPro/...
 
 GoPro and HIDE: PSNR and SSIM of MATLAB on 8-bit RGB, SSIM over three dimensions. RealBlur: after alignment to the
@@ -29,14 +30,15 @@ target; an image that cannot be aligned is scored as it is, with a note. An inte
 
 
 def saturation_patches(cfg, pairs) -> SaturationPatches:
-    return SaturationPatches(pairs, saturation=cfg.AUGMENT.SATURATION, luma=cfg.MODEL.GREY, **crop_options(cfg))
+    saturation = cfg.AUGMENT.SATURATION
+    return SaturationPatches(pairs, saturation=saturation, **measured_channels(cfg), **crop_options(cfg))
 
 
 TASK = Task(
     "deblurring",
     own_variants("deblurring"),
     training=Training(
-        uses=("AUGMENT.SATURATION", "MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY"),
+        uses=("AUGMENT.SATURATION", *KNOWN_DEGRADATION),
         syntheses=("motion_blur",),
         make_train_set=saturation_patches,
     ),
@@ -49,6 +51,7 @@ TASK = Task(
         },
         own=custom_folder("rgb_matlab"),
         default_weights="deblurring_motion",
+        operators=True,
     ),
     train_help=TRAIN,
     test_help=TEST,

@@ -11,14 +11,14 @@ from dgunet.checkpoints.registry import locate
 from dgunet.data.datasets import CenterCropDataset, PairedPatches, SyntheticPatches, TrainingSet, ValidationSet
 from dgunet.data.pairs import Pair, exclude, find_images, find_pairs, hold_out, images_by_name
 from dgunet.data.synthesis import find_degradation, motion_kernel
-from dgunet.model.degradations import MotionBlur, degradation_from_config
+from dgunet.model.degradations import MotionBlur, degradation_from_config, keeps_its_values
 from dgunet.model.network import DGUNet
 from dgunet.model.variants import VARIANTS, create_model, find_variant
 from dgunet.runtime.distributed import launch
 from dgunet.runtime.errors import UserError
-from dgunet.runtime.imports import import_object
+from dgunet.runtime.imports import import_object, is_object_name
 from dgunet.training.config import PAIRS, parse_args
-from dgunet.training.logger import describe
+from dgunet.training.loggers import describe
 from dgunet.training.resume import checkpoint_to_resume
 from dgunet.training.trainer import Trainer
 
@@ -28,8 +28,16 @@ def crop_options(cfg) -> dict:
     return dict(patch=cfg.TRAINING.TRAIN_PS, repeat=cfg.TRAINING.REPEAT, flip=cfg.AUGMENT.FLIP, seed=cfg.SEED)
 
 
+KNOWN_DEGRADATION = ("MODEL.DEGRADATION", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY", "MODEL.COMPLEX")
+
+
+def measured_channels(cfg) -> dict:
+    """Which channels of images a known degradation measures."""
+    return dict(luma=cfg.MODEL.GREY, complex=cfg.MODEL.COMPLEX)
+
+
 def _centers(cfg, items) -> CenterCropDataset:
-    return CenterCropDataset(items, cfg.TRAINING.VAL_PS, luma=cfg.MODEL.GREY)
+    return CenterCropDataset(items, cfg.TRAINING.VAL_PS, **measured_channels(cfg))
 
 
 def paired_patches(cfg, pairs: list[Pair]) -> PairedPatches:
@@ -58,6 +66,11 @@ class Training:
     find: Callable[[str], list] = find_pairs
     make_degradation: Callable = degradation_from_config
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the config keys that not every task uses, those that this one does, or how they begin."""
+        return self.uses + (("SYNTHESIS",) if self.syntheses else ()) + (PAIRS if self.find is find_pairs else ())
+
 
 def train_command(
     task: str, how: Training, configs: Path, description: str, argv: list[str] | None = None, prog: str | None = None
@@ -72,12 +85,9 @@ def train_command(
         argv: the words of the command line; default: the process's own.
         prog: the command, for ``--help``.
     """
-    uses = how.uses + (("SYNTHESIS",) if how.syntheses else ())
     if how.syntheses:
         description += f"\nTo degrade clean images while training: SYNTHESIS.NAME {', '.join(how.syntheses)}."
-    if how.find is find_pairs:
-        uses += PAIRS
-    cfg, args = parse_args(task, description, uses, configs, argv, prog)
+    cfg, args = parse_args(task, description, how.keys, configs, argv, prog)
     _check_keys(cfg, task)
     missing: list[str] = []
     train_set, val_set = _open_data(cfg, how, configs, missing if args.dry_run else None)
@@ -91,8 +101,11 @@ def _check_keys(cfg, task: str):
         raise UserError(f"{cfg.MODEL.NAME} is not a network for this task; MODEL.NAME is {' or '.join(names)}")
     if cfg.MODEL.DEGRADATION and cfg.SYNTHESIS.NAME:
         raise UserError("SYNTHESIS.NAME and MODEL.DEGRADATION both degrade the images; set one of the two")
-    if (cfg.MODEL.GREY or cfg.MODEL.NOISE) and not cfg.MODEL.DEGRADATION:
-        raise UserError("MODEL.GREY and MODEL.NOISE are of a known blur; set MODEL.DEGRADATION blur, or leave them out")
+    if (cfg.MODEL.GREY or cfg.MODEL.COMPLEX or cfg.MODEL.NOISE) and not cfg.MODEL.DEGRADATION:
+        raise UserError(
+            "MODEL.GREY and MODEL.NOISE are of a known blur (GREY and COMPLEX of an operator of your own); set "
+            "MODEL.DEGRADATION, or leave them out"
+        )
     if cfg.SYNTHESIS.NAME and (cfg.AUGMENT.MIXUP or cfg.AUGMENT.SATURATION):
         raise UserError("AUGMENT.MIXUP and AUGMENT.SATURATION are of pairs; set them to 0 with SYNTHESIS.NAME")
     training = cfg.TRAINING
@@ -103,7 +116,7 @@ def _check_keys(cfg, task: str):
             raise UserError(f"TRAINING.{input} is of pairs, but a known degradation is trained on clean images")
     if training.INPUT_DIR and cfg.SYNTHESIS.NAME:
         raise UserError("TRAINING.INPUT_DIR is of pairs, but SYNTHESIS.NAME degrades clean images; leave out one")
-    if bool(training.PAIRS.input) != bool(training.PAIRS.target):
+    if training.PAIRS and not all(training.PAIRS.get(side) for side in ("input", "target")):
         raise UserError("TRAINING.PAIRS needs both patterns, {input: '*_input', target: '*_gt'}, say")
     if cfg.SYNTHESIS.OPTIONS and not cfg.SYNTHESIS.NAME:
         raise UserError("SYNTHESIS.OPTIONS are of SYNTHESIS.NAME; set it, or leave them out")
@@ -116,7 +129,7 @@ def _open_data(cfg, how: Training, configs: Path, missing: list[str] | None) -> 
         try:
             if find is not find_pairs:
                 return find(folder)
-            names = (training.PAIRS.input, training.PAIRS.target) if training.PAIRS.input else None
+            names = (training.PAIRS.input, training.PAIRS.target) if training.PAIRS else None
             return find_pairs(inputs or folder, target=targets or None, names=names)
         except UserError as error:
             if missing is None:
@@ -190,10 +203,12 @@ def build_model(
     degradation = make_degradation(cfg, train_set)
     if isinstance(degradation, MotionBlur):
         degradation.sample_kernel = motion_kernel
-    arguments = {**cfg.MODEL.OVERRIDES, **({"channels": 1} if cfg.MODEL.GREY else {})}
+    channels = 2 if cfg.MODEL.COMPLEX else 1 if cfg.MODEL.GREY else None
+    arguments = {**cfg.MODEL.OVERRIDES, **({"channels": channels} if channels else {})}
     own = {"proximal": cfg.MODEL.PROXIMAL, "learned_degradation": cfg.MODEL.LEARNED_DEGRADATION}
     arguments |= {name: import_object(text, f"MODEL.{name.upper()}") for name, text in own.items() if text}
     model = create_model(cfg.MODEL.NAME, degradation, checkpointing=cfg.SPEED.CHECKPOINTING, **arguments)
+    model.degradation_name = cfg.MODEL.DEGRADATION if is_object_name(cfg.MODEL.DEGRADATION) else None
     path = cfg.MODEL.WEIGHTS
     if not path or checkpoint_to_resume(cfg):
         return model
@@ -201,7 +216,5 @@ def build_model(
         missing.append(f"no checkpoint at {path}")
         return model
     weights = weights_of(read_checkpoint(path), path)
-    if degradation is not None and degradation.keep_on_load(weights):
-        weights |= {name: own for name, own in model.state_dict().items() if name.startswith("degradation.")}
-    load_weights(model, weights, path)
+    load_weights(model, weights, path, degradation is not None and keeps_its_values(degradation, weights))
     return model

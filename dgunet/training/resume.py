@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 STATES = ("model_latest.pth", "model_best.pth")
 
 # Keys that may differ between a run and its continuation without notice.
-_FREE_TO_CHANGE = ("GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES")
+_FREE_TO_CHANGE = (
+    "GPU", "DEVICE", "PROCESSES", "TRAINING.RESUME", "TRAINING.WORKERS", "TRAINING.SAVE_MINUTES", "TRAINING.LOGGERS",
+)  # fmt: skip
 
 # Keys, or how they begin, that a validation's score depends on.
 _VALIDATION = ("SEED", "TRAINING.VAL_PS", "SYNTHESIS", "MODEL.KERNEL", "MODEL.NOISE", "MODEL.GREY", "MODEL.RATIO")
@@ -127,6 +129,11 @@ def _is_count(x) -> bool:
     return type(x) is int and 0 <= x < 2**31
 
 
+def _is_total(x, place: int) -> bool:
+    """Whether it can be one of `StepCounters`; the gradient's norms, the last two, may be unknown, NaN."""
+    return type(x) is float and (0 <= x < math.inf or (place > 3 and math.isnan(x)))
+
+
 def _is_row(row) -> bool:
     """Whether it can be a row of the history; one of another version may have other columns, or lack some."""
     numbers = (row.get(key) for key in ("lr", "loss", "psnr", "best_psnr"))
@@ -143,7 +150,7 @@ _CHECKS = {
     "state_dict": lambda x: isinstance(x, dict),
     "raw_state_dict": lambda x: isinstance(x, dict),
     "averaged": _is_count,
-    "optimizer": lambda x: all(isinstance(moments, dict) for moments in x["state"].values()),
+    "optimizer": lambda x: all(isinstance(y, dict) for y in x["state"].values()) and type(x.get("name", "")) is str,
     "epoch": lambda x: _is_count(x) and x > 0,
     "step": _is_count,
     "best": lambda x: type(x["psnr"]) is float and not math.isnan(x["psnr"]) and _is_count(x["epoch"]),
@@ -151,7 +158,7 @@ _CHECKS = {
     "validation_due": lambda x: type(x) is bool,
     "rollbacks": _is_count,
     "lr_factor": lambda x: type(x) is float and 0 <= x <= 1,
-    "totals": lambda x: type(x) is list and len(x) == 4 and all(type(y) is float and 0 <= y < math.inf for y in x),
+    "totals": lambda x: type(x) is list and len(x) in (4, 6) and all(map(_is_total, x, range(len(x)))),
     "good_weights": lambda x: isinstance(x, dict),
     "history": lambda x: type(x) is list and all(map(_is_row, x)),
     "config": lambda x: isinstance(x, str),

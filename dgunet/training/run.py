@@ -12,6 +12,7 @@ from dgunet.model.network import DGUNet
 from dgunet.runtime.distributed import launch
 from dgunet.runtime.errors import UserError
 from dgunet.training.config import load_config
+from dgunet.training.loggers import Logger
 from dgunet.training.resume import run_dir
 from dgunet.training.trainer import Trainer
 
@@ -38,6 +39,7 @@ def train(
     resume: bool | str = False,
     config: str | Path | None = None,
     options: dict | None = None,
+    loggers: list[str | Logger] | None = None,
 ) -> Trained:
     """Train a network on pairs of images, and save everything in a folder.
 
@@ -59,6 +61,7 @@ def train(
         resume: True: continue the run in the folder; ``"auto"``: where there is none, begin it.
         config: a YAML file; default: the defaults of `training.config`, the paper's.
         options: further config keys, e.g. ``{"OPTIM.EMA_DECAY": 0.999, "LOSS.EDGE": 0.05, "DEVICE": "cpu"}``.
+        loggers: instead of TRAINING.LOGGERS, names as there or a `loggers.Logger` each.
 
     Raises:
         UserError: data of another form, another run in the folder, an impossible setting.
@@ -83,7 +86,7 @@ def train(
     trainers = []
 
     def fit(cfg):
-        trainers.append(Trainer(cfg, model, train_set, val_set))
+        trainers.append(Trainer(cfg, model, train_set, val_set, loggers))
         trainers[0].fit()
 
     try:

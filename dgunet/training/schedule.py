@@ -7,13 +7,27 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from warmup_scheduler import GradualWarmupScheduler
 
+from dgunet.runtime.errors import UserError
+from dgunet.runtime.imports import import_object, is_object_name
+
 
 def decay(epoch: int, optim) -> float:
     """The learning rate of an epoch after the warm-up, as a fraction of LR_INITIAL.
 
     cosine: from 1 in the first epoch after the warm-up to LR_MIN one epoch after the last (COSINE_EXTRA_EPOCHS later);
-    step: LR_DECAY to the power of the milestones passed; constant: 1.
+    step: LR_DECAY to the power of the milestones passed; constant: 1. A ``module:name`` is a function of the same
+    arguments: the epoch, from WARMUP_EPOCHS + 1 on, and the config's OPTIM section.
+
+    Raises:
+        UserError: there is no such function, or it returns no number from 0 on.
     """
+    if is_object_name(optim.SCHEDULE):
+        factor = import_object(optim.SCHEDULE, "OPTIM.SCHEDULE")(epoch, optim)
+        if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+            raise UserError(
+                f"OPTIM.SCHEDULE {optim.SCHEDULE} returns {factor!r:.60} in epoch {epoch}, not a factor >= 0"
+            )
+        return factor
     if optim.SCHEDULE == "constant":
         return 1.0
     if optim.SCHEDULE == "step":

@@ -11,50 +11,73 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dgunet.checkpoints.load import check_tensors, load_weights, weights_of
 from dgunet.data.transforms import center_crop, unit_range
+from dgunet.model.degradations import measures_with_noise
 from dgunet.model.network import DGUNet, MeasureThenRestore
 from dgunet.runtime import distributed
 from dgunet.runtime.errors import UserError, shorten_list
 from dgunet.runtime.hardware import autocast_dtype, memory_format, training_device
-from dgunet.training.losses import LOSSES, StageLoss
+from dgunet.training import optimizers
+from dgunet.training.losses import loss_from_config
 
 
 class StepCounts(NamedTuple):
     """The values of `StepCounters`."""
 
-    loss: float
-    counted: int
-    skipped: int
-    skipped_in_a_row: int
+    loss: float = 0.0
+    counted: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    norm: float = 0.0
+    norm_max: float = 0.0
 
     @property
     def mean_loss(self) -> float:
         return self.loss / self.counted if self.counted else math.nan
+
+    @property
+    def mean_norm(self) -> float:
+        return self.norm / self.counted if self.counted else math.nan
+
+    def since(self, earlier: "StepCounts") -> "StepCounts":
+        """The sums of loss and norm, and their number, over the steps since an earlier reading in this epoch."""
+        return StepCounts(self.loss - earlier.loss, self.counted - earlier.counted, norm=self.norm - earlier.norm)
 
 
 class StepCounters:
     """Counters of an epoch's steps, kept on the device, so that a step need not wait for it.
 
     ``loss``: sum over the ``counted`` steps; ``skipped``: steps with a loss or gradient that is not finite;
-    ``skipped_in_a_row``: the number of those since the last other one, in this epoch or before.
+    ``skipped_in_a_row``: the number of those since the last other one, in this epoch or before; ``norm`` and
+    ``norm_max``: sum and maximum of the gradient's norm before clipping over the counted steps.
     """
 
     def __init__(self, device: torch.device):
-        self.values = torch.zeros(4, dtype=torch.float64, device=device)
-        self.loss, self.counted, self.skipped, self.skipped_in_a_row = self.values.unbind()  # views
+        self.values = torch.zeros(6, dtype=torch.float64, device=device)
+        views = self.values.unbind()
+        self.loss, self.counted, self.skipped, self.skipped_in_a_row, self.norm, self.norm_max = views
 
-    def add(self, loss: Tensor, finite: Tensor):
+    def add(self, loss: Tensor, norm: Tensor, finite: Tensor):
         skipped = (~finite).double()
         self.loss += torch.where(finite, loss, 0).double()
         self.counted += 1 - skipped
         self.skipped += skipped
         self.skipped_in_a_row.add_(1).mul_(skipped)
+        norm = torch.where(finite, norm, 0).double()
+        self.norm += norm
+        self.norm_max.copy_(torch.maximum(self.norm_max, norm))
 
     def next_epoch(self):
         self.values[:3] = 0
+        self.values[4:] = 0
 
     def read(self) -> StepCounts:
-        loss, *counts = self.values.tolist()
-        return StepCounts(loss, *map(int, counts))
+        loss, *counts, norm, norm_max = self.values.tolist()
+        return StepCounts(loss, *map(int, counts), norm, norm_max)
+
+    def load(self, totals: list[float]):
+        """Continue from values that were read; earlier versions have no norms: those of their epoch are NaN."""
+        totals = totals + [math.nan] * (len(self.values) - len(totals))
+        self.values.copy_(torch.tensor(totals, dtype=torch.float64))
 
 
 class TrainState:
@@ -82,15 +105,11 @@ class TrainState:
         self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)
         self.model = model.to(self.device, memory_format=self.memory_format)
         self.network = MeasureThenRestore(self.model)  # what runs the forward pass; after `wrap_ddp` distributed
-        self.measured = hasattr(model.degradation, "measure")  # with random numbers
-        weights = {name: cfg.LOSS[name.upper()] for name in LOSSES}
-        self.loss = StageLoss(weights, cfg.LOSS.CLAMP).to(self.device)
+        self.measured = measures_with_noise(model.degradation)
+        self.loss = loss_from_config(cfg.LOSS).to(self.device)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self.trained.values())
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=cfg.OPTIM.LR_INITIAL, betas=(0.9, 0.999), eps=1e-8,
-            weight_decay=cfg.OPTIM.WEIGHT_DECAY, fused=True,
-        )  # fmt: skip
+        self.optimizer = optimizers.make_optimizer(cfg.OPTIM, self.parameters)
         self.ema = copy.deepcopy(model).requires_grad_(False) if cfg.OPTIM.EMA_DECAY > 0 else None
         self.averaged = 0  # steps since its first weights, which are those of the first good step
         self.good: dict[str, Tensor] | None = None  # trained weights, see `save_rollback_weights`
@@ -122,7 +141,7 @@ class TrainState:
         returns K estimates (b, C, H, W), one of each stage, whose losses are summed; a known degradation may
         return smaller ones, which are compared with the centres of the targets. Where the loss or the gradient is not
         finite the weights, also the averaged ones, stay as they are and the step is counted as skipped. (Until the
-        first step that is not, averaging does wait for the device.)
+        first step that is not, averaging does wait for the device, and so does an optimizer that is not fused.)
 
         Args:
             input, target: images (B, C, H, W) in [0, 1]; B is BATCH_SIZE / processes.
@@ -142,13 +161,14 @@ class TrainState:
             draws = () if time is None else self.random_draws(time, [(*time, first + k) for k in range(len(part))])
             with self.autocast():
                 estimates = self.network(part, *draws)
-            part_loss = self.loss(estimates, center_crop(part_target, *estimates[0].shape[-2:])) / passes
+            y = getattr(self.network, "module", self.network).y
+            part_loss = self.loss(estimates, center_crop(part_target, *estimates[0].shape[-2:]), y) / passes
             part_loss.backward()
             loss += part_loss.detach()
         loss = distributed.sum_over_processes(loss) / self.world
 
         unused = [name for name, p in self.trained.items() if p.grad is None]
-        if unused:  # DistributedDataParallel cannot train them, and Adam has no moments of them to save
+        if unused:  # DistributedDataParallel cannot train them, and Adam would have no moments to save
             raise UserError(
                 f"the loss has no gradient for {shorten_list(unused)}; leave out what the network does not use, or "
                 "freeze it with requires_grad_(False) before the Trainer is made"
@@ -157,17 +177,20 @@ class TrainState:
         if self.cfg.OPTIM.CLIP_NORM > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.OPTIM.CLIP_NORM, norm)
         finite = torch.isfinite(loss + norm)
-        # The fused optimizer leaves weights and moments alone where found_inf is 1: the skip of torch.amp.GradScaler.
-        self.optimizer.found_inf = (~finite).float()
-        self.optimizer.step()
+        skipped = (~finite).float()
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # A fused one leaves weights and moments alone where found_inf is 1: the skip of torch.amp.GradScaler.
+            self.optimizer.found_inf = skipped
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
         if self.ema is not None:
-            self._average()
-        self.counters.add(loss, finite)
+            self._average(skipped)
+        self.counters.add(loss, norm, finite)
 
     @torch.no_grad()
-    def _average(self):
+    def _average(self, skipped: Tensor):
         """Update the averaged weights as AveragedModel does, which would wait for the device, where its counter is."""
-        skipped = self.optimizer.found_inf
         if self.averaged == 0:
             self.ema.load_state_dict(self.model.state_dict())  # with what is not trained, such as a fixed matrix
             self.averaged = 1 - int(skipped)
@@ -188,12 +211,12 @@ class TrainState:
 
     @torch.no_grad()
     def roll_back(self) -> bool:
-        """Go back to the averaged weights, or those kept, and clear Adam's moments; False if they are not finite."""
+        """Go back to the averaged weights, or those kept, and clear the moments; False if they are not finite."""
         good = self.good if self.ema is None else dict(self.ema.named_parameters())
         if good is None or not all(good[name].isfinite().all() for name in self.trained):
             return False
         torch._foreach_copy_(self.parameters, [good[name] for name in self.trained])
-        torch._foreach_zero_([moment for moments in self.optimizer.state.values() for moment in moments.values()])
+        optimizers.clear_state(self.optimizer, self.cfg.OPTIM)
         self.counters.skipped_in_a_row.zero_()
         self.good_is_current = True
         return True
@@ -219,8 +242,11 @@ class TrainState:
         return unit_range(x.to(self.device, non_blocking=True)).contiguous(memory_format=self.memory_format)
 
     def state_dict(self) -> dict:
-        """What training needs to continue besides the weights of `eval_model`: Adam's moments, counts, raw weights."""
-        state = {"optimizer": self.optimizer.state_dict(), "totals": self.counters.values.tolist()}
+        """What training needs to continue besides the weights of `eval_model`: moments, counts, raw weights."""
+        state = {
+            "optimizer": optimizers.saved_state(self.optimizer, self.cfg.OPTIM),
+            "totals": self.counters.values.tolist(),
+        }
         if self.ema is not None:
             state |= {"raw_state_dict": self.model.state_dict(), "averaged": self.averaged}
         if self.good is not None and not self.good_is_current:
@@ -239,30 +265,11 @@ class TrainState:
         if averaged and self.ema is not None:
             load_weights(self.ema, weights_of(state, path), path)
             self.averaged = state["averaged"]
-        self._load_moments(state["optimizer"]["state"], path)
-        self.counters.values.copy_(torch.tensor(state["totals"], dtype=torch.float64))
+        optimizers.load_state(self.optimizer, self.cfg.OPTIM, state["optimizer"], path)
+        self.counters.load(state["totals"])
         self.save_rollback_weights()
         if self.good is not None and "good_weights" in state:
             check_tensors(self.good, state["good_weights"], path, "the good weights of this run")
             for name, weights in self.good.items():
                 weights.copy_(state["good_weights"][name])
             self.good_is_current = False
-
-    def _load_moments(self, saved: dict[int, dict[str, Tensor]], path):
-        """Load Adam's moments in their parameters' memory format; its learning rate, decay, ... stay."""
-        own = self.optimizer.state_dict()
-        own["state"] = {
-            i: {"step": torch.zeros(()), "exp_avg": torch.empty_like(p), "exp_avg_sq": torch.empty_like(p)}
-            for i, p in enumerate(self.parameters)
-        }
-        expected, found = (
-            {f"{i}.{key}": value for i, moments in states.items() for key, value in moments.items()}
-            for states in (own["state"], saved)
-        )
-        check_tensors(expected, found, path, "the optimizer of this run", exact=True)
-        negative = [name for name, value in found.items() if not name.endswith(".exp_avg") and (value < 0).any()]
-        if negative:
-            raise UserError(f"{path} holds negative squares in its optimizer state: {shorten_list(negative)}")
-        for name, value in expected.items():
-            value.copy_(found[name])
-        self.optimizer.load_state_dict(own)

@@ -7,17 +7,20 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
 from dgunet.checkpoints.load import describe_model, save_checkpoint
 from dgunet.data.datasets import TrainingSet, ValidationSet
 from dgunet.data.loader import ResumableBatchSampler, make_dataloader
 from dgunet.data.pairs import fingerprint
+from dgunet.model.degradations import is_ours, try_operator
 from dgunet.model.network import DGUNet
 from dgunet.runtime import distributed
 from dgunet.runtime.errors import UserError
+from dgunet.runtime.hardware import peak_memory
 from dgunet.training.config import format_config
-from dgunet.training.logger import RunLogger, describe
+from dgunet.training.loggers import Logger, RunLogger, Timer, describe, make_loggers
 from dgunet.training.resume import load_state, lock_run_dir, resume, run_dir
 from dgunet.training.schedule import EpochSchedule, validation_steps
 from dgunet.training.step import StepCounts, TrainState
@@ -30,20 +33,24 @@ class Trainer:
     """Trains a model as a config says, and saves everything needed to continue exactly where it stopped.
 
     In the run's folder, SAVE_DIR/SESSION: ``model_latest.pth`` (the whole training state), ``model_best.pth`` (the same
-    at the best validation), ``model_epoch_N.pth`` (weights of each validation), ``config.yaml``, what `RunLogger`
-    writes, and ``.lock``, which lets only one training write there. Nothing is read before `resume`, nor written before
+    at the best validation), ``model_epoch_N.pth`` (weights of each validation), ``config.yaml``, what the loggers
+    write, and ``.lock``, which lets only one training write there. Nothing is read before `resume`, nor written before
     `fit`.
 
     Args:
         cfg: see `config.py`.
         model: a DGUNet. One with a known degradation is trained on clean images, from which its input is measured.
         train_set, val_set: see `datasets.TrainingSet` and `datasets.ValidationSet`.
+        loggers: instead of TRAINING.LOGGERS, names as there or a `loggers.Logger` each; unused but in process 0.
 
     Raises:
         UserError: an impossible batch size, or settings that do not go together.
     """
 
-    def __init__(self, cfg, model: DGUNet, train_set: TrainingSet, val_set: ValidationSet):
+    def __init__(
+        self, cfg, model: DGUNet, train_set: TrainingSet, val_set: ValidationSet,
+        loggers: list[str | Logger] | None = None,
+    ):  # fmt: skip
         self.cfg, self.train_set, self.val_set = cfg, train_set, val_set
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.main = self.rank == 0
@@ -56,6 +63,8 @@ class Trainer:
         self.batches = ResumableBatchSampler(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
         self.train_state = TrainState(cfg, model)
         self.device = self.train_state.device
+        if model.degradation is not None and not is_ours(model.degradation):
+            self._try_operator()
         self.schedule = EpochSchedule(self.train_state.optimizer, cfg.OPTIM)
 
         self.epoch, self.step = 1, 0  # the current epoch and the steps done in it
@@ -63,13 +72,14 @@ class Trainer:
         self.last_psnr = float("nan")
         self.validation_due = False  # that of the last step was interrupted
         self.rollbacks = 0  # to good weights, after steps without a finite loss
-        self.log = RunLogger(self.folder, cfg.MODEL.SESSION, cfg.OPTIM.NUM_EPOCHS, self.batches.steps, self.main)
+        self.log = RunLogger(make_loggers(cfg.TRAINING.LOGGERS if loggers is None else loggers) if self.main else [])
+        self.panels: list = []  # some images of the last validation, see `validation.side_by_side`
         self.resumed: Path | None = None  # the file that the run was resumed from
         self.changed: list[str] = []  # keys of the config that were different then
         self.validation_changed = False  # its images, or what it does with them
         self.notes: list[str] = []  # what the user should know about how the run begins
         self.stop = distributed.StopSignal()
-        self.training_since = 0.0  # when the epoch's training began, plus the time spent on other things
+        self.timer = Timer(cfg.OPTIM.BATCH_SIZE)
         self.sync_interval = 1  # steps between two reads of the counters, which make the CPU wait for the device
         self.last_save = time.monotonic()
 
@@ -96,7 +106,7 @@ class Trainer:
                 self.train_set, self.cfg.TRAINING.WORKERS, batch_sampler=self.batches,
                 pin_memory=self.device.type == "cuda",
             )  # fmt: skip
-            with self.log, self.stop, loading as loader:
+            with self.log.opened(self), self.stop, loading as loader:
                 for note in self.notes:
                     log.info(note)
                 if self.resumed is not None:
@@ -113,40 +123,45 @@ class Trainer:
                 distributed.barrier()
                 sys.exit(128 + self.stop.agreed)
 
+    def _try_operator(self):
+        """Measure an image of each size once: what the user's operator cannot do shows now, not after an epoch."""
+        cfg, model, sizes = self.cfg, self.train_state.model, sorted(self.val_set.sizes)
+        crop = ("TRAINING.TRAIN_PS", (cfg.TRAINING.TRAIN_PS,) * 2)
+        for key, size in (crop, *(("TRAINING.VAL_PS", size) for size in dict.fromkeys(sizes[:1] + sizes[-1:]))):
+            name = f"{cfg.MODEL.DEGRADATION or type(model.degradation).__name__} ({key})"
+            x = torch.zeros(1, model.channels, *size[-2:], device=self.device)
+            try_operator(model.degradation, x, self.train_state.random_draws((0,), [(0,)]), name)
+
     def _run_epoch(self, loader: DataLoader) -> bool:
         """Train to the end of the current epoch; False if a signal stopped it before."""
-        cfg, steps = self.cfg, self.batches.steps
+        steps = self.batches.steps
         self.schedule.go_to(self.epoch)
         self.batches.epoch, self.batches.start = self.epoch, self.step
-        validations = validation_steps(self.epoch, steps, cfg)
-        first, images_per_second = self.step, float("nan")
-        with self.log.bar(self.epoch, self.step) as bar:
-            if self.validation_due:
-                self._validate_and_save(images_per_second)
-            self.training_since = time.monotonic()
-            for batch in () if self.stop.agreed else loader:
-                self.train_state.train_step(*map(self.train_state.to_device, batch), (self.epoch, self.step))
-                self.step += 1
-                bar.update()
-                if self.step % self.sync_interval and self.step != steps and self.step not in validations:
-                    continue
-                counts = self.train_state.counters.read()  # waits for the device
-                seconds = (time.monotonic() - self.training_since) / (self.step - first)
-                images_per_second = cfg.OPTIM.BATCH_SIZE / seconds
-                self._log_progress(bar, counts, images_per_second, seconds)
-                self._handle_skipped_steps(counts)
-                self._sync_stop_flag(seconds)
-                before = time.monotonic()
-                due = before - self.last_save > 60 * cfg.TRAINING.SAVE_MINUTES
+        validations = validation_steps(self.epoch, steps, self.cfg)
+        self.timer.restart()
+        if self.validation_due:
+            with self.timer.paused():
+                self._validate_and_save()
+        for batch in () if self.stop.agreed else self.timer.batches(loader):
+            self.train_state.train_step(*map(self.train_state.to_device, batch), (self.epoch, self.step))
+            self.step += 1
+            if self.step % self.sync_interval and self.step != steps and self.step not in validations:
+                continue
+            counts = self.train_state.counters.read()  # waits for the device
+            speed = self.timer.read()
+            self.log.log_step(self.epoch, self.step, counts, self.train_state.lr, speed)
+            self._handle_skipped_steps(counts)
+            self._sync_stop_flag(speed["step_seconds"])
+            with self.timer.paused():
+                due = time.monotonic() - self.last_save > 60 * self.cfg.TRAINING.SAVE_MINUTES
                 if self.step in validations:
-                    self._validate_and_save(images_per_second)
+                    self._validate_and_save()
                 elif self.step < steps and (due or self.stop.agreed):
                     self._save_latest()  # after the last step only with the epoch's row in the history
-                self.training_since += time.monotonic() - before
-                if self.stop.agreed:
-                    break
-        if first < self.step == steps and steps not in validations:
-            self._record(images_per_second, validated=False)
+            if self.stop.agreed:
+                break
+        if self.timer.steps and self.step == steps and steps not in validations:
+            self._record(validated=False)
             self._save_latest()
         if self.stop.agreed:
             log.info(
@@ -159,11 +174,6 @@ class Trainer:
         self.epoch, self.step = self.epoch + 1, 0
         self.train_state.counters.next_epoch()
 
-    def _log_progress(self, bar, counts: StepCounts, images_per_second: float, seconds: float):
-        psnr = "-" if math.isnan(self.last_psnr) else f"{self.last_psnr:.2f}"
-        status = f"loss {counts.mean_loss:.4f}, PSNR {psnr}, lr {self.train_state.lr:.1e}"
-        self.log.progress(bar, self.epoch, self.step, f"{status}, {images_per_second:.1f} images/s", seconds)
-
     def _handle_skipped_steps(self, counts: StepCounts):
         """After some steps in a row without a finite loss go back to good weights, after too many give up."""
         optim, bad, after = self.cfg.OPTIM, counts.skipped_in_a_row, self.cfg.OPTIM.ROLLBACK_AFTER_BAD_STEPS
@@ -173,7 +183,7 @@ class Trainer:
             self.schedule.lower(optim.ROLLBACK_LR_FACTOR)
             log.info(
                 "epoch %d, step %d: loss or gradient was not finite in %d steps in a row; back to the %s weights, "
-                "cleared Adam's moments and lowered the lr to %.2e (rollback %d of at most %d)",
+                "cleared the optimizer's moments and lowered the lr to %.2e (rollback %d of at most %d)",
                 self.epoch, self.step, bad, "averaged" if optim.EMA_DECAY else "last good", self.train_state.lr,
                 self.rollbacks, optim.MAX_ROLLBACKS,
             )  # fmt: skip
@@ -196,9 +206,10 @@ class Trainer:
 
     def validate(self) -> float | None:
         """Mean PSNR over the validation set, see `validation.validate`; None if a signal has interrupted it."""
-        return validate(self.train_state, self.val_set, self._sync_stop_flag)
+        self.panels.clear()
+        return validate(self.train_state, self.val_set, self._sync_stop_flag, self.panels if self.main else None)
 
-    def _validate_and_save(self, images_per_second: float):
+    def _validate_and_save(self):
         """Validate, unless the run is stopped before the end of that: it is then done when the run is resumed.
 
         The state is saved first: a validation may take longer than a scheduler waits, or more memory than there is.
@@ -213,7 +224,7 @@ class Trainer:
         better = psnr > self.best["psnr"]
         if better:
             self.best = {"psnr": psnr, "epoch": self.epoch}
-        self._record(images_per_second, validated=True)
+        self._record(validated=True)
         # The state comes last: a run that is killed before it repeats the validation and writes all three.
         if self.cfg.TRAINING.SAVE_EACH_VALIDATION:
             part = "" if self.step == self.batches.steps else f"_step_{self.step}"
@@ -221,17 +232,19 @@ class Trainer:
         self.save("model_best.pth", "model_latest.pth") if better else self._save_latest()
         self._sync_stop_flag()
 
-    def _record(self, images_per_second: float, validated: bool):
+    def _record(self, validated: bool):
         """Add a row to the history: at each validation, and at the end of an epoch without one."""
-        counts = self.train_state.counters.read()
+        counts, speed = self.train_state.counters.read(), self.timer.speed
         row = {
             "epoch": self.epoch, "step": self.step, "lr": self.train_state.lr, "loss": counts.mean_loss,
             "psnr": self.last_psnr if validated else None,
             "best_psnr": self.best["psnr"] if self.best["epoch"] else None,
-            "images_per_second": round(images_per_second, 2),
+            "images_per_second": round(speed["images_per_second"], 2),
             "skipped_steps": counts.skipped, "rollbacks": self.rollbacks,
+            "grad_norm": counts.mean_norm, "grad_norm_max": counts.norm_max, "data_wait": round(speed["data_wait"], 4),
+            "peak_memory_mib": round(peak_memory(self.device) / 2**20), "best_epoch": self.best["epoch"] or None,
         }  # fmt: skip
-        self.log.record(row, self.best["epoch"])
+        self.log.log_row(row, self.panels if validated else [])
         if counts.skipped_in_a_row == 0 and not (validated and math.isnan(self.last_psnr)):
             self.train_state.save_rollback_weights()
 

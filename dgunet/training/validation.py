@@ -1,27 +1,35 @@
 """Validation while training: the mean PSNR of the network as it is, whatever the number of processes."""
 
+import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import Subset
 
 from dgunet.data.datasets import ValidationSet
 from dgunet.data.loader import make_dataloader
-from dgunet.data.transforms import center_crop, unit_range
+from dgunet.data.transforms import center_crop, to_uint8, unit_range
 from dgunet.evaluation.metrics import psnr_batch
+from dgunet.model.degradations import Degradation, measure
 from dgunet.model.network import MeasureThenRestore
 from dgunet.model.sampling import percentage
 from dgunet.runtime import distributed
 from dgunet.training.step import TrainState
 
 log = logging.getLogger("dgunet")
+LOGGED_IMAGES, LOGGED_SIDE = 4, 256  # how many images a validation gives to the loggers, and their largest side
 
 
 @torch.inference_mode()
-def validate(train_state: TrainState, val_set: ValidationSet, should_stop: Callable[[], bool]) -> float | None:
+def validate(
+    train_state: TrainState, val_set: ValidationSet, should_stop: Callable[[], bool],
+    panels: list[ndarray] | None = None,
+) -> float | None:  # fmt: skip
     """Mean PSNR (protocol ``train_rgb``) of the final estimates over the validation set.
 
     Images that are restored exactly, whose PSNR is infinite, are left out of the mean, and counted in the log; only
@@ -29,6 +37,7 @@ def validate(train_state: TrainState, val_set: ValidationSet, should_stop: Calla
 
     Args:
         should_stop: asked between two batches, by all processes equally often.
+        panels: where given, `side_by_side` of the first LOGGED_IMAGES images of this process are added to it.
 
     Returns:
         dB, or None where ``should_stop`` has interrupted it.
@@ -51,7 +60,8 @@ def validate(train_state: TrainState, val_set: ValidationSet, should_stop: Calla
             if indices := list(mine[start : start + batch_size]):
                 input, target = next(batches)
                 for column, operator in enumerate(operators):
-                    scores[indices, column] = _psnr(train_state, network, input, target, indices, operator)
+                    wanted = panels if column == 0 else None
+                    scores[indices, column] = _psnr(train_state, network, input, target, indices, operator, wanted)
     network.train()
     torch.backends.cudnn.benchmark = True
     if stopped:
@@ -67,16 +77,52 @@ def validate(train_state: TrainState, val_set: ValidationSet, should_stop: Calla
     return scores[finite].mean().item() if finite.any() else math.inf
 
 
-def _psnr(train_state: TrainState, network, input: Tensor, target: Tensor, indices: list[int], operator) -> Tensor:
+def _psnr(
+    train_state: TrainState, network, input: Tensor, target: Tensor, indices: list[int], operator,
+    panels: list[ndarray] | None,
+) -> Tensor:  # fmt: skip
     """PSNR of each of a batch's images (B, C, H, W), or (B, N, C, h, w) in N blocks that are restored one by one."""
     x = train_state.to_device(input.flatten(0, -4))
     # Random measurements are the same in each validation, whatever the processes.
-    draws = () if operator else train_state.random_draws((indices[0],), [(i,) for i in indices])
+    draws = lambda: () if operator else train_state.random_draws((indices[0],), [(i,) for i in indices])  # noqa: E731
     with train_state.autocast():
-        restored = network(x, *draws, measuring=operator)[0]
-    truth = center_crop(target, *restored.shape[-2:])
-    truth = unit_range(truth.to(train_state.device)).flatten(1, -3)  # blocks side by side again, as channels
-    return psnr_batch(restored.float().reshape(truth.shape), truth).double()
+        restored = network(x, *draws(), measuring=operator)[0].float()
+    truth = unit_range(center_crop(target, *restored.shape[-2:]).to(train_state.device))
+    if panels is not None and len(panels) < LOGGED_IMAGES:
+        known = network.model.degradation if operator is None else operator
+        sides = x if known is None else _measured_images(known, x, draws(), restored.shape), restored, truth
+        images = zip(*(side.reshape(len(indices), -1, *side.shape[-3:]) for side in sides), strict=True)
+        panels += map(side_by_side, itertools.islice(images, LOGGED_IMAGES - len(panels)))
+    truth = truth.flatten(1, -3)  # blocks side by side again, as channels
+    restored = restored.reshape(truth.shape)
+    if train_state.cfg.MODEL.COMPLEX:
+        restored, truth = (image.norm(dim=1, keepdim=True) for image in (restored, truth))  # magnitudes
+    return psnr_batch(restored, truth).double()
+
+
+def _measured_images(degradation: Degradation, x: Tensor, draws: tuple, shape: torch.Size) -> Tensor:
+    """The measurements y of images (B, C, H, W), or A_adjoint(y) where they have not the ``shape`` of the restored."""
+    y = measure(degradation, x, *draws)
+    return y if getattr(y, "shape", None) == shape else degradation.A_adjoint(y)
+
+
+def side_by_side(sides: Iterable[Tensor]) -> ndarray:
+    """Images (N, C, h, w), each in N blocks, put together where N is a square; of others the first block is shown.
+
+    Returns:
+        Their centres, at most 256 pixels wide and high, next to each other: RGB, (h, sum of w, 3), uint8.
+    """
+    columns = []
+    for x in sides:
+        side = math.isqrt(len(x))
+        if side**2 != len(x):
+            x, side = x[:1], 1
+        x = x.unflatten(0, (side, side)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (C, H, W)
+        x = center_crop(x, *(min(size, LOGGED_SIDE) for size in x.shape[1:]))
+        x = x if len(x) == 3 else x[:1].expand(3, -1, -1)
+        columns.append(to_uint8(x.float().nan_to_num().permute(1, 2, 0).cpu().numpy()))
+    height = min(map(len, columns))
+    return np.concatenate([image[:height] for image in columns], axis=1)
 
 
 def validation_batch_size(train_state: TrainState, val_set: ValidationSet) -> int:
