@@ -92,7 +92,8 @@ def test_what_a_loading_process_met(error, message):
 
 def command(tmp_path: Path, code: str, **options) -> subprocess.CompletedProcess:
     """Run ``code`` as a command's main(); the module alone, without the package, starts in no time."""
-    head = f"import sys; sys.path.insert(0, {str(ROOT / 'dgunet')!r})\nfrom errors import *\nimport os\ndef main():\n"
+    path = str(ROOT / "dgunet/runtime")
+    head = f"import sys; sys.path.insert(0, {path!r})\nfrom errors import *\nimport os\ndef main():\n"
     body = head + "".join(f"    {line}\n" for line in code.splitlines()) + "run_cli(main)"
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
     return subprocess.run([sys.executable, "-c", body], cwd=tmp_path, timeout=60, **options)

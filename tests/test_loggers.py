@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,15 +285,20 @@ def test_wandb_offline(folders, no_curves, monkeypatch):  # noqa: F811
     run_id = (folder / "wandb_run_id").read_text()
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2 and {path.stem for path in files} == {f"run-{run_id}"}
-    logged = []
-    for path in files:
-        for data in records(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if items := record.history.item:
-                logged.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
-    rows = [row for row in logged if "psnr" in row]
     expected = read_checkpoint(folder / "model_latest.pth")["history"]
+    deadline = time.monotonic() + 60  # a process of W&B's own writes the files
+    while True:
+        logged = []
+        for path in files:
+            for data in records(path.read_bytes()):
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(data)
+                if items := record.history.item:
+                    logged.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
+        rows = [row for row in logged if "psnr" in row]
+        if len(rows) == len(expected) or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
     assert [row["psnr"] for row in rows] == [row["psnr"] for row in expected]
     assert [row["global_step"] for row in rows] == [4, 8]
     assert [row["global_step"] for row in logged if "step/grad_norm" in row] == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from natsort import natsorted
 
 from dgunet.data.photos import MAX_PIXELS
 from dgunet.runtime.errors import UserError
@@ -31,6 +30,8 @@ def list_packed(file: Path, group: str) -> list[str]:
     Raises:
         UserError: not such a file, a damaged one, or one of the other kind.
     """
+    from natsort import natsorted
+
     with _damage_named(file):
         content = _packed_file(file)
         pairs = "input" in content

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from natsort import natsorted
 from torch import Tensor
 
 from dgunet.data.images import image_size
@@ -41,6 +40,8 @@ def list_images(folder: str | Path, report: bool = True) -> list[Path]:
     Raises:
         UserError: no such folder, no image in it, or two whose names differ in Unicode form alone.
     """
+    from natsort import natsorted
+
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder.absolute()}; check the path, or see the task's README for the data layout")
@@ -59,6 +60,8 @@ _reported: set[Path] = set()  # folders
 
 def report_skipped_files(folder: Path, others: list[Path]):
     """Print once per folder, in a line on stderr, which files are skipped; not those of operating systems."""
+    from natsort import natsorted
+
     others = [
         path for path in others if path.name.lower() not in SYSTEM_FILES and not path.name.startswith(("@", "__MACOSX"))
     ]
@@ -129,6 +132,8 @@ def find_pairs(
         UserError: a missing or empty folder, an image without partner, two images of one name, two layouts; with
             ``check_sizes``, also a pair whose sizes differ or an image whose header shows that it is unsuitable.
     """
+    from natsort import natsorted
+
     root = Path(root)
     packed = root.is_file() and root.suffix.lower() not in LISTS
     if root.is_file() and not packed:
