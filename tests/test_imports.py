@@ -1,5 +1,7 @@
 """Objects named as module:name."""
 
+import importlib
+
 import pytest
 
 from dgunet.runtime.errors import UserError
@@ -38,3 +40,29 @@ def test_an_error_in_the_module_is_not_hidden(tmp_path, monkeypatch):
 
 def test_form():
     assert is_object_name("a.b:c.d") and not any(map(is_object_name, ("a", "a:", ":a", "a:b:c", "C:/x", "1:2")))
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        ("dgunet.data:hold_back", "dgunet.data.pairs:hold_out"),
+        ("dgunet.data:exclude", "dgunet.data.pairs:exclude"),
+        ("dgunet.evaluation:PictureSet", "dgunet.evaluation.sets:ImageSet"),
+        ("dgunet.model:FromImages", "dgunet.model.network:MeasureThenRestore"),
+        ("dgunet.training:train_command", "dgunet.training.cli:train_command"),
+        ("dgunet.learner:Learner", "dgunet.training.step:TrainState"),
+        ("dgunet.tiff:Tiff", "dgunet.data.tiff:Tiff"),
+    ],
+)
+def test_former_names_warn(monkeypatch, former, now):
+    module, name = former.split(":")
+    if module in ("dgunet.learner", "dgunet.tiff"):
+        monkeypatch.delitem(importlib.sys.modules, module, raising=False)  # it warns where it is imported
+    with pytest.warns(DeprecationWarning, match=now.partition(":")[0]):
+        found = getattr(importlib.import_module(module), name)
+    assert found is import_object(now, "test")
+
+
+def test_former_names_are_no_others():
+    for module in ("dgunet.data", "dgunet.evaluation", "dgunet.model", "dgunet.training"):
+        assert not hasattr(importlib.import_module(module), "no_such_name")

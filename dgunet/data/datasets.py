@@ -211,7 +211,7 @@ class SyntheticPatches(RandomPatches):
 
     Args:
         items: images.
-        degrade: one of `dgunet.synthesis`.
+        degrade: one of `dgunet.data.synthesis`.
         patch, **kwargs: see `RandomPatches`.
         margin: pixels around the crop that are degraded with it, so that rain and blur reach in from outside.
     """
@@ -243,7 +243,7 @@ class CenterCropDataset(Dataset):
         items: pairs, their folder or packed file, or images.
         patch: side of the crops in pixels, 0 for whole images; smaller images give smaller crops. All are cut to
             multiples of ``multiple``.
-        degrade: one of `dgunet.synthesis`, for images.
+        degrade: one of `dgunet.data.synthesis`, for images.
         seed: of the degradations.
         luma: whether to use luminance, (1, H, W).
         complex: whether to use complex images, (2, H, W), see `images.open_complex`.

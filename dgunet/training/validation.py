@@ -15,7 +15,7 @@ from dgunet.data.datasets import ValidationSet
 from dgunet.data.loader import make_dataloader
 from dgunet.data.transforms import center_crop, to_uint8, unit_range
 from dgunet.evaluation.metrics import psnr_batch
-from dgunet.model.degradations import Degradation, measure
+from dgunet.model.degradations import Degradation
 from dgunet.model.network import MeasureThenRestore
 from dgunet.model.sampling import percentage
 from dgunet.runtime import distributed
@@ -84,13 +84,13 @@ def _psnr(
     """PSNR of each of a batch's images (B, C, H, W), or (B, N, C, h, w) in N blocks that are restored one by one."""
     x = train_state.to_device(input.flatten(0, -4))
     # Random measurements are the same in each validation, whatever the processes.
-    draws = lambda: () if operator else train_state.random_draws((indices[0],), [(i,) for i in indices])  # noqa: E731
+    draws = () if operator else train_state.random_draws((indices[0],), [(i,) for i in indices])
     with train_state.autocast():
-        restored = network(x, *draws(), measuring=operator)[0].float()
+        restored = network(x, *draws, measuring=operator)[0].float()
     truth = unit_range(center_crop(target, *restored.shape[-2:]).to(train_state.device))
     if panels is not None and len(panels) < LOGGED_IMAGES:
         known = network.model.degradation if operator is None else operator
-        sides = x if known is None else _measured_images(known, x, draws(), restored.shape), restored, truth
+        sides = _as_images(network.y, known, restored.shape), restored, truth
         images = zip(*(side.reshape(len(indices), -1, *side.shape[-3:]) for side in sides), strict=True)
         panels += map(side_by_side, itertools.islice(images, LOGGED_IMAGES - len(panels)))
     truth = truth.flatten(1, -3)  # blocks side by side again, as channels
@@ -100,10 +100,13 @@ def _psnr(
     return psnr_batch(restored, truth).double()
 
 
-def _measured_images(degradation: Degradation, x: Tensor, draws: tuple, shape: torch.Size) -> Tensor:
-    """The measurements y of images (B, C, H, W), or A_adjoint(y) where they have not the ``shape`` of the restored."""
-    y = measure(degradation, x, *draws)
-    return y if getattr(y, "shape", None) == shape else degradation.A_adjoint(y)
+def _as_images(y, degradation: Degradation | None, shape: torch.Size) -> Tensor:
+    """The network's input y, or A_adjoint(y) where it has not the ``shape`` (B, C, H, W) of the restored images."""
+    if degradation is None or getattr(y, "shape", None) == shape:
+        return y
+    if getattr(y, "dtype", None) in (torch.bfloat16, torch.float16):  # as autocast measures, unlike A_adjoint here
+        y = y.float()
+    return degradation.A_adjoint(y)
 
 
 def side_by_side(sides: Iterable[Tensor]) -> ndarray:
