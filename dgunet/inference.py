@@ -65,6 +65,12 @@ def restore(
 
     Raises:
         UserError: an unsuitable shape, type or range, NaN pixels, or a network that outputs NaN.
+
+    >>> from dgunet import create_model
+    >>> model = create_model("deraining_dgunet", width=8, growth=4, stages=2)
+    >>> restored = restore(model, np.full((37, 53, 3), 128, np.uint8))
+    >>> restored.shape, restored.dtype
+    ((37, 53, 3), dtype('uint8'))
     """
     if isinstance(image, list | tuple):
         options = dict(tile=tile, tile_overlap=tile_overlap, self_ensemble=self_ensemble, bf16=bf16, local=local)

@@ -1,5 +1,7 @@
 """The README keeps its word."""
 
+import doctest
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -23,6 +25,14 @@ def test_python_block_runs():
     blocks = re.findall(r"<!-- the tests run this block -->\n```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) == 1
     exec(compile(blocks[0], "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    "module", ["model.network", "model.variants", "checkpoints.load", "inference", "evaluation.metrics"]
+)
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(importlib.import_module(f"dgunet.{module}"))
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_parameter_counts():

@@ -244,6 +244,10 @@ def load_model(
     Raises:
         UserError: no such file or name, not a checkpoint, not a DGUNet, missing or unknown weights (all are listed),
             weights that are no finite numbers, another task, a part of the user's own that is not given.
+
+    >>> model = load_model("compressive_sensing_10")
+    >>> tuple(model.degradation.A(torch.rand(1, 1, 64, 64)).shape)
+    (1, 103, 2, 2)
     """
     content = read_checkpoint(path) if content is None else content
     description, state_dict = _description(content, path), weights_of(content, path)

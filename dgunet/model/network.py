@@ -121,6 +121,10 @@ class DGUNet(nn.Module):
     Raises:
         ValueError: arguments out of their range, or that do not go together; no module from ``proximal``, or none with
             the two methods from ``learned_degradation``.
+
+    >>> model = DGUNet(width=8, growth=4, stages=3)
+    >>> [tuple(x.shape) for x in model(torch.rand(1, 3, 32, 48))]  # x_3, x_2, x_1
+    [(1, 3, 32, 48), (1, 3, 32, 48), (1, 3, 32, 48)]
     """
 
     def __init__(

@@ -66,6 +66,18 @@ def create_model(name: str, degradation: Degradation | None = None, **overrides)
         **overrides: arguments of `DGUNet` that differ from the paper's, such as ``stages`` or ``proximal``, and in
             compressive sensing of `block_sampling`, e.g. ``ratio=0.1``, or ``ratio=(0.01, 0.5)`` for one network for
             that range.
+
+    Returns:
+        The network with random weights, in training mode.
+
+    Raises:
+        UserError: an unknown name or argument, or one out of its range.
+
+    >>> import torch
+    >>> model = create_model("compressive_sensing_dgunet", ratio=0.25)
+    >>> y = model.degradation.A(torch.rand(1, 1, 64, 64))  # blocks of 32x32 pixels
+    >>> tuple(y.shape), tuple(model(y)[0].shape)
+    ((1, 256, 2, 2), (1, 1, 64, 64))
     """
     variant = find_variant(name)
     build = variant.degradation if degradation is None else None
