@@ -16,7 +16,6 @@ import pytest
 import torch
 from scipy.io import loadmat
 
-from dgunet.evaluation import metrics
 from dgunet.evaluation.metrics import PROTOCOLS, AlignmentError, evaluate_pair, mean_psnr, psnr_batch
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics"
