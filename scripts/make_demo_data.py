@@ -4,7 +4,7 @@
     python scripts/make_demo_data.py --task denoising --noise gaussian --sigma 25 --out Datasets/demo/awgn25
     python scripts/make_demo_data.py --task denoising --noise photo --screens 40 --source my_photos --out Datasets/photo
     python scripts/make_demo_data.py --task deraining --copies 5 --out Datasets/demo/more_rain
-    python scripts/make_demo_data.py --task deblurring --extent 0 15 --source my_sharp_photos --out Datasets/my_blur
+    python scripts/make_demo_data.py --task deblurring --extent 0 15 --sharp 0.25 --source my_photos --out Datasets/blur
 
 The clean images are photographs from the scikit-image package; ``--source`` and ``--test_source`` replace them by
 yours. The degradation is synthetic and seeded by the image's name: the same command always writes the same files, and
@@ -144,7 +144,7 @@ def make_degradation(args) -> synthesis.Degrade | None:
     """The task's function (image, rng) -> image; None for compressive sensing, where the loader measures."""
     gaussian = partial(synthesis.gaussian_noise, sigma=args.sigma)
     noises = {"sensor": synthesis.sensor_noise, "gaussian": gaussian, "photo": synthesis.photo_noise}
-    blur = partial(synthesis.motion_blur, extent=args.extent)
+    blur = partial(synthesis.motion_blur, extent=args.extent, sharp=args.sharp)
     return {"denoising": noises.get(args.noise), "deblurring": blur, "deraining": synthesis.rain_streaks}.get(args.task)
 
 
@@ -178,7 +178,9 @@ def write_into(folder: Path, photos: dict[str, list[SamplePhoto]], manifest: dic
             checksums[relative] = zlib.crc32(data)
             scores += [score] if score is not None else []
         line = f"  {split:5s} {len(photos[split])} clean images"
-        different = [score for score in scores if math.isfinite(score)]  # --noise photo leaves some as they are
+        different = [
+            score for score in scores if math.isfinite(score)
+        ]  # --noise photo and --sharp leave some as they are
         if scores:
             line += f", {len(scores)} pairs, input PSNR {np.mean(different or [math.inf]):.2f} dB"
         if len(different) < len(scores):
@@ -208,7 +210,8 @@ def check_existing(out: Path, manifest: dict) -> bool:
     try:
         old = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         old_files, old_images = dict(old["files"]), old.get("images", old.get("pictures"))  # its name before 0.3
-        old_options = {"--extent": EXTENT, "--screens": 0} | old["options"]  # which older folders do not record
+        unrecorded = {"--extent": EXTENT, "--screens": 0, "--sharp": 0}  # in older folders
+        old_options = unrecorded | old["options"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--out: {out} holds files that this script did not write; choose another --out") from None
     for option, value in manifest["options"].items():
@@ -251,9 +254,11 @@ def parse_args(argv=None):
     add("--val_count", type=at_least(1), help="how many of --source, the last by name, go to val; default 5")
     add("--copies", type=at_least(1), help="degraded versions of each training image; default 3")
     add("--noise", choices=("sensor", "gaussian", "photo"), help="kind of noise, denoising only; default sensor")
-    add("--screens", type=at_least(0), help="denoising: rendered screens added to train, and a tenth as many to val")
+    screens = "rendered screens added to train, and a tenth as many to val; denoising and deblurring"
+    add("--screens", type=at_least(0), help=screens)
     add("--sigma", type=float, help="of --noise gaussian, on the scale 0 to 255; default 25")
     add("--extent", type=float, nargs=2, metavar="PX", help="range of the blur, deblurring only; default 5 15")
+    add("--sharp", type=float, metavar="SHARE", help="of the images that are left sharp, deblurring only; default 0")
     add("--seed", type=at_least(0), default=1234, help="default 1234")
     args = parser.parse_args(argv)
     check_args(args)
@@ -262,10 +267,10 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Refuse options that would be ignored or cannot work, then fill in the defaults that depend on other options."""
-    tasks = {"noise": "denoising", "sigma": "denoising", "screens": "denoising", "extent": "deblurring"}
-    for option, task in tasks.items():
-        if getattr(args, option) is not None and args.task != task:
-            raise UserError(f"--{option} is for --task {task}, not for {args.task}")
+    tasks = dict.fromkeys(("noise", "sigma"), ["denoising"]) | dict.fromkeys(("extent", "sharp"), ["deblurring"])
+    for option, own in (tasks | {"screens": ["denoising", "deblurring"]}).items():
+        if getattr(args, option) is not None and args.task not in own:
+            raise UserError(f"--{option} is for --task {' or '.join(own)}, not for {args.task}")
     if args.sigma is not None and args.noise != "gaussian":
         raise UserError("--sigma needs --noise gaussian")
     if args.task == "compressive_sensing" and args.copies is not None:
@@ -283,6 +288,9 @@ def check_args(args):
         low, high = args.extent
         if not 0 <= low <= high < math.inf:
             raise UserError(f"--extent is a range of at least 0 pixels, not {low:g} {high:g}")
+        args.sharp = args.sharp or 0.0
+        if not 0 <= args.sharp <= 1:
+            raise UserError(f"--sharp is a share from 0 to 1, not {args.sharp:g}")
     args.copies, args.val_count, args.screens = args.copies or 3, args.val_count or 5, args.screens or 0
     args.out = args.out or ROOT / "Datasets" / "demo" / args.task
 
@@ -295,7 +303,7 @@ def make_manifest(photos: dict[str, list[SamplePhoto]], args) -> dict:
     if args.task == "denoising":
         options |= {"--noise": args.noise, "--sigma": args.sigma, "--screens": args.screens}
     if args.task == "deblurring":
-        options["--extent"] = args.extent
+        options |= {"--extent": args.extent, "--sharp": args.sharp, "--screens": args.screens}
     return {"options": options, "images": fingerprints(photos)}
 
 

@@ -177,6 +177,28 @@ def test_screens_are_rendered_with_the_photographs(tmp_path, own):
     assert (steps > 100).any() and (steps == 0).mean() > 0.5  # hard edges and flat areas
 
 
+def test_a_share_of_the_images_stays_sharp(tmp_path, own):
+    run(
+        "deblurring",
+        tmp_path / "blur",
+        "--sharp",
+        0.5,
+        "--screens",
+        4,
+        "--source",
+        own,
+        "--val_count",
+        1,
+        "--copies",
+        5,
+    )
+    inputs = sorted((tmp_path / "blur/train/input").iterdir())
+    unchanged = [
+        np.array_equal(read_image(path), read_image(path.parents[1] / "target" / path.name)) for path in inputs
+    ]
+    assert len(unchanged) >= 25 and 0.2 < np.mean(unchanged) < 0.8
+
+
 def test_found_noise_is_of_every_kind():
     """Half is white noise without bounds; of the rest there are noise that is grey, noise that is not, and JPEGs."""
     grey = np.full((96, 96, 3), 0.5, np.float32)
@@ -394,6 +416,8 @@ def test_images_that_cannot_be_used(own, tmp_path):
         ("--task deraining --extent 0 5", "--extent.*deraining"),
         ("--task deraining --screens 5", "--screens.*deraining"),
         ("--task deblurring --extent 5 0", "--extent.*5 0"),
+        ("--task denoising --sharp 0.5", "--sharp.*denoising"),
+        ("--task deblurring --sharp 25", "--sharp.*25"),
         ("--task denoising --sigma 5", "--sigma.*--noise gaussian"),
         ("--task denoising --noise gaussian --sigma nan", "--sigma.*nan"),
         ("--task denoising --copies 0", "--copies.*0"),

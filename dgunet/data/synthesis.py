@@ -285,13 +285,18 @@ def motion_kernel(rng: Generator, extent: tuple[float, float] = (5.0, 15.0)) -> 
     return (kernel / kernel.sum()).astype(np.float32)
 
 
-def motion_blur(image: np.ndarray, rng: Generator, extent: tuple[float, float] = (5.0, 15.0)) -> np.ndarray:
+def motion_blur(
+    image: np.ndarray, rng: Generator, extent: tuple[float, float] = (5.0, 15.0), sharp: float = 0.0
+) -> np.ndarray:
     """Blur by camera shake: ``y = k * x`` in linear light, where exposure adds up, with reflected borders.
 
     extent: range of the kernel's larger side, in pixels.
+    sharp: probability that the image is left unchanged, so that the network learns to preserve sharp images.
     """
     import cv2
 
+    if sharp and rng.random() < sharp:
+        return image.astype(np.float32)
     kernel = motion_kernel(rng, extent)[::-1, ::-1]  # filter2D correlates; flipped, it convolves
     light = cv2.filter2D(to_linear(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101)
     return to_srgb(np.clip(light, 0, 1))
