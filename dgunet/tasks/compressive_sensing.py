@@ -32,8 +32,8 @@ TRAIN = """Train DGUNet for compressive sensing, of 32x32 blocks where MODEL.BLO
     dgunet train compressive_sensing MODEL.MATRIX fixed                 # do not learn the sampling matrix
     dgunet train compressive_sensing TRAINING.RESUME True               # continue where it stopped
 
-Ratios of the paper: 0.01, 0.04, 0.1, 0.25, 0.5. Give each its own MODEL.SESSION. Config keys are explained in
-dgunet/training/config.py.
+Ratios of the paper: 0.01, 0.04, 0.1, 0.25, 0.5. Give each its own MODEL.SESSION. --help_config explains
+the config keys.
 """
 
 TEST = """Test DGUNet for compressive sensing: measure images and reconstruct them.

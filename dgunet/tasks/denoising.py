@@ -25,7 +25,7 @@ TRAIN = """Train DGUNet for denoising.
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 -m dgunet train denoising
     dgunet train denoising TRAINING.RESUME True                        # continue where it stopped
 
-Config keys are explained in dgunet/training/config.py.
+--help_config explains the config keys.
 """
 
 TEST = """Test DGUNet for denoising, or denoise images.

@@ -18,7 +18,7 @@ TRAIN = """Train DGUNet for deraining.
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 -m dgunet train deraining
     dgunet train deraining TRAINING.RESUME True                        # continue where it stopped
 
-Config keys are explained in dgunet/training/config.py.
+--help_config explains the config keys.
 """
 
 TEST = """Test DGUNet for deraining, or remove the rain from images.
