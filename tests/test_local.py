@@ -1,9 +1,13 @@
 """Local statistics at test time: what a window sees, where it ends, and that nothing shows where windows meet."""
 
 import copy
+import re
 import runpy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import local_statistics
 import numpy as np
 import pytest
 import torch
@@ -16,7 +20,7 @@ from dgunet.apps.export import export_model
 from dgunet.apps.figures import restore_stages
 from dgunet.checkpoints.load import describe_model
 from dgunet.checkpoints.safetensors import save_weights
-from dgunet.data.images import read_image
+from dgunet.data.images import read_image, write_image
 from dgunet.data.pairs import find_pairs
 from dgunet.data.transforms import to_uint8, unit_range
 from dgunet.evaluation.metrics import psnr_batch
@@ -366,3 +370,16 @@ def test_windows_are_chosen_on_held_back_images(tmp_path, tiny_model, image_pair
     local = yaml.safe_load(lines[-1])["local"]
     assert local is False or check_windows(local)
     assert "--windows" in run_script(script, *words, "--windows", "small", cwd=tmp_path).stderr
+
+
+def test_study_measures_every_form(tmp_path, monkeypatch, capsys):
+    """studies/local_statistics.py, with the same threads in place of its processes."""
+    (tmp_path / "set11").mkdir()
+    write_image(tmp_path / "set11/a.png", np.random.default_rng(0).integers(0, 256, (40, 150, 3), dtype=np.uint8))
+    monkeypatch.setattr(local_statistics, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
+    monkeypatch.setattr(sys, "argv", ["", "--data_root", str(tmp_path), "--only", "sensing_25"])
+    local_statistics.main()
+    *cases, _, _, _, row, left_out = capsys.readouterr().out.splitlines()
+    scores = [re.search(r"of Set11, (.*): ([\d.]+) dB", case).groups() for case in cases]
+    assert [form for form, _ in scores] == ["whole", "windows of 128", "tiles of 128"]
+    assert all(score in row for _, score in scores) and "BSD68" in left_out
