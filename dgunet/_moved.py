@@ -48,7 +48,7 @@ MODULES = {
 ROOMS = {
     "data": ("data.packed", "data.images", "data.pairs"),
     "evaluation": ("evaluation.sets", "evaluation.scoresheet", "evaluation.runner"),
-    "model": ("model.network", "model.variants"),
+    "model": ("model.network", "model.variants", "training.step"),
     "training": ("training.cli",),
 }
 NAMES = {  # old name: new name

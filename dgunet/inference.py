@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dgunet.data.transforms import dihedral, pad_to_multiple, undo_dihedral
-from dgunet.model.degradations import Degradation, MotionBlur, Whole, apply_adjoint, for_measurements
+from dgunet.model.degradations import Degradation, MotionBlur, PaddedDegradation, apply_adjoint, for_measurements
 from dgunet.model.local import check_windows, with_local_statistics
 from dgunet.model.proximal import MULTIPLE
 from dgunet.runtime.errors import UserError
@@ -194,8 +194,8 @@ def _restore_measurement(model, measurement, device: torch.device, bf16: bool):
             f"A_adjoint makes {tuple(initial.shape)} of a measurement {tuple(y.shape)}, but the network restores "
             f"images (B, {model.channels}, H, W)"
         )
-    whole = Whole(known)
-    x = whole.cut(estimate(model, y, bf16, whole))
+    whole = PaddedDegradation(known)
+    x = whole.crop(estimate(model, y, bf16, whole))
     x = (x if model.channels == 2 else x.clamp(0, 1)).to(home)
     return x.contiguous() if isinstance(measurement, Tensor) else np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy())
 

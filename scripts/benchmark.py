@@ -47,13 +47,12 @@ with command_imports(__name__):
     from dgunet.model.fusion import ISFF, SubspaceFusion
     from dgunet.model.instance_norm import HalfInstanceNorm
     from dgunet.model.layers import ChannelAttentionBlock, ConvBlock
-    from dgunet.model.network import MeasureThenRestore
     from dgunet.model.projection import project
     from dgunet.model.proximal import MULTIPLE
     from dgunet.model.variants import VARIANTS, create_model, list_models
     from dgunet.runtime.hardware import autocast_dtype, pick_device
     from dgunet.training.config import load_config
-    from dgunet.training.step import TrainState
+    from dgunet.training.step import MeasureThenRestore, TrainState
 
 SECTIONS = ("forward", "train", "data", "evaluate", "startup")  # and "probe", only on request
 

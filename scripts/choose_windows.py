@@ -64,7 +64,7 @@ def score(model: DGUNet, windows: dict[str, int], samples: list[tuple[Tensor, Te
             restored = [restore(model, x, tile="auto" if "tile" in windows else None, bf16=bf16, local=windows)]
         else:
             local = with_local_statistics(model, windows)
-            operators = getattr(known, "validation_ratios", [known])
+            operators = getattr(known, "validation_operators", [known])
             restored = [estimate(local, A.A(x), bf16).clamp(0, 1) for A in operators]
         scores += [psnr_batch(image, target) for image in restored]
     return torch.cat(scores).mean().item()

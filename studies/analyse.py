@@ -34,7 +34,8 @@ with command_imports(__name__):
     from dgunet.introspect import StepMeasures, Trace, impulse_response, measure_step, rms, trace
     from dgunet.model.degradations import Blur, LearnedDegradation
     from dgunet.model.proximal import MULTIPLE
-    from dgunet.model.sampling import BlockSampling, read_array
+    from dgunet.model.sampling import BlockSampling
+    from dgunet.runtime.files import read_array
 
 REACH = 16  # pixels drawn around an impulse; a learned operator, two 3x3 convolutions, reaches 2
 LEARNED_REACH = 4

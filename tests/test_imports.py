@@ -48,7 +48,7 @@ def test_form():
         ("dgunet.data:hold_back", "dgunet.data.pairs:hold_out"),
         ("dgunet.data:exclude", "dgunet.data.pairs:exclude"),
         ("dgunet.evaluation:PictureSet", "dgunet.evaluation.sets:ImageSet"),
-        ("dgunet.model:FromImages", "dgunet.model.network:MeasureThenRestore"),
+        ("dgunet.model:FromImages", "dgunet.training.step:MeasureThenRestore"),
         ("dgunet.training:train_command", "dgunet.training.cli:train_command"),
         ("dgunet.learner:Learner", "dgunet.training.step:TrainState"),
         ("dgunet.tiff:Tiff", "dgunet.data.tiff:Tiff"),

@@ -73,13 +73,13 @@ def test_reconstructor_of_a_known_degradation_runs_with_the_physics_handed_in(pl
     restored = reconstructor(y, physics)
     assert restored.shape == x.shape
     assert not torch.allclose(restored, reconstructor(y), atol=1e-4), "its own degradation"
-    whole = DGUNet(1, **SMALL, degradation=plugs.Whole(physics))
+    whole = DGUNet(1, **SMALL, degradation=plugs.PaddedDegradation(physics))
     whole.load_state_dict(reconstructor.model.state_dict(), strict=False)
     torch.testing.assert_close(restored, whole(y)[0][..., :19, :27])
 
 
 def test_sides_that_are_no_multiples_of_8_keep_the_operator_adjoint(plugs):
-    whole = plugs.Whole(Blur(torch.rand(5, 3)))
+    whole = plugs.PaddedDegradation(Blur(torch.rand(5, 3)))
     y, x = torch.randn(1, 1, 10, 13), torch.randn(1, 1, 16, 16)
     assert whole.A_adjoint(y).shape == x.shape
     torch.testing.assert_close((whole.A(x) * y).sum(), (x * whole.A_adjoint(y)).sum(), rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from dgunet import DGUNet, UserError, create_model, list_models
 from dgunet.checkpoints.original import is_unused
 from dgunet.data.synthesis import motion_kernel
-from dgunet.model.degradations import Blur, MotionBlur, degradation_from_config
+from dgunet.model.degradations import Blur, MotionBlur
 from dgunet.model.fusion import SubspaceFusion
 from dgunet.model.instance_norm import HalfInstanceNorm
 from dgunet.model.layers import ChannelAttention
@@ -33,6 +33,7 @@ from dgunet.model.sampling import (
     percentage,
     sampling_operator,
 )
+from dgunet.training.cli import degradation_from_config
 from dgunet.training.config import load_config
 
 SPECS = json.loads((Path(__file__).parent / "parity" / "specs.json").read_text())
@@ -638,7 +639,7 @@ def test_scalable_sampling_draws_rows_of_the_whole_range():
 
 
 def test_scalable_sampling_validates_at_the_ratios_of_the_paper_within_it():
-    counts = lambda sampling: [len(A.matrix) for A in sampling.validation_ratios]  # noqa: E731
+    counts = lambda sampling: [len(A.matrix) for A in sampling.validation_operators]  # noqa: E731
     assert counts(block_sampling((0.01, 0.5))) == [11, 41, 103, 256, 512] == [num_rows(r, 32) for r in RATIOS]
     assert counts(block_sampling((0.04, 0.3))) == [41, 103, 256] and counts(block_sampling((0.6, 0.8))) == [615, 820]
 

@@ -10,7 +10,7 @@ import deepinv
 from torch import Tensor
 
 from dgunet.data.transforms import pad_to_multiple
-from dgunet.model.degradations import Degradation, Whole, for_measurements
+from dgunet.model.degradations import Degradation, PaddedDegradation, for_measurements
 from dgunet.model.network import DGUNet
 from dgunet.model.proximal import MULTIPLE
 
@@ -35,8 +35,8 @@ class Reconstructor(deepinv.models.Reconstructor):
         if self.model.degradation is None:
             height, width = y.shape[-2:]
             return self.model(pad_to_multiple(y, MULTIPLE))[0][..., :height, :width]
-        whole = Whole(for_measurements(self.model.degradation if physics is None else physics, y))
-        return whole.cut(self.model(y, whole)[0])
+        whole = PaddedDegradation(for_measurements(self.model.degradation if physics is None else physics, y))
+        return whole.crop(self.model(y, whole)[0])
 
 
 class Denoiser(deepinv.models.Denoiser):

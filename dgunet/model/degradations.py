@@ -18,27 +18,28 @@ from torch.nn import functional as F
 
 from dgunet.model.layers import conv3x3
 from dgunet.model.proximal import MULTIPLE
-from dgunet.model.sampling import BlockSampling, FirstRows, ScalableSampling, read_array
+from dgunet.model.sampling import BlockSampling, FirstRows, ScalableSampling
 from dgunet.runtime.errors import UserError
-from dgunet.runtime.imports import import_object, is_object_name
+from dgunet.runtime.imports import import_object
 
 
 class Degradation(Protocol):
     """A linear map from images (B, C, H, W) to measurements (B, ...) of any shape, and its adjoint.
 
-    Operators of deepinv are such maps, and so is any object with the two methods; neither they nor what `measure`
-    computes run in low precision. A known degradation may have more:
+    Operators of deepinv are such maps, and so is any object with the two methods. These and ``measure`` run without
+    autocast. A known degradation may have more:
 
     ``image_to_image = True``: measurements are images of x's size, which `restore` may pad and cut into tiles.
     ``measure(x)``: what training and tests measure instead of ``A(x)``, for example ``A(x)`` with noise. An operator
     that can be called, as deepinv's can, needs no such method: ``operator(x)`` measures. PyTorch's own random numbers
     are seeded before each image, so that a measurement depends neither on the number of processes nor on that of
     accumulation steps, and is the same after a resume.
-    ``measure(x, shared, own)``: the same, of a whole batch at once. Random numbers for the batch come from the
-    generator ``shared`` (on the CPU), those for each image from its generator in the list ``own`` (on x's device). Its
-    output may be smaller than x, and is of x's centre then.
+    ``measure(x, shared, own)``: the same, of a whole batch at once; every ``measure`` with more than one parameter is
+    called like this, also where the others are optional. Random numbers for the batch come from the generator
+    ``shared`` (on the CPU), those for each image from its generator in the list ``own`` (on x's device). Its output may
+    be smaller than x, and is of x's centre then.
     ``for_measurements(y)``: of several operators the one that made y; the network computes with it.
-    ``validation_ratios``: the operators that validation measures each image with, in turn, instead of ``measure``.
+    ``validation_operators``: the operators that validation measures each image with, in turn, instead of ``measure``.
     """
 
     def A(self, x: Tensor) -> Tensor: ...
@@ -143,7 +144,7 @@ class MotionBlur(Blur):
             `synthesis.motion_kernel`. Checkpoints do not hold it.
     """
 
-    image_to_image = False  # it has no kernel of its own
+    image_to_image = False  # `restore` does not know the kernel, and measurements are cropped
 
     def __init__(
         self, shortest: float = 5, longest: float = 25, noise: float = 0.0, sample_kernel: Callable | None = None
@@ -185,6 +186,13 @@ class MotionBlur(Blur):
 KINDS = dict(block_sampling=BlockSampling, scalable_sampling=ScalableSampling, blur=Blur, motion_blur=MotionBlur)
 
 
+def check_operator(degradation, what: str):
+    """Raises ValueError unless an object, ``what`` in the message, has the methods ``A`` and ``A_adjoint``."""
+    missing = [name for name in ("A", "A_adjoint") if not callable(getattr(degradation, name, None))]
+    if missing:
+        raise ValueError(f"the {what} {type(degradation).__name__} has no method {' and no '.join(missing)}")
+
+
 def for_measurements(degradation: Degradation, y: Tensor) -> Degradation:
     """The operator that made a measurement: one of several that ``degradation`` stands for, or itself."""
     return degradation.for_measurements(y) if hasattr(degradation, "for_measurements") else degradation
@@ -194,14 +202,14 @@ def is_ours(degradation: Degradation) -> bool:
     return isinstance(degradation, (*KINDS.values(), FirstRows))
 
 
-def full_precision(degradation: Degradation | None, x: Tensor) -> contextlib.AbstractContextManager:
-    """Around an operator on x or y: one of the user's own is kept out of autocast; ours see to it themselves."""
+def no_autocast_for_user_operator(degradation: Degradation | None, x: Tensor) -> contextlib.AbstractContextManager:
+    """Disables autocast for an operator of the user's own on x or y; ours do so themselves, learned ones need not."""
     ours = degradation is None or is_ours(degradation)
     return contextlib.nullcontext() if ours else torch.autocast(x.device.type, enabled=False)
 
 
-def measures_with_noise(degradation: Degradation | None) -> bool:
-    """Whether measuring may draw random numbers: by a method ``measure``, or because the operator can be called."""
+def may_measure_randomly(degradation: Degradation | None) -> bool:
+    """Whether measuring may draw random numbers: where there is a ``measure``, or the operator can be called."""
     if isinstance(degradation, nn.Module) and type(degradation).forward is nn.Module.forward:
         return hasattr(degradation, "measure")
     return hasattr(degradation, "measure") or callable(degradation)
@@ -211,8 +219,8 @@ def measure(
     degradation: Degradation, x: Tensor, shared: torch.Generator | None = None, own: list[torch.Generator] | None = None
 ) -> Tensor:
     """Measurements y (B, ...) of images x (B, C, H, W), with the operator's noise, if it has any; see `Degradation`."""
-    with full_precision(degradation, x):
-        if not measures_with_noise(degradation):
+    with no_autocast_for_user_operator(degradation, x):
+        if not may_measure_randomly(degradation):
             return degradation.A(x)
         noisy = getattr(degradation, "measure", degradation)
         if hasattr(degradation, "measure") and len(inspect.signature(noisy).parameters) > 1:
@@ -239,7 +247,7 @@ def try_operator(degradation: Degradation, x: Tensor, generators: tuple = (), na
         name: of the operator in messages.
 
     Raises:
-        UserError: it cannot measure such images, or x_0 is no such image.
+        UserError: it cannot measure such images, or x_0 has another shape than they have.
     """
     name = name or type(degradation).__name__
     with torch.no_grad():
@@ -257,7 +265,7 @@ def try_operator(degradation: Degradation, x: Tensor, generators: tuple = (), na
 def apply_adjoint(degradation: Degradation, y: Tensor, name: str = "") -> Tensor:
     """``x_0 = A_adjoint(y)``; a UserError where the operator, ``name`` in messages, fails for such measurements."""
     failing = f"A_adjoint of {name or type(degradation).__name__} fails for measurements {tuple(y.shape)}"
-    with _one_line_errors(failing), full_precision(degradation, y):
+    with _one_line_errors(failing), no_autocast_for_user_operator(degradation, y):
         return degradation.A_adjoint(y)
 
 
@@ -274,29 +282,32 @@ def _one_line_errors(what: str):
         raise UserError(f"{what}: {text} ({Path(place.filename).name}, line {place.lineno})") from error
 
 
-def keeps_its_values(degradation: Degradation, weights: dict[str, Tensor]) -> bool:
-    """Whether an operator stays as the config has it where training starts from weights: one with nothing to learn."""
+def keeps_config_values(degradation: Degradation, weights: dict[str, Tensor]) -> bool:
+    """Whether training that starts from weights keeps the config's operator: where it has nothing to learn."""
     if is_ours(degradation):
         return degradation.keep_on_load(weights)
     return not (isinstance(degradation, nn.Module) and any(p.requires_grad for p in degradation.parameters()))
 
 
-class Whole:
-    """A known degradation on images padded to multiples of 8; the padding is not measured."""
+class PaddedDegradation:
+    """A known degradation for images of any size: A_adjoint pads with zeros to multiples of 8, A measures without them.
+
+    Call A_adjoint first: it finds the size.
+    """
 
     def __init__(self, degradation: Degradation):
         self.degradation = degradation
         self.size = ()  # height and width of the images, known after A_adjoint
 
     def A(self, x: Tensor) -> Tensor:
-        return self.degradation.A(self.cut(x))
+        return self.degradation.A(self.crop(x))
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         x = self.degradation.A_adjoint(y)
         self.size = height, width = x.shape[-2:]
         return F.pad(x, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
 
-    def cut(self, x: Tensor) -> Tensor:
+    def crop(self, x: Tensor) -> Tensor:
         return x[..., : self.size[0], : self.size[1]]
 
 
@@ -309,40 +320,16 @@ def describe_degradation(degradation: Degradation | None) -> dict | None:
 
 
 def rebuild_degradation(description: dict, tensors: dict[str, Tensor]) -> Degradation:
-    """A known degradation from its description and its tensors by name; any exception where these do not fit."""
+    """A known degradation from its description and its tensors by name.
+
+    Raises:
+        Exception: of any kind, where these do not fit: they come from a file.
+    """
     settings = {name: value for name, value in description.items() if name != "kind"}
     degradation = KINDS[description["kind"]](**settings, **tensors)
     if describe_degradation(degradation) != description:
         raise ValueError(f"unknown settings of a degradation: {settings}")
     return degradation
-
-
-def degradation_from_config(cfg, train_set=None) -> Degradation | None:
-    """The known degradation that a config's MODEL.DEGRADATION names; None where it is learned."""
-    name, kernel = cfg.MODEL.DEGRADATION, cfg.MODEL.KERNEL
-    if is_object_name(name):
-        if kernel or cfg.MODEL.NOISE:
-            raise UserError(
-                f"MODEL.KERNEL and MODEL.NOISE are of MODEL.DEGRADATION blur; leave them out with {name}, which may "
-                "have a method measure(x) that adds noise"
-            )
-        return make_operator(name, "MODEL.DEGRADATION", cfg)
-    if name not in ("", "blur"):
-        raise UserError(
-            f"MODEL.DEGRADATION must be blur, an operator of your own as module:name, or empty for a learned one, "
-            f"got {name!r}"
-        )
-    if bool(name) != bool(kernel):
-        raise UserError("a known blur needs both MODEL.DEGRADATION blur and MODEL.KERNEL, a .npy file or motion")
-    if not name:
-        return None
-    noise = cfg.MODEL.NOISE / 255
-    if kernel == "motion":
-        return MotionBlur(min(cfg.MODEL.KERNEL_EXTENT), max(cfg.MODEL.KERNEL_EXTENT), noise)
-    try:
-        return Blur(torch.from_numpy(read_array(Path(kernel))), noise)
-    except ValueError as error:
-        raise UserError(f"MODEL.KERNEL {kernel}: {error}") from error
 
 
 def make_operator(name: str, key: str, cfg=None) -> Degradation:
@@ -354,8 +341,8 @@ def make_operator(name: str, key: str, cfg=None) -> Degradation:
         cfg: the training's config; None where it is not known.
 
     Raises:
-        UserError: there is no such function or class, it needs other arguments, or what it makes has not the two
-            methods of a `Degradation`.
+        UserError: there is no such function or class, it needs other arguments, or what it makes lacks one of
+            the two methods of a `Degradation`.
     """
     make = import_object(name, key)
     needed = []
@@ -367,7 +354,8 @@ def make_operator(name: str, key: str, cfg=None) -> Degradation:
     if needed and cfg is None:
         raise UserError(f"{key} {name} takes the training's config, which the checkpoint does not have; give a make()")
     degradation = make(cfg) if needed else make()
-    missing = [method for method in ("A", "A_adjoint") if not callable(getattr(degradation, method, None))]
-    if missing:
-        raise UserError(f"{key} {name} made a {type(degradation).__name__}, without a method {' and '.join(missing)}")
+    try:
+        check_operator(degradation, "operator")
+    except ValueError as error:
+        raise UserError(f"{key} {name}: {error}") from error
     return degradation

@@ -39,30 +39,34 @@ class ISFF(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """One conv3x3 (no bias) of the concatenation ``cat[x, bridge]``; out: (B, out_width, H, W)."""
+    """Feature fusion: one conv3x3 (no bias) of ``cat[x, previous]``, (B, out_width, H, W).
+
+    ``x`` are this stage's shallow features, ``previous`` those that the stage before hands on, both (B, width, H, W).
+    """
 
     def __init__(self, width: int, out_width: int):
         super().__init__()
         self.conv = conv3x3(2 * width, out_width, bias=False)
 
-    def forward(self, x: Tensor, bridge: Tensor) -> Tensor:
-        return self.conv(torch.cat([x, bridge], dim=1))
+    def forward(self, x: Tensor, previous: Tensor) -> Tensor:
+        return self.conv(torch.cat([x, previous], dim=1))
 
 
 class SubspaceFusion(nn.Module):
     """Projects the previous stage's features onto a learned subspace (NBNet) before fusing them.
 
-    From ``cat[x, bridge]`` a conv3x3 gives ``rank`` basis maps V; the bridge is replaced by its orthogonal projection
-    ``V (V^T V)^-1 V^T bridge`` onto their span, and the result is ``conv3x3(cat[x, projected]) + x``.
+    From ``cat[x, previous]``, see `ConcatFusion`, a conv3x3 gives ``rank`` basis maps V; ``previous`` is replaced by
+    its orthogonal projection ``V (V^T V)^-1 V^T previous`` onto their span, and the result, (B, width, H, W), is
+    ``conv3x3(cat[x, projected]) + x``. (The released code inverts V^T V without the ridge of `project`.)
     """
 
     def __init__(self, width: int, rank: int = 16):
         super().__init__()
         self.basis_conv = conv3x3(2 * width, rank)
         self.merge_conv = conv3x3(2 * width, width)
-        self.project = project
+        self.project = project  # replaced by local.py (windows) and apps/export.py (ONNX)
 
-    def forward(self, x: Tensor, bridge: Tensor) -> Tensor:
-        basis = self.basis_conv(torch.cat([x, bridge], dim=1))
-        projected = self.project(basis, bridge)
+    def forward(self, x: Tensor, previous: Tensor) -> Tensor:
+        basis = self.basis_conv(torch.cat([x, previous], dim=1))
+        projected = self.project(basis, previous)
         return self.merge_conv(torch.cat([x, projected], dim=1)).add_(x)

@@ -35,7 +35,8 @@ def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 class _HalfInstanceNorm(torch.autograd.Function):
     """``scale * (x - mean) + bias`` for each channel, with scale 1, mean and bias 0 for the second half.
 
-    In low precision the rounded mean is subtracted from ``x`` first, which is exact; the remainder is a small shift.
+    In low precision the rounded mean is subtracted from ``x`` first: exact for values near it, where ``scale * x`` and
+    the shift would cancel. What rounding took from the mean goes into the shift, which is small.
     """
 
     @staticmethod
@@ -50,14 +51,14 @@ class _HalfInstanceNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
-        # With x^ = (x - mean) * rstd, x has the gradient scale * (g - mean(g) - x^ * mean(g * x^)), linear in g and x.
+        # With x_hat = (x - mean) * rstd, the gradient of x is scale * (g - mean(g) - x_hat * mean(g * x_hat)).
         x, weight, mean, rstd = ctx.saved_tensors
         half, pixels = weight.numel(), x.shape[2] * x.shape[3]
         g, rounded = gradient[:, :half], mean.to(x.dtype)
         centred, rest = x[:, :half] - rounded, rounded - mean
         sum_g = g.sum(dim=(2, 3), keepdim=True, dtype=mean.dtype)
         sum_gx = (g * centred).sum(dim=(2, 3), keepdim=True, dtype=mean.dtype)
-        sum_gx = (sum_gx + rest * sum_g) * rstd  # of g * x^
+        sum_gx = (sum_gx + rest * sum_g) * rstd  # of g * x_hat
         scale = weight.view(1, -1, 1, 1) * rstd
         slope = -scale * rstd * sum_gx / pixels
         shift = -scale * sum_g / pixels + slope * rest

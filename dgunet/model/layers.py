@@ -1,6 +1,6 @@
 """The convolution blocks that the gradient and proximal modules are made of.
 
-Feature maps are (B, C, H, W). Attribute names say what a layer does; `original_checkpoints.py` maps the original
+Feature maps are (B, C, H, W). Attribute names say what a layer does; `dgunet/checkpoints/original.py` maps the original
 authors' names onto them.
 """
 
@@ -28,6 +28,7 @@ class ChannelAttention(nn.Module):
         return self.from_means(x.mean(dim=(2, 3), keepdim=True))
 
     def from_means(self, means: Tensor) -> Tensor:
+        """The weights from channel means (B, C, h, w); local.py passes those of windows."""
         return torch.sigmoid(self.excite(F.relu(self.squeeze(means))))
 
 

@@ -4,10 +4,11 @@ Deep Generalized Unfolding Networks for Image Restoration, C. Mou, Q. Wang, J. Z
 
 Restoration of ``x`` from ``y = A x + n`` is ``min_x 1/2 ||A x - y||^2 + lambda J(x)``; stage k computes
 
-    v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)      gradient descent  (FGDM, degradations.py)
-    x_k = prox_k(v_k; features of stage k-1)               proximal mapping  (IPMM, proximal.py)
+    v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)  gradient descent  (FGDM: Stage.gradient_step; A: degradations.py)
+    x_k = prox_k(v_k; features of stage k-1)           proximal mapping  (IPMM: proximal.py; pathways: fusion.py)
 
-from x_0 = y when the degradation is unknown and x_0 = A_adjoint(y) when it is known.
+from x_0 = y when the degradation is unknown and x_0 = A_adjoint(y) when it is known. A_adjoint is the paper's A^T; the
+learned prox_k stands for lambda and J. Stages that share their weights share rho, too.
 """
 
 import inspect
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dgunet  # for dgunet.checkpoints, which imports this module and is imported when first used
-from dgunet.model.degradations import Degradation, LearnedDegradation, for_measurements, full_precision, measure
+from dgunet.model.degradations import (
+    Degradation,
+    LearnedDegradation,
+    check_operator,
+    for_measurements,
+    no_autocast_for_user_operator,
+)
 from dgunet.model.proximal import MULTIPLE, FinalMapping, ProximalMapping, StageFeatures
 
 
@@ -28,7 +35,8 @@ class Stage(nn.Module):
     """One proximal gradient step.
 
     Args:
-        proximal: maps v and the previous stage's features to x and this stage's features.
+        proximal: maps v and the previous stage's features to x and this stage's features (of `FinalStage`: to a
+            residual image).
         degradation: the stage's own learned degradation, with A and A_adjoint; None where the network's is known.
         rho: initial value of the learned step size; None for no gradient step: v is x.
     """
@@ -40,26 +48,31 @@ class Stage(nn.Module):
         self.proximal = proximal
 
     def gradient_step(self, x: Tensor, y: Tensor, known: Degradation | None) -> Tensor:
+        """v_k (B, C, H, W) of x_{k-1}; x_{k-1} itself without gradient steps."""
         if self.rho is None:
             return x
         degradation = self.degradation if known is None else known
         # FGDM: v_k = x_{k-1} - rho_k * A_adjoint(A(x_{k-1}) - y)
-        with full_precision(known, x):
+        with no_autocast_for_user_operator(known, x):
             return x - self.rho * degradation.A_adjoint(degradation.A(x) - y)
 
     def forward(
         self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
     ) -> tuple[Tensor, StageFeatures | None]:
-        """x_{k-1} (B, C, H, W) and the features of stage k-1 (`StageFeatures`, None for k = 1) to those of stage k.
+        """Computes x_k and the features of stage k from x_{k-1} (B, C, H, W) and ``previous``, those of stage k-1.
 
-        y is (B, C, H, W), or the ``known`` degradation's measurement; ``known`` is None where it is learned.
+        ``previous`` are `StageFeatures`, None for k = 1. ``y`` is (B, C, H, W), or the measurement of the ``known``
+        degradation, which is None where it is learned.
         """
         v = self.gradient_step(x, y, known)
         return self.proximal(v, previous)  # IPMM: x_k = prox_k(v_k; features of stage k-1)
 
 
 class FinalStage(Stage):
-    """Stage K: its mapping predicts a residual to y (learned degradation) or to v_K (known degradation)."""
+    """Stage K: its mapping has no U-Net and predicts a residual, to y (learned degradation) or to v_K (known).
+
+    In the paper's text it is like the others; this is what the released code computes (docs/differences.md).
+    """
 
     def forward(
         self, x: Tensor, y: Tensor, previous: StageFeatures | None, known: Degradation | None
@@ -69,8 +82,11 @@ class FinalStage(Stage):
         return anchor + self.proximal(v, previous), None
 
 
-class OwnStage(Stage):
-    """Any stage with a proximal mapping of the user's own: what that returns is checked."""
+class CustomStage(Stage):
+    """Any stage, K too, with a mapping from ``DGUNet(proximal=...)``, whose output is checked.
+
+    That is x_k itself: nothing is added to it, unlike in `FinalStage`.
+    """
 
     def forward(self, x: Tensor, y: Tensor, previous, known: Degradation | None) -> tuple:
         result = super().forward(x, y, previous, known)
@@ -98,23 +114,28 @@ class DGUNet(nn.Module):
         shared: the middle stages 2..K-1 share one set of weights (DGUNet) or have their own (DGUNet+).
         pathways: the inter-stage information pathways, ISFF and feature fusion; False leaves both out.
         fusion: feature fusion in the stages 2..K-1, ``"subspace"`` (images), ``"concat"`` (compressive sensing), or
-            ``"none"`` (then the last stage has none either); see `pathways`.
+            ``"none"`` (then the last stage has none either); see `dgunet.model.fusion`.
         isff: inter-stage feature fusion in the encoders, ``"adaptive"`` (images), ``"additive"`` (compressive
             sensing), or ``"none"``; see `ISFF`.
-        attention: the estimate attends to the features for the next stage (compressive sensing), see `ProximalMapping`.
+        attention: a sigmoid map of the estimate weights the features for the next stage's fusion (compressive
+            sensing), see `ProximalMapping`. Channel attention is always there.
         final_fusion, final_growth: feature fusion in the last stage, ``"concat"`` (to width + final_growth channels,
             in [0, 1024]) or ``"subspace"``.
         gradient: False leaves out the gradient steps, ``v_k = x_{k-1}``.
         degradation: None to learn it (each stage its own; shared middle stages share it), or a known one: of
-            `dgunet.degradations`, one of deepinv's linear operators, or any object with ``A(x)`` and ``A_adjoint(y)``.
-        rho: initial value of the learned step sizes; 1 projects onto the data where A has orthonormal rows.
+            `dgunet.degradations`, one of deepinv's linear operators, or any object with ``A(x)`` and ``A_adjoint(y)``,
+            scaled so that A's largest singular value is about 1.
+        rho: initial value of the learned step sizes, one of each stored stage; 1 projects onto the data where A has
+            orthonormal rows.
         checkpointing: recompute each stage in the backward pass instead of keeping its activations.
         proximal: makes a proximal mapping of your own for each stage k in 1..K that is stored (a shared middle stage is
             k = 2). Called as ``proximal(channels=, k=, stages=, has_previous=)`` it returns an nn.Module that maps
-            ``v, previous`` to ``(x, features)``, v and x (B, C, H, W). ``features`` may be anything: they are the next
-            stage's ``previous``, which is None where ``has_previous`` is False; those of stage K are not used.
+            ``v, previous`` to ``(x, features)``, v and x (B, C, H, W); x is the whole estimate, in stage K too.
+            ``features`` may be anything: they are the next stage's ``previous``, which is None where
+            ``has_previous`` is False; those of stage K are not used.
             ``width``, ``growth``, ``pathways``, ``fusion``, ``isff``, ``attention``, ``final_fusion`` and
-            ``final_growth`` are of the paper's mapping and then do nothing (`restore` estimates memory from ``width``).
+            ``final_growth`` describe the paper's mapping and have no effect then (`restore` estimates memory from
+            ``width``).
         learned_degradation: likewise makes a learned degradation of your own: called as
             ``learned_degradation(channels=, k=, stages=)``, it returns an nn.Module with ``A(x)`` and ``A_adjoint(y)``.
 
@@ -126,6 +147,8 @@ class DGUNet(nn.Module):
     >>> [tuple(x.shape) for x in model(torch.rand(1, 3, 32, 48))]  # x_3, x_2, x_1
     [(1, 3, 32, 48), (1, 3, 32, 48), (1, 3, 32, 48)]
     """
+
+    _compiled = False
 
     def __init__(
         self,
@@ -147,10 +170,10 @@ class DGUNet(nn.Module):
         proximal: Callable[..., nn.Module] | None = None,
         learned_degradation: Callable[..., nn.Module] | None = None,
     ):
-        values = locals()  # of the arguments
+        values = locals()  # the arguments by name: this must be the first statement
         super().__init__()
         if degradation is not None:
-            _check_operator(degradation, "degradation")
+            check_operator(degradation, "degradation")
         self.factories = {name: values[name] for name in FACTORIES if values[name] is not None}
         if learned_degradation is not None and not (degradation is None and gradient):
             raise ValueError("learned_degradation is for gradient steps whose degradation is not known; leave it out")
@@ -172,7 +195,7 @@ class DGUNet(nn.Module):
         def stage(k: int) -> Stage:
             if proximal is not None:
                 place = dict(channels=channels, k=k, stages=stages, has_previous=k > 1)
-                kind, mapping = OwnStage, _make("proximal", proximal, **place)
+                kind, mapping = CustomStage, _make("proximal", proximal, **place)
             elif k < stages:
                 kind, mapping = Stage, ProximalMapping(channels, width, growth, fusion, isff, attention, k > 1)
             else:
@@ -183,7 +206,7 @@ class DGUNet(nn.Module):
             if learned_degradation is None:
                 return LearnedDegradation(channels)
             made = _make("learned_degradation", learned_degradation, channels=channels, k=k, stages=stages)
-            _check_operator(made, "learned degradation")
+            check_operator(made, "learned degradation")
             return made
 
         middle_stages = max(stages - 2, 0)
@@ -222,21 +245,23 @@ class DGUNet(nn.Module):
     def compile(self, **options):
         """`torch.compile` the stages one by one, with its ``options``.
 
-        That makes 3 graphs (the middle stages share one) in a third of the time that one graph of all stages takes.
+        Shared middle stages make 3 graphs, in a third of the time that one graph of all stages takes.
         """
         for stage in dict.fromkeys(self.iter_stages()):
             stage.compile(**options)
         self._compiled = True  # CUDA graphs need to know where a pass begins: `forward` marks it
 
-    _compiled = False
-
     def forward(self, y: Tensor, degradation: Degradation | None = None) -> list[Tensor]:
-        """Returns the estimates x_K, ..., x_1, (B, C, H, W) each, the restored image first.
+        """Returns the estimates x_K, ..., x_1, (B, C, H, W) each, the restored image first; not clamped.
 
         Args:
             y: degraded image (B, C, H, W), range [0, 1], sides multiples of 8; of a known degradation the
                 measurement that its ``A_adjoint`` takes.
             degradation: a known one instead of the network's own known one.
+
+        Raises:
+            ValueError: other channels, sides that are no multiples of 8 (of y, or of A_adjoint(y)), or a known
+                degradation for a network that learns its own.
         """
         if self._compiled:
             torch.compiler.cudagraph_mark_step_begin()
@@ -244,9 +269,9 @@ class DGUNet(nn.Module):
             raise ValueError("this DGUNet has a learned degradation and takes no known one; call it without")
         known = self.degradation if degradation is None else degradation
         if known is not None:
-            known = for_measurements(known, y)
-        with full_precision(known, y):
-            x = y if known is None else known.A_adjoint(y)
+            known = for_measurements(known, y)  # of a network for several ratios: the operator with y's rows
+        with no_autocast_for_user_operator(known, y):
+            x = y if known is None else known.A_adjoint(y)  # x_0
         self._check(x)
         features = None
         estimates = []
@@ -291,12 +316,6 @@ def _make(name: str, factory: Callable[..., nn.Module], **given) -> nn.Module:
     return made
 
 
-def _check_operator(degradation, what: str):
-    missing = [name for name in ("A", "A_adjoint") if not callable(getattr(degradation, name, None))]
-    if missing:
-        raise ValueError(f"the {what} {type(degradation).__name__} has no method {' and no '.join(missing)}")
-
-
 def _check_arguments(arguments: dict):
     for name, value in arguments.items():
         allowed, got = ARGUMENTS[name], f"got {value!r:.60}"
@@ -308,20 +327,3 @@ def _check_arguments(arguments: dict):
                 raise ValueError(f"{name} must be even, {got}")
         elif type(value) is not type(allowed[0]) or value not in allowed:
             raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, {got}")
-
-
-class MeasureThenRestore(nn.Module):
-    """A network as it is trained. One with a known degradation gets clean images (B, C, H, W) and measures them first.
-
-    `Degradation` says when estimates are smaller (of the images' centres), and what ``generators`` are. ``y`` is the
-    network's last input: the measurement.
-    """
-
-    def __init__(self, model: DGUNet):
-        super().__init__()
-        self.model, self.y = model, None
-
-    def forward(self, x: Tensor, *generators, measuring: Degradation | None = None) -> list[Tensor]:
-        known = self.model.degradation if measuring is None else measuring
-        self.y = x if known is None else measure(known, x, *generators)
-        return self.model(self.y)

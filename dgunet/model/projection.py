@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def inverse_cholesky(gram: Tensor, eye: Tensor, ridge: float) -> Tensor:
-    """The inverse of the Cholesky factor L of matrices (B, rank, rank), ``gram = L L^T``, with eigenvalues >= ridge."""
+    """``L^-1`` of the Cholesky factors of matrices, ``gram = L L^T`` (B, rank, rank); ``eye`` are identities like them.
+
+    ``ridge``, a lower bound of the eigenvalues, is for the elimination that replaces this in exported networks.
+    """
     factor, _ = torch.linalg.cholesky_ex(gram)
     return torch.linalg.solve_triangular(factor, eye, upper=False)
 
@@ -21,15 +24,17 @@ def project(
     """Orthogonal projection of feature maps onto the span of basis maps, ``V (V^T V)^-1 V^T features``.
 
     The projection does not depend on the scale of a basis map, so they are scaled to unit length: a ridge on the
-    diagonal of their Gram matrix then bounds its condition number, also of coinciding, constant and zero maps. Runs in
-    float32 whatever autocast says, and never waits for the device.
+    diagonal of their Gram matrix then bounds its condition number, also of coinciding, constant and zero maps. (Neither
+    is in the paper: docs/differences.md.) Runs in float32 whatever autocast says, the Gram matrix in ``precision``, and
+    never waits for the device.
 
     Args:
         basis: (B, rank, H, W).
         features: (B, C, H, W), as the result.
-        precision: of the small Gram matrix; None for float64, or float32 on devices that have no other (Apple's GPU).
-            Both are within 1e-3 of the exact projection up to a condition number of 1e5.
-        inverse_factor: for float32, see `inverse_cholesky`; exported networks need another (export.py).
+        precision: float64 solves with the Gram matrix; float32 orthonormalises the maps by Cholesky QR, for export and
+            devices without float64 (Apple's GPU); None for what the device has. Both are within 1e-3 of the exact
+            projection up to a condition number of 1e5.
+        inverse_factor: for float32, see `inverse_cholesky`; exported networks need another (apps/export.py).
     """
     precision = precision or gram_precision(features)
     with torch.autocast(features.device.type, enabled=False):

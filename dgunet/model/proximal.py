@@ -15,15 +15,16 @@ MULTIPLE = 2 ** (LEVELS - 1)  # the sides of an image are multiples of it
 class StageFeatures(NamedTuple):
     """What a stage hands to the next: its features at full resolution and at every scale, finest first."""
 
-    features: Tensor | None  # (B, width, H, W), for feature fusion
-    encoded: list[Tensor] | None  # before each downsampling, scales 1, 1/2, 1/4, for ISFF
-    decoded: list[Tensor] | None  # scales 1, 1/2, 1/4, for ISFF
+    features: Tensor | None  # of the supervised head, (B, w, H, W), for feature fusion; None without it
+    # For ISFF, None without it:
+    encoded: list[Tensor] | None  # before each downsampling: (B, w+g, H, W), (B, w+2g, H/2, W/2), (B, w+3g, H/4, W/4)
+    decoded: list[Tensor] | None  # (B, w, H, W), (B, w+g, H/2, W/2), (B, w+2g, H/4, W/4)
 
 
 class Encoder(nn.Module):
-    """Widths w, w+g, w+2g, w+3g: block i works at scale 1/2^i, then ISFF, then the resolution is halved.
+    """Block i widens from w+ig to w+(i+1)g channels at scale 1/2^i; then ISFF; then the resolution is halved.
 
-    ``isff`` is the form of `ISFF`, or ``"none"``.
+    The last block, at scale 1/8, stays at w+3g and has no ISFF. ``isff`` is the form of `ISFF`, or ``"none"``.
     """
 
     def __init__(self, widths: list[int], isff: str):
@@ -31,8 +32,8 @@ class Encoder(nn.Module):
         pairs = list(zip(widths, widths[1:], strict=False))
         self.blocks = nn.ModuleList(ConvBlock(narrow, wide, norm=True) for narrow, wide in pairs)
         self.downsamples = nn.ModuleList(nn.Conv2d(w, w, 4, stride=2, padding=1, bias=False) for _, w in pairs)
-        forms = (ISFF(wide, narrow, adaptive=isff == "adaptive") for narrow, wide in pairs)
-        self.isff = nn.ModuleList(forms) if isff != "none" else None
+        fusions = (ISFF(wide, narrow, adaptive=isff == "adaptive") for narrow, wide in pairs)
+        self.isff = nn.ModuleList(fusions) if isff != "none" else None
         self.bottom = ConvBlock(widths[-1], widths[-1], norm=True)
 
     def forward(self, x: Tensor, previous: StageFeatures | None) -> tuple[Tensor, list[Tensor]]:
@@ -78,7 +79,8 @@ class ProximalMapping(nn.Module):
         width, growth: the U-Net has the widths w, w+g, w+2g, w+3g at the scales 1, 1/2, 1/4, 1/8.
         fusion: feature fusion with the stage before, ``"subspace"``, ``"concat"``, or ``"none"``.
         isff: the form of `ISFF`, ``"adaptive"``, ``"additive"``, or ``"none"``.
-        attention: the features for the next stage are ``f + conv(f) * sigmoid(conv(x_k))`` instead of ``f + conv(f)``.
+        attention: the features for the next stage are ``f + conv(f) * sigmoid(conv(x_k))`` instead of ``f + conv(f)``,
+            where there is feature fusion. The channel attention of `ShallowFeatures` is always there.
         has_previous: whether there is a stage before this one.
     """
 
@@ -91,7 +93,8 @@ class ProximalMapping(nn.Module):
         self.fusion = make_fusion(fusion, width, width) if has_previous else None
         self.encoder = Encoder(widths, isff if has_previous else "none")
         self.decoder = Decoder(widths)
-        # Supervised head (after MPRNet's attention module): 1x1 convolutions to the estimate and to the next stage.
+        # Supervised head, of the decoder's output f: x_k = v + conv(f), and f + conv(f) for the next stage; the sigmoid
+        # map of MPRNet's supervised attention module only with ``attention``.
         self.image_conv = nn.Conv2d(width, channels, 1, bias=False)
         self.features_conv = nn.Conv2d(width, width, 1, bias=False) if fusion != "none" else None
         attends = attention and fusion != "none"

@@ -4,12 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dgunet.runtime.errors import UserError
-from dgunet.runtime.files import open_file
+from dgunet.runtime.files import read_array
 
 STARTS = ("xavier", "orthonormal", "dct", "pca")
 RATIOS = (0.01, 0.04, 0.1, 0.25, 0.5)  # of the paper
@@ -22,11 +21,15 @@ class BlockSampling(nn.Module):
     a convolution's inputs to TF32), in float32 also under autocast: bfloat16 is too coarse for sums of 1000 pixels.
 
     Args:
-        ratio: measurements per pixel, in (0, 1]; the matrix has ceil(ratio * block^2) rows.
+        ratio: measurements per pixel, in (0, 1]: M = ceil(ratio * block^2) rows. Not used where ``matrix`` is given.
         block: side of a block in pixels.
         learned: whether the matrix is trained with the network (the original's code) or fixed (the paper's text).
         matrix: (M, block^2) initial values; default ``"xavier"`` of `init_sampling_matrix` if learned, else
             ``"orthonormal"``.
+
+    Raises:
+        ValueError: a matrix of another shape.
+        UserError: a ratio out of its range.
     """
 
     start = ""  # MODEL.MATRIX_START as the user set it, see `keep_on_load`
@@ -53,7 +56,8 @@ class BlockSampling(nn.Module):
             raise ValueError(f"block sampling is of (B, 1, H, W) with multiples of {b} for sides, got {tuple(x.shape)}")
         height, width = x.shape[2:]
         with torch.autocast(x.device.type, enabled=False):
-            blocks = x.to(self.matrix.dtype).reshape(-1, height // b, b, width // b, b).transpose(2, 3).flatten(3)
+            blocks = x.to(self.matrix.dtype).reshape(-1, height // b, b, width // b, b)
+            blocks = blocks.transpose(2, 3).flatten(3)  # (B, H/b, W/b, b^2)
             return (blocks @ self.matrix.mT).permute(0, 3, 1, 2)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ class FirstRows:
     def __init__(self, matrix: Tensor, block: int):
         self.matrix, self.block = matrix, block
 
-    A, A_adjoint = BlockSampling.A, BlockSampling.A_adjoint
+    A, A_adjoint = BlockSampling.A, BlockSampling.A_adjoint  # not a subclass: a module would copy the matrix
 
 
 class ScalableSampling(BlockSampling):
@@ -148,7 +152,7 @@ class ScalableSampling(BlockSampling):
         return self._first(min(int(rows), end - 1)).A(x)
 
     @property
-    def validation_ratios(self) -> list[FirstRows]:
+    def validation_operators(self) -> list[FirstRows]:
         """The operators at the paper's ratios within the range, or at both ends of the range where there are none."""
         inside = [num_rows(ratio, self.block) for ratio in RATIOS if self.covers(ratio)]
         return [self._first(m) for m in inside or sorted({self.lowest, len(self.matrix)})]
@@ -263,20 +267,3 @@ def sampling_operator(
         raise UserError(f"MODEL.RATIO {ratio}, MODEL.MATRIX_START {start or 'empty'}: {error}") from error
     operator.start = start or ("dct" if scalable else "")
     return operator
-
-
-def read_array(path: Path) -> np.ndarray:
-    """The array in a .npy file, as float32."""
-    with open_file(path) as file:
-        try:
-            values = np.load(file, allow_pickle=False)
-            kind = values.dtype.kind
-        except Exception as error:  # a damaged file, or an .npz, fails in many ways
-            raise ValueError("not a .npy file with an array, or damaged") from error
-    if kind not in "iuf":
-        raise ValueError(f"expected numbers, got {values.dtype}")
-    with np.errstate(over="ignore"):
-        values = values.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError("it has values that are not finite")
-    return values

@@ -27,7 +27,7 @@ _SENSING = dict(
     channels=1, width=32, growth=16, shared=True, fusion="concat", isff="additive", attention=True,
     final_fusion="concat", final_growth=16,
 )  # fmt: skip
-_PLUS = dict(shared=False, final_fusion="subspace")
+_PLUS = dict(shared=False, final_fusion="subspace")  # of compressive sensing it stays "concat"
 
 VARIANTS = {
     "deblurring_dgunet": Variant("deblurring", _DEBLURRING),
@@ -64,14 +64,14 @@ def create_model(name: str, degradation: Degradation | None = None, **overrides)
         name: one of `list_models()`.
         degradation: a known one instead of the variant's own: learned, or in compressive sensing block sampling.
         **overrides: arguments of `DGUNet` that differ from the paper's, such as ``stages`` or ``proximal``, and in
-            compressive sensing of `block_sampling`, e.g. ``ratio=0.1``, or ``ratio=(0.01, 0.5)`` for one network for
-            that range.
+            compressive sensing of `block_sampling`, e.g. ``ratio=0.1`` instead of 0.25, or ``ratio=(0.01, 0.5)`` for
+            one network for that range.
 
     Returns:
         The network with random weights, in training mode.
 
     Raises:
-        UserError: an unknown name or argument, or one out of its range.
+        UserError: an unknown name or argument, or a value that `DGUNet` or `block_sampling` refuses.
 
     >>> import torch
     >>> model = create_model("compressive_sensing_dgunet", ratio=0.25)
@@ -86,9 +86,9 @@ def create_model(name: str, degradation: Degradation | None = None, **overrides)
     for key in overrides:
         if key not in names + sampling_names:
             raise UserError(f"{name} has no argument {key!r}; it takes {', '.join(names + sampling_names)}")
-    if build:
-        degradation = build(**{key: overrides.pop(key) for key in sampling_names if key in overrides})
     try:
+        if build:
+            degradation = build(**{key: overrides.pop(key) for key in sampling_names if key in overrides})
         model = DGUNet(**variant.arguments | overrides, degradation=degradation)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error

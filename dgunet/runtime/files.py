@@ -127,3 +127,22 @@ def match_unicode_form(path: str | Path) -> Path:
     except OSError:
         return path
     return folder / (alike[0] if len(alike) == 1 else path.name)
+
+
+def read_array(path: Path):
+    """The array in a .npy file, as float32; a ValueError where there are no finite numbers in it."""
+    import numpy as np
+
+    with open_file(path) as file:
+        try:
+            values = np.load(file, allow_pickle=False)
+            kind = values.dtype.kind
+        except Exception as error:  # a damaged file, or an .npz, fails in many ways
+            raise ValueError("not a .npy file with an array, or damaged") from error
+    if kind not in "iuf":
+        raise ValueError(f"expected numbers, got {values.dtype}")
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are not finite")
+    return values

@@ -11,11 +11,12 @@ from dgunet.checkpoints.registry import locate
 from dgunet.data.datasets import CenterCropDataset, PairedPatches, SyntheticPatches, TrainingSet, ValidationSet
 from dgunet.data.pairs import Pair, exclude, find_images, find_pairs, hold_out, images_by_name
 from dgunet.data.synthesis import find_degradation, motion_kernel
-from dgunet.model.degradations import MotionBlur, degradation_from_config, keeps_its_values
+from dgunet.model.degradations import Blur, Degradation, MotionBlur, keeps_config_values, make_operator
 from dgunet.model.network import DGUNet
 from dgunet.model.variants import VARIANTS, create_model, find_variant
 from dgunet.runtime.distributed import launch
 from dgunet.runtime.errors import UserError
+from dgunet.runtime.files import read_array
 from dgunet.runtime.imports import import_object, is_object_name
 from dgunet.training.config import PAIRS, parse_args
 from dgunet.training.loggers import describe
@@ -43,6 +44,34 @@ def _centers(cfg, items) -> CenterCropDataset:
 def paired_patches(cfg, pairs: list[Pair]) -> PairedPatches:
     """Random crops of pairs."""
     return PairedPatches(pairs, **crop_options(cfg))
+
+
+def degradation_from_config(cfg, train_set=None) -> Degradation | None:
+    """The known degradation that a config's MODEL.DEGRADATION names; None where it is learned."""
+    name, kernel = cfg.MODEL.DEGRADATION, cfg.MODEL.KERNEL
+    if is_object_name(name):
+        if kernel or cfg.MODEL.NOISE:
+            raise UserError(
+                f"MODEL.KERNEL and MODEL.NOISE are of MODEL.DEGRADATION blur; leave them out with {name}, which may "
+                "have a method measure(x) that adds noise"
+            )
+        return make_operator(name, "MODEL.DEGRADATION", cfg)
+    if name not in ("", "blur"):
+        raise UserError(
+            f"MODEL.DEGRADATION must be blur, an operator of your own as module:name, or empty for a learned one, "
+            f"got {name!r}"
+        )
+    if bool(name) != bool(kernel):
+        raise UserError("a known blur needs both MODEL.DEGRADATION blur and MODEL.KERNEL, a .npy file or motion")
+    if not name:
+        return None
+    noise = cfg.MODEL.NOISE / 255
+    if kernel == "motion":
+        return MotionBlur(min(cfg.MODEL.KERNEL_EXTENT), max(cfg.MODEL.KERNEL_EXTENT), noise)
+    try:
+        return Blur(torch.from_numpy(read_array(Path(kernel))), noise)
+    except ValueError as error:
+        raise UserError(f"MODEL.KERNEL {kernel}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -216,5 +245,5 @@ def build_model(
         missing.append(f"no checkpoint at {path}")
         return model
     weights = weights_of(read_checkpoint(path), path)
-    load_weights(model, weights, path, degradation is not None and keeps_its_values(degradation, weights))
+    load_weights(model, weights, path, degradation is not None and keeps_config_values(degradation, weights))
     return model

@@ -6,18 +6,39 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dgunet.checkpoints.load import check_tensors, load_weights, weights_of
 from dgunet.data.transforms import center_crop, unit_range
-from dgunet.model.degradations import measures_with_noise
-from dgunet.model.network import DGUNet, MeasureThenRestore
+from dgunet.model.degradations import Degradation, may_measure_randomly, measure
+from dgunet.model.network import DGUNet
 from dgunet.runtime import distributed
 from dgunet.runtime.errors import UserError, shorten_list
 from dgunet.runtime.hardware import autocast_dtype, memory_format, training_device
 from dgunet.training import optimizers
 from dgunet.training.losses import loss_from_config
+
+
+class MeasureThenRestore(nn.Module):
+    """What training and validation run: images x (B, C, H, W) to the network's estimates.
+
+    With a known degradation, x are clean images, which are measured first; the estimates are of x's centre where
+    `Degradation.measure` crops. With a learned one, x are the degraded images. ``y`` is the last measurement.
+
+    Args:
+        generators: of random numbers, shared and one for each image, see `Degradation`.
+        measuring: measures in place of the network's operator.
+    """
+
+    def __init__(self, model: DGUNet):
+        super().__init__()
+        self.model, self.y = model, None
+
+    def forward(self, x: Tensor, *generators, measuring: Degradation | None = None) -> list[Tensor]:
+        known = self.model.degradation if measuring is None else measuring
+        self.y = x if known is None else measure(known, x, *generators)
+        return self.model(self.y)
 
 
 class StepCounts(NamedTuple):
@@ -105,7 +126,7 @@ class TrainState:
         self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)
         self.model = model.to(self.device, memory_format=self.memory_format)
         self.network = MeasureThenRestore(self.model)  # what runs the forward pass; after `wrap_ddp` distributed
-        self.measured = measures_with_noise(model.degradation)
+        self.measured = may_measure_randomly(model.degradation)
         self.loss = loss_from_config(cfg.LOSS).to(self.device)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self.trained.values())

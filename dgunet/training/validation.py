@@ -16,10 +16,9 @@ from dgunet.data.loader import make_dataloader
 from dgunet.data.transforms import center_crop, to_uint8, unit_range
 from dgunet.evaluation.metrics import psnr_batch
 from dgunet.model.degradations import Degradation
-from dgunet.model.network import MeasureThenRestore
 from dgunet.model.sampling import percentage
 from dgunet.runtime import distributed
-from dgunet.training.step import TrainState
+from dgunet.training.step import MeasureThenRestore, TrainState
 
 log = logging.getLogger("dgunet")
 LOGGED_IMAGES, LOGGED_SIDE = 4, 256  # how many images a validation gives to the loggers, and their largest side
@@ -33,7 +32,7 @@ def validate(
     """Mean PSNR (protocol ``train_rgb``) of the final estimates over the validation set.
 
     Images that are restored exactly, whose PSNR is infinite, are left out of the mean, and counted in the log; only
-    where all are is it infinite. A network for a range of ratios is scored at each of its ``validation_ratios``.
+    where all are is it infinite. A network for a range of ratios is scored at each of its ``validation_operators``.
 
     Args:
         should_stop: asked between two batches, by all processes equally often.
@@ -45,7 +44,7 @@ def validate(
     network = MeasureThenRestore(train_state.eval_model)
     network.eval()
     torch.backends.cudnn.benchmark = len(val_set.sizes) == 1
-    operators = getattr(network.model.degradation, "validation_ratios", [None])
+    operators = getattr(network.model.degradation, "validation_operators", [None])
     scores = torch.zeros(len(val_set), len(operators), dtype=torch.float64, device=train_state.device)
     mine = range(train_state.rank, len(val_set), train_state.world)
     batch_size = validation_batch_size(train_state, val_set)
@@ -130,7 +129,7 @@ def side_by_side(sides: Iterable[Tensor]) -> ndarray:
 
 def validation_batch_size(train_state: TrainState, val_set: ValidationSet) -> int:
     """Images at once: no more pixels than in a training pass; 1 where they, or their measurements, differ in size."""
-    random = train_state.measured and not hasattr(train_state.model.degradation, "validation_ratios")
+    random = train_state.measured and not hasattr(train_state.model.degradation, "validation_operators")
     if len(val_set.sizes) > 1 or random:
         return 1
     pixels = max(map(math.prod, val_set.sizes))
