@@ -172,6 +172,7 @@ _RANGES |= {
     "SYNTHESIS.OPTIONS.width": (0.1, 20),
     "SYNTHESIS.OPTIONS.brightness": (0, 1),
     "SYNTHESIS.OPTIONS.extent": (0, 100),
+    "SYNTHESIS.OPTIONS.sharp": (0, 1),
 }
 
 # Keys, or how they begin, that say where pairs are.
