@@ -1,6 +1,7 @@
 """What `inside` says of a forward pass and of degradations."""
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import ablation
@@ -9,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 
 from dgunet import DGUNet, create_model, load_model
 from dgunet.checkpoints.load import describe_model, save_checkpoint
@@ -261,13 +263,14 @@ def test_study_of_sensing(image_pairs, run_command, tmp_path):
     assert "| three stages, then seven | " in done.stdout
 
 
-def test_ablation(image_pairs, run_command, tmp_path):
-    """Through the real command line: every run trains and is tested; a second call finds them all done."""
+def test_ablation(image_pairs, tmp_path):
+    """Every run trains and is tested; a second call finds them all done."""
+    run = partial(run_script, cwd=tmp_path)
     image_pairs(tmp_path / "pairs", count=6, size=(32, 32))
     words = ["--train_dir", tmp_path / "pairs/target", "--out", tmp_path / "out", "--epochs", "1", "--seeds", "1"]
     words += ["--only", "identity", "DCT", "gradient", "--", "OPTIM.BATCH_SIZE", "2"]
     words += ["TRAINING.VAL_HOLD_BACK", "2", "TRAINING.TRAIN_PS", "32", "TRAINING.VAL_PS", "32"]
-    done = run_command([ROOT / "studies/ablation.py", *words])
+    done = run(ROOT / "studies/ablation.py", *words)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "out/ablation.md").read_text()
     assert table.count("| as in the paper, 5 stages |") == table.count("| no gradient steps |") == 2
@@ -282,17 +285,17 @@ def test_ablation(image_pairs, run_command, tmp_path):
     assert torch.equal(fixed.degradation.matrix, init_sampling_matrix("dct", 0.25)) and learned.degradation.learned
     for folder, path, images in (("CompressiveSensing", states[0], "target"), ("Deblurring", states[3], "")):
         test = [ROOT / folder / "test.py", "--weights", path, "--dataset", tmp_path / "pairs" / images]
-        tested = run_command([*test, "--results", tmp_path / "results"])
+        tested = run(*test, "--results", tmp_path / "results")
         assert tested.returncode == 0 and " 6 " in tested.stdout, tested.stderr
     before = [path.stat().st_mtime_ns for path in states]
-    assert run_command([ROOT / "studies/ablation.py", *words]).stdout == done.stdout
+    assert run(ROOT / "studies/ablation.py", *words).stdout == done.stdout
     assert [path.stat().st_mtime_ns for path in states] == before
-    refused = run_command([ROOT / "studies/ablation.py", *words, "OPTIM.LR_INITIAL", "0.1"])
+    refused = run(ROOT / "studies/ablation.py", *words, "OPTIM.LR_INITIAL", "0.1")
     assert refused.returncode == 2 and "OPTIM.LR_INITIAL" in refused.stderr and "--out" in refused.stderr
     (tmp_path / "pairs/target/img6.png").unlink()
-    refused = run_command([ROOT / "studies/ablation.py", *words])
+    refused = run(ROOT / "studies/ablation.py", *words)
     assert refused.returncode == 2 and "pairs/target" in refused.stderr and "--out" in refused.stderr
-    refused = run_command([ROOT / "studies/ablation.py", *words[:6], "--only", "nothing of it"])
+    refused = run(ROOT / "studies/ablation.py", *words[:6], "--only", "nothing of it")
     assert refused.returncode == 2 and "--only" in refused.stderr
 
 
