@@ -123,7 +123,7 @@ def _restore(args: argparse.Namespace):
     restore_photographs(
         args.photos,
         args.out,
-        args.weights or _default_weights(args.command, args.task),
+        args.weights or RESTORING[args.command][1],
         args.task,
         overwrite=args.overwrite,
         stages=args.stages,
@@ -132,16 +132,6 @@ def _restore(args: argparse.Namespace):
         device=args.device,
         bf16=args.bf16,
     )
-
-
-def _default_weights(command: str, task: str) -> str:
-    from dgunet.checkpoints.registry import list_pretrained
-
-    names = [record.name for record in list_pretrained() if record.task == task]
-    default = RESTORING[command][1]
-    if not names:
-        raise UserError(f"no network for {task} comes with dgunet yet; give one with --weights FILE")
-    return default if default in names else names[0]
 
 
 def _list(args: argparse.Namespace):
