@@ -1167,7 +1167,7 @@ def test_results_are_appended_to_tables_of_before(tmp_path):
         append_results(table, [new], "w.pth", "DGUNet")
         with open(table, newline="") as file:
             first, second = csv.DictReader(file)
-        assert (first["dataset"], first["psnr"], first["identical"]) == ("before", "30.0", None)
+        assert (first["dataset"], first["psnr"], first["identical"]) == ("before", "30.0", "")
         assert (second["dataset"], second["psnr"], second["identical"], second["protocol_version"]) == (
             "set", "31.0000", "1", "1"
         )  # fmt: skip

@@ -473,19 +473,19 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
         for r in results
     ]  # fmt: skip
     with lock_dir(path.parent, "test", wait=True):  # tests that end together must not mix their rows
-        before = path.read_bytes() if path.exists() else b""
-        head, newline, others = before.partition(b"\n")
-        known = head.decode(TEXT["encoding"], TEXT["errors"]).strip().split(",") if head else []
-        if known and "psnr" not in known:
-            raise UserError(f"{path} is no table of results as test.py writes it; move it away, and start again")
-        columns = known + [name for name in rows[0] if name not in known]
-        if columns != known or not newline:  # a new table, or scores that it has had no columns for
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                file.write(",".join(columns).encode() + b"\r\n" + others)
-        with open(path, "a", **TEXT) as file:
-            if others and not others.endswith(b"\n"):  # a line that was cut off
-                file.write("\r\n")
-            csv.DictWriter(file, columns).writerows(rows)
+        before, columns = [], []
+        if path.exists():
+            with open(path, **TEXT) as file:
+                reader = csv.DictReader(file)
+                columns = reader.fieldnames or []
+                if columns and "psnr" not in columns:
+                    advice = "move it away, and start again"
+                    raise UserError(f"{path} is no table of results as test.py writes it; {advice}")
+                before = list(reader)
+        with atomic_write(path) as temporary, open(temporary, "w", **TEXT) as file:
+            writer = csv.DictWriter(file, dict.fromkeys([*columns, *rows[0]]), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(before + rows)
 
 
 def _setting_text(value) -> str:
