@@ -360,11 +360,7 @@ def _gaussian_filter(volume: np.ndarray) -> np.ndarray:
         return filtered
 
     # With so few channels most taps fall on a replicated edge, and the third pass is a small matrix.
-    channels = volume.shape[2]
-    mixing = np.zeros((channels, channels))
-    for output in range(channels):
-        for offset, tap in enumerate(taps[:, 0], start=-_GAUSSIAN_RADIUS):
-            mixing[output, np.clip(output + offset, 0, channels - 1)] += tap
+    mixing = cv2.filter2D(np.eye(volume.shape[2]), -1, taps, borderType=cv2.BORDER_REPLICATE)
     return cv2.transform(filtered, mixing)
 
 
