@@ -5,7 +5,6 @@ import csv
 import logging
 import math
 import os
-import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -528,15 +527,12 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
         f"device      {trainer.world} x {hardware}, {precision}",
         f"writes to   {trainer.folder.absolute()} (the whole config as well; --dry_run shows it)",
     ]
-    for line in lines:
-        print(line)
-    for note in trainer.notes:
-        print(f"note        {note}")
+    notes = list(trainer.notes)
     if trainer.changed:
-        print(f"note        these keys differ from the run being continued: {', '.join(trainer.changed)}")
+        notes.append(f"these keys differ from the run being continued: {', '.join(trainer.changed)}")
     if trainer.validation_changed:
-        print("note        validation is different than before: the best score begins anew")
-    sys.stdout.flush()
+        notes.append("validation is different than before: the best score begins anew")
+    print(*lines, *(f"note        {note}" for note in notes), sep="\n", flush=True)
 
 
 def plot_history(history: list[dict], steps: int, path: Path, title: str):
@@ -561,6 +557,4 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
             axes.ticklabel_format(axis="y", scilimits=(0, 0))
         axes.grid(alpha=0.3)
     set_title(figure, title)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.savefig(path, format="png")
