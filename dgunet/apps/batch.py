@@ -59,12 +59,15 @@ class Job:
 class RunReport:
     """The outcome for each image, reported as it happens and at the end."""
 
-    say: Callable[..., None]
     done: int = 0
     skipped: int = 0
     refused: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
     printed: set[str] = field(default_factory=set)  # notes of which the first was printed at once
+
+    def say(self, text: str, file=None):
+        tqdm.write(text, file=file)  # above a progress bar, if there is one
+        (file or sys.stdout).flush()
 
     def refuse(self, name: Path, reason: str):
         self.refused.append(str(name))
@@ -117,18 +120,13 @@ def restore_photographs(
     """
     if stages:
         import matplotlib  # noqa: F401, fail before the first image
-
-    def say(text: str, file=None):
-        tqdm.write(text, file=file)  # above a progress bar, if there is one
-        (file or sys.stdout).flush()
-
-    report = RunReport(say)
+    report = RunReport()
     path = locate(weights)
     content = read_checkpoint(path)
     provenance = Provenance(path, tile, bf16, local)
     jobs = _skip_done(_jobs(_gather(photos, out, report), out, stages, report), provenance, overwrite, report)
     if report.skipped:
-        say(f"{report.skipped} of {report.skipped + len(jobs)} done before; --overwrite does them again")
+        report.say(f"{report.skipped} of {report.skipped + len(jobs)} done before; --overwrite does them again")
     if jobs:
         target = pick_device(device)
         model = load_model(path, task=task, device=target, content=content)
@@ -137,10 +135,10 @@ def restore_photographs(
         if tile == "auto":
             tile = model.local.get("tile", tile)
         record = content.get("record") or {}
-        say(f"network: {weights}")
+        report.say(f"network: {weights}")
         for key, words in ("trained_for", "for"), ("not_for", "not for"):
             if key in record:
-                say(f"  {words}: {record[key]}")
+                report.say(f"  {words}: {record[key]}")
         out.mkdir(parents=True, exist_ok=True)
         noise = trained_sigma_range(content)
         try:
@@ -152,14 +150,14 @@ def restore_photographs(
                         _restore_one(model, job, report, noise, tile, target, bf16, provenance, bar.update)
                     bar.update(before + job.height * job.width - bar.n)
         except BaseException:  # Ctrl-C, a full disk
-            say(f"stopped: {report.summary(out)}; the same command goes on with the others")
+            report.say(f"stopped: {report.summary(out)}; the same command goes on with the others")
             raise
     for text, names in report.notes.items():
         if len(names) > 1 or text not in report.printed:
-            say(f"note: {text}: {one_line(shorten_list(names))}")
+            report.say(f"note: {text}: {one_line(shorten_list(names))}")
     if report.refused:
         raise UserError(f"{report.summary(out)}, for the reasons above")
-    say(report.summary(out))
+    report.say(report.summary(out))
 
 
 def _gather(photos: list[Path], out: Path, report: RunReport) -> Iterator[tuple[Path, Path]]:

@@ -346,7 +346,7 @@ def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
     """The folder or file of a word of --dataset."""
     if word in benchmarks:
         place = benchmarks[word].place
-        if not (source := find_folder(data_root, place)).exists():
+        if not (source := match_unicode_form(data_root / place, ignore_case=True)).exists():
             raise UserError(
                 f"no {source.absolute()}; --data_root names the folder that holds {place}, see the task's README for "
                 "the data layout"
@@ -358,20 +358,9 @@ def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
     return Path(word)
 
 
-def find_folder(root: Path, relative: str) -> Path:
-    """``root/relative``, or where that is not there, the one folder whose name differs in case or Unicode form."""
-    folder = root
-    for part in Path(relative).parts:
-        exact = folder / part
-        alike = [] if exact.exists() or not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
-        alike = [p for p in alike if nfc(p.name).lower() == nfc(part).lower()]
-        folder = alike[0] if len(alike) == 1 else exact
-    return folder
-
-
 def _read_restored(root: Path, names: tuple[str, ...], data: ImageSet) -> Callable:
     """For `evaluate`: the images in one of the folders of these names in ``root``, or in ``root`` itself."""
-    folders = (find_folder(root, name) for name in names)
+    folders = (match_unicode_form(root / name, ignore_case=True) for name in names)
     folder = next((folder for folder in folders if folder.is_dir()), root)
     there = images_by_name(folder, report=False)  # missing ones are reported
 
