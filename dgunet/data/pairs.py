@@ -242,19 +242,14 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
     def stem(name: str) -> str:
         return nfc(Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name)
 
-    def name(item) -> str:
-        return item.key if isinstance(item, Packed) else item.name
-
-    def excluded(item) -> bool:
-        own = stem(name(item))
-        return own in names or re.sub(r"_\d+$", "", own) in names
-
-    names = set(map(stem, lines))
-    left = [item for item in items if not excluded(item)]
+    listed = set(map(stem, lines))
+    names = [item.key if isinstance(item, Packed) else item.name for item in items]
+    stems = [{stem(name), re.sub(r"_\d+$", "", stem(name))} for name in names]
+    left = [item for item, own in zip(items, stems, strict=True) if not own & listed]
     if len(left) in (0, len(items)):
         which = "none" if left else "all"
         raise UserError(
-            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} images, as {name(items[0])}; correct it, "
+            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} images, as {names[0]}; correct it, "
             'or exclude nothing with TRAINING.EXCLUDE ""'
         )
     return left

@@ -132,7 +132,8 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
     imported = _import_benchmarks(args.dataset or [])
     args.dataset = [imported[word][0] if word in imported else word for word in args.dataset or []]
     benchmarks, method = how.benchmarks | dict(imported.values()), how.method
-    if how.operators and args.degradation:
+    operator = getattr(args, "degradation", None)
+    if operator:
         if args.score_only or not args.dataset:
             raise UserError("--degradation measures the images of a folder; give it with --dataset FOLDER")
         if args.pairs:
@@ -150,7 +151,7 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
         raise UserError(f"no folder {args.score_only.absolute()} with restored images")
     metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device))
     own_folders = how.own(args)
-    if how.operators and args.degradation:
+    if operator:
         method, open_folder = restore_measurement, functools.partial(measured, model=network.model)
         own_folders = {end: replace(benchmark, open=open_folder) for end, benchmark in own_folders.items()}
     tests = _tests(args.dataset or _default(how.benchmarks, noise), benchmarks, own_folders)
@@ -170,9 +171,7 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
             result.seconds_per_image = math.nan
             return result
         levels: list[float] = []
-        settings = dict(compile=args.compile)
-        if how.operators and args.degradation:
-            settings["degradation"] = args.degradation
+        settings = dict(compile=args.compile) | ({"degradation": operator} if operator else {})
         common |= dict(settings=settings, save_images=args.save_images or None, bf16=args.bf16)
         restoring = method if noise is None else _record_sigmas(method, levels)
         result = evaluate(network.model, data, method=restoring, **common, **how.options(args, benchmark), **further)
