@@ -10,7 +10,6 @@ import datetime
 import difflib
 import inspect
 import re
-import reprlib
 import sys
 import textwrap
 import unicodedata
@@ -544,10 +543,6 @@ def _shorten(text: str, length: int = 100) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-_shortener = reprlib.Repr()
-_shortener.maxstring = _shortener.maxother = 100
-
-
 def _short(value) -> str:
     """``repr``, on one line that can be read."""
-    return _shorten(_shortener.repr(value))
+    return _shorten(repr(value))
