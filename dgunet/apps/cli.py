@@ -61,10 +61,9 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dgunet {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for command, (task, default, summary) in RESTORING.items():
-        _add_restoring(
-            commands.add_parser(command, help=summary, description=f"{summary.capitalize()}. {KINDS}"), default
-        )
-        commands.choices[command].set_defaults(run=_restore, task=task)
+        sub = commands.add_parser(command, help=summary, description=f"{summary.capitalize()}. {KINDS}")
+        _add_restoring(sub, default)
+        sub.set_defaults(run=_restore, task=task)
     listing = commands.add_parser("list", help="the networks that come with dgunet", description="List the networks.")
     listing.add_argument("--json", action="store_true", help="their whole records, as JSON")
     listing.set_defaults(run=_list)
