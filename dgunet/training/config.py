@@ -451,10 +451,10 @@ def _coerce(default, value, key: str, source: str):
     if key == "MODEL.RATIO" and not isinstance(value, int | float | str):
         default = ()  # or a range
     kind, given = type(default), type(value)  # isinstance would take True for an int
+    values = value if given is list else [value]
     if key == "TRAINING.LOGGERS":
-        names = value if given is list else [value]
-        if all(isinstance(name, str) for name in names):
-            return value if value == "auto" else names
+        if all(isinstance(name, str) for name in values):
+            return value if value == "auto" else values
     elif given is bool:
         if kind is bool or default == "auto":  # a switch, or one that may be left to us
             return value
@@ -474,9 +474,8 @@ def _coerce(default, value, key: str, source: str):
             if len(numbers) == len(default) and bool not in map(type, numbers):
                 return [float(number) for number in numbers]
     elif kind is list:
-        numbers = value if given is list else [value]
-        if all(type(number) is int for number in numbers):
-            return numbers
+        if all(type(number) is int for number in values):
+            return values
     elif kind is tuple:
         ends = value if given is list and len(value) == 2 else [value, value]
         with contextlib.suppress(TypeError, ValueError, OverflowError):
