@@ -4,7 +4,6 @@
     python scripts/benchmark.py forward train --variants deblurring_dgunet deraining_dgunet --batch 16 --crop 256
     python scripts/benchmark.py forward --sizes 1280x720 --compile --profile
     python scripts/benchmark.py data --images Datasets/GoPro/train
-    python scripts/benchmark.py probe                        # a GPU's peak rates, and what waits for it
 
 The baseline is the same network in the original's form: float32, NCHW, eager; half instance norm by splitting and
 concatenating, subspace fusion with an explicit inverse; Adam as PyTorch chooses to run it (on a CPU parameter by
@@ -27,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -47,14 +45,13 @@ with command_imports(__name__):
     from dgunet.model.fusion import ISFF, SubspaceFusion
     from dgunet.model.instance_norm import HalfInstanceNorm
     from dgunet.model.layers import ChannelAttentionBlock, ConvBlock
-    from dgunet.model.projection import project
     from dgunet.model.proximal import MULTIPLE
     from dgunet.model.variants import VARIANTS, create_model, list_models
     from dgunet.runtime.hardware import autocast_dtype, pick_device
     from dgunet.training.config import load_config
     from dgunet.training.step import MeasureThenRestore, TrainState
 
-SECTIONS = ("forward", "train", "data", "evaluate", "startup")  # and "probe", only on request
+SECTIONS = ("forward", "train", "data", "evaluate", "startup")
 
 
 @dataclass(frozen=True)
@@ -406,86 +403,6 @@ def matrix_peak(device: str, size: int = 0) -> dict[bool, float | None]:
     return peaks
 
 
-# ------------------------------------------------------------------------------------------- what a GPU can do
-
-
-def probe(args) -> list[dict]:
-    """Peak rates of the device, the operations that limit training, its waits for the GPU; rows of the JSON file."""
-    cuda, rows = select(args.device), []
-    dtype = torch.bfloat16 if has_bf16(args.device) else torch.float32
-
-    def report(what: str, run: Callable, amount: float, unit: str):
-        seconds = make_timer(run).blocked_autorange().median
-        print(f"{what:44} {seconds * 1000:9.3f} ms {amount / seconds / 1e12:9.3f} {unit}", flush=True)
-        rows.append({"table": "probe", "name": what, "seconds": seconds, "rate": amount / seconds, "unit": unit})
-
-    scale = 1 if cuda else 16  # smaller on a CPU
-    print(f"\nprobe of {args.device}, {dtype}")
-    a, b = (torch.randn(8192 // scale, 8192 // scale, device=args.device, dtype=dtype) for _ in range(2))
-    report(f"product of {len(a)}x{len(a)}", lambda: a @ b, 2 * len(a) ** 3, "Tflop/s")
-    source = torch.randn(2**29 // scale**2, device=args.device)
-    target = torch.empty_like(source)
-    report(f"copy of {4 * len(source) / 2**20:.0f} MiB", lambda: target.copy_(source), 8 * len(source), "TB/s")
-
-    for batch, height, width in ((16, 256, 256), (1, 720, 1280)):
-        shape = (max(batch // scale, 1), height // scale, width // scale)
-        basis, maps = (_maps(shape, channels, args.device, torch.float32) for channels in (16, 80))
-        least = 4 * basis.numel() + 2 * 4 * maps.numel()  # bytes: each value read or written once
-        with torch.no_grad():
-            report(f"project, {shape}, forward", lambda basis=basis, maps=maps: project(basis, maps), least, "TB/s")
-        for x in (basis, maps):
-            x.requires_grad_()
-        weights = torch.randn_like(maps)
-
-        def both(basis=basis, maps=maps, weights=weights):
-            return torch.autograd.grad(project(basis, maps), (basis, maps), weights)
-
-        report(f"project, {shape}, and backward", both, 3 * least, "TB/s")
-
-    for channels in (3, 60, 64, 80, 100, 128):
-        shape = (16 // scale, 256 // scale, 256 // scale)
-        conv = nn.Conv2d(channels, channels, 3, padding=1).to(args.device, dtype, memory_format=torch.channels_last)
-        x = _maps(shape, channels, args.device, dtype).requires_grad_()
-        gradient = torch.randn_like(x)
-        for tuned in (False, True):
-            torch.backends.cudnn.benchmark = tuned
-            what = f"convolution of {channels} channels, cuDNN's benchmark {'on' if tuned else 'off'}"
-            flops = 3 * 2 * 9 * channels**2 * math.prod(shape)  # forward, and twice as much backward
-
-            def step(conv=conv, x=x, gradient=gradient):
-                return torch.autograd.grad(conv(x), (x, *conv.parameters()), gradient)
-
-            report(what, step, flops, "Tflop/s")
-
-    bf16 = dtype == torch.bfloat16
-    run = prepare(Case("train", "waits", args.variants[0], 1, 64, 64, bf16=bf16, device=args.device))
-    run(), run()  # loads libraries and chooses algorithms
-    waits = count_waits(lambda: [run() for _ in range(3)]) if cuda else 0
-    print(f"waits for the device in three training steps: {waits}")
-    return [*rows, {"table": "probe", "name": "waits", "count": waits}]
-
-
-def _maps(shape: tuple[int, int, int], channels: int, device: str, dtype: torch.dtype) -> torch.Tensor:
-    batch, height, width = shape
-    x = torch.randn(batch, channels, height, width, device=device, dtype=dtype)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def count_waits(run: Callable) -> int:
-    """How often ``run`` makes the CPU wait for the GPU; each place is printed."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "synchronizing" in str(warning.message)]
-    for warning in waits:
-        print(f"waits at {warning.filename}:{warning.lineno}")
-    return len(waits)
-
-
 # ------------------------------------------------------------------------------------------- the tables
 
 
@@ -593,7 +510,7 @@ def size(text: str) -> tuple[int, int]:
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all of these), probe")
+    add("sections", nargs="*", metavar="SECTION", choices=SECTIONS, help=f"{', '.join(SECTIONS)} (default: all)")
     add("--variants", nargs="+", default=["deraining_dgunet"], help=f"of {', '.join(list_models())}")
     add(
         "--sizes",
@@ -614,9 +531,6 @@ def main():
     add("--profile", action="store_true", help="also print a profile of this repository's networks")
     add("--out", type=Path, default=Path("benchmark.json"), help="JSON file to write (default: benchmark.json)")
     args = parser.parse_args()
-    unknown = set(args.sections) - {*SECTIONS, "probe"}
-    if unknown:
-        raise UserError(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}, probe")
     args.device = str(pick_device(args.device))
     sections = args.sections or SECTIONS
 
@@ -647,7 +561,7 @@ def tables(args, section: str, peaks: dict) -> Iterator[list[dict]]:
     for variant in args.variants:
         for width, height in sizes:
             yield network_table(args, network_cases(args, section, variant, height, width, batch), peaks)
-    others = {"data": data_table, "evaluate": evaluate_table, "startup": startup_table, "probe": probe}
+    others = {"data": data_table, "evaluate": evaluate_table, "startup": startup_table}
     if section in others:
         yield others[section](args)
 

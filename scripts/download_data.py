@@ -278,9 +278,8 @@ def put(item: Download, source: Path, folder: Path):
 
 def install(item: Download, folders: dict[Path, int | None], downloads: Path, keep_archives: bool):
     archive = fetch(item, downloads)
-    part = (
-        next(iter(folders)).resolve().with_name(f".{item.name}.part")
-    )  # beside the target of a link, not beside the link
+    # Beside the target of a link, not beside the link.
+    part = next(iter(folders)).resolve().with_name(f".{item.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     try:
         unpack(item, archive, part)

@@ -30,7 +30,7 @@ with command_imports(__name__):
     from natsort import natsorted
 
     from dgunet.data.images import read_image, write_image
-    from dgunet.data.pairs import Pair, find_pairs, pair_size, report_skipped_files
+    from dgunet.data.pairs import Pair, find_pairs, index_by_name, pair_size, report_skipped_files
     from dgunet.runtime.errors import describe_error
     from dgunet.runtime.files import IMAGE_SUFFIXES, nfc
     from dgunet.runtime.progress import progress_bar
@@ -66,20 +66,15 @@ def sidd_pairs(source: Path) -> list[Pair]:
         raise UserError(f"no folders in {source}; {hint}")
     pairs = []
     for scene in scenes:
-        sides: dict[str, dict[str, Path]] = {"NOISY": {}, "GT": {}}
-        others = []
-        for path in sorted(path for path in scene.iterdir() if not path.name.startswith(".")):
-            match = SIDD_NAME.fullmatch(path.stem) if path.suffix.lower() in IMAGE_SUFFIXES else None
-            if match is None:
-                others.append(path)
-                continue
-            side, number = sides[match[1].upper()], match[2]
-            if number in side:
-                raise UserError(f"{side[number]} and {path.name} are the same image by name; keep one of the two")
-            side[number] = path
+        there = sorted(path for path in scene.iterdir() if not path.name.startswith("."))
+        found = {path: SIDD_NAME.fullmatch(path.stem) for path in there if path.suffix.lower() in IMAGE_SUFFIXES}
+        sides = {
+            side: index_by_name((match[2], path) for path, match in found.items() if match and match[1].upper() == side)
+            for side in ("NOISY", "GT")
+        }
         if not any(sides.values()):
             raise UserError(f"no *_NOISY_SRGB_*.PNG in {scene}; complete or move this folder ({hint})")
-        report_skipped_files(scene, others)
+        report_skipped_files(scene, [path for path in there if not found.get(path)])
         for have, lack in (("NOISY", "GT"), ("GT", "NOISY")):
             for number in natsorted(sides[have].keys() - sides[lack].keys()):
                 path = sides[have][number]

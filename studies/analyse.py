@@ -121,17 +121,14 @@ def print_table(rows: list[StepMeasures], initial: float):
 
 def crop_for_imshow(x: Tensor, window: tuple[slice, slice]) -> np.ndarray:
     """The window of an image (1, C, H, W), as imshow takes it."""
-    image = to_uint8(x[0][(slice(None), *window)].permute(1, 2, 0).cpu().numpy())
+    image = to_uint8(x[(0, ..., *window)].permute(1, 2, 0).cpu().numpy())
     return image[..., 0] if image.shape[2] == 1 else image
 
 
 def draw_stages(record: Trace, truth: Tensor, window: tuple[slice, slice]) -> Figure:
     steps = record.steps
     changes = [
-        [
-            255 * change[0][(slice(None), *window)].mean(dim=0).cpu().numpy()
-            for change in (s.gradient_step, s.proximal_step)
-        ]
+        [255 * x[(0, ..., *window)].mean(dim=0).cpu().numpy() for x in (s.gradient_step, s.proximal_step)]
         for s in steps
     ]
     # The colour scale is that of the middle stages. The first may change the brightness; the last adds a residual to y

@@ -15,12 +15,9 @@ The matrix and the seams of a network for a range of ratios are those of all row
 """
 
 import math
-import sys
 from pathlib import Path
 
-from shared import ROOT, Parser, UserError, command_imports, markdown_table, run_cli
-
-sys.path.insert(0, str(ROOT / "CompressiveSensing"))
+from shared import Parser, UserError, command_imports, markdown_table, run_cli
 
 with command_imports(__name__):
     import matplotlib
@@ -80,10 +77,7 @@ def main():
         draw_seams(models, errors, first).savefig(args.out / "seams.png")
         if any(isinstance(model.degradation, ScalableSampling) for model in models.values()):
             scores = {name: over_ratios(model, images) for name, model in models.items()}
-            rows = [
-                [name, ", ".join(f"{100 * r:.3g}: {x:.2f}" for r, x in found.items())] for name, found in scores.items()
-            ]
-            print("\n" + markdown_table(["weights", "PSNR in dB by ratio in percent"], rows))
+            print("\n" + ratio_table(scores))
             draw_ratios(scores).savefig(args.out / "ratios.png")
     print(f"\ndrawn in {args.out.absolute()}")
 

@@ -18,10 +18,11 @@ from shared import Parser, UserError, command_imports, markdown_table, matching,
 
 with command_imports(__name__):
     from dgunet.checkpoints.load import load_model
-    from dgunet.evaluation.cli import Benchmark, find_folder
+    from dgunet.evaluation.cli import Benchmark
     from dgunet.evaluation.runner import evaluate
     from dgunet.evaluation.sets import pairs_or_images
     from dgunet.model.local import OPERATIONS, with_local_statistics
+    from dgunet.runtime.files import match_unicode_form
     from dgunet.runtime.hardware import pick_device
     from dgunet.tasks import find_task
 
@@ -42,12 +43,16 @@ def find_benchmark(task: str, name: str) -> Benchmark:
     return benchmarks.get(name) or Benchmark(name, "rgb_matlab", open=pairs_or_images)
 
 
+def find_source(root: Path, benchmark: Benchmark) -> Path:
+    return match_unicode_form(root / benchmark.place, ignore_case=True)
+
+
 def measure(weights: str, name: str, form: str, args: Namespace) -> tuple[int, float, float, float]:
     """A case: how many images, mean PSNR in dB, seconds per image, peak memory of this process in MiB."""
     task = NETWORKS[weights][0]
     benchmark, method, local = find_benchmark(task, name), find_task(task).evaluation.method, FORMS[form]
     model = load_model(weights, device=pick_device(args.device))
-    data = benchmark.open(find_folder(args.data_root, benchmark.place))
+    data = benchmark.open(find_source(args.data_root, benchmark))
     step = max(len(data.samples) // (args.images or len(data.samples)), 1)
     data = replace(data, samples=data.samples[::step][: args.images])
     if model.degradation is None:
@@ -71,7 +76,7 @@ def main():
     for weights in matching(list(NETWORKS), args.only):
         task, names = NETWORKS[weights]
         for name in names:
-            if not find_folder(args.data_root, find_benchmark(task, name).place).exists():
+            if not find_source(args.data_root, find_benchmark(task, name)).exists():
                 missing.append(name)
                 continue
             cells = []

@@ -119,27 +119,6 @@ def test_several_calls_for_each_measurement(monkeypatch):
     assert measurement.number_per_run == 20 and len(calls) >= 20
 
 
-def test_probe(capsys):
-    """All that it does on a GPU, on less."""
-    args = argparse.Namespace(device="cpu", threads=0, runs=1, variants=["compressive_sensing_dgunet"])
-    tuned = torch.backends.cudnn.benchmark
-    try:
-        rows = benchmark.probe(args)
-    finally:
-        torch.backends.cudnn.benchmark = tuned
-    assert len(rows) == 2 + 2 * 2 + 6 * 2 + 1 and all(row["rate"] > 0 for row in rows[:-1])
-    assert rows[-1] == {"table": "probe", "name": "waits", "count": 0}
-    printed = capsys.readouterr().out
-    for words in (
-        "product of",
-        "copy of",
-        "project, (1, 45, 80), and backward",
-        "convolution of 100 channels",
-        "waits",
-    ):
-        assert words in printed
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

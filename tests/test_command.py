@@ -861,20 +861,9 @@ def test_mistakes_are_one_line(dgunet):
 # ------------------------------------------------------------------------------------------ the rest of the command
 
 
-def test_default_network_is_a_shipped_one(dgunet, weights, monkeypatch):
-    save("x.png")
-    record = SimpleNamespace(name="deblurring_of_mine", task="deblurring", path=weights)
-    with monkeypatch.context() as patched:
-        patched.setattr(pretrained, "list_pretrained", lambda: [])
-        with pytest.raises(UserError, match="no network for deblurring .*--weights FILE"):
-            command._default_weights("deblur", "deblurring")
-        patched.setattr(pretrained, "list_pretrained", lambda: [record])
-        assert command._default_weights("deblur", "deblurring") == "deblurring_of_mine"
-    shipped = {command._default_weights(name, RESTORING_TASKS[name]) for name in ("denoise", "derain")}
-    assert shipped == {"denoising_gaussian", "deraining_mixture"}
-
-
-RESTORING_TASKS = {name: task for name, (task, _, _) in command.RESTORING.items()}
+def test_default_networks_are_shipped_and_of_the_task():
+    shipped = {record.name: record.task for record in pretrained.list_pretrained()}
+    assert all(shipped[default] == task for task, default, _ in command.RESTORING.values())
 
 
 def test_list(dgunet):

@@ -22,10 +22,16 @@ from PIL import Image, features
 
 import dgunet.data.pairs
 from dgunet import UserError
-from dgunet.data.datasets import CenterCropDataset, MixupPatches, PairedPatches, SaturationPatches, SyntheticPatches
+from dgunet.data.datasets import (
+    CenterCropDataset,
+    LumaPatches,
+    MixupPatches,
+    PairedPatches,
+    SaturationPatches,
+    SyntheticPatches,
+)
 from dgunet.data.images import image_size, read_image, read_luma, write_image
 from dgunet.data.loader import ResumableBatchSampler
-from dgunet.data.luma import LumaPatches
 from dgunet.data.packed import Packed
 from dgunet.data.pairs import changed_items, exclude, find_images, find_pairs, fingerprint, hold_out, list_images
 from dgunet.data.synthesis import find_degradation

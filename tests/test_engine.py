@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_script
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from test_model import Operations
 
 import dgunet.training.loggers
@@ -26,8 +26,7 @@ import dgunet.training.trainer
 import dgunet.training.validation
 from dgunet import create_model, load_model
 from dgunet.checkpoints.load import read_checkpoint, save_checkpoint
-from dgunet.data.datasets import CenterCropDataset, PairedPatches
-from dgunet.data.luma import LumaPatches
+from dgunet.data.datasets import CenterCropDataset, LumaPatches, PairedPatches
 from dgunet.data.pairs import find_images
 from dgunet.data.transforms import unit_range
 from dgunet.evaluation.metrics import psnr_batch
@@ -494,10 +493,8 @@ def test_clamping_of_the_estimates(folders, clamp):
 def test_curves_of_one_epoch(folders, monkeypatch):
     """A single point is inside the image, with ticks and a value that can be read."""
     figures = []
-    write = FigureCanvasAgg.print_png
-    monkeypatch.setattr(
-        FigureCanvasAgg, "print_png", lambda self, path: (figures.append(self.figure), write(self, path))
-    )
+    write = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), write(self, *a, **k)))
     row = {"epoch": 1, "step": 4, "lr": 1e-4, "loss": 0.031, "psnr": 31.25}
     for changes in ({}, {"psnr": None, "loss": float("nan")}):
         plot_history([row | changes], 4, folders / "curves.png", "run")
@@ -1192,7 +1189,7 @@ def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
 
 def test_curves_show_all_values(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, _: drawn.append(canvas.figure))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **options: drawn.append(self))
     rows = [dict(epoch=e, step=2, loss=1 / e, psnr=20.0 + e, lr=2e-4 / e) for e in (1, 2, 3)]
     plot_history(rows, 4, tmp_path / "curves.png", "run")
     loss, psnr, lr = drawn[0].axes

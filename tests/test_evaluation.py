@@ -27,12 +27,13 @@ from dgunet.data.pairs import find_pairs
 from dgunet.data.transforms import to_uint8, unit_range
 from dgunet.evaluation import cli as testing
 from dgunet.evaluation import runner, scoresheet, sets
-from dgunet.evaluation.cli import append_results, average, estimate_sigma, find_folder
+from dgunet.evaluation.cli import append_results, average, estimate_sigma
 from dgunet.evaluation.metrics import PROTOCOLS, evaluate_pair
 from dgunet.evaluation.runner import evaluate
 from dgunet.evaluation.scoresheet import Result, ScoreSheet
 from dgunet.evaluation.sets import ImageSet, Sample
 from dgunet.runtime.errors import run_cli
+from dgunet.runtime.files import match_unicode_form
 from dgunet.runtime.hardware import pick_device
 from dgunet.tasks import find_task
 from dgunet.tasks.denoising import BENCHMARKS, with_noise
@@ -628,13 +629,17 @@ def test_published_sets_are_found_in_upper_and_lower_case(test, image_pairs):
     assert rows("compressive_sensing")[-1]["dataset"] == "Set11"
 
 
-def test_find_folder(tmp_path):
+def test_folder_of_another_case(tmp_path):
     for name in ("a/SET", "a/Set", "b/sEt/X"):
         (tmp_path / name).mkdir(parents=True)
-    assert find_folder(tmp_path, "a/Set") == tmp_path / "a/Set"  # as it is written
-    assert find_folder(tmp_path, "a/set") == tmp_path / "a/set"  # which of the two?
-    assert find_folder(tmp_path, "B/set/x") == tmp_path / "b/sEt/X"
-    assert find_folder(tmp_path / "nowhere", "Set11") == tmp_path / "nowhere/Set11"
+    for name, found in {
+        "a/Set": "a/Set",  # as it is written
+        "a/set": "a/set",  # which of the two?
+        "B/set/x": "b/sEt/X",
+        "nowhere/Set11": "nowhere/Set11",
+    }.items():
+        assert match_unicode_form(tmp_path / name, ignore_case=True) == tmp_path / found
+    assert match_unicode_form(tmp_path / "B/set") == tmp_path / "B/set"
 
 
 def test_data_root_mistakes(test, image_pairs):
@@ -1167,7 +1172,7 @@ def test_results_are_appended_to_tables_of_before(tmp_path):
         append_results(table, [new], "w.pth", "DGUNet")
         with open(table, newline="") as file:
             first, second = csv.DictReader(file)
-        assert (first["dataset"], first["psnr"], first["identical"]) == ("before", "30.0", None)
+        assert (first["dataset"], first["psnr"], first["identical"]) == ("before", "30.0", "")
         assert (second["dataset"], second["psnr"], second["identical"], second["protocol_version"]) == (
             "set", "31.0000", "1", "1"
         )  # fmt: skip

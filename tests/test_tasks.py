@@ -21,9 +21,8 @@ from PIL import Image
 from dgunet import create_model, load_model, restore
 from dgunet.checkpoints.load import describe_model, read_checkpoint, save_checkpoint
 from dgunet.checkpoints.registry import list_pretrained
-from dgunet.data.datasets import CenterCropDataset, SaturationPatches
+from dgunet.data.datasets import CenterCropDataset, LumaPatches, SaturationPatches
 from dgunet.data.images import read_image, read_luma, write_image
-from dgunet.data.luma import LumaPatches
 from dgunet.data.pairs import find_pairs
 from dgunet.data.synthesis import added_rain, motion_blur
 from dgunet.data.transforms import unit_range

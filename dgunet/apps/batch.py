@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from dgunet import __version__
 from dgunet.apps.figures import draw_stages, label_stages, restore_stages
@@ -38,13 +39,8 @@ from dgunet.runtime.progress import progress_bar
 
 OURS = "restored by dgunet"  # start of the comment in a restored image
 FIGURE = ".stages.png"  # suffix of a figure of stages
-FATAL_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EIO,
-    errno.EROFS,
-    errno.EPIPE,
-}  # the next image would fail, too
+# Errors after which the next image would fail, too.
+FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE}
 FIGURE_FROM, FIGURE_SIDE = 512, 160  # side of the centre crop that a figure of stages computes, and of that it shows
 
 
@@ -63,12 +59,15 @@ class Job:
 class RunReport:
     """The outcome for each image, reported as it happens and at the end."""
 
-    say: Callable[..., None]
     done: int = 0
     skipped: int = 0
     refused: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
     printed: set[str] = field(default_factory=set)  # notes of which the first was printed at once
+
+    def say(self, text: str, file=None):
+        tqdm.write(text, file=file)  # above a progress bar, if there is one
+        (file or sys.stdout).flush()
 
     def refuse(self, name: Path, reason: str):
         self.refused.append(str(name))
@@ -121,21 +120,13 @@ def restore_photographs(
     """
     if stages:
         import matplotlib  # noqa: F401, fail before the first image
-    bar = None
-
-    def say(text: str, file=None):
-        if bar is None:
-            print(text, file=file, flush=True)
-        else:
-            bar.write(text, file=file)
-
-    report = RunReport(say)
+    report = RunReport()
     path = locate(weights)
     content = read_checkpoint(path)
     provenance = Provenance(path, tile, bf16, local)
     jobs = _skip_done(_jobs(_gather(photos, out, report), out, stages, report), provenance, overwrite, report)
     if report.skipped:
-        say(f"{report.skipped} of {report.skipped + len(jobs)} done before; --overwrite does them again")
+        report.say(f"{report.skipped} of {report.skipped + len(jobs)} done before; --overwrite does them again")
     if jobs:
         target = pick_device(device)
         model = load_model(path, task=task, device=target, content=content)
@@ -144,10 +135,10 @@ def restore_photographs(
         if tile == "auto":
             tile = model.local.get("tile", tile)
         record = content.get("record") or {}
-        say(f"network: {weights}")
+        report.say(f"network: {weights}")
         for key, words in ("trained_for", "for"), ("not_for", "not for"):
             if key in record:
-                say(f"  {words}: {record[key]}")
+                report.say(f"  {words}: {record[key]}")
         out.mkdir(parents=True, exist_ok=True)
         noise = trained_sigma_range(content)
         try:
@@ -159,16 +150,14 @@ def restore_photographs(
                         _restore_one(model, job, report, noise, tile, target, bf16, provenance, bar.update)
                     bar.update(before + job.height * job.width - bar.n)
         except BaseException:  # Ctrl-C, a full disk
-            bar = None
-            say(f"stopped: {report.summary(out)}; the same command goes on with the others")
+            report.say(f"stopped: {report.summary(out)}; the same command goes on with the others")
             raise
-        bar = None
     for text, names in report.notes.items():
         if len(names) > 1 or text not in report.printed:
-            say(f"note: {text}: {one_line(shorten_list(names))}")
+            report.say(f"note: {text}: {one_line(shorten_list(names))}")
     if report.refused:
         raise UserError(f"{report.summary(out)}, for the reasons above")
-    say(report.summary(out))
+    report.say(report.summary(out))
 
 
 def _gather(photos: list[Path], out: Path, report: RunReport) -> Iterator[tuple[Path, Path]]:
@@ -223,9 +212,8 @@ def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, report: R
         if not (target.suffix.lower() == ".png" or (is_jpeg(target) and kind == "JPEG")):
             target = target.with_suffix(".png")
         if target in jobs:
-            same = os.path.samefile(source, jobs[target].source)
-            if not same:
-                other = jobs[target].source
+            other = jobs[target].source
+            if not os.path.samefile(source, other):
                 report.refuse(source, f"would be written to {target}, as {other} is; restore it to another --out")
             continue
         figure = target.with_name(f"{target.name}{FIGURE}") if stages else None
@@ -295,17 +283,13 @@ def _attempt(job: Job, report: RunReport):
     try:
         yield
         report.done += 1
-    except UserError as error:
-        report.refuse(job.source, str(error))
-    except OSError as error:
-        if error.errno in FATAL_ERRNOS or (reason := describe_error(error)) is None:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if getattr(error, "errno", None) in FATAL_ERRNOS or (reason := describe_error(error)) is None:
             raise
+        if is_out_of_memory(error):
+            torch.cuda.empty_cache()
+            reason = "out of memory; restore it in tiles, --tile 512"
         report.refuse(job.source, reason)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        torch.cuda.empty_cache()
-        report.refuse(job.source, "out of memory; restore it in tiles, --tile 512")
 
 
 def _restore_one(

@@ -61,10 +61,9 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dgunet {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for command, (task, default, summary) in RESTORING.items():
-        _add_restoring(
-            commands.add_parser(command, help=summary, description=f"{summary.capitalize()}. {KINDS}"), default
-        )
-        commands.choices[command].set_defaults(run=_restore, task=task)
+        sub = commands.add_parser(command, help=summary, description=f"{summary.capitalize()}. {KINDS}")
+        _add_restoring(sub, default)
+        sub.set_defaults(run=_restore, task=task)
     listing = commands.add_parser("list", help="the networks that come with dgunet", description="List the networks.")
     listing.add_argument("--json", action="store_true", help="their whole records, as JSON")
     listing.set_defaults(run=_list)
@@ -123,7 +122,7 @@ def _restore(args: argparse.Namespace):
     restore_photographs(
         args.photos,
         args.out,
-        args.weights or _default_weights(args.command, args.task),
+        args.weights or RESTORING[args.command][1],
         args.task,
         overwrite=args.overwrite,
         stages=args.stages,
@@ -132,16 +131,6 @@ def _restore(args: argparse.Namespace):
         device=args.device,
         bf16=args.bf16,
     )
-
-
-def _default_weights(command: str, task: str) -> str:
-    from dgunet.checkpoints.registry import list_pretrained
-
-    names = [record.name for record in list_pretrained() if record.task == task]
-    default = RESTORING[command][1]
-    if not names:
-        raise UserError(f"no network for {task} comes with dgunet yet; give one with --weights FILE")
-    return default if default in names else names[0]
 
 
 def _list(args: argparse.Namespace):

@@ -26,7 +26,7 @@ from dgunet.data.images import to_tensor
 from dgunet.data.photos import estimate_sigma, noise_warning, trained_sigma_range
 from dgunet.data.samples import MIN_SIDE, sample_photos
 from dgunet.data.synthesis import Degrade, added_rain, degrade_image, gaussian_noise, motion_blur, sensor_noise
-from dgunet.data.transforms import pad_to_blocks, to_uint8, unit_range
+from dgunet.data.transforms import as_colour, pad_to_blocks, to_uint8, unit_range
 from dgunet.evaluation.metrics import evaluate_pair
 from dgunet.model.network import DGUNet
 from dgunet.model.sampling import BlockSampling, FirstRows, ScalableSampling, percentage
@@ -202,8 +202,7 @@ def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
     if photo.pixels.dtype == np.uint16:
         image = (photo.pixels / 65535).astype(np.float32)
         changed.append("rounded to 8 bits")
-    if image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=2)
+    image = as_colour(image)
     if photo.alpha is not None:
         alpha = photo.alpha[..., None] / np.float32(np.iinfo(photo.alpha.dtype).max)
         image = alpha * image + (1 - alpha)
@@ -261,20 +260,14 @@ ABOUT = """## DGUNet restores images by proximal gradient descent, unrolled into
 
 
 def build(networks: list[Network], device: torch.device, pixels: int):
-    """The page, a `gradio.Blocks`; images of more than ``pixels`` pixels are scaled down."""
+    """The page, a `gradio.Blocks`, with networks for each task; images of more than ``pixels`` are scaled down."""
     import gradio as gr
 
     with gr.Blocks(title="DGUNet", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(ABOUT)
         for name, task in TASKS.items():
             with gr.Tab(task.title, id=name):
-                if of_task := [network for network in networks if network.task == name]:
-                    _Tab(name, of_task, device, pixels).build()
-                else:
-                    gr.Markdown(
-                        f"No network for {task.title.lower()} comes with this version. Once you have trained one, "
-                        f"`dgunet demo --weights {name}=model_best.pth` shows it here."
-                    )
+                _Tab(name, [network for network in networks if network.task == name], device, pixels).build()
     return app
 
 

@@ -125,9 +125,6 @@ def draw_stages(
     for axis in axes:
         axis.set_axis_off()
     encoded = io.BytesIO()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.print_png(encoded, metadata={"Comment": comment} if comment else None)
+    figure.savefig(encoded, format="png", metadata={"Comment": comment} if comment else None)
     with atomic_write(out) as temporary:
         temporary.write_bytes(encoded.getbuffer())

@@ -34,11 +34,10 @@ def list_packed(file: Path, group: str) -> list[str]:
 
     with _damage_named(file):
         content = _packed_file(file)
-        pairs = "input" in content
-        names = natsorted(map(os.fsdecode, content[group])) if pairs == (group != "/") else None
-    if names is None:
-        kind = "image pairs" if pairs else "single images"
-        raise UserError(f"{file} holds {kind}, which is not what this task trains on; see scripts/pack_dataset.py")
+        if ("input" in content) != (group != "/"):
+            kind = "image pairs" if "input" in content else "single images"
+            raise UserError(f"{file} holds {kind}, which is not what this task trains on; see scripts/pack_dataset.py")
+        names = natsorted(map(os.fsdecode, content[group]))
     if not names:
         raise UserError(f"no images in {file}; pack the folder again")
     return names
@@ -49,10 +48,12 @@ def _damage_named(source: Path | Packed) -> Iterator[None]:
     """Around reading a packed file: its damage, which shows in many ways, becomes a UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, ImportError):
         raise
     except Exception as error:
-        raise UserError(f"{source} is damaged; pack the folder again with scripts/pack_dataset.py") from error
+        advice = "pack the folder again with scripts/pack_dataset.py"
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source} is not a packed data set, or is damaged; {advice} ({reason})") from error
 
 
 class _PackedImage:
@@ -82,24 +83,16 @@ _open_files: dict = {}  # packed files by path
 
 
 def _packed_file(file: Path):
-    """The open file."""
-    if file in _open_files:
-        return _open_files[file]
-    import h5py
+    """The open file; damage is for `_damage_named`."""
+    if file not in _open_files:
+        import h5py
 
-    try:
         content = h5py.File(file)
-        known = content.attrs.get("format") == PACK_FORMAT
-    except Exception as error:  # damage shows in many ways
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{file} is not a packed data set, or is damaged; see scripts/pack_dataset.py ({reason})"
-        ) from error
-    if not known:
-        content.close()
-        raise UserError(f"{file} was not written by scripts/pack_dataset.py")
-    _open_files[file] = content
-    return content
+        if content.attrs.get("format") != PACK_FORMAT:
+            content.close()
+            raise UserError(f"{file} was not written by scripts/pack_dataset.py")
+        _open_files[file] = content
+    return _open_files[file]
 
 
 def _close_packed_files():

@@ -84,20 +84,13 @@ def index_by_name(named: Iterable[tuple[str, Path | Packed]]) -> dict[str, Path 
     Raises:
         UserError: two sources of one name.
     """
-    found: dict[str, tuple[str, Path | Packed]] = {}
+    found: dict[str, Path | Packed] = {}
     for name, source in named:
-        key = nfc(name)
-        if key in found:
-            other_name, other = found[key]
-            if name == other_name:
-                own = source.key if isinstance(source, Packed) else source.name
-                raise UserError(f"{other} and {own} have the same name; keep one of the two")
-            raise UserError(
-                f"{escaped(other)} and {escaped(source)} have names that differ in their Unicode form alone (NFC, "
-                "NFD) and look the same; keep one of the two"
-            )
-        found[key] = name, source
-    return {key: source for key, (_, source) in found.items()}
+        if (key := nfc(name)) in found:
+            same = f"{escaped(found[key])} and {escaped(source)} have the same name"
+            raise UserError(f"{same} (in Unicode form NFC); keep one of the two")
+        found[key] = source
+    return found
 
 
 def images_by_name(folder: str | Path, report: bool = True) -> dict[str, Path]:
@@ -184,7 +177,7 @@ def _match_layout(
     for root, pattern in zip((inputs, targets), layout, strict=True):
         folder, _, last = pattern.rpartition("/")
         if last == "*" and "*" not in folder:
-            sides.append(images_by_name(root / folder))
+            sides.append(list(images_by_name(root / folder).items()))
             places.append(root / folder)
         else:
             found = match_images(root, pattern)
@@ -193,7 +186,6 @@ def _match_layout(
             sides.append(found)
             places.append(f"{root} ({pattern})")
     # Of two patterns that match an image, such as * and *_gt, the one that says more has it.
-    sides = [list(side.items()) if isinstance(side, dict) else side for side in sides]
     twice = {path for _, path in sides[0]} & {path for _, path in sides[1]}
     if twice:
         literal = [len(pattern.replace("*", "")) for pattern in layout]
@@ -250,19 +242,14 @@ def exclude(items: list[Path | Packed | Pair], listing: str | Path) -> list:
     def stem(name: str) -> str:
         return nfc(Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name)
 
-    def name(item) -> str:
-        return item.key if isinstance(item, Packed) else item.name
-
-    def excluded(item) -> bool:
-        own = stem(name(item))
-        return own in names or re.sub(r"_\d+$", "", own) in names
-
-    names = set(map(stem, lines))
-    left = [item for item in items if not excluded(item)]
+    listed = set(map(stem, lines))
+    names = [item.key if isinstance(item, Packed) else item.name for item in items]
+    stems = [{stem(name), re.sub(r"_\d+$", "", stem(name))} for name in names]
+    left = [item for item, own in zip(items, stems, strict=True) if not own & listed]
     if len(left) in (0, len(items)):
         which = "none" if left else "all"
         raise UserError(
-            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} images, as {name(items[0])}; correct it, "
+            f"TRAINING.EXCLUDE: {listing} names {which} of the {len(items)} images, as {names[0]}; correct it, "
             'or exclude nothing with TRAINING.EXCLUDE ""'
         )
     return left

@@ -32,6 +32,15 @@ _NOT_READ = {
     "JPEG XL": "is a JPEG XL image; export it as JPEG or PNG",
     "web page": "is a web page; save the image itself",
 }
+# How files of some of these types begin.
+_SIGNATURES = {
+    "raw": rb"FUJIFILMCCD-RAW|II(RO|RS|U\0)|MMOR|(II|MM)(\*\0|\0\*|\+\0|\0\+)....CR",  # the last is Canon's
+    "video": rb"....(moov|mdat|wide)|.{8}AVI |\x1a\x45\xdf\xa3",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "PDF": rb"(?i).*%pdf-",
+    "SVG": rb"(?i)[\xef\xbb\xbf \t\r\n]*(?=<).*<svg",
+    "web page": rb"(?i)[\xef\xbb\xbf \t\r\n]*<(!doctype )?html",
+}
 # Extra content of some photographs: a pattern in the file's bytes, and its name.
 _EXTRA_CONTENT = {
     rb"hdrgm:|hdrgainmap|urn:iso:std:iso:ts:21496": "its gain map (what makes it HDR)",
@@ -56,27 +65,14 @@ class Photo:
 
 def _file_type(start: bytes) -> str:
     """The type of a file, from its first bytes, if Pillow may not read it; otherwise ""."""
-    brands = {start[8:12], *(start[k : k + 4] for k in range(16, min(int.from_bytes(start[:4], "big"), 512), 4))}
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start[4:8] == b"ftyp":
+        brands = {start[8:12], *(start[k : k + 4] for k in range(16, min(int.from_bytes(start[:4], "big"), 512), 4))}
         if brands & {b"avif", b"avis"}:
             return "AVIF"
         if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}:
             return "HEIC"
         return "raw" if start[8:12] == b"crx " else "video"
-    if start.startswith((b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0")):
-        return "raw"
-    if is_tiff(start) and start[8:10] == b"CR":  # Canon's
-        return "raw"
-    if start[4:8] in (b"moov", b"mdat", b"wide") or start[8:12] == b"AVI " or start.startswith(b"\x1a\x45\xdf\xa3"):
-        return "video"
-    if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        return "JPEG XL"
-    if b"%pdf-" in text:
-        return "PDF"
-    if text.startswith(b"<") and b"<svg" in text:
-        return "SVG"
-    return "web page" if text.startswith((b"<!doctype html", b"<html")) else ""
+    return next((kind for kind, pattern in _SIGNATURES.items() if re.match(pattern, start, re.DOTALL)), "")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dgunet.data.images import read_image
+from dgunet.data.transforms import as_colour
 from dgunet.runtime.errors import UserError
 from dgunet.runtime.files import open_file
 
@@ -31,12 +32,10 @@ class SamplePhoto:
         Raises:
             UserError: it cannot be read, see `images.read_image`, or is too small.
         """
-        image = read_image(self.path, grey=True)
+        image = as_colour(read_image(self.path, grey=True))
         height, width = image.shape[:2]
         if min(height, width) < MIN_SIDE:
             raise UserError(f"{self.path} has {width}x{height} pixels, less than {MIN_SIDE}x{MIN_SIDE}; remove it")
-        if image.ndim == 2:
-            image = np.repeat(image[:, :, None], 3, axis=2)
         if self.crop:
             top, left, height, width = self.crop
             image = image[top : top + height, left : left + width]

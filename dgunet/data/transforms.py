@@ -59,6 +59,11 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * np.float32(255)).round().astype(np.uint8)
 
 
+def as_colour(image: np.ndarray) -> np.ndarray:
+    """A grey image (H, W) as three equal channels, which changes neither MSE nor per-channel SSIM."""
+    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+
+
 def apply_orientation(image: np.ndarray, turn: int) -> np.ndarray:
     """An image (H, W, ...) flipped and rotated as its EXIF orientation (1 to 8) asks for."""
     if turn >= 5:

@@ -132,7 +132,8 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
     imported = _import_benchmarks(args.dataset or [])
     args.dataset = [imported[word][0] if word in imported else word for word in args.dataset or []]
     benchmarks, method = how.benchmarks | dict(imported.values()), how.method
-    if how.operators and args.degradation:
+    operator = getattr(args, "degradation", None)
+    if operator:
         if args.score_only or not args.dataset:
             raise UserError("--degradation measures the images of a folder; give it with --dataset FOLDER")
         if args.pairs:
@@ -150,7 +151,7 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
         raise UserError(f"no folder {args.score_only.absolute()} with restored images")
     metrics = find_metrics(list(dict.fromkeys(args.metrics)), pick_device(args.device))
     own_folders = how.own(args)
-    if how.operators and args.degradation:
+    if operator:
         method, open_folder = restore_measurement, functools.partial(measured, model=network.model)
         own_folders = {end: replace(benchmark, open=open_folder) for end, benchmark in own_folders.items()}
     tests = _tests(args.dataset or _default(how.benchmarks, noise), benchmarks, own_folders)
@@ -170,9 +171,7 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
             result.seconds_per_image = math.nan
             return result
         levels: list[float] = []
-        settings = dict(compile=args.compile)
-        if how.operators and args.degradation:
-            settings["degradation"] = args.degradation
+        settings = dict(compile=args.compile) | ({"degradation": operator} if operator else {})
         common |= dict(settings=settings, save_images=args.save_images or None, bf16=args.bf16)
         restoring = method if noise is None else _record_sigmas(method, levels)
         result = evaluate(network.model, data, method=restoring, **common, **how.options(args, benchmark), **further)
@@ -346,7 +345,7 @@ def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
     """The folder or file of a word of --dataset."""
     if word in benchmarks:
         place = benchmarks[word].place
-        if not (source := find_folder(data_root, place)).exists():
+        if not (source := match_unicode_form(data_root / place, ignore_case=True)).exists():
             raise UserError(
                 f"no {source.absolute()}; --data_root names the folder that holds {place}, see the task's README for "
                 "the data layout"
@@ -358,20 +357,9 @@ def _find(word: str, data_root: Path, benchmarks: dict[str, Benchmark]) -> Path:
     return Path(word)
 
 
-def find_folder(root: Path, relative: str) -> Path:
-    """``root/relative``, or where that is not there, the one folder whose name differs in case or Unicode form."""
-    folder = root
-    for part in Path(relative).parts:
-        exact = folder / part
-        alike = [] if exact.exists() or not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
-        alike = [p for p in alike if nfc(p.name).lower() == nfc(part).lower()]
-        folder = alike[0] if len(alike) == 1 else exact
-    return folder
-
-
 def _read_restored(root: Path, names: tuple[str, ...], data: ImageSet) -> Callable:
     """For `evaluate`: the images in one of the folders of these names in ``root``, or in ``root`` itself."""
-    folders = (find_folder(root, name) for name in names)
+    folders = (match_unicode_form(root / name, ignore_case=True) for name in names)
     folder = next((folder for folder in folders if folder.is_dir()), root)
     there = images_by_name(folder, report=False)  # missing ones are reported
 
@@ -473,19 +461,19 @@ def append_results(path: Path, results: list[Result], weights: str, model: str):
         for r in results
     ]  # fmt: skip
     with lock_dir(path.parent, "test", wait=True):  # tests that end together must not mix their rows
-        before = path.read_bytes() if path.exists() else b""
-        head, newline, others = before.partition(b"\n")
-        known = head.decode(TEXT["encoding"], TEXT["errors"]).strip().split(",") if head else []
-        if known and "psnr" not in known:
-            raise UserError(f"{path} is no table of results as test.py writes it; move it away, and start again")
-        columns = known + [name for name in rows[0] if name not in known]
-        if columns != known or not newline:  # a new table, or scores that it has had no columns for
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                file.write(",".join(columns).encode() + b"\r\n" + others)
-        with open(path, "a", **TEXT) as file:
-            if others and not others.endswith(b"\n"):  # a line that was cut off
-                file.write("\r\n")
-            csv.DictWriter(file, columns).writerows(rows)
+        before, columns = [], []
+        if path.exists():
+            with open(path, **TEXT) as file:
+                reader = csv.DictReader(file)
+                columns = reader.fieldnames or []
+                if columns and "psnr" not in columns:
+                    advice = "move it away, and start again"
+                    raise UserError(f"{path} is no table of results as test.py writes it; {advice}")
+                before = list(reader)
+        with atomic_write(path) as temporary, open(temporary, "w", **TEXT) as file:
+            writer = csv.DictWriter(file, dict.fromkeys([*columns, *rows[0]]), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(before + rows)
 
 
 def _setting_text(value) -> str:

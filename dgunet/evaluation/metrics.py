@@ -55,7 +55,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgunet.data.transforms import unit_range
+from dgunet.data.transforms import as_colour, unit_range
 from dgunet.runtime.errors import UserError
 from dgunet.runtime.imports import import_object, is_object_name
 
@@ -196,7 +196,7 @@ def _score_with(name: str, metric: Callable, device, restored: np.ndarray, targe
     if restored.ndim == 2:
         target = _full_luma(target)
     images = [
-        torch.from_numpy(np.ascontiguousarray(_as_colour(unit_range(image)).transpose(2, 0, 1)))[None].to(device)
+        torch.from_numpy(np.ascontiguousarray(as_colour(unit_range(image)).transpose(2, 0, 1)))[None].to(device)
         for image in (restored, target)
     ]
     try:
@@ -247,7 +247,7 @@ def _cs_y(restored: np.ndarray, target: np.ndarray) -> Scores:
 
 
 def _realblur_aligned(restored: np.ndarray, target: np.ndarray, align: bool) -> Scores:
-    restored, target = unit_range(_as_colour(restored)), unit_range(_as_colour(target))
+    restored, target = unit_range(as_colour(restored)), unit_range(as_colour(target))
     energy = np.sum(restored * restored)
     if energy > 0:  # an all-black image has no best factor
         restored = (np.sum(target * restored) / energy) * restored
@@ -268,7 +268,7 @@ def _realblur_aligned(restored: np.ndarray, target: np.ndarray, align: bool) -> 
 
 def _train_rgb(restored: np.ndarray, target: np.ndarray) -> Scores:
     restored, target = (
-        torch.from_numpy(np.array(_as_colour(unit_range(image)).transpose(2, 0, 1)[None], order="C"))
+        torch.from_numpy(np.array(as_colour(unit_range(image)).transpose(2, 0, 1)[None], order="C"))
         for image in (restored, target)
     )
     return psnr_batch(restored, target).item(), float("nan")
@@ -360,11 +360,7 @@ def _gaussian_filter(volume: np.ndarray) -> np.ndarray:
         return filtered
 
     # With so few channels most taps fall on a replicated edge, and the third pass is a small matrix.
-    channels = volume.shape[2]
-    mixing = np.zeros((channels, channels))
-    for output in range(channels):
-        for offset, tap in enumerate(taps[:, 0], start=-_GAUSSIAN_RADIUS):
-            mixing[output, np.clip(output + offset, 0, channels - 1)] += tap
+    mixing = cv2.filter2D(np.eye(volume.shape[2]), -1, taps, borderType=cv2.BORDER_REPLICATE)
     return cv2.transform(filtered, mixing)
 
 
@@ -409,11 +405,6 @@ def _align(restored: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.nda
     if not mask[_GAUSSIAN_RADIUS:-_GAUSSIAN_RADIUS, _GAUSSIAN_RADIUS:-_GAUSSIAN_RADIUS].any():
         raise AlignmentError(f"the {height} x {width} image does not overlap its target once it is aligned")
     return warped, mask
-
-
-def _as_colour(image: np.ndarray) -> np.ndarray:
-    """A grey image as three equal channels, which changes neither MSE nor per-channel SSIM."""
-    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
 
 
 def _check_images(restored: np.ndarray, target: np.ndarray, protocol: str):

@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,7 @@ from dgunet.evaluation.sets import Images, ImageSet, Sample, pairs_or_images
 from dgunet.inference import automatic_tile, check_tiles, restore, temporarily_set
 from dgunet.model.degradations import KINDS, apply_adjoint, for_measurements
 from dgunet.model.local import check_windows
-from dgunet.runtime.errors import UserError
+from dgunet.runtime.errors import UserError, is_out_of_memory
 from dgunet.runtime.progress import progress_bar
 
 BATCH = 8  # images of one size that are restored at once
@@ -270,8 +269,7 @@ def _attempt(title: str, failures: list[str], advice: str) -> Iterator[None]:
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # of every image
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
             raise UserError(f"--compile does not work here ({reason}); test without it") from error
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not short and not re.search("can't allocate memory|out of memory", str(error)):  # a CPU's; another device's
+        if not is_out_of_memory(error):
             raise
         torch.cuda.empty_cache()
         failures.append(f"{title}: out of memory; {advice}")

@@ -116,14 +116,18 @@ def escaped(name: str) -> str:
     return ascii(str(name))[1:-1]
 
 
-def match_unicode_form(path: str | Path) -> Path:
-    """The path of a file that exists under another Unicode form of this path; otherwise the path itself."""
+def match_unicode_form(path: str | Path, ignore_case: bool = False) -> Path:
+    """The path of the one file that exists under another Unicode form of this path, or case; else the path itself."""
     path = Path(path)
     if os.path.lexists(path) or path == path.parent:
         return path
-    folder = match_unicode_form(path.parent)
+    folder = match_unicode_form(path.parent, ignore_case)
+
+    def form(name: str) -> str:
+        return nfc(name).lower() if ignore_case else nfc(name)
+
     try:
-        alike = [name for name in os.listdir(folder) if nfc(name) == nfc(path.name)]
+        alike = [name for name in os.listdir(folder) if form(name) == form(path.name)]
     except OSError:
         return path
     return folder / (alike[0] if len(alike) == 1 else path.name)

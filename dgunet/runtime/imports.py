@@ -2,7 +2,6 @@
 
 import os
 import sys
-from contextlib import contextmanager
 from importlib import import_module
 
 from dgunet.runtime.errors import UserError
@@ -36,25 +35,18 @@ def import_object(text: str, key: str):
     if not is_object_name(text):
         raise UserError(f"{key} is {text!r:.100}; write module:name, such as my_module:make")
     module_name, _, name = text.partition(":")
-    with _current_folder_first():
-        try:
-            found = import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-                raise UserError(f"{key} {text}: no module {error.name} here or among the installed packages") from error
-            raise
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise UserError(f"{key} {text}: no module {error.name} here or among the installed packages") from error
+        raise
+    finally:
+        sys.path[:] = before
     for part in name.split("."):
         if not hasattr(found, part):
             raise UserError(f"{key} {text}: {module_name} has no {part}")
         found = getattr(found, part)
     return found
-
-
-@contextmanager
-def _current_folder_first():
-    before = list(sys.path)
-    sys.path.insert(0, os.getcwd())
-    try:
-        yield
-    finally:
-        sys.path[:] = before

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgunet.data.datasets import CenterCropDataset
+from dgunet.data.datasets import CenterCropDataset, LumaPatches
 from dgunet.data.images import read_luma, to_tensor
-from dgunet.data.luma import LumaPatches
 from dgunet.data.pairs import find_images
 from dgunet.data.transforms import pad_to_blocks, unit_range
 from dgunet.evaluation.cli import Benchmark, Evaluation, custom_folder, noise_sigma

@@ -10,7 +10,6 @@ import datetime
 import difflib
 import inspect
 import re
-import reprlib
 import sys
 import textwrap
 import unicodedata
@@ -453,10 +452,10 @@ def _coerce(default, value, key: str, source: str):
     if key == "MODEL.RATIO" and not isinstance(value, int | float | str):
         default = ()  # or a range
     kind, given = type(default), type(value)  # isinstance would take True for an int
+    values = value if given is list else [value]
     if key == "TRAINING.LOGGERS":
-        names = value if given is list else [value]
-        if all(isinstance(name, str) for name in names):
-            return value if value == "auto" else names
+        if all(isinstance(name, str) for name in values):
+            return value if value == "auto" else values
     elif given is bool:
         if kind is bool or default == "auto":  # a switch, or one that may be left to us
             return value
@@ -476,9 +475,8 @@ def _coerce(default, value, key: str, source: str):
             if len(numbers) == len(default) and bool not in map(type, numbers):
                 return [float(number) for number in numbers]
     elif kind is list:
-        numbers = value if given is list else [value]
-        if all(type(number) is int for number in numbers):
-            return numbers
+        if all(type(number) is int for number in values):
+            return values
     elif kind is tuple:
         ends = value if given is list and len(value) == 2 else [value, value]
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -545,10 +543,6 @@ def _shorten(text: str, length: int = 100) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-_shortener = reprlib.Repr()
-_shortener.maxstring = _shortener.maxother = 100
-
-
 def _short(value) -> str:
     """``repr``, on one line that can be read."""
-    return _shorten(_shortener.repr(value))
+    return _shorten(repr(value))

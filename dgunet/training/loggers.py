@@ -5,7 +5,6 @@ import csv
 import logging
 import math
 import os
-import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -184,7 +183,24 @@ class ImageLogger(Logger):
                 Image.fromarray(image).save(temporary, format="PNG")
 
 
-class TensorBoardLogger(Logger):
+class _MetricsLogger(Logger):
+    """A logger of numbers by name and of images, which a subclass logs at a step counted from the run's beginning."""
+
+    def start(self, run):
+        self.run = run
+
+    def log(self, done: int, values: dict[str, float], images: list[np.ndarray]):
+        raise NotImplementedError
+
+    def log_step(self, epoch, step, values):
+        self.log(self.run.global_step(epoch, step), {f"step/{name}": value for name, value in values.items()}, [])
+
+    def log_row(self, row, images):
+        values = {name: value for name, value in row.items() if value is not None and name != "step"}
+        self.log(self.run.global_step(row["epoch"], row["step"]), values, images)
+
+
+class TensorBoardLogger(_MetricsLogger):
     """Writes TensorBoard's files to ``tensorboard/`` in the run's folder."""
 
     def __init__(self):
@@ -193,26 +209,20 @@ class TensorBoardLogger(Logger):
         self.make_writer = SummaryWriter
 
     def start(self, run):
-        self.run, self.writer = run, self.make_writer(run.folder / "tensorboard")
+        super().start(run)
+        self.writer = self.make_writer(run.folder / "tensorboard")
 
-    def log_step(self, epoch, step, values):
-        self._add(self.run.global_step(epoch, step), {f"step/{name}": value for name, value in values.items()})
-
-    def log_row(self, row, images):
-        done = self.run.global_step(row["epoch"], row["step"])
-        self._add(done, _metrics(row))
-        for number, image in enumerate(images, start=1):
-            self.writer.add_image(f"validation/{number}", image, done, dataformats="HWC")
-
-    def _add(self, done: int, values: dict[str, float]):
+    def log(self, done, values, images):
         for name, value in values.items():
             self.writer.add_scalar(name, value, done)
+        for number, image in enumerate(images, start=1):
+            self.writer.add_image(f"validation/{number}", image, done, dataformats="HWC")
 
     def close(self, failed):
         self.writer.close()
 
 
-class WandbLogger(Logger):
+class WandbLogger(_MetricsLogger):
     """Logs to Weights & Biases; a resumed run goes on there, its id is kept in the run's folder as ``wandb_run_id``.
 
     With ``WANDB_MODE=offline`` everything stays in the run's folder, for ``wandb sync`` some day.
@@ -229,7 +239,7 @@ class WandbLogger(Logger):
         self.options = {"project": os.environ.get("WANDB_PROJECT", "dgunet")} | options
 
     def start(self, run):
-        self.run = run
+        super().start(run)
         kept = run.folder / "wandb_run_id"
         options = dict(
             name=run.name, dir=run.folder, config=run.config, id=_kept_id(kept, run), resume="allow",
@@ -245,21 +255,16 @@ class WandbLogger(Logger):
         # Steps of ours, not W&B's, which may never go back: a run that was killed is resumed at an earlier step.
         self.session.define_metric("*", step_metric="global_step")
 
-    def log_step(self, epoch, step, values):
-        named = {f"step/{name}": value for name, value in values.items()}
-        self.session.log({"global_step": self.run.global_step(epoch, step)} | named)
-
-    def log_row(self, row, images):
-        values = {"global_step": self.run.global_step(row["epoch"], row["step"])} | _metrics(row)
+    def log(self, done, values, images):
         if images:
             values["validation"] = [self.wandb.Image(image, caption="input | restored | target") for image in images]
-        self.session.log(values)
+        self.session.log({"global_step": done} | values)
 
     def close(self, failed):
         self.session.finish(exit_code=int(failed))
 
 
-class MLflowLogger(Logger):
+class MLflowLogger(_MetricsLogger):
     """Logs to MLflow; a resumed run goes on there, its id is kept in the run's folder as ``mlflow_run_id``.
 
     Args:
@@ -280,7 +285,8 @@ class MLflowLogger(Logger):
         self.experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "dgunet")
 
     def start(self, run):
-        self.run, self.last_step = run, -math.inf
+        super().start(run)
+        self.last_step = -math.inf
         try:
             self._open(run)
         except self.mlflow.MlflowException as error:
@@ -305,28 +311,18 @@ class MLflowLogger(Logger):
 
     def log_step(self, epoch, step, values):
         if time.monotonic() - self.last_step >= self.seconds:
-            named = {f"step/{name}": value for name, value in values.items()}
-            self._log(self.run.global_step(epoch, step), named)
+            super().log_step(epoch, step, values)
             self.last_step = time.monotonic()
 
-    def log_row(self, row, images):
-        done = self.run.global_step(row["epoch"], row["step"])
-        self._log(done, _metrics(row))
-        for number, image in enumerate(images, start=1):
-            self.client.log_image(self.id, image, key=f"validation_{number}", step=done)
-
-    def _log(self, done: int, values: dict[str, float]):
+    def log(self, done, values, images):
         now = int(time.time() * 1000)
         metrics = [self.mlflow.entities.Metric(name, value, now, done) for name, value in values.items()]
         self.client.log_batch(self.id, metrics=metrics)
+        for number, image in enumerate(images, start=1):
+            self.client.log_image(self.id, image, key=f"validation_{number}", step=done)
 
     def close(self, failed):
         self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
-
-
-def _metrics(row: dict) -> dict[str, float]:
-    """The values of a row without those that are not there and the step, which loggers have as a number of its own."""
-    return {name: value for name, value in row.items() if value is not None and name != "step"}
 
 
 def _kept_id(path: Path, run: Run) -> str | None:
@@ -528,15 +524,12 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
         f"device      {trainer.world} x {hardware}, {precision}",
         f"writes to   {trainer.folder.absolute()} (the whole config as well; --dry_run shows it)",
     ]
-    for line in lines:
-        print(line)
-    for note in trainer.notes:
-        print(f"note        {note}")
+    notes = list(trainer.notes)
     if trainer.changed:
-        print(f"note        these keys differ from the run being continued: {', '.join(trainer.changed)}")
+        notes.append(f"these keys differ from the run being continued: {', '.join(trainer.changed)}")
     if trainer.validation_changed:
-        print("note        validation is different than before: the best score begins anew")
-    sys.stdout.flush()
+        notes.append("validation is different than before: the best score begins anew")
+    print(*lines, *(f"note        {note}" for note in notes), sep="\n", flush=True)
 
 
 def plot_history(history: list[dict], steps: int, path: Path, title: str):
@@ -561,6 +554,4 @@ def plot_history(history: list[dict], steps: int, path: Path, title: str):
             axes.ticklabel_format(axis="y", scilimits=(0, 0))
         axes.grid(alpha=0.3)
     set_title(figure, title)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.savefig(path, format="png")
