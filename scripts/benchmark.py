@@ -19,6 +19,7 @@ interquartile range. Weights and images are never zeros.
 import argparse
 import contextlib
 import json
+import logging
 import math
 import multiprocessing
 import platform
@@ -34,6 +35,8 @@ from functools import partial
 from pathlib import Path
 
 from common import ROOT, Parser, UserError, at_least, command_imports, run_cli
+
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA_HOME without a GPU
 
 with command_imports(__name__):
     import numpy as np
