@@ -51,7 +51,7 @@ if [ ${#gaussian[@]} != 0 ]; then
 fi
 for name in CC15 Nam25; do
     if there $name; then
-        $python Denoising/test.py --weights denoising_real --dataset $name --data_root "$data" --results $results
+        $python Denoising/test.py --weights denoising_photo --dataset $name --data_root "$data" --results $results
     fi
 done
 mkdir -p $results/data/test

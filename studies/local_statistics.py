@@ -1,7 +1,7 @@
 """Whole images, windows and tiles at test time, on test sets, with time and peak memory: the table of docs/local.md.
 
     python studies/local_statistics.py --data_root Datasets --images 12
-    python studies/local_statistics.py --only denoising_real --bf16
+    python studies/local_statistics.py --only denoising_photo --bf16
 
 A line for each case as it is measured, in a process of its own, whose peak memory is that of the case; at the end the
 table. Test sets that are not below --data_root are left out and named.
@@ -29,7 +29,7 @@ with command_imports(__name__):
 # The networks, their tasks and test sets of these, or folders of pairs.
 NETWORKS = {
     "denoising_gaussian": ("denoising", ("CBSD68_25", "Kodak24_25", "Set12_25")),
-    "denoising_real": ("denoising", ("CC15", "Nam25")),
+    "denoising_photo": ("denoising", ("CC15", "Nam25")),
     "deraining_mixture": ("deraining", ("Rain100L", "Test100")),
     "deblurring_motion": ("deblurring", ("GoPro", "reds_small/test")),
     "compressive_sensing_25": ("compressive_sensing", ("Set11", "BSD68")),

@@ -65,7 +65,7 @@ def test_scales_large_images_down_and_says_so(tmp_path, image):
 
 def test_the_network_follows_the_kind_of_noise():
     pytest.importorskip("gradio")
-    gaussian, real = "denoising_gaussian", "denoising_real"
+    gaussian, real = "denoising_gaussian", "denoising_photo"
     networks = [network for network in demo.list_networks() if network.task == "denoising"]
     assert [network.name for network in networks] == [gaussian, real]  # the first one is shown at first
     tab = demo._Tab("denoising", networks, torch.device("cpu"), 10**6)

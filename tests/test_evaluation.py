@@ -682,7 +682,7 @@ def test_reproduce_tells_what_it_leaves_out(tmp_path, image_pairs):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *_, row, missing = done.stdout.splitlines()
-    assert row.split()[:3] == ["denoising_real", "Nam25", "1"]
+    assert row.split()[:3] == ["denoising_photo", "Nam25", "1"]
     sets = "Set11 BSD68 Set12 CBSD68 Kodak24 CC15 Rain100L Test100 reds_small"
     assert missing == f"left out, for they are not in {tmp_path / 'data'}: {sets}"
 

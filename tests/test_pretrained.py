@@ -56,6 +56,12 @@ def test_names():
     assert same(load_model("denoising_gaussian", task="denoising"), load_model(record.path))
 
 
+def test_former_names_give_what_has_replaced_them_and_warn():
+    with pytest.warns(FutureWarning, match="denoising_real.*denoising_photo"):
+        model = load_model("denoising_real")
+    assert same(model, load_model("denoising_photo")) and "denoising_real" not in list_models(pretrained=True)
+
+
 @pytest.mark.parametrize(
     "given, told",
     [

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from dgunet.model.variants import find_variant
 from dgunet.runtime.errors import ROOT, UserError
 
 IN_REPOSITORY = "[A-Z]*/pretrained_models/*/weights.safetensors"
+# Names of version 0.2, for one release, and the weights that replace theirs.
+FORMER_NAMES = {"denoising_real": "denoising_photo", "deraining_streaks": "deraining_mixture"}
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,15 @@ def list_pretrained() -> list[Record]:
 
 
 def find_pretrained(name: str) -> Record:
-    """The record of the weights of this name.
+    """The record of the weights of this name, or with a warning of those that have replaced them.
 
     Raises:
         UserError: no weights have it.
     """
     records = _records()
+    if name in FORMER_NAMES:
+        warnings.warn(f"the weights {name} are now {FORMER_NAMES[name]}", FutureWarning, stacklevel=3)
+        name = FORMER_NAMES[name]
     if name not in records:
         guess = difflib.get_close_matches(name, records, n=1)
         hint = f"did you mean {guess[0]}?" if guess else f"known are {', '.join(records) or 'none'}"

@@ -64,7 +64,7 @@ class Trainer:
         self.train_state = TrainState(cfg, model)
         self.device = self.train_state.device
         if model.degradation is not None and not is_ours(model.degradation):
-            self._try_operator()
+            _try_operator(cfg, self.train_state, sorted(val_set.sizes))
         self.schedule = EpochSchedule(self.train_state.optimizer, cfg.OPTIM)
 
         self.epoch, self.step = 1, 0  # the current epoch and the steps done in it
@@ -122,15 +122,6 @@ class Trainer:
             if self.stop.agreed:
                 distributed.barrier()
                 sys.exit(128 + self.stop.agreed)
-
-    def _try_operator(self):
-        """Measure an image of each size once: what the user's operator cannot do shows now, not after an epoch."""
-        cfg, model, sizes = self.cfg, self.train_state.model, sorted(self.val_set.sizes)
-        crop = ("TRAINING.TRAIN_PS", (cfg.TRAINING.TRAIN_PS,) * 2)
-        for key, size in (crop, *(("TRAINING.VAL_PS", size) for size in dict.fromkeys(sizes[:1] + sizes[-1:]))):
-            name = f"{cfg.MODEL.DEGRADATION or type(model.degradation).__name__} ({key})"
-            x = torch.zeros(1, model.channels, *size[-2:], device=self.device)
-            try_operator(model.degradation, x, self.train_state.random_draws((0,), [(0,)]), name)
 
     def _run_epoch(self, loader: DataLoader) -> bool:
         """Train to the end of the current epoch; False if a signal stopped it before."""
@@ -221,8 +212,7 @@ class Trainer:
         if psnr is None:
             return
         self.last_psnr, self.validation_due = psnr, False
-        better = psnr > self.best["psnr"]
-        if better:
+        if better := psnr > self.best["psnr"]:
             self.best = {"psnr": psnr, "epoch": self.epoch}
         self._record(validated=True)
         # The state comes last: a run that is killed before it repeats the validation and writes all three.
@@ -299,3 +289,13 @@ class Trainer:
         """Replace ``model_latest.pth``; not while steps are skipped one after the other, perhaps for bad weights."""
         if self.train_state.counters.read().skipped_in_a_row < 2 or not (self.folder / "model_latest.pth").exists():
             self.save("model_latest.pth")
+
+
+def _try_operator(cfg, train_state: TrainState, sizes: list[tuple[int, ...]]):
+    """Measure an image of each size once: what the user's operator cannot do shows now, not after an epoch."""
+    known, channels = train_state.model.degradation, train_state.model.channels
+    crop = ("TRAINING.TRAIN_PS", (cfg.TRAINING.TRAIN_PS,) * 2)
+    for key, size in (crop, *(("TRAINING.VAL_PS", size) for size in dict.fromkeys(sizes[:1] + sizes[-1:]))):
+        x = torch.zeros(1, channels, *size[-2:], device=train_state.device)
+        name = f"{cfg.MODEL.DEGRADATION or type(known).__name__} ({key})"
+        try_operator(known, x, train_state.random_draws((0,), [(0,)]), name)
