@@ -71,6 +71,7 @@ class Case:
     bf16: bool = False
     compile: bool = False
     checkpointing: bool = False
+    capture: bool = False
     images: str = ""  # data: folder with input/ and target/, or packed file
     device: str = "cpu"
     threads: int = 0
@@ -174,6 +175,7 @@ def _train(case: Case) -> Callable:
     if case.device.startswith("cuda"):
         options += ["GPU", f"[{torch.cuda.current_device()}]"]
     options += ["SPEED.AMP", "bf16" if case.bf16 else "fp32", "SPEED.COMPILE", str(case.compile)]
+    options += ["SPEED.CAPTURE", str(case.capture)]
     options += ["SPEED.CHANNELS_LAST", "False" if case.baseline else "auto"]
     cfg = load_config(ROOT / "configs" / VARIANTS[case.variant].task / "dgunet.yaml", options)
     model = _network(case)
@@ -419,8 +421,10 @@ def network_cases(args, section: str, variant: str, height: int, width: int, bat
         cases.append(here)
     if section == "train":
         cases.append(replace(here, name=f"{here.name}, checkpointing", checkpointing=True, profile=False))
-    if args.compile:
-        cases.append(replace(here, name=f"{here.name}, compiled", compile=True))
+    forms = [here] + [replace(here, name=f"{here.name}, compiled", compile=True)] * args.compile
+    cases += forms[1:]
+    if section == "train" and args.device.startswith("cuda"):
+        cases += [replace(form, name=f"{form.name}, captured", capture=True) for form in forms]
     return cases
 
 

@@ -198,6 +198,7 @@ def folders(tmp_path, image_pairs):
         {"SPEED__COMPILE": True},
         {"SPEED__COMPILE": True, "SPEED__COMPILE_MODE": "reduce-overhead"},
         {"SPEED__CHECKPOINTING": True},
+        {"SPEED__CAPTURE": False},
     ],
     ids=str,
 )
@@ -213,7 +214,7 @@ def test_training_and_resuming(folders, extra):
 
 def losses(folders, steps: int = 8, **extra) -> list[float]:
     """Of so many steps, each on a batch of its own; the validations between them are those of training."""
-    settings = dict(DEVICE="cuda", OPTIM__BATCH_SIZE=4, OPTIM__EMA_DECAY=0.9) | extra
+    settings = dict(DEVICE="cuda", OPTIM__BATCH_SIZE=4, OPTIM__EMA_DECAY=0.9, SPEED__CAPTURE=False) | extra
     trainer = make_trainer(folders, **settings)
     found, before = [], 0.0
     for step in range(steps):
@@ -227,6 +228,8 @@ def losses(folders, steps: int = 8, **extra) -> list[float]:
         if step == 3:
             assert 5 < trainer.validate() < 60
     assert trainer.train_state.counters.read()[1:4] == (steps, 0, 0)
+    captured = trainer.train_state.captured_step
+    assert (captured is not None and captured.batch is not None) == settings["SPEED__CAPTURE"], "it is recorded"
     return found
 
 
@@ -240,12 +243,17 @@ def losses(folders, steps: int = 8, **extra) -> list[float]:
         {"SPEED__CHECKPOINTING": True},
         {"SPEED__CHANNELS_LAST": False},
         {"OPTIM__ACCUMULATE": 2},
+        {"SPEED__CAPTURE": True},
+        {"SPEED__CAPTURE": True, "SPEED__COMPILE": True},
+        {"SPEED__CAPTURE": True, "SPEED__CHECKPOINTING": True, "OPTIM__ACCUMULATE": 2, "OPTIM__CLIP_NORM": 0.1},
+        {"SPEED__CAPTURE": True, "OPTIM__EMA_DECAY": 0.0, "OPTIM__NAME": "adamw"},
     ],
     ids=str,
 )
 def test_losses_are_those_of_eager(folders, extra):
-    """Step by step, in float32. With CUDA graphs: two steps warm up, one is recorded, five at least are replayed."""
-    plain = {} if "OPTIM__EMA_DECAY" not in extra else {"OPTIM__EMA_DECAY": extra["OPTIM__EMA_DECAY"]}
+    """Step by step, in float32. With CUDA graphs: some steps warm up, one is recorded, five at least are replayed."""
+    same = ("OPTIM__EMA_DECAY", "OPTIM__CLIP_NORM", "OPTIM__NAME")
+    plain = {"SPEED__CAPTURE": False} | {key: value for key, value in extra.items() if key in same}
     np.testing.assert_allclose(losses(folders, 10, **extra), losses(folders, 10, **plain), rtol=2e-3)
 
 

@@ -154,7 +154,10 @@ _key("AUGMENT.MIXUP_FROM_EPOCH", 6, (0, _EPOCHS))
 
 _key("SPEED.AMP", "auto", ["auto", "bf16", "fp32"])  # bf16, fp32, or auto: bf16 where the hardware computes it
 _key("SPEED.CHANNELS_LAST", "auto", ["auto", True, False])  # memory format, False: NCHW; auto: the faster one
-_key("SPEED.COMPILE", False)  # torch.compile: faster after a minute or more of compiling
+# Record the training step as a CUDA graph and replay it: small networks and crops train faster. auto: where possible.
+_key("SPEED.CAPTURE", "auto", ["auto", True, False])
+# torch.compile: faster after a minute or more of compiling. auto: on a GPU, for runs of so many steps that it repays.
+_key("SPEED.COMPILE", False, [False, True, "auto"])
 # Its mode; reduce-overhead runs CUDA graphs, which helps small networks and crops.
 _key("SPEED.COMPILE_MODE", "default", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 _key("SPEED.CHECKPOINTING", False)  # recompute each stage in the backward pass: much less memory, a third more time

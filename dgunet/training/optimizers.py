@@ -118,6 +118,15 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def use_tensor_rates(optimizer: Optimizer):
+    """Keep the learning rates of Adam or AdamW on the device, where a recorded step finds those set after it."""
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        dtype = torch.float32 if device.type == "cuda" else torch.float64  # CUDA's fused kernels read a float
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=dtype, device=device)
+        group["capturable"] = True
+
+
 def clear_state(optimizer: Optimizer, optim):
     """Make an optimizer as new, but for its learning rates."""
     if not is_object_name(optim.NAME):
@@ -131,7 +140,11 @@ def clear_state(optimizer: Optimizer, optim):
 
 def saved_state(optimizer: Optimizer, optim) -> dict:
     """For `load_state`."""
-    return optimizer.state_dict() | {"name": optim.NAME}
+    state = optimizer.state_dict()
+    if any(isinstance(group["lr"], Tensor) for group in state["param_groups"]):  # `use_tensor_rates`
+        groups = [group | {"lr": float(group["lr"]), "capturable": False} for group in state["param_groups"]]
+        state = state | {"param_groups": groups}
+    return state | {"name": optim.NAME}
 
 
 def load_state(optimizer: Optimizer, optim, saved: dict, path):

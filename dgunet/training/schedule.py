@@ -3,6 +3,7 @@
 import math
 import warnings
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from warmup_scheduler import GradualWarmupScheduler
@@ -60,13 +61,21 @@ class EpochSchedule:
 
     def go_to(self, epoch: int):
         """Set the optimizer's learning rate to that of an epoch, the current one or a later one."""
+        groups = self.optimizer.param_groups
+        kept = [
+            group["lr"] for group in groups
+        ]  # tensors, where a recorded step reads them; the scheduler wants numbers
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"] = rate
         with warnings.catch_warnings():
             # PyTorch warns that optimizer.step() should come first, as where schedulers are stepped after an epoch.
             warnings.simplefilter("ignore", UserWarning)
             while self.epoch < epoch:
                 self.scheduler.step()
                 self.epoch += 1
-                self.rates = [group["lr"] for group in self.optimizer.param_groups]
+                self.rates = [group["lr"] for group in groups]
+        for group, lr in zip(groups, kept, strict=True):
+            group["lr"] = lr
         self._set_rates()
 
     def lower(self, factor: float):
@@ -76,7 +85,10 @@ class EpochSchedule:
 
     def _set_rates(self):
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * self.factor)
+            else:
+                group["lr"] = rate * self.factor
 
 
 def validation_steps(epoch: int, steps: int, cfg) -> set[int]:

@@ -17,7 +17,11 @@ from dgunet.runtime import distributed
 from dgunet.runtime.errors import UserError, shorten_list
 from dgunet.runtime.hardware import autocast_dtype, memory_format, training_device
 from dgunet.training import optimizers
+from dgunet.training.capture import GRAPH_MODES, make_captured_step
 from dgunet.training.losses import loss_from_config
+
+# Measured on an H100: compiling takes a minute, and saves 20 ms in each step of a small network, more of a large one.
+STEPS_THAT_REPAY_COMPILING = 5000
 
 
 class MeasureThenRestore(nn.Module):
@@ -107,21 +111,23 @@ class TrainState:
     Args:
         cfg: see `config.py`.
         model: a DGUNet. One with a known degradation is trained on clean images, from which its input is measured.
+        steps: of the whole run, for SPEED.COMPILE auto.
 
     Raises:
         UserError: settings that do not go together.
     """
 
-    def __init__(self, cfg, model: DGUNet):
+    def __init__(self, cfg, model: DGUNet, steps: int = 0):
         self.cfg, self.rank, self.world = cfg, distributed.rank(), distributed.world_size()
-        graphs = cfg.SPEED.COMPILE and cfg.SPEED.COMPILE_MODE in ("reduce-overhead", "max-autotune")
-        if graphs and cfg.OPTIM.ACCUMULATE > 1:
+        self.device = training_device(cfg)
+        repays = self.device.type == "cuda" and steps >= STEPS_THAT_REPAY_COMPILING
+        self.compiled = repays if cfg.SPEED.COMPILE == "auto" else cfg.SPEED.COMPILE
+        if self.compiled and cfg.SPEED.COMPILE_MODE in GRAPH_MODES and cfg.OPTIM.ACCUMULATE > 1:
             raise UserError(
                 f"SPEED.COMPILE_MODE {cfg.SPEED.COMPILE_MODE} uses CUDA graphs, whose gradients the next pass "
                 "overwrites; with OPTIM.ACCUMULATE take default or max-autotune-no-cudagraphs"
             )
         torch.backends.cudnn.benchmark = True  # crops are of one size: it pays to try cuDNN's algorithms once
-        self.device = training_device(cfg)
         self.amp = autocast_dtype(cfg.SPEED.AMP, self.device)
         self.memory_format = memory_format(cfg.SPEED.CHANNELS_LAST, self.device, self.amp)
         self.model = model.to(self.device, memory_format=self.memory_format)
@@ -136,8 +142,9 @@ class TrainState:
         self.good: dict[str, Tensor] | None = None  # trained weights, see `save_rollback_weights`
         self.good_is_current = False  # they are the present ones
         self.counters = StepCounters(self.device)
-        if cfg.SPEED.COMPILE:
+        if self.compiled:
             self.model.compile(mode=cfg.SPEED.COMPILE_MODE)
+        self.captured_step = make_captured_step(self)
 
     def wrap_ddp(self):
         """Share the gradients with the other processes, where there is a process group (also of one process)."""
@@ -158,11 +165,7 @@ class TrainState:
     def train_step(self, input: Tensor, target: Tensor, time: tuple[int, int] | None = None):
         """One optimisation step on this process's part of a batch, without waiting for the device.
 
-        The batch goes through the network in ACCUMULATE chunks of b = B / ACCUMULATE images. Of each chunk the network
-        returns K estimates (b, C, H, W), one of each stage, whose losses are summed; a known degradation may
-        return smaller ones, which are compared with the centres of the targets. Where the loss or the gradient is not
-        finite the weights, also the averaged ones, stay as they are and the step is counted as skipped. (Until the
-        first step that is not, averaging does wait for the device, and so does an optimizer that is not fused.)
+        With SPEED.CAPTURE it is replayed, see `capture.CapturedStep`.
 
         Args:
             input, target: images (B, C, H, W) in [0, 1]; B is BATCH_SIZE / processes.
@@ -171,10 +174,27 @@ class TrainState:
         Raises:
             UserError: the loss does not depend on a parameter.
         """
+        self.good_is_current = False
+        averaging = self.is_averaging
+        if self.captured_step is None:
+            self.compute_step(input, target, time)
+        else:
+            self.captured_step(input, target)
+        if self.ema is not None and averaging:
+            self.averaged += 1
+
+    def compute_step(self, input: Tensor, target: Tensor, time: tuple[int, int] | None = None):
+        """`train_step` as it is computed: tensors change in place, and nothing else that later steps depend on.
+
+        The batch goes through the network in ACCUMULATE chunks of b = B / ACCUMULATE images. Of each chunk the network
+        returns K estimates (b, C, H, W), one of each stage, whose losses are summed; a known degradation may
+        return smaller ones, which are compared with the centres of the targets. Where the loss or the gradient is not
+        finite the weights, also the averaged ones, stay as they are and the step is counted as skipped. (Until the
+        first step that is not, averaging does wait for the device, and so does an optimizer that is not fused.)
+        """
         passes = self.cfg.OPTIM.ACCUMULATE
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        self.good_is_current = False
         for i, (part, part_target) in enumerate(zip(input.chunk(passes), target.chunk(passes), strict=True)):
             if isinstance(self.network, DistributedDataParallel):
                 self.network.require_backward_grad_sync = i == passes - 1  # gradients travel once, with the last pass
@@ -221,7 +241,6 @@ class TrainState:
         aim = torch._foreach_mul(current, 1 - skipped)
         torch._foreach_add_(aim, torch._foreach_mul(averaged, skipped))
         torch._foreach_lerp_(averaged, aim, 1 - self.cfg.OPTIM.EMA_DECAY)
-        self.averaged += 1
 
     @torch.no_grad()
     def save_rollback_weights(self):
@@ -253,8 +272,13 @@ class TrainState:
         return self.cfg.OPTIM.BATCH_SIZE // (self.world * self.cfg.OPTIM.ACCUMULATE)
 
     @property
+    def is_averaging(self) -> bool:
+        """The averaged weights, if any, have been begun."""
+        return self.ema is None or self.averaged > 0
+
+    @property
     def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)

@@ -61,7 +61,7 @@ class Trainer:
                 f"{cfg.OPTIM.ACCUMULATE} accumulation steps, got {cfg.OPTIM.BATCH_SIZE}"
             )
         self.batches = ResumableBatchSampler(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
-        self.train_state = TrainState(cfg, model)
+        self.train_state = TrainState(cfg, model, cfg.OPTIM.NUM_EPOCHS * self.batches.steps)
         self.device = self.train_state.device
         if model.degradation is not None and not is_ours(model.degradation):
             _try_operator(cfg, self.train_state, sorted(val_set.sizes))
