@@ -17,8 +17,9 @@ import re
 import shutil
 import signal
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,13 +171,8 @@ def write_all(cuts: list[Cut], out: Path, part: Path, workers: int) -> int:
     part.mkdir(parents=True)
     try:
         with ProcessPoolExecutor(min(workers, len(cuts)), initializer=start_worker) as pool:
-            try:
-                jobs = [pool.submit(write_patches, cut, part) for cut in cuts]
-                done = progress_bar(as_completed(jobs), total=len(jobs), desc=out.name, unit="pair")
-                written = sum(job.result() for job in done)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            done = pool.map(partial(write_patches, folder=part), cuts)  # the first to fail cancels the others
+            written = sum(progress_bar(done, total=len(cuts), desc=out.name, unit="pair"))
         os.replace(part, out)
     except BrokenProcessPool as error:
         message = f"a process was killed, perhaps for lack of memory; remove the unfinished {part}, use fewer --workers"
