@@ -186,13 +186,6 @@ def format_bytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def check_out(out: Path, part: Path):
-    if not is_free(out):
-        raise UserError(f"--out: {out} already holds files; choose another --out, or move that folder away")
-    if part.exists():
-        raise UserError(f"{part} is of an interrupted run, or another run is writing to it; if none is, remove it")
-
-
 # -------------------------------------------------------------------------------------------------------- command line
 
 
@@ -233,7 +226,10 @@ def main(argv=None):
     args = parse_args(argv)
     out = args.out.resolve()
     part = out.with_name(f".{out.name}.part")
-    check_out(out, part)
+    if not is_free(out):
+        raise UserError(f"--out: {out} already holds files; choose another --out, or move that folder away")
+    if part.exists():
+        raise UserError(f"{part} is of an interrupted run, or another run is writing to it; if none is, remove it")
     cuts = plan(args)
     total = sum(len(cut.patches) for cut in cuts)
     whole = sum(cut.patches[0][0] == cut.pair.name for cut in cuts)
