@@ -6,4 +6,4 @@ if ! cmp -s requirements-extras.txt .venv/requirements-extras.installed; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt
     cp requirements-extras.txt .venv/requirements-extras.installed
 fi
-exec .venv/bin/python -m pytest -n 2 "$@"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"

@@ -36,6 +36,19 @@ def fuzz(request) -> int:
     return request.config.getoption("--fuzz")
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Drawing a run's curves takes longer than the runs here; tests that look at them ask for ``curves``."""
+    loggers = sys.modules.get("dgunet.training.loggers")
+    if loggers and "curves" not in request.fixturenames:
+        monkeypatch.setattr(loggers, "plot_history", lambda *_: None)
+
+
+@pytest.fixture
+def curves():
+    """Runs draw their curves in this test."""
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., DGUNet]:
     """``tiny_model(**overrides)``: a seeded denoising DGUNet of width 8, in evaluation mode."""

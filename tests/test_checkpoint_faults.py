@@ -18,7 +18,6 @@ from torch import nn
 
 from dgunet import UserError, create_model, load_model
 from dgunet.checkpoints.load import read_checkpoint
-from dgunet.training import loggers
 from dgunet.training.config import load_config
 from dgunet.training.trainer import Trainer
 
@@ -53,13 +52,6 @@ def optimizer_step(trainer: Trainer):
     trainer.train_state.optimizer.found_inf = torch.zeros(())
     trainer.train_state.optimizer.step()
     trainer.train_state._average(trainer.train_state.optimizer.found_inf)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loggers, "plot_history", lambda *args: None)
-        yield
 
 
 @pytest.fixture(scope="module")

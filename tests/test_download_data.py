@@ -157,7 +157,7 @@ def test_fills_the_folders_that_the_configurations_name():
         named |= {training.get(key) for key in ("TRAIN_DIR", "VAL_DIR")}
     named = {folder for folder in named if folder and "demo" not in folder}
     assert len(named) >= 5
-    # prepare_patches.py and make_demo_data.py fill these
+    # prepare_patches.py makes the first, make_demo_data.py the others
     by_hand = {"Datasets/SIDD/train", "Datasets/photo/train", "Datasets/photo/val"}
     assert named - filled == by_hand
 

@@ -108,7 +108,7 @@ def batch(trainer, count: int = 2):
     return [unit_range(torch.stack(side)) for side in zip(*samples, strict=True)]
 
 
-def test_run_writes_everything_and_says_what_it_does(folders):
+def test_run_writes_everything_and_says_what_it_does(folders, curves):
     done = train(folders)
     for words in (
         "8 images of",
@@ -153,7 +153,7 @@ def test_training_learns(folders):
 
 def test_killed_run_resumes_to_the_same_bits(folders):
     """SIGKILL in the middle of an epoch; the continued run ends with the weights of one that was never killed."""
-    settings = dict(OPTIM__NUM_EPOCHS=8, OPTIM__EMA_DECAY=0.9, TRAINING__SAVE_MINUTES=0, SPEED__AMP="bf16")
+    settings = dict(OPTIM__NUM_EPOCHS=5, OPTIM__EMA_DECAY=0.9, TRAINING__SAVE_MINUTES=0, SPEED__AMP="bf16")
     train(folders, "whole", **settings)
     process = subprocess.Popen(
         [sys.executable, TRAIN, *options(folders, "killed", **settings)],
@@ -171,7 +171,7 @@ def test_killed_run_resumes_to_the_same_bits(folders):
     process.kill()
     process.wait()
     state = read_checkpoint(latest)  # whatever was under way, the file under its final name is whole
-    assert (state["epoch"], state["step"]) != (8, 4), "the run was over before it could be killed"
+    assert (state["epoch"], state["step"]) != (5, 4), "the run was over before it could be killed"
 
     done = train(folders, "killed", TRAINING__RESUME=True, **settings)
     assert "continuing" in done.stdout
@@ -182,7 +182,7 @@ def test_killed_run_resumes_to_the_same_bits(folders):
         assert (one["loss"], one["psnr"], one["lr"]) == (other["loss"], other["psnr"], other["lr"])
 
 
-def test_nothing_is_drawn_from_the_global_generator(folders, no_curves):
+def test_nothing_is_drawn_from_the_global_generator(folders):
     """So that a state need not hold it: only the network's first weights come from it."""
     for seed in (0, 1):
         trainer = diverging_trainer(folders, session=str(seed), OPTIM__NUM_EPOCHS=2)
@@ -260,12 +260,6 @@ def test_two_processes_give_the_losses_of_one(folders):
     np.testing.assert_allclose([float(r["psnr"]) for r in one], [float(r["psnr"]) for r in two], rtol=0, atol=1e-3)
 
 
-@pytest.fixture
-def no_curves(monkeypatch):
-    """Drawing them takes longer than the epochs here."""
-    monkeypatch.setattr(dgunet.training.loggers, "plot_history", lambda *_: None)
-
-
 class PartlyBroken(PairedPatches):
     """Whose first image is not a number in some epochs."""
 
@@ -305,7 +299,7 @@ launch(work, load_config(None, ["DEVICE", "cpu"]), pathlib.Path(sys.argv[1]))
 """
 
 
-def test_two_processes_that_are_resumed_give_the_losses_of_one(folders, no_curves):
+def test_two_processes_that_are_resumed_give_the_losses_of_one(folders):
     """With random blurs and noise, accumulation, EMA, and a divergence that only one of the two sees."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -367,7 +361,7 @@ def test_ratio_is_drawn_for_each_step_and_alike_in_all_processes(folders):
     assert len(rows) == 2 and rows <= set(range(7, 33))
 
 
-def test_run_at_random_ratios_resumes_to_the_same_bits(folders, no_curves):
+def test_run_at_random_ratios_resumes_to_the_same_bits(folders):
     sensing_trainer(folders, "whole", OPTIM__NUM_EPOCHS=3).fit()
     for epochs in (1, 3):
         sensing_trainer(folders, "parts", OPTIM__NUM_EPOCHS=epochs, TRAINING__RESUME="auto").fit()
@@ -675,7 +669,7 @@ def test_trainer_for_a_gpu_that_is_not_there(folders, monkeypatch, words):
 
 
 @pytest.mark.parametrize("ema", [0.8, 0])
-def test_diverged_run_goes_back_to_good_weights_with_a_lower_rate(folders, no_curves, ema):
+def test_diverged_run_goes_back_to_good_weights_with_a_lower_rate(folders, ema):
     """Those of the average, or of the last validation; with Adam as new. A run that is resumed does the same."""
     settings = dict(OPTIM__EMA_DECAY=ema, OPTIM__ROLLBACK_LR_FACTOR=0.25, TRAINING__VAL_AFTER_EVERY=6)
     trainer, returned = diverging_trainer(folders, 3, 4, session="whole", **settings), []
@@ -726,7 +720,7 @@ def test_weights_to_return_to_are_saved_where_they_are_not_the_present_ones(fold
     assert_same_weights(resumed.train_state.model.state_dict(), good)
 
 
-def test_run_with_far_too_high_a_rate_is_led_back(folders, no_curves):
+def test_run_with_far_too_high_a_rate_is_led_back(folders):
     """That diverges by itself: weights and loss are no longer finite numbers, until the rate is low enough."""
     changed = dict(OPTIM__LR_INITIAL=1, OPTIM__LR_MIN=0, OPTIM__NUM_EPOCHS=6, OPTIM__WARMUP_EPOCHS=0)
     trainer = make_trainer(folders, **changed, OPTIM__ROLLBACK_AFTER_BAD_STEPS=2, OPTIM__ROLLBACK_LR_FACTOR=1e-3)
@@ -736,7 +730,7 @@ def test_run_with_far_too_high_a_rate_is_led_back(folders, no_curves):
 
 
 @pytest.mark.parametrize(("returns", "after"), [(2, 1), (0, 1), (5, 0), (5, 3)])
-def test_run_that_returning_does_not_help_gives_up(folders, no_curves, returns, after):
+def test_run_that_returning_does_not_help_gives_up(folders, returns, after):
     """After as many returns as it may make, MAX_BAD_STEPS in a row end it; at once where it may make none."""
     changed = dict(OPTIM__MAX_ROLLBACKS=returns, OPTIM__ROLLBACK_AFTER_BAD_STEPS=after, OPTIM__MAX_BAD_STEPS=3)
     trainer = diverging_trainer(folders, *range(20), OPTIM__NUM_EPOCHS=20, **changed)
@@ -1230,7 +1224,7 @@ def stop(trainer: Trainer) -> int:
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_signal_stops_a_validation_which_is_then_done_again(folders, image_pairs, no_curves, epoch):
+def test_signal_stops_a_validation_which_is_then_done_again(folders, image_pairs, epoch):
     """After the batch under way; the last one of the run as well. What comes of it is what would have come."""
     image_pairs(folders / "val", count=3, size=(32, 32))
     settings = dict(OPTIM__EMA_DECAY=0.9, TRAINING__VAL_TIMES=2)
@@ -1293,7 +1287,7 @@ def test_second_signal_ends_a_run_at_once_if_it_is_late(folders, monkeypatch, la
     assert bool(after) != late and (folders / "runs/run/model_latest.pth").exists() != late
 
 
-def test_images_per_second_are_those_of_training(folders, no_curves, monkeypatch):
+def test_images_per_second_are_those_of_training(folders, monkeypatch):
     """A step takes 2 seconds, each validation and what is saved after it 100."""
     clock = [0.0]
     for module in (dgunet.training.trainer, dgunet.training.loggers):

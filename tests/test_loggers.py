@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_script
-from test_engine import TRAIN, folders, make_trainer, no_curves, options  # noqa: F401  fixtures
+from test_engine import TRAIN, folders, make_trainer, options  # noqa: F401  fixtures
 
 from dgunet.checkpoints.load import read_checkpoint, save_checkpoint
 from dgunet.data.transforms import unit_range
@@ -70,7 +70,7 @@ def own_module(tmp_path, monkeypatch):
     sys.modules.pop("my_loggers", None)
 
 
-def test_ones_own_logger_through_train_py(folders, own_module):  # noqa: F811
+def test_ones_own_logger_through_train_py(folders, own_module, curves):  # noqa: F811
     """By name, from a file beside; it is told of steps, validations and images, and of the resumption."""
     later = dict(TRAINING__RESUME=True, TRAINING__VAL_EPOCHS="[3]")
     settings = dict(TRAINING__LOGGERS="[csv, my_loggers:JSONLogger, images]", OPTIM__CLIP_NORM=0.01)
@@ -116,7 +116,7 @@ def test_ones_own_logger_through_train_py(folders, own_module):  # noqa: F811
     assert 0 < np.abs(restored.astype(int) - sides[0]).mean() < 60
 
 
-def test_loggers_change_no_loss_and_a_broken_one_ends_nothing(folders, own_module, no_curves, capsys):  # noqa: F811
+def test_loggers_change_no_loss_and_a_broken_one_ends_nothing(folders, own_module, capsys):  # noqa: F811
     trainer = make_trainer(folders, session="broken", TRAINING__LOGGERS="[console, my_loggers:Broken]")
     trainer.fit()
     broken = trainer.log.loggers[1]
@@ -149,7 +149,7 @@ class Unreachable(Logger):
 @pytest.mark.parametrize(
     ("error", "ends"), [(UserError("not logged in"), (True, True)), (ConnectionError("no network"), (True, False))]
 )
-def test_what_fails_at_the_start(folders, no_curves, error, ends):  # noqa: F811
+def test_what_fails_at_the_start(folders, error, ends):  # noqa: F811
     """A run that begins ends with it; one that is resumed only where the user has to do something."""
     from dgunet.training.trainer import Trainer
 
@@ -168,7 +168,7 @@ def test_what_fails_at_the_start(folders, no_curves, error, ends):  # noqa: F811
             make_trainer(folders, session="both", OPTIM__NUM_EPOCHS=1).fit()
 
 
-def test_loggers_are_told_whether_a_run_failed(folders, no_curves):  # noqa: F811
+def test_loggers_are_told_whether_a_run_failed(folders):  # noqa: F811
     trainer, logger = make_trainer(folders, TRAINING__LOGGERS="[]"), Unreachable(None)
     logger.start = lambda run: None
     trainer.log = RunLogger([logger])
@@ -210,7 +210,7 @@ def test_a_missing_package_is_named(folders, monkeypatch):  # noqa: F811
     assert done.returncode == 2 and "wandb" in done.stderr and "[wandb]" in done.stderr
 
 
-def test_states_of_earlier_versions_have_no_norms(folders, no_curves):  # noqa: F811
+def test_states_of_earlier_versions_have_no_norms(folders):  # noqa: F811
     """Within an epoch; the norms of that epoch stay unknown, those of the next are there."""
     make_trainer(folders, OPTIM__NUM_EPOCHS=1).fit()
     latest = folders / "runs/run/model_latest.pth"
@@ -274,7 +274,7 @@ def records(data: bytes):
             parts = b""
 
 
-def test_wandb_offline(folders, no_curves, monkeypatch):  # noqa: F811
+def test_wandb_offline(folders, monkeypatch):  # noqa: F811
     """Its real library and files; a resumed run has the same id, under which `wandb sync` puts both together."""
     pytest.importorskip("wandb").teardown()  # it reads the environment once
     from wandb.proto import wandb_internal_pb2
@@ -316,7 +316,7 @@ def test_wandb_without_a_login(folders, monkeypatch, tmp_path):  # noqa: F811
     assert not (folders / "runs/run/history.csv").exists()
 
 
-def test_mlflow_in_local_files(folders, no_curves, monkeypatch):  # noqa: F811
+def test_mlflow_in_local_files(folders, monkeypatch):  # noqa: F811
     """Its real library; a resumed run goes on in the same one."""
     mlflow = pytest.importorskip("mlflow")
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):

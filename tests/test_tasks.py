@@ -74,7 +74,7 @@ def weights(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("task", FOLDERS)
-def test_demo_data_training_and_test(tmp_path, task):
+def test_demo_data_training_and_test(tmp_path, task, curves):
     """The README's commands, at a size that takes seconds: the trained network is better than the first weights."""
     data = tmp_path / "demo"
     make = [sys.executable, ROOT / "scripts" / "make_demo_data.py", "--task", task, "--out", data]
