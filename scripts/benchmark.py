@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from common import ROOT, Parser, UserError, at_least, command_imports, run_cli
@@ -54,7 +53,7 @@ with command_imports(__name__):
     from dgunet.training.config import load_config
     from dgunet.training.step import MeasureThenRestore, TrainState
 
-SECTIONS = ("forward", "train", "data", "evaluate", "startup")
+SECTIONS = ("forward", "train", "data", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,6 @@ class Case:
     capture: bool = False
     images: str = ""  # data: folder with input/ and target/, or packed file
     device: str = "cpu"
-    threads: int = 0
     profile: bool = False
 
 
@@ -303,12 +301,11 @@ def _measure_in_turn(cases: list[Case], runs: int, seconds: float) -> list[dict]
             for case in list(pools):
                 found[case].append(call(_measure_again, case))
     failed = {"times": [], "seconds": math.nan, "iqr": math.nan, "peak_memory": math.nan}
-    merged = {case: summary(*Measurement.merge(found[case])) | {"peak_memory": peaks[case]} for case in pools}
-    return [merged.get(case, failed) for case in cases]
-
-
-def summary(measurement: Measurement) -> dict:
-    return {"times": measurement.times, "seconds": measurement.median, "iqr": measurement.iqr}
+    rows = dict.fromkeys(cases, failed)
+    for case in pools:
+        (whole,) = Measurement.merge(found[case])
+        rows[case] = {"times": whole.times, "seconds": whole.median, "iqr": whole.iqr, "peak_memory": peaks[case]}
+    return [rows[case] for case in cases]
 
 
 def _call(function: Callable, case: Case):
@@ -321,8 +318,6 @@ def _call(function: Callable, case: Case):
 def _start(case: Case) -> int:
     """Prepare a case in a process of its own; its peak memory in bytes."""
     global _timer
-    if case.threads:
-        torch.set_num_threads(case.threads)
     cuda = select(case.device)
     before = resident_memory(start=True)
     run = prepare(case)
@@ -413,7 +408,7 @@ def matrix_peak(device: str, size: int = 0) -> dict[bool, float | None]:
 
 def network_cases(args, section: str, variant: str, height: int, width: int, batch: int) -> list[Case]:
     bf16 = has_bf16(args.device)
-    plain = Case(section, "baseline", variant, batch, height, width, device=args.device, threads=args.threads)
+    plain = Case(section, "baseline", variant, batch, height, width, device=args.device)
     here = replace(plain, name="float32", profile=args.profile)
     cases = [replace(plain, baseline=True), here]
     if bf16:
@@ -475,30 +470,16 @@ def evaluate_table(args) -> list[dict]:
     return finish("evaluate: three-dimensional SSIM of 256x256, one core", cases, rows)
 
 
-def startup_table(args) -> list[dict]:
-    commands = {
-        "import torch": ["-c", "import torch"],
-        "import dgunet": ["-c", "import dgunet"],
-        "Deraining/test.py --help": [str(ROOT / "Deraining/test.py"), "--help"],
-    }
-    rows = []
-    for command in commands.values():
-        run = partial(subprocess.run, [sys.executable, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-        rows.append(summary(make_timer(run).adaptive_autorange(max_run_time=args.seconds)))
-    return finish("startup", [Case("startup", name) for name in commands], rows)
-
-
 def finish(title: str, cases: list[Case], rows: list[dict]) -> list[dict]:
     """Print a table with ratios to its first row; returns the complete rows of the JSON file."""
     finished, baseline = [], rows[0]
     print(f"\n{title}\n{'':28} {'time':>10} {'images/s':>9} {'speed':>7} {'memory':>10} {'memory':>7} {'of peak':>8}")
     for case, row in zip(cases, rows, strict=True):
         row = {"table": title, **asdict(case), **row}
+        row["images_per_second"] = case.batch / row["seconds"]
+        row["speed_ratio"] = baseline["seconds"] / row["seconds"]
         line = f"{case.name:28} {row['seconds'] * 1000:7.1f} ms"
-        if case.section != "startup":
-            row["images_per_second"] = case.batch / row["seconds"]
-            row["speed_ratio"] = baseline["seconds"] / row["seconds"]
-            line += f" {row['images_per_second']:9.2f} {row['speed_ratio']:6.2f}x"
+        line += f" {row['images_per_second']:9.2f} {row['speed_ratio']:6.2f}x"
         if "share_of_peak" in row:
             row["memory_ratio"] = row["peak_memory"] / (baseline["peak_memory"] or math.nan)
             line += f" {row['peak_memory'] / 2**20:6.0f} MiB {row['memory_ratio']:6.2f}x {row['share_of_peak']:8.1%}"
@@ -532,7 +513,6 @@ def main():
     add("--compile", action="store_true", help="also torch.compile")
     add("--images", help="data: folder of 1280x720 pairs (default: enlarged photographs of scikit-image)")
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, ...")
-    add("--threads", type=int, default=0, help="of the CPU (default: PyTorch's choice)")
     add("--runs", type=at_least(1), default=7, help="rounds of measurements (default: %(default)s)")
     add("--seconds", type=float, default=60, help="no new round after so long (default: %(default)s)")
     add("--profile", action="store_true", help="also print a profile of this repository's networks")
@@ -541,8 +521,6 @@ def main():
     args.device = str(pick_device(args.device))
     sections = args.sections or SECTIONS
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     cuda, threads = args.device.startswith("cuda"), torch.get_num_threads()
     machine = torch.cuda.get_device_name(args.device) if cuda else cpu_name()
     note = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "threads": threads, "torch": torch.__version__}
@@ -568,7 +546,7 @@ def tables(args, section: str, peaks: dict) -> Iterator[list[dict]]:
     for variant in args.variants:
         for width, height in sizes:
             yield network_table(args, network_cases(args, section, variant, height, width, batch), peaks)
-    others = {"data": data_table, "evaluate": evaluate_table, "startup": startup_table}
+    others = {"data": data_table, "evaluate": evaluate_table}
     if section in others:
         yield others[section](args)
 

@@ -17,8 +17,9 @@ import re
 import shutil
 import signal
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,13 +171,8 @@ def write_all(cuts: list[Cut], out: Path, part: Path, workers: int) -> int:
     part.mkdir(parents=True)
     try:
         with ProcessPoolExecutor(min(workers, len(cuts)), initializer=start_worker) as pool:
-            try:
-                jobs = [pool.submit(write_patches, cut, part) for cut in cuts]
-                done = progress_bar(as_completed(jobs), total=len(jobs), desc=out.name, unit="pair")
-                written = sum(job.result() for job in done)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            done = pool.map(partial(write_patches, folder=part), cuts)  # the first to fail cancels the others
+            written = sum(progress_bar(done, total=len(cuts), desc=out.name, unit="pair"))
         os.replace(part, out)
     except BrokenProcessPool as error:
         message = f"a process was killed, perhaps for lack of memory; remove the unfinished {part}, use fewer --workers"
@@ -188,13 +184,6 @@ def write_all(cuts: list[Cut], out: Path, part: Path, workers: int) -> int:
 
 def format_bytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def check_out(out: Path, part: Path):
-    if not is_free(out):
-        raise UserError(f"--out: {out} already holds files; choose another --out, or move that folder away")
-    if part.exists():
-        raise UserError(f"{part} is of an interrupted run, or another run is writing to it; if none is, remove it")
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -237,7 +226,10 @@ def main(argv=None):
     args = parse_args(argv)
     out = args.out.resolve()
     part = out.with_name(f".{out.name}.part")
-    check_out(out, part)
+    if not is_free(out):
+        raise UserError(f"--out: {out} already holds files; choose another --out, or move that folder away")
+    if part.exists():
+        raise UserError(f"{part} is of an interrupted run, or another run is writing to it; if none is, remove it")
     cuts = plan(args)
     total = sum(len(cut.patches) for cut in cuts)
     whole = sum(cut.patches[0][0] == cut.pair.name for cut in cuts)

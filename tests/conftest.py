@@ -37,11 +37,13 @@ def fuzz(request) -> int:
 
 
 @pytest.fixture(autouse=True)
-def no_curves(request, monkeypatch):
+def no_curves(request):
     """Drawing a run's curves takes longer than the runs here; tests that look at them ask for ``curves``."""
     loggers = sys.modules.get("dgunet.training.loggers")
-    if loggers and "curves" not in request.fixturenames:
-        monkeypatch.setattr(loggers, "plot_history", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:  # not the fixture, which would then be undone after tmp_path
+        if loggers and "curves" not in request.fixturenames:
+            patch.setattr(loggers, "plot_history", lambda *_: None)
+        yield
 
 
 @pytest.fixture

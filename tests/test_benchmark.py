@@ -65,7 +65,7 @@ def test_hardware_without_bfloat16_is_not_asked_for_it(monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *a, dtype=None, **k: randn(*a, **k) if dtype is None else pytest.fail())
     peaks = benchmark.matrix_peak("cpu", size=64)
     assert peaks[True] is None and peaks[False] > 0
-    args = argparse.Namespace(device="cpu", threads=1, profile=False, compile=True)
+    args = argparse.Namespace(device="cpu", profile=False, compile=True)
     cases = benchmark.network_cases(args, "train", "deraining_dgunet", 32, 32, 1)
     assert [case.name for case in cases] == ["baseline", "float32", "float32, checkpointing", "float32, compiled"]
     assert not any(case.bf16 for case in cases)

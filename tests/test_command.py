@@ -291,6 +291,7 @@ TIFFS = {  # how tifffile writes it; extra samples are 0 to 1 from the left to t
     "planar_tiles": dict(photometric="rgb", tile=(16, 16), planarconfig="separate"),
     "big_endian": dict(photometric="rgb", byteorder=">", compression="zlib", predictor=True),
     "big_tiff": dict(photometric="rgb", bigtiff=True, rowsperstrip=3),
+    "big_endian_big_tiff": dict(photometric="rgb", bigtiff=True, byteorder=">", compression="lzw"),
     "white_is_zero": dict(photometric="miniswhite"),
     "white_is_zero_big_endian": dict(photometric="miniswhite", byteorder=">"),
     "infrared": dict(photometric="rgb", extrasamples=["unspecified"]),
@@ -386,7 +387,7 @@ def test_12_bits_in_16_are_told(tmp_path):
         (np.uint8, 3, dict(photometric="ycbcr"), "YCbCr"),
         (np.uint16, 4, dict(photometric="separated", planarconfig="separate"), "PlanarConfiguration"),
         (np.uint8, 3, dict(subfiletype=1), "raw file"),  # a preview, as in DNG and NEF
-        (np.uint8, 3, dict(bigtiff=True, byteorder=">"), "BigTIFF"),
+        (np.uint8, 4, dict(photometric="separated", bigtiff=True, byteorder=">"), "BigTIFF"),
     ],
 )
 def test_tiff_that_is_not_understood_is_refused(tmp_path, dtype, channels, options, told):

@@ -1,6 +1,5 @@
 """The figure of stages: the estimate x_k after each stage."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,7 +123,5 @@ def draw_stages(
         axis.set_title(label if np.isinf(score) else f"{label}\n{score:.2f} dB", fontsize=10)
     for axis in axes:
         axis.set_axis_off()
-    encoded = io.BytesIO()
-    figure.savefig(encoded, format="png", metadata={"Comment": comment} if comment else None)
     with atomic_write(out) as temporary:
-        temporary.write_bytes(encoded.getbuffer())
+        figure.savefig(temporary, format="png", metadata={"Comment": comment} if comment else None)

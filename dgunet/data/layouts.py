@@ -5,6 +5,7 @@ A pattern is a path below a folder, in which each ``*`` stands for a part of a n
 """
 
 import csv
+import glob
 import os
 import re
 from collections import Counter
@@ -55,37 +56,16 @@ def match_images(root: Path, pattern: str) -> list[tuple[str, Path]]:
     """The images below a folder that a pattern matches: what its ``*`` stand for, joined by ``-``, and their paths."""
     *folders, last = pattern.split("/")
     whole_name = Path(last).suffix.lower() in IMAGE_SUFFIXES  # else the suffix may be any
-    found = [((), root)]
-    for part in folders:
-        if "*" not in part:
-            found = [(stars, folder / part) for stars, folder in found if (folder / part).is_dir()]
-            continue
-        regex = _regex(part)
-        found = [
-            (stars + match.groups(), Path(entry))
-            for stars, folder in found
-            for entry in _entries(folder)
-            if (match := regex.fullmatch(nfc(entry.name))) and entry.is_dir()
-        ]
-    regex = _regex(last)
-    return [
-        ("-".join(stars + match.groups()), path)
-        for stars, folder in found
-        for path in map(Path, _entries(folder))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and (match := regex.fullmatch(nfc(path.name if whole_name else path.stem)))
-    ]
-
-
-def _regex(part: str) -> re.Pattern:
-    return re.compile("(.+)".join(map(re.escape, nfc(part).split("*"))))
-
-
-def _entries(folder: Path) -> list[os.DirEntry]:
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
+    regex = re.compile("([^/]+)".join(map(re.escape, nfc(pattern).split("*"))))
+    # What is beside a * is compared by the regex, in Unicode's form NFC.
+    places = "/".join(["*" if "*" in folder else glob.escape(folder) for folder in folders] + ["*"])
+    found = []
+    for name in glob.glob(places, root_dir=root):
+        stem, suffix = os.path.splitext(name)
+        named = nfc(name if whole_name else stem).replace(os.sep, "/")
+        if suffix.lower() in IMAGE_SUFFIXES and (match := regex.fullmatch(named)):
+            found.append(("-".join(match.groups()), Path(root, name)))
+    return found
 
 
 def find_layout(inputs: Path, targets: Path) -> tuple[Layout, str] | None:

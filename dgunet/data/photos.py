@@ -235,8 +235,11 @@ def _read_by_pillow(path: Path, image, file, notes: list[str]) -> tuple[np.ndarr
     image.load()
     clear, alpha = image.info.get("transparency"), None
     if mode in ("RGB", "RGBA") and ";16B" in raw:  # which Pillow has reduced to 8
-        pixels, alpha = _decode_deep(path, content)
-        pixels = pixels[..., 0] if "LA;16" in raw else pixels
+        import imagecodecs
+
+        samples = imagecodecs.png_decode(content)
+        pixels = samples[..., :3] if samples.shape[2] > 2 else samples[..., 0]
+        alpha = samples[..., -1] if samples.shape[2] in (2, 4) else None
     elif mode.startswith("I"):
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:
@@ -306,15 +309,6 @@ def _to_8_bit(image, profile: bytes | None, notes: list[str]):
     elif mode in ("P", "PA"):
         notes.append("a palette, now RGB")
     return image.convert("RGBA" if clear or mode in ("LA", "La", "PA", "RGBa") else "RGB")
-
-
-def _decode_deep(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray | None]:
-    import cv2
-
-    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
-        raise UserError(f"{path} cannot be read with its 16 bits per channel; save it as PNG")
-    return pixels[..., 2::-1], pixels[..., 3] if pixels.shape[2] == 4 else None
 
 
 def orientation(image, file) -> int:
@@ -431,15 +425,11 @@ def _encode(pixels: np.ndarray, kind: str, **options) -> bytes:
 
 def _deep_png(pixels: np.ndarray, keep: dict, comment: str) -> bytes:
     """A PNG of 16 bits per channel, which Pillow does not write in colour."""
-    if pixels.shape[2:] == (2,):  # OpenCV has no grey with transparency
-        pixels = pixels[..., [0, 0, 0, 1]]
-    if pixels.ndim == 3:
-        pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
-    import cv2
+    import imagecodecs
 
-    encoded = cv2.imencode(".png", pixels)[1].tobytes()
+    encoded = bytes(imagecodecs.png_encode(pixels))
     chunks = [(b"tEXt", b"Comment\0" + comment.encode("latin-1", "replace"))]
-    if "icc_profile" in keep and not (pixels.ndim == 3 and keep["icc_profile"][16:20] == b"GRAY"):
+    if "icc_profile" in keep:
         chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(keep["icc_profile"])))
     if "exif" in keep:
         chunks.append((b"eXIf", keep["exif"].removeprefix(b"Exif\0\0")))

@@ -59,7 +59,7 @@ from dgunet.data.transforms import as_colour, unit_range
 from dgunet.runtime.errors import UserError
 from dgunet.runtime.imports import import_object, is_object_name
 
-# cv2 and skimage are imported where they are used: a model that is only trained or run needs neither.
+# cv2, scipy and skimage are imported where they are used: a model that is only trained or run needs neither.
 
 _GAUSSIAN_TAPS = 11
 _GAUSSIAN_SIGMA = 1.5
@@ -341,27 +341,16 @@ def _gaussian_ssim(one: np.ndarray, other: np.ndarray, **options):
 
 def _matlab_ssim(restored: np.ndarray, target: np.ndarray, value_range: float) -> float:
     """MATLAB's ``ssim`` of two double arrays H x W (2-D) or H x W x 3 (3-D), edges replicated."""
-    mean_r, mean_t = _gaussian_filter(restored), _gaussian_filter(target)
-    variances = _gaussian_filter(restored * restored + target * target) - mean_r * mean_r - mean_t * mean_t
-    covariance = _gaussian_filter(restored * target) - mean_r * mean_t
+    from scipy.ndimage import gaussian_filter
+
+    blur = functools.partial(gaussian_filter, sigma=_GAUSSIAN_SIGMA, radius=_GAUSSIAN_RADIUS, mode="nearest")
+    mean_r, mean_t = blur(restored), blur(target)
+    variances = blur(restored * restored + target * target) - mean_r * mean_r - mean_t * mean_t
+    covariance = blur(restored * target) - mean_r * mean_t
     c1, c2 = (0.01 * value_range) ** 2, (0.03 * value_range) ** 2
     numerator = (2 * mean_r * mean_t + c1) * (2 * covariance + c2)
     denominator = (mean_r * mean_r + mean_t * mean_t + c1) * (variances + c2)
     return np.mean(numerator / denominator)
-
-
-def _gaussian_filter(volume: np.ndarray) -> np.ndarray:
-    """Separable Gaussian over all axes of a double H x W or H x W x C array, the channel axis included."""
-    import cv2
-
-    taps = cv2.getGaussianKernel(_GAUSSIAN_TAPS, _GAUSSIAN_SIGMA)
-    filtered = cv2.sepFilter2D(volume, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
-    if volume.ndim == 2:
-        return filtered
-
-    # With so few channels most taps fall on a replicated edge, and the third pass is a small matrix.
-    mixing = cv2.filter2D(np.eye(volume.shape[2]), -1, taps, borderType=cv2.BORDER_REPLICATE)
-    return cv2.transform(filtered, mixing)
 
 
 def _studio_luma(image: np.ndarray) -> np.ndarray:

@@ -161,18 +161,15 @@ class ScoreSheet:
         self.folder_lock.close()
 
     def _score(self, name: str, restored: np.ndarray, target: np.ndarray, degraded: np.ndarray | None, tile: str):
-        note, align = "", True
-        try:
-            scores = evaluate_pair(restored, target, self.protocol)
-        except AlignmentError:
-            note, align = "could not be aligned, scored as it is", False
-            scores = evaluate_pair(restored, target, self.protocol, align=False)
-        try:
-            before = (math.nan, math.nan)
-            if degraded is not None:
-                before = evaluate_pair(degraded, target, self.protocol, align=align)
-        except AlignmentError:
-            before = evaluate_pair(degraded, target, self.protocol, align=False)
+        def score(image: np.ndarray, align: bool) -> tuple[tuple[float, float], bool]:
+            try:
+                return evaluate_pair(image, target, self.protocol, align=align), align
+            except AlignmentError:
+                return evaluate_pair(image, target, self.protocol, align=False), False
+
+        scores, aligned = score(restored, True)
+        note = "" if aligned else "could not be aligned, scored as it is"
+        before = (math.nan, math.nan) if degraded is None else score(degraded, aligned)[0]
         with self.metrics_lock:  # networks, which use all cores, or the GPU, by themselves
             further = {name: metric(restored, target) for name, metric in self.metrics.items()}
         self._append(Row(name, *scores, *before, note, self.files[name], tile, further))

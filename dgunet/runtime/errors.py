@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Modules of other packages, and the extra of pyproject.toml that installs each; "" is no extra. They are imported where
 # they are needed, so that `import dgunet` does without; `describe_error` says what to install where one is missing.
 EXTRAS = {
-    **dict.fromkeys(("PIL", "cv2", "natsort", "psutil", "safetensors", "tqdm"), ""),
+    **dict.fromkeys(("PIL", "cv2", "imagecodecs", "natsort", "psutil", "safetensors", "tifffile", "tqdm"), ""),
     **dict.fromkeys(("filelock", "h5py", "matplotlib", "scipy", "skimage"), "train"),
     **dict.fromkeys(("torchvision", "warmup_scheduler", "yacs", "yaml"), "train"),
     "gdown": "data",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dgunet.data.images import write_image
 from dgunet.runtime.errors import UserError, describe_error
 from dgunet.runtime.files import atomic_write
 from dgunet.runtime.fonts import set_title
@@ -175,12 +176,8 @@ class ImageLogger(Logger):
         self.folder = run.folder / "images"
 
     def log_row(self, row, images):
-        from PIL import Image
-
         for number, image in enumerate(images, start=1):
-            name = f"epoch_{row['epoch']}_step_{row['step']}_image_{number}.png"
-            with atomic_write(self.folder / name) as temporary:
-                Image.fromarray(image).save(temporary, format="PNG")
+            write_image(self.folder / f"epoch_{row['epoch']}_step_{row['step']}_image_{number}.png", image)
 
 
 class _MetricsLogger(Logger):
