@@ -138,6 +138,7 @@ class ConsoleLogger(Logger):
         if self.bar.disable and now - self.last_line > max(20, (now - self.began) / 100):
             steps = self.run.global_step(self.run.epochs, self.run.steps) - self.run.global_step(epoch, step)
             left = tqdm.format_interval(steps * values["step_seconds"])
+            status = f"{status}, gradient {values['grad_norm']:.3g}, {values['data_wait']:.0%} waiting for data"
             log.info("epoch %d/%d  step %d/%d  %s, %s left", epoch, self.run.epochs, step, self.run.steps, status, left)
             self.last_line = now
 
@@ -149,10 +150,11 @@ class ConsoleLogger(Logger):
             score = f"PSNR {row['psnr']:.3f} (best {best:.3f} in epoch {row['best_epoch'] or 0})  "
         if row["skipped_steps"]:
             skipped = f"  {row['skipped_steps']} steps skipped"
+        speed = f"{row['images_per_second']:.1f} images/s  {row['data_wait']:.0%} waiting for data"
         log.info(
-            "epoch %d/%d  step %d/%d  loss %.5f  lr %.2e  %s%.1f images/s%s",
+            "epoch %d/%d  step %d/%d  loss %.5f  lr %.2e  %sgradient %.3g  %s  %d MiB%s",
             row["epoch"], self.run.epochs, row["step"], self.run.steps, row["loss"], row["lr"], score,
-            row["images_per_second"], skipped,
+            row["grad_norm"], speed, row["peak_memory_mib"], skipped,
         )  # fmt: skip
 
     def close(self, failed):
@@ -502,7 +504,9 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
     count = sum(p.numel() for p in model.parameters())
     hardware = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
     epochs = "" if trainer.resumed is None else f", continuing in epoch {trainer.epoch} after step {trainer.step}"
-    precision = "bf16 autocast" if trainer.train_state.amp else "float32"
+    state = trainer.train_state
+    how = "bf16 autocast" if state.amp else "float32"
+    how += ", compiled" * state.compiled + ", steps replayed as a CUDA graph" * (state.captured_step is not None)
     if config:
         print(f"config (# * marks what differs from the defaults)\n{format_config(cfg)}\n")
     source = cfg.TRAINING.INPUT_DIR or cfg.TRAINING.TRAIN_DIR
@@ -518,7 +522,7 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
         f"{trainer.train_state.micro_batch_size}",
         f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"
         + (f" of {trainer.batches.steps} steps{epochs}" if len(trainer.train_set) else ""),
-        f"device      {trainer.world} x {hardware}, {precision}",
+        f"device      {trainer.world} x {hardware}, {how}",
         f"writes to   {trainer.folder.absolute()} (the whole config as well; --dry_run shows it)",
     ]
     notes = list(trainer.notes)
