@@ -1,4 +1,4 @@
-"""Time the network, training, data loading and evaluation, each beside the same as the original code computes it.
+"""Time the network, training and data loading, each beside the same as the original code computes it.
 
     python scripts/benchmark.py                                                   # all of it, in some minutes
     python scripts/benchmark.py forward train --variants deblurring_dgunet deraining_dgunet --batch 16 --crop 256
@@ -7,9 +7,9 @@
 
 The baseline is the same network in the original's form: float32, NCHW, eager; half instance norm by splitting and
 concatenating, subspace fusion with an explicit inverse; Adam as PyTorch chooses to run it (on a CPU parameter by
-parameter), the loss read after each step; images decoded, converted and augmented whole, then cropped;
-three-dimensional SSIM with its 11x11x11 window. Both sides have PyTorch's precision of float32 (on a GPU: TF32 in
-convolutions only) and, as both train.py do, cuDNN's benchmark in training; bfloat16 where the hardware computes it.
+parameter), the loss read after each step; images decoded, converted and augmented whole, then cropped. Both sides have
+PyTorch's precision of float32 (on a GPU: TF32 in convolutions only) and, as both train.py do, cuDNN's benchmark in
+training; bfloat16 where the hardware computes it.
 
 Every case runs in a process of its own, so that its peak memory is its own. On a CPU the cases of a table take turns,
 so that other load on the machine affects all of them. Times are medians; the JSON file has all of them and their
@@ -53,7 +53,7 @@ with command_imports(__name__):
     from dgunet.training.config import load_config
     from dgunet.training.step import MeasureThenRestore, TrainState
 
-SECTIONS = ("forward", "train", "data", "evaluate")
+SECTIONS = ("forward", "train", "data")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def as_original(model: nn.Module) -> nn.Module:
 
 def prepare(case: Case) -> Callable:
     """The function whose calls are timed; it returns something that must not be all zeros."""
-    return {"forward": _forward, "train": _train, "data": _data, "evaluate": _evaluate}[case.section](case)
+    return {"forward": _forward, "train": _train, "data": _data}[case.section](case)
 
 
 def _images(case: Case, channels: int) -> torch.Tensor:
@@ -234,34 +234,6 @@ def _whole_images(pair, patch: int, rng: np.random.Generator) -> torch.Tensor:
     images = [image[:, top : top + patch, left : left + patch] for image in images]
     turns = int(rng.integers(9))
     return [torch.rot90(image, turns % 4, dims=(1, 2)).contiguous() for image in images][0]
-
-
-def _evaluate(case: Case) -> Callable:
-    import cv2
-
-    from dgunet.evaluation.metrics import evaluate_pair
-
-    cv2.setNumThreads(1)
-    rng = np.random.default_rng(0)
-    target = (255 * _images(replace(case, device="cpu"), 3)[0].permute(1, 2, 0).numpy()).astype(np.uint8)
-    restored = np.clip(target + rng.normal(0, 5, target.shape), 0, 255).astype(np.uint8)
-    score = _direct_ssim if case.baseline else lambda r, t: evaluate_pair(r, t, "rgb_matlab")[1]
-    return lambda: torch.tensor(score(restored, target))
-
-
-def _direct_ssim(restored: np.ndarray, target: np.ndarray) -> float:
-    """MATLAB's SSIM of an RGB array with all 11^3 taps of the window at each pixel."""
-    import cv2
-    from scipy.ndimage import correlate
-
-    taps = cv2.getGaussianKernel(11, 1.5)[:, 0]
-    window = np.einsum("i,j,k->ijk", taps, taps, taps)
-    x, y = restored.astype(np.float64), target.astype(np.float64)
-    mean_x, mean_y, xx, yy, xy = (correlate(v, window, mode="nearest") for v in (x, y, x * x, y * y, x * y))
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    numerator = (2 * mean_x * mean_y + c1) * (2 * (xy - mean_x * mean_y) + c2)
-    variances = xx - mean_x**2 + yy - mean_y**2
-    return float(np.mean(numerator / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))))
 
 
 # ------------------------------------------------------------------------------------------- timing
@@ -464,12 +436,6 @@ def make_images(folder: Path) -> Path:
     return folder
 
 
-def evaluate_table(args) -> list[dict]:
-    cases = [Case("evaluate", "baseline: direct", baseline=True), Case("evaluate", "separable")]
-    rows = measure(cases, args.runs, args.seconds)
-    return finish("evaluate: three-dimensional SSIM of 256x256, one core", cases, rows)
-
-
 def finish(title: str, cases: list[Case], rows: list[dict]) -> list[dict]:
     """Print a table with ratios to its first row; returns the complete rows of the JSON file."""
     finished, baseline = [], rows[0]
@@ -546,9 +512,8 @@ def tables(args, section: str, peaks: dict) -> Iterator[list[dict]]:
     for variant in args.variants:
         for width, height in sizes:
             yield network_table(args, network_cases(args, section, variant, height, width, batch), peaks)
-    others = {"data": data_table, "evaluate": evaluate_table}
-    if section in others:
-        yield others[section](args)
+    if section == "data":
+        yield data_table(args)
 
 
 def cpu_name() -> str:

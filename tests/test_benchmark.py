@@ -30,11 +30,6 @@ def test_baseline_computes_the_same(variant):
         torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-6)
 
 
-def test_direct_and_separable_ssim_agree():
-    direct, separable = (prepare(Case("evaluate", "ssim", height=48, width=48, baseline=b))() for b in (True, False))
-    assert 0.5 < direct < 1 and separable == pytest.approx(direct.item(), abs=1e-3)
-
-
 def test_tables(run_command, tmp_path):
     """A size that does not fit fails alone; the rest is measured, and compared with the baseline."""
     options = ["--variants", "compressive_sensing_dgunet", "--sizes", "40x40", "64x32"]
