@@ -1143,7 +1143,9 @@ def test_progress_without_a_terminal(folders, monkeypatch):
     make_trainer(folders).fit()
     lines = [line for line in (folders / "runs/run/train.log").read_text().splitlines() if line.endswith(" left")]
     assert 1 < len(lines) <= next(clock) / 20
-    assert all("loss 0." in line and "images/s, 0" in line for line in lines), lines
+    assert all(
+        part in line for line in lines for part in ("loss 0.", "images/s, gradient ", "% waiting for data, 0")
+    ), lines
 
 
 def tiny_run(folder: Path) -> Run:
@@ -1155,9 +1157,12 @@ def test_time_left_is_that_of_the_steps_to_come(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(dgunet.training.loggers, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with caplog.at_level("INFO", "dgunet"):  # step 2 of epoch 6: two steps more, and four epochs
         console.start(tiny_run(tmp_path))
-        console.log_step(6, 2, {"epoch_loss": 1.0, "lr": 1e-4, "images_per_second": 0.5, "step_seconds": 60})
+        values = {"epoch_loss": 1.0, "lr": 1e-4, "grad_norm": 0.25, "data_wait": 0.1}
+        console.log_step(6, 2, values | {"images_per_second": 0.5, "step_seconds": 60})
         console.close(failed=False)
-    assert caplog.messages == ["epoch 6/10  step 2/4  loss 1.0000, PSNR -, lr 1.0e-04, 0.5 images/s, 18:00 left"]
+    (line,) = caplog.messages
+    assert line.startswith("epoch 6/10  step 2/4  loss 1.0000, PSNR -, lr 1.0e-04, 0.5 images/s, ")
+    assert line.endswith("gradient 0.25, 10% waiting for data, 18:00 left")
 
 
 def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
