@@ -3,13 +3,16 @@
 import csv
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_engine import folders, make_trainer  # noqa: F401  fixtures
 
 from dgunet import UserError
+from dgunet.checkpoints.load import read_checkpoint
 from dgunet.training.config import load_config
-from dgunet.training.schedule import EpochSchedule, validation_steps
+from dgunet.training.schedule import EpochSchedule, RunClock, validation_steps
 
 BASE, LOWEST = 2e-4, 1e-6
 SHIPPED = sorted(Path(__file__).parents[1].glob("*/pretrained_models/*/config*.yaml"))
@@ -119,6 +122,80 @@ def test_shipped_configs_end_at_the_rates_of_their_histories(path):
         assert float(last["lr"]) == pytest.approx(options.LR_MIN, rel=0.05)
         return
     assert rates(options)[options.NUM_EPOCHS] == pytest.approx(float(last["lr"]), rel=1e-9)
+
+
+class Clock:
+    """Time that passes by a second each time it is asked for."""
+
+    def __init__(self):
+        self.now = 0
+
+    def monotonic(self) -> float:
+        self.now += 1
+        return float(self.now)
+
+
+def by_the_clock(folders, monkeypatch, seconds: float, **changed):  # noqa: F811
+    """A trainer whose run ends by a clock that every look at it moves by a second."""
+    for module in ("schedule", "trainer"):
+        monkeypatch.setattr(f"dgunet.training.{module}.time", SimpleNamespace(monotonic=Clock().monotonic))
+    settings = dict(OPTIM__NUM_EPOCHS=1000, OPTIM__WARMUP_EPOCHS=0, TRAINING__VAL_AFTER_EVERY=1000)
+    return make_trainer(folders, TRAINING__SECONDS=seconds, **settings | changed)
+
+
+def test_the_run_ends_by_the_clock(folders, monkeypatch):  # noqa: F811
+    """In the middle of an epoch, validated and saved; the rate has gone down the cosine meanwhile."""
+    trainer = by_the_clock(folders, monkeypatch, 100)
+    used, state = [], trainer.train_state
+    compute = state.train_step
+    monkeypatch.setattr(state, "train_step", lambda *a: used.append((trainer.clock.used, state.lr)) or compute(*a))
+    trainer.fit()
+    assert 95 <= trainer.clock.used <= 100 and len(used) > 20
+    for seconds, lr in used:
+        expected = LOWEST + (1e-3 - LOWEST) * (1 + math.cos(math.pi * seconds / 95)) / 2
+        assert lr == pytest.approx(expected, rel=1e-6)
+    last = trainer.log.rows[-1]
+    assert last["psnr"] == trainer.best["psnr"] and last["step"] == trainer.step
+    assert used[0][1] > 0.95 * 1e-3 and used[-1][1] < 0.05 * 1e-3
+    assert read_checkpoint(folders / "runs/run/model_best.pth")["step"] == trainer.step
+
+
+def test_the_clock_goes_on_when_a_run_is_resumed(folders, monkeypatch):  # noqa: F811
+    first = by_the_clock(folders, monkeypatch, 100, OPTIM__NUM_EPOCHS=3)
+    first.fit()  # its epochs come to an end before the clock does
+    used = read_checkpoint(folders / "runs/run/model_latest.pth")["seconds"]
+    assert 10 < used < 60
+    second = by_the_clock(folders, monkeypatch, 100, TRAINING__RESUME=True)
+    second.fit()
+    assert 95 <= second.clock.used <= 110 and second.epoch > 3
+    steps = second.log.rows[-1]
+    third = by_the_clock(folders, monkeypatch, 100, TRAINING__RESUME=True)
+    third.fit()
+    assert third.log.rows[-1] == steps, "it was over"
+    more = by_the_clock(folders, monkeypatch, 200, TRAINING__RESUME=True)
+    more.fit()
+    assert 190 <= more.clock.used <= 210 and len(more.log.rows) > len(third.log.rows)
+
+
+def test_what_ends_a_run_has_its_time(monkeypatch):
+    monkeypatch.setattr("dgunet.training.schedule.time", SimpleNamespace(monotonic=lambda: 0.0))
+    clock = RunClock(1000)
+    assert clock.for_training == 950 and not clock.is_over
+    clock.endings += [10, 200, 30]
+    clock.used = 700
+    assert clock.for_training == 700 and clock.is_over
+    without = RunClock(0)
+    without.used = 1e12
+    assert not without.is_over
+
+
+def test_warm_up_and_other_schedules_stay_those_of_the_epochs():
+    for schedule, warmup, expected in (("cosine", 2, BASE / 2), ("constant", 0, BASE)):
+        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=BASE)
+        rates = EpochSchedule(optimizer, optim(10, warmup, SCHEDULE=schedule))
+        rates.go_to(1)
+        rates.follow(0.7)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 
 def test_step():

@@ -243,13 +243,14 @@ class StopSignal:
                 os._exit(128 + number)  # nothing that would wait for the others
             sys.exit(128 + number)
 
-    def sync(self, device: torch.device, seconds: float = 0.0) -> float:
-        """Agree with all processes, of which a signal may have reached only some; returns the longest ``seconds``."""
-        agreed = torch.tensor([self.received, seconds], dtype=torch.float64, device=device)
+    def sync(self, device: torch.device, *seconds: float) -> list[float]:
+        """Agree with all processes, of which a signal may have reached only some; the longest of each ``seconds``."""
+        agreed = torch.tensor([self.received, *seconds], dtype=torch.float64, device=device)
         if dist.is_initialized():
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        self.agreed = int(agreed[0])
-        return agreed[1].item()
+        received, *longest = agreed.tolist()
+        self.agreed = int(received)
+        return longest
 
 
 def rank() -> int:

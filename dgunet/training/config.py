@@ -129,6 +129,9 @@ _key("TRAINING.TRAIN_PS", 256, (MULTIPLE, 4096))  # side of the random training 
 # Side of the central validation crops; 0: whole images. Compressive sensing: of the blocks that the central 256x256
 # pixels are cut into.
 _key("TRAINING.VAL_PS", 256, (0, 2**16))
+# For a queue with a limit: the run ends within so many seconds, in all its sessions together, validated and saved. The
+# cosine follows the clock instead of the epochs, of which NUM_EPOCHS are the most. 0: no limit.
+_key("TRAINING.SECONDS", 0.0, (0, 10**9))
 _key("TRAINING.REPEAT", 1, (1, 10**4))  # how often an image counts in an epoch (each time with another crop)
 _key("TRAINING.VAL_AFTER_EVERY", 1, (1, _EPOCHS))  # epochs
 _key("TRAINING.VAL_TIMES", 1, (1, 1000))  # validations in such an epoch, evenly spaced

@@ -18,6 +18,7 @@ from dgunet.data.images import write_image
 from dgunet.runtime.errors import UserError, describe_error
 from dgunet.runtime.files import atomic_write
 from dgunet.runtime.fonts import set_title
+from dgunet.runtime.hardware import peak_memory
 from dgunet.runtime.imports import import_object, is_object_name
 from dgunet.runtime.progress import progress_bar
 from dgunet.training.config import flat_config, format_config
@@ -137,7 +138,7 @@ class ConsoleLogger(Logger):
         # Without a terminal a line every 20 seconds at first, in a run of days some hundreds in all.
         if self.bar.disable and now - self.last_line > max(20, (now - self.began) / 100):
             steps = self.run.global_step(self.run.epochs, self.run.steps) - self.run.global_step(epoch, step)
-            left = tqdm.format_interval(steps * values["step_seconds"])
+            left = tqdm.format_interval(min(steps * values["step_seconds"], values.get("seconds_left", math.inf)))
             status = f"{status}, gradient {values['grad_norm']:.3g}, {values['data_wait']:.0%} waiting for data"
             log.info("epoch %d/%d  step %d/%d  %s, %s left", epoch, self.run.epochs, step, self.run.steps, status, left)
             self.last_line = now
@@ -496,6 +497,19 @@ class Timer:
         return self.speed
 
 
+def history_row(trainer, counts: StepCounts, validated: bool) -> dict:
+    """A `Trainer`'s row of the history: its present epoch, step and scores, and how fast it is."""
+    best, speed = trainer.best, trainer.timer.speed
+    return {
+        "epoch": trainer.epoch, "step": trainer.step, "lr": trainer.train_state.lr, "loss": counts.mean_loss,
+        "psnr": trainer.last_psnr if validated else None, "best_psnr": best["psnr"] if best["epoch"] else None,
+        "images_per_second": round(speed["images_per_second"], 2),
+        "skipped_steps": counts.skipped, "rollbacks": trainer.rollbacks,
+        "grad_norm": counts.mean_norm, "grad_norm_max": counts.norm_max, "data_wait": round(speed["data_wait"], 4),
+        "peak_memory_mib": round(peak_memory(trainer.device) / 2**20), "best_epoch": best["epoch"] or None,
+    }  # fmt: skip
+
+
 def describe(trainer, config: bool = False, missing: list[str] = ()):
     """Print what a `Trainer` is about to do, what is ``missing`` for that, and with ``config`` also every key."""
     cfg, model = trainer.cfg, trainer.train_state.model
@@ -521,7 +535,8 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
         f"batch       {cfg.OPTIM.BATCH_SIZE} = {trainer.world} processes x {cfg.OPTIM.ACCUMULATE} passes x "
         f"{trainer.train_state.micro_batch_size}",
         f"schedule    {cfg.OPTIM.NUM_EPOCHS} epochs"
-        + (f" of {trainer.batches.steps} steps{epochs}" if len(trainer.train_set) else ""),
+        + (f" of {trainer.batches.steps} steps{epochs}" if len(trainer.train_set) else "")
+        + (f", or {tqdm.format_interval(cfg.TRAINING.SECONDS)} in all" if cfg.TRAINING.SECONDS else ""),
         f"device      {trainer.world} x {hardware}, {how}",
         f"writes to   {trainer.folder.absolute()} (the whole config as well; --dry_run shows it)",
     ]

@@ -157,6 +157,7 @@ _CHECKS = {
     "last_psnr": lambda x: type(x) is float,
     "validation_due": lambda x: type(x) is bool,
     "rollbacks": _is_count,
+    "seconds": lambda x: type(x) is float and 0 <= x < math.inf,
     "lr_factor": lambda x: type(x) is float and 0 <= x <= 1,
     "totals": lambda x: type(x) is list and len(x) in (4, 6) and all(map(_is_total, x, range(len(x)))),
     "good_weights": lambda x: isinstance(x, dict),
@@ -164,7 +165,13 @@ _CHECKS = {
     "config": lambda x: isinstance(x, str),
 }
 _AVERAGED = {"raw_state_dict", "averaged"}  # only where OPTIM.EMA_DECAY was set
-_OPTIONAL = {"validation_due", "rollbacks", "lr_factor", "good_weights"}  # which states of earlier versions lack
+_OPTIONAL = {
+    "validation_due",
+    "rollbacks",
+    "lr_factor",
+    "seconds",
+    "good_weights",
+}  # which states of earlier versions lack
 
 
 def check_state(state: dict, path):
@@ -208,6 +215,7 @@ def load_state(trainer: "Trainer", state: dict, path: Path):
     trainer.best, trainer.last_psnr = state["best"], state["last_psnr"]
     trainer.validation_due = state.get("validation_due", False)
     trainer.rollbacks, trainer.schedule.factor = state.get("rollbacks", 0), state.get("lr_factor", 1.0)
+    trainer.clock.used_before = state.get("seconds", 0.0)
     trainer.log.rows = state["history"]
     for key, compare in {"config": _compare_config, "data": _compare_data, "val_data": _compare_val_data}.items():
         try:

@@ -1,6 +1,7 @@
 """When the learning rate changes and when to validate: pure functions of the epoch, counted from 1."""
 
 import math
+import time
 import warnings
 
 from torch import Tensor
@@ -35,8 +36,42 @@ def decay(epoch: int, optim) -> float:
         return optim.LR_DECAY ** sum(epoch > milestone for milestone in optim.LR_MILESTONES)
     period = optim.NUM_EPOCHS - optim.WARMUP_EPOCHS + optim.COSINE_EXTRA_EPOCHS
     progress = min((epoch - optim.WARMUP_EPOCHS - 1) / max(period, 1), 1)
+    return _cosine(progress, optim)
+
+
+def _cosine(progress: float, optim) -> float:
     lowest = optim.LR_MIN / optim.LR_INITIAL
     return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class RunClock:
+    """How much of its time, ``limit`` seconds in all sessions together, a run has used; a limit of 0 is none.
+
+    The last validation, and saving, take time, too: one and a half times the longest so far is kept for them, before
+    the first a twentieth of the limit.
+    """
+
+    def __init__(self, limit: float):
+        self.limit = limit or math.inf
+        self.used_before, self.began = 0.0, time.monotonic()
+        self.endings: list[float] = []  # how long validating and saving took, seconds
+        self.used = 0.0  # as all processes have agreed
+
+    def read(self) -> float:
+        return self.used_before + time.monotonic() - self.began
+
+    @property
+    def for_training(self) -> float:
+        return self.limit - (1.5 * max(self.endings) if self.endings else self.limit / 20)
+
+    @property
+    def progress(self) -> float | None:
+        """The share of the time for training that has passed, 0 to 1; None without a limit."""
+        return min(self.used / max(self.for_training, 1e-9), 1.0) if self.limit < math.inf else None
+
+    @property
+    def is_over(self) -> bool:
+        return self.limit < math.inf and self.used >= self.for_training
 
 
 class EpochSchedule:
@@ -51,6 +86,7 @@ class EpochSchedule:
     def __init__(self, optimizer: Optimizer, optim):
         self.optimizer, self.epoch = optimizer, 0
         self.factor = 1.0  # of all learning rates, see `lower`
+        self.optim, self.progress = optim, None  # of the run by the clock, see `follow`
         warmup = optim.WARMUP_EPOCHS
         if warmup:
             after = LambdaLR(optimizer, lambda step: decay(warmup + 1 + step, optim))
@@ -78,6 +114,12 @@ class EpochSchedule:
             group["lr"] = lr
         self._set_rates()
 
+    def follow(self, progress: float | None):
+        """Let the cosine follow the clock: the rates after this share of the run's time. The warm-up is by epochs."""
+        if progress is not None and self.optim.SCHEDULE == "cosine":
+            self.progress = progress
+            self._set_rates()
+
     def lower(self, factor: float):
         """Multiply the learning rates of this epoch and of all that follow by a factor."""
         self.factor *= factor
@@ -85,6 +127,8 @@ class EpochSchedule:
 
     def _set_rates(self):
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if self.progress is not None and self.epoch > self.optim.WARMUP_EPOCHS:
+                rate = self.optim.LR_INITIAL * _cosine(self.progress, self.optim)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * self.factor)
             else:

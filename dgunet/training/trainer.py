@@ -18,11 +18,10 @@ from dgunet.model.degradations import is_ours, try_operator
 from dgunet.model.network import DGUNet
 from dgunet.runtime import distributed
 from dgunet.runtime.errors import UserError
-from dgunet.runtime.hardware import peak_memory
 from dgunet.training.config import format_config
-from dgunet.training.loggers import Logger, RunLogger, Timer, describe, make_loggers
+from dgunet.training.loggers import Logger, RunLogger, Timer, describe, history_row, make_loggers
 from dgunet.training.resume import load_state, lock_run_dir, resume, run_dir
-from dgunet.training.schedule import EpochSchedule, validation_steps
+from dgunet.training.schedule import EpochSchedule, RunClock, validation_steps
 from dgunet.training.step import StepCounts, TrainState
 from dgunet.training.validation import validate
 
@@ -52,20 +51,20 @@ class Trainer:
         loggers: list[str | Logger] | None = None,
     ):  # fmt: skip
         self.cfg, self.train_set, self.val_set = cfg, train_set, val_set
-        self.rank, self.world = distributed.rank(), distributed.world_size()
-        self.main = self.rank == 0
-        self.folder = run_dir(cfg)
+        rank, self.world = distributed.rank(), distributed.world_size()
+        self.main, self.folder = rank == 0, run_dir(cfg)
         if cfg.OPTIM.BATCH_SIZE % (self.world * cfg.OPTIM.ACCUMULATE):
             raise UserError(
                 f"OPTIM.BATCH_SIZE is the total and must be a multiple of {self.world} processes times "
                 f"{cfg.OPTIM.ACCUMULATE} accumulation steps, got {cfg.OPTIM.BATCH_SIZE}"
             )
-        self.batches = ResumableBatchSampler(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, self.rank, self.world)
+        self.batches = ResumableBatchSampler(len(train_set), cfg.OPTIM.BATCH_SIZE, cfg.SEED, rank, self.world)
         self.train_state = TrainState(cfg, model, cfg.OPTIM.NUM_EPOCHS * self.batches.steps)
         self.device = self.train_state.device
         if model.degradation is not None and not is_ours(model.degradation):
             _try_operator(cfg, self.train_state, sorted(val_set.sizes))
         self.schedule = EpochSchedule(self.train_state.optimizer, cfg.OPTIM)
+        self.clock = RunClock(cfg.TRAINING.SECONDS)
 
         self.epoch, self.step = 1, 0  # the current epoch and the steps done in it
         self.best = {"psnr": float("-inf"), "epoch": 0}
@@ -124,7 +123,7 @@ class Trainer:
                 sys.exit(128 + self.stop.agreed)
 
     def _run_epoch(self, loader: DataLoader) -> bool:
-        """Train to the end of the current epoch; False if a signal stopped it before."""
+        """Train to the end of the current epoch; False if a signal or the run's clock stopped it before."""
         steps = self.batches.steps
         self.schedule.go_to(self.epoch)
         self.batches.epoch, self.batches.start = self.epoch, self.step
@@ -133,13 +132,16 @@ class Trainer:
         if self.validation_due:
             with self.timer.paused():
                 self._validate_and_save()
-        for batch in () if self.stop.agreed else self.timer.batches(loader):
+        self._sync_stop_flag()  # the rate of this moment, where it follows the clock
+        for batch in () if self.stop.agreed or self.clock.is_over else self.timer.batches(loader):
             self.train_state.train_step(*map(self.train_state.to_device, batch), (self.epoch, self.step))
             self.step += 1
             if self.step % self.sync_interval and self.step != steps and self.step not in validations:
                 continue
             counts = self.train_state.counters.read()  # waits for the device
             speed = self.timer.read()
+            if self.cfg.TRAINING.SECONDS:
+                speed["seconds_left"] = max(self.clock.for_training - self.clock.used, 0)
             self.log.log_step(self.epoch, self.step, counts, self.train_state.lr, speed)
             self._handle_skipped_steps(counts)
             self._sync_stop_flag(speed["step_seconds"])
@@ -149,9 +151,11 @@ class Trainer:
                     self._validate_and_save()
                 elif self.step < steps and (due or self.stop.agreed):
                     self._save_latest()  # after the last step only with the epoch's row in the history
-            if self.stop.agreed:
+            if self.stop.agreed or self.clock.is_over:
                 break
-        if self.timer.steps and self.step == steps and steps not in validations:
+        if self.timer.steps and self.clock.is_over and self.step not in validations and not self.stop.agreed:
+            self._validate_and_save()
+        elif self.timer.steps and self.step == steps and steps not in validations:
             self._record(validated=False)
             self._save_latest()
         if self.stop.agreed:
@@ -159,7 +163,7 @@ class Trainer:
                 "stopped by signal %d in epoch %d after step %d; continue with TRAINING.RESUME True",
                 self.stop.agreed, self.epoch, self.step,
             )  # fmt: skip
-        return not self.stop.agreed
+        return not (self.stop.agreed or self.clock.is_over)
 
     def _next_epoch(self):
         self.epoch, self.step = self.epoch + 1, 0
@@ -189,7 +193,8 @@ class Trainer:
 
     def _sync_stop_flag(self, seconds: float = 0.0) -> bool:
         """Agree on whether to stop, and on how many steps of so many seconds to take before the next sync."""
-        seconds = self.stop.sync(self.device, seconds)
+        seconds, self.clock.used = self.stop.sync(self.device, seconds, self.clock.read())
+        self.schedule.follow(self.clock.progress)
         # Often enough to stop within some seconds; on the CPU reading the counters costs nothing.
         if seconds:
             self.sync_interval = 1 if self.device.type == "cpu" else max(1, min(20, int(3 / seconds)))
@@ -205,6 +210,7 @@ class Trainer:
 
         The state is saved first: a validation may take longer than a scheduler waits, or more memory than there is.
         """
+        began = time.monotonic()
         if not self.validation_due:
             self.validation_due = True
             self._save_latest()
@@ -220,21 +226,13 @@ class Trainer:
             part = "" if self.step == self.batches.steps else f"_step_{self.step}"
             self.save(f"model_epoch_{self.epoch}{part}.pth", state=self.weights() if self.main else None)
         self.save("model_best.pth", "model_latest.pth") if better else self._save_latest()
+        self.clock.endings.append(time.monotonic() - began)
         self._sync_stop_flag()
 
     def _record(self, validated: bool):
         """Add a row to the history: at each validation, and at the end of an epoch without one."""
-        counts, speed = self.train_state.counters.read(), self.timer.speed
-        row = {
-            "epoch": self.epoch, "step": self.step, "lr": self.train_state.lr, "loss": counts.mean_loss,
-            "psnr": self.last_psnr if validated else None,
-            "best_psnr": self.best["psnr"] if self.best["epoch"] else None,
-            "images_per_second": round(speed["images_per_second"], 2),
-            "skipped_steps": counts.skipped, "rollbacks": self.rollbacks,
-            "grad_norm": counts.mean_norm, "grad_norm_max": counts.norm_max, "data_wait": round(speed["data_wait"], 4),
-            "peak_memory_mib": round(peak_memory(self.device) / 2**20), "best_epoch": self.best["epoch"] or None,
-        }  # fmt: skip
-        self.log.log_row(row, self.panels if validated else [])
+        counts = self.train_state.counters.read()
+        self.log.log_row(history_row(self, counts, validated), self.panels if validated else [])
         if counts.skipped_in_a_row == 0 and not (validated and math.isnan(self.last_psnr)):
             self.train_state.save_rollback_weights()
 
@@ -269,6 +267,7 @@ class Trainer:
             "validation_due": self.validation_due,
             "rollbacks": self.rollbacks,
             "lr_factor": self.schedule.factor,
+            "seconds": self.clock.read(),
             "history": self.log.rows,
             **self.fingerprints,
         }
