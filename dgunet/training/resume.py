@@ -215,7 +215,7 @@ def load_state(trainer: "Trainer", state: dict, path: Path):
     trainer.best, trainer.last_psnr = state["best"], state["last_psnr"]
     trainer.validation_due = state.get("validation_due", False)
     trainer.rollbacks, trainer.schedule.factor = state.get("rollbacks", 0), state.get("lr_factor", 1.0)
-    trainer.clock.used_before = state.get("seconds", 0.0)
+    trainer.clock.used_before = trainer.clock.used = state.get("seconds", 0.0)
     trainer.log.rows = state["history"]
     for key, compare in {"config": _compare_config, "data": _compare_data, "val_data": _compare_val_data}.items():
         try:

@@ -132,7 +132,7 @@ class Trainer:
         if self.validation_due:
             with self.timer.paused():
                 self._validate_and_save()
-        self._sync_stop_flag()  # the rate of this moment, where it follows the clock
+        self.schedule.follow(self.clock.progress)
         for batch in () if self.stop.agreed or self.clock.is_over else self.timer.batches(loader):
             self.train_state.train_step(*map(self.train_state.to_device, batch), (self.epoch, self.step))
             self.step += 1
