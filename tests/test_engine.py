@@ -42,7 +42,7 @@ from dgunet.training.trainer import Trainer
 from dgunet.training.validation import validation_batch_size
 
 TRAIN = Path(__file__).resolve().parents[1] / "Denoising" / "train.py"
-OVERRIDES = {"width": 8, "growth": 4, "final_growth": 4, "stages": 3}
+OVERRIDES = {"width": 8, "growth": 4, "final_growth": 4, "stages": 2}
 
 
 @pytest.fixture
@@ -136,14 +136,14 @@ def test_run_writes_everything_and_says_what_it_does(folders, curves):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob(".*tmp"))
     model = load_model(folder / "model_epoch_2.pth", task="denoising")
-    assert model.arguments["stages"] == 3 and model.name == "denoising_dgunet"
+    assert model.arguments["stages"] == OVERRIDES["stages"] and model.name == "denoising_dgunet"
     reloaded = load_config(folder / "config.yaml")
     assert reloaded.OPTIM.BATCH_SIZE == 2
 
 
 def test_training_learns(folders):
     """On one batch, the restored image gets much closer to the target than the degraded one is."""
-    trainer = make_trainer(folders)
+    trainer = make_trainer(folders, MODEL__OVERRIDES__stages=3)
     input, target = batch(trainer, 4)
     for _ in range(80):
         trainer.train_state.train_step(input, target)
@@ -1048,7 +1048,7 @@ def test_dry_run_before_there_is_data(folders, monkeypatch, capsys):
     missing = [line for line in out.splitlines() if line.startswith("missing")]
     assert len(missing) == 3
     assert "/nowhere/input" in missing[0] and "/neither/input" in missing[1] and "step1.pth" in missing[2]
-    assert "BATCH_SIZE: 2  # *" in out and "parameters, 3 stages" in out and "schedule    2 epochs\n" in out
+    assert "BATCH_SIZE: 2  # *" in out and "parameters, 2 stages" in out and "schedule    2 epochs\n" in out
     assert not (folders / "runs").exists()
     out = dry_run(SYNTHESIS__NAME="gaussian_noise", AUGMENT__MIXUP=0)
     assert out.count("missing ") == 3

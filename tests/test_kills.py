@@ -49,7 +49,7 @@ def test_training_killed_at_random(tmp_path, image_pairs, fuzz):
         "TRAINING.SAVE_EACH_VALIDATION": False, "TRAINING.RESUME": "auto", "TRAINING.REPEAT": 4,
         "OPTIM.BATCH_SIZE": 2, "OPTIM.LR_INITIAL": 1e-3, "OPTIM.NUM_EPOCHS": kills, "OPTIM.WARMUP_EPOCHS": 1,
         "OPTIM.EMA_DECAY": 0.9, "AUGMENT.MIXUP_FROM_EPOCH": 1,
-        "MODEL.OVERRIDES": "{width: 8, growth: 4, final_growth: 4, stages: 3}",
+        "MODEL.OVERRIDES": "{width: 8, growth: 4, final_growth: 4, stages: 2}",
     }  # fmt: skip
     command += [word for pair in settings.items() for word in pair]
     subprocess.run([str(word) for word in [*command, "MODEL.SESSION", "whole"]], check=True, capture_output=True)
