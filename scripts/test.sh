@@ -6,4 +6,5 @@ if ! cmp -s requirements-extras.txt .venv/requirements-extras.installed; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt
     cp requirements-extras.txt .venv/requirements-extras.installed
 fi
-exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+# Three at a time on two cores: tests often wait for processes that they have started.
+exec .venv/bin/python -m pytest -n 3 --dist worksteal "$@"

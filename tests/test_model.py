@@ -949,7 +949,7 @@ def test_compiles_whole_and_for_all_sizes_at_once(name):
         return graph.forward
 
     torch._dynamo.reset()
-    model = create_model(name, width=8, growth=4, final_growth=4, stages=3).eval()
+    model = create_model(name, width=8, growth=4, final_growth=4, stages=2).eval()
     compiled = torch.compile(model, fullgraph=True, backend=count)
     with torch.no_grad():
         for height, width in ((256, 256), (288, 320), (320, 256)):
