@@ -181,8 +181,7 @@ def test_what_ends_a_run_has_its_time(monkeypatch):
     monkeypatch.setattr("dgunet.training.schedule.time", SimpleNamespace(monotonic=lambda: 0.0))
     clock = RunClock(1000)
     assert clock.for_training == 950 and not clock.is_over
-    clock.endings += [10, 200, 30]
-    clock.used = 700
+    clock.ending, clock.used = 200, 700
     assert clock.for_training == 700 and clock.is_over
     without = RunClock(0)
     without.used = 1e12

@@ -1,4 +1,4 @@
-"""When the learning rate changes and when to validate: pure functions of the epoch, counted from 1."""
+"""When the learning rate changes and when to validate: functions of the epoch, counted from 1, or of the clock."""
 
 import math
 import time
@@ -54,15 +54,15 @@ class RunClock:
     def __init__(self, limit: float):
         self.limit = limit or math.inf
         self.used_before, self.began = 0.0, time.monotonic()
-        self.endings: list[float] = []  # how long validating and saving took, seconds
-        self.used = 0.0  # as all processes have agreed
+        self.used, self.ending = 0.0, 0.0  # and the longest validation so far, seconds, as all processes have agreed
 
-    def read(self) -> float:
-        return self.used_before + time.monotonic() - self.began
+    def read(self) -> tuple[float, float]:
+        """``used`` as it is now in this process, and ``ending``."""
+        return self.used_before + time.monotonic() - self.began, self.ending
 
     @property
     def for_training(self) -> float:
-        return self.limit - (1.5 * max(self.endings) if self.endings else self.limit / 20)
+        return self.limit - (1.5 * self.ending or self.limit / 20)
 
     @property
     def progress(self) -> float | None:
@@ -98,9 +98,7 @@ class EpochSchedule:
     def go_to(self, epoch: int):
         """Set the optimizer's learning rate to that of an epoch, the current one or a later one."""
         groups = self.optimizer.param_groups
-        kept = [
-            group["lr"] for group in groups
-        ]  # tensors, where a recorded step reads them; the scheduler wants numbers
+        kept = [group["lr"] for group in groups]  # tensors, where a recorded step reads them: not for the scheduler
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate
         with warnings.catch_warnings():

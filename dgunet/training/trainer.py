@@ -193,7 +193,7 @@ class Trainer:
 
     def _sync_stop_flag(self, seconds: float = 0.0) -> bool:
         """Agree on whether to stop, and on how many steps of so many seconds to take before the next sync."""
-        seconds, self.clock.used = self.stop.sync(self.device, seconds, self.clock.read())
+        seconds, self.clock.used, self.clock.ending = self.stop.sync(self.device, seconds, *self.clock.read())
         self.schedule.follow(self.clock.progress)
         # Often enough to stop within some seconds; on the CPU reading the counters costs nothing.
         if seconds:
@@ -226,7 +226,7 @@ class Trainer:
             part = "" if self.step == self.batches.steps else f"_step_{self.step}"
             self.save(f"model_epoch_{self.epoch}{part}.pth", state=self.weights() if self.main else None)
         self.save("model_best.pth", "model_latest.pth") if better else self._save_latest()
-        self.clock.endings.append(time.monotonic() - began)
+        self.clock.ending = max(self.clock.ending, time.monotonic() - began)
         self._sync_stop_flag()
 
     def _record(self, validated: bool):
@@ -267,7 +267,7 @@ class Trainer:
             "validation_due": self.validation_due,
             "rollbacks": self.rollbacks,
             "lr_factor": self.schedule.factor,
-            "seconds": self.clock.read(),
+            "seconds": self.clock.read()[0],
             "history": self.log.rows,
             **self.fingerprints,
         }
