@@ -65,7 +65,7 @@ def graphs(monkeypatch) -> list[StandIn]:
 
 
 def run(folders, session: str, choice, **changed):  # noqa: F811
-    """A training of 3 epochs of 4 steps; its weights, losses and rates."""
+    """The trainer of 3 epochs of 4 steps, when they are done."""
     settings = dict(OPTIM__NUM_EPOCHS=3, SPEED__CAPTURE=choice) | changed
     trainer = make_trainer(folders, session=session, **settings)
     trainer.fit()

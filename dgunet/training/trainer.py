@@ -147,15 +147,13 @@ class Trainer:
             self._sync_stop_flag(speed["step_seconds"])
             with self.timer.paused():
                 due = time.monotonic() - self.last_save > 60 * self.cfg.TRAINING.SAVE_MINUTES
-                if self.step in validations:
+                if self.step in validations or self.clock.is_over:
                     self._validate_and_save()
                 elif self.step < steps and (due or self.stop.agreed):
                     self._save_latest()  # after the last step only with the epoch's row in the history
             if self.stop.agreed or self.clock.is_over:
                 break
-        if self.timer.steps and self.clock.is_over and self.step not in validations and not self.stop.agreed:
-            self._validate_and_save()
-        elif self.timer.steps and self.step == steps and steps not in validations:
+        if self.timer.steps and self.step == steps and steps not in validations and not self.clock.is_over:
             self._record(validated=False)
             self._save_latest()
         if self.stop.agreed:
