@@ -4,25 +4,34 @@
     python scripts/benchmark.py forward train --variants deblurring_dgunet deraining_dgunet --batch 16 --crop 256
     python scripts/benchmark.py forward --sizes 1280x720 --compile --profile
     python scripts/benchmark.py data --images Datasets/GoPro/train
+    python scripts/benchmark.py parts others --minutes 5
 
 The baseline is the same network in the original's form: float32, NCHW, eager; half instance norm by splitting and
 concatenating, subspace fusion with an explicit inverse; Adam as PyTorch chooses to run it (on a CPU parameter by
 parameter), the loss read after each step; images decoded, converted and augmented whole, then cropped. Both sides have
 PyTorch's precision of float32 (on a GPU: TF32 in convolutions only) and, as both train.py do, cuDNN's benchmark in
-training; bfloat16 where the hardware computes it.
+training; bfloat16 where the hardware computes it. ``parts``: operations of the training step, as they are computed
+here and as they might be. ``others``: NAFNet, Restormer and MPRNet, untrained, as far as spandrel and
+spandrel_extra_arches have them here. ``memory``: what the tensors of a training step take, which nothing is run for.
 
-Every case runs in a process of its own, so that its peak memory is its own. On a CPU the cases of a table take turns,
-so that other load on the machine affects all of them. Times are medians; the JSON file has all of them and their
-interquartile range. Weights and images are never zeros.
+Every case runs in a process of its own, so that its peak memory is its own, and one that fails, or is not done after
+--case_seconds, ends alone. On a CPU the cases of a table take turns, so that other load on the machine affects all of
+them; on a GPU each row is printed when it is measured. Times are medians; the JSON file has all of them and their
+interquartile range, the .csv and the .md file beside it have the table. Weights and images are never zeros.
 """
 
 import argparse
 import contextlib
+import csv
+import functools
+import importlib
 import json
 import logging
 import math
 import multiprocessing
+import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,13 +56,29 @@ with command_imports(__name__):
     from dgunet.model.fusion import ISFF, SubspaceFusion
     from dgunet.model.instance_norm import HalfInstanceNorm
     from dgunet.model.layers import ChannelAttentionBlock, ConvBlock
+    from dgunet.model.network import DGUNet
+    from dgunet.model.projection import project
     from dgunet.model.proximal import MULTIPLE
     from dgunet.model.variants import VARIANTS, create_model, list_models
     from dgunet.runtime.hardware import autocast_dtype, pick_device
     from dgunet.training.config import load_config
+    from dgunet.training.cost import count_operations, matrix_rate, step_memory
     from dgunet.training.step import MeasureThenRestore, TrainState
 
-SECTIONS = ("forward", "train", "data")
+SECTIONS = ("forward", "train", "data", "parts", "others", "memory")
+DEFAULT_SECTIONS = SECTIONS[:3]
+# Networks of others: where spandrel has their class, and the sizes that their authors publish for deblurring.
+OTHERS = {
+    "NAFNet": (
+        "spandrel.architectures.NAFNet.__arch.NAFNet_arch",
+        dict(width=64, enc_blk_nums=[1, 1, 1, 28], middle_blk_num=1, dec_blk_nums=[1, 1, 1, 1]),
+    ),
+    "Restormer": ("spandrel_extra_arches.architectures.Restormer.__arch.restormer_arch", {}),
+    "MPRNet": (
+        "spandrel_extra_arches.architectures.MPRNet.__arch.MPRNet",
+        dict(n_feat=96, scale_unetfeats=48, scale_orsnetfeats=32, num_cab=8),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +96,7 @@ class Case:
     compile: bool = False
     checkpointing: bool = False
     capture: bool = False
+    operation: str = ""  # parts: of `PARTS`
     images: str = ""  # data: folder with input/ and target/, or packed file
     device: str = "cpu"
     profile: bool = False
@@ -135,7 +161,8 @@ def as_original(model: nn.Module) -> nn.Module:
 
 def prepare(case: Case) -> Callable:
     """The function whose calls are timed; it returns something that must not be all zeros."""
-    return {"forward": _forward, "train": _train, "data": _data}[case.section](case)
+    made = {"forward": _forward, "others": _forward, "train": _train, "data": _data, "parts": _part}
+    return made[case.section](case)
 
 
 def _images(case: Case, channels: int) -> torch.Tensor:
@@ -147,28 +174,33 @@ def _images(case: Case, channels: int) -> torch.Tensor:
 
 def _network(case: Case) -> nn.Module:
     torch.manual_seed(0)
+    if case.variant in OTHERS:
+        module, options = OTHERS[case.variant]
+        return getattr(importlib.import_module(module), case.variant)(**options).to(case.device)
     model = create_model(case.variant, checkpointing=case.checkpointing).to(case.device)
     return as_original(model) if case.baseline else model
 
 
 def _forward(case: Case) -> Callable:
     model = _network(case).eval()
-    y = _images(case, model.channels)
+    ours = isinstance(model, DGUNet)
+    y = _images(case, model.channels if ours else 3)
     if not case.baseline:  # as load_model and restore do
         model.to(memory_format=torch.channels_last)
         y = y.contiguous(memory_format=torch.channels_last)
     if case.compile:
         model.compile()
-    network = MeasureThenRestore(model)
+    network = MeasureThenRestore(model) if ours else model
 
     def run():
         with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, enabled=case.bf16):
-            return network(y)[0] - y
+            restored = network(y)
+            return (restored[0] if isinstance(restored, list | tuple) else restored) - y
 
     return run
 
 
-def _train(case: Case) -> Callable:
+def _train_state(case: Case) -> TrainState:
     options = ["DEVICE", case.device.split(":")[0], "OPTIM.BATCH_SIZE", str(case.batch)]
     if case.device.startswith("cuda"):
         options += ["GPU", f"[{torch.cuda.current_device()}]"]
@@ -176,8 +208,12 @@ def _train(case: Case) -> Callable:
     options += ["SPEED.CAPTURE", str(case.capture)]
     options += ["SPEED.CHANNELS_LAST", "False" if case.baseline else "auto"]
     cfg = load_config(ROOT / "configs" / VARIANTS[case.variant].task / "dgunet.yaml", options)
-    model = _network(case)
-    train_state = TrainState(cfg, model)
+    return TrainState(cfg, _network(case))
+
+
+def _train(case: Case) -> Callable:
+    train_state = _train_state(case)
+    model = train_state.model
     target = _images(case, model.channels)
     input = target if model.degradation is not None else (target + 0.1 * torch.randn_like(target)).clamp(0, 1)
     input, target = train_state.to_device(input), train_state.to_device(target)
@@ -199,6 +235,48 @@ def _train(case: Case) -> Callable:
         optimizer.step()
         loss.item()
         return weight.grad
+
+    return run
+
+
+# Operations of a training step: for each the forms that are compared, the present one first.
+PARTS = {
+    "convolution of images": ("as it is", "padded to 8 channels"),
+    "convolution of concatenated maps": ("as it is", "sum of two convolutions"),
+    "convolution, LeakyReLU": ("as it is", "without the bias"),
+    "projection": ("Gram matrix in float64", "orthonormal maps in float32"),
+}
+
+
+def _part(case: Case) -> Callable:
+    """Forward and backward of one of `PARTS`, on maps as wide as those of the variant's first level."""
+    operation, first = case.operation, case.name == PARTS[case.operation][0]
+    width = create_model(case.variant).last.proximal.shallow.conv.out_channels
+    channels = {"convolution of images": 3, "projection": 16}.get(operation, width)
+    shapes = (channels, channels if operation == "convolution of concatenated maps" else width)
+    maps = [_images(case, c).contiguous(memory_format=torch.channels_last).requires_grad_() for c in shapes]
+    inputs = 2 * width if operation == "convolution of concatenated maps" else channels
+    weight = torch.randn(width, inputs, 3, 3, device=case.device).mul_(0.1).requires_grad_()
+    bias = torch.randn(width, device=case.device).requires_grad_()
+
+    def compute(a, b):
+        if operation == "projection":
+            return project(a, b, torch.float64 if first else torch.float32)
+        if operation == "convolution of images":
+            pad = 0 if first else 5
+            return F.conv2d(F.pad(a, (0, 0, 0, 0, 0, pad)), F.pad(weight, (0, 0, 0, 0, 0, pad)), padding=1)
+        if operation == "convolution, LeakyReLU":
+            return F.leaky_relu(F.conv2d(a, weight, bias if first else None, padding=1), 0.2, inplace=True)
+        if first:
+            return F.conv2d(torch.cat([a, b], dim=1), weight, padding=1)
+        return F.conv2d(a, weight[:, :width], padding=1).add_(F.conv2d(b, weight[:, width:], padding=1))
+
+    def run():
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=case.bf16):
+            out = compute(*maps)
+        weight.grad = maps[0].grad = maps[1].grad = bias.grad = None
+        out.backward(out.detach())
+        return maps[0].grad
 
     return run
 
@@ -244,13 +322,20 @@ def make_timer(run: Callable) -> Timer:
     return Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
 
 
-def measure(cases: list[Case], runs: int, seconds: float) -> list[dict]:
-    """Median seconds, their interquartile range and the peak memory in bytes of each case; NaN where it fails."""
+def measure(cases: list[Case], args) -> Iterator[tuple[Case, dict]]:
+    """Each case with its median seconds, their interquartile range and its peak memory in bytes; NaN where it fails.
+
+    Cases that are not begun before ``args.deadline`` (of `time.monotonic`) are left out.
+    """
     groups = [[case] for case in cases] if cases[0].device.startswith("cuda") else [cases]
-    return [row for group in groups for row in _measure_in_turn(group, runs, seconds)]
+    for group in groups:
+        if time.monotonic() < args.deadline:
+            yield from zip(group, _measure_in_turn(group, args), strict=True)
+        else:
+            print(f"left out, for the time is over: {'; '.join(case.name for case in group)}", file=sys.stderr)
 
 
-def _measure_in_turn(cases: list[Case], runs: int, seconds: float) -> list[dict]:
+def _measure_in_turn(cases: list[Case], args) -> list[dict]:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     found: dict[Case, list[Measurement]] = {case: [] for case in cases}
     with contextlib.ExitStack() as stack:
@@ -259,16 +344,21 @@ def _measure_in_turn(cases: list[Case], runs: int, seconds: float) -> list[dict]
         def call(function: Callable, case: Case):
             """``function(case)`` in the case's process; where it fails, the others are still measured."""
             try:
-                return pools[case].submit(_call, function, case).result()
+                process = pools[case].submit(os.getpid).result()
+                return pools[case].submit(_call, function, case).result(args.case_seconds)
+            except TimeoutError:
+                reason = f"not done after {args.case_seconds:g} s"
+                os.kill(process, signal.SIGKILL)
             except Exception as error:
                 hint = "; perhaps the memory is full" if isinstance(error, BrokenProcessPool) else ""
-                print(f"{case.name}: {' '.join(str(error).split())[:300]}{hint}", file=sys.stderr)
-                del pools[case]
+                reason = " ".join(str(error).split())[:300] + hint
+            print(f"{case.name}: {reason}", file=sys.stderr)
+            del pools[case]
 
         peaks = {case: call(_start, case) for case in cases}
         started = time.monotonic()
-        for turn in range(runs):
-            if turn and time.monotonic() - started > seconds:
+        for turn in range(args.runs):
+            if turn and time.monotonic() - started > args.seconds:
                 break
             for case in list(pools):
                 found[case].append(call(_measure_again, case))
@@ -346,18 +436,16 @@ def _profile(case: Case, run: Callable):
     print(f"\n{case.name}\n{profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=50)}")
 
 
-def operations(case: Case) -> int:
-    """Floating-point operations of a case's matrix products and convolutions, recomputation not counted."""
-    from torch.utils.flop_counter import FlopCounterMode
+def operations(case: Case) -> float:
+    """Floating-point operations of a case's matrix products and convolutions; NaN of a network of others."""
+    if case.variant in OTHERS:
+        return math.nan
+    return _operations(case.variant, case.batch, case.height, case.width, case.section == "train")
 
-    model = create_model(case.variant)
-    network = MeasureThenRestore(model)
-    y = torch.rand(1, model.channels, 64, 64)  # the count is proportional to the pixels
-    with FlopCounterMode(display=False) as counter:
-        estimates = network(y)
-        if case.section == "train":
-            sum(x.sum() for x in estimates).backward()
-    return counter.get_total_flops() * case.batch * case.height * case.width // 64**2
+
+@functools.lru_cache
+def _operations(variant: str, *size_and_direction) -> int:
+    return count_operations(create_model(variant), *size_and_direction)
 
 
 def has_bf16(device: str) -> bool:
@@ -367,12 +455,9 @@ def has_bf16(device: str) -> bool:
 
 def matrix_peak(device: str, size: int = 0) -> dict[bool, float | None]:
     """Floating-point operations per second of large matrix products: in float32 (False), in bfloat16 (True) or None."""
-    cuda, peaks = select(device), {True: None}
-    size = size or (8192 if cuda else 3072)
-    for bf16 in (True, False) if has_bf16(device) else (False,):
-        a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else None) for _ in range(2))
-        peaks[bf16] = 2 * size**3 / min(make_timer(lambda a=a, b=b: a @ b).blocked_autorange(min_run_time=1).times)
-    return peaks
+    select(device)
+    types = {False: torch.float32, True: torch.bfloat16} if has_bf16(device) else {False: torch.float32}
+    return {True: None} | {bf16: matrix_rate(torch.device(device), dtype, size) for bf16, dtype in types.items()}
 
 
 # ------------------------------------------------------------------------------------------- the tables
@@ -395,15 +480,25 @@ def network_cases(args, section: str, variant: str, height: int, width: int, bat
     return cases
 
 
-def network_table(args, cases: list[Case], peaks: dict) -> list[dict]:
-    case, rows = cases[0], measure(cases, args.runs, args.seconds)
-    flops = operations(case)
-    for case, row in zip(cases, rows, strict=True):
-        row["share_of_peak"] = flops / row["seconds"] / peaks[case.bf16]
-    return finish(f"{case.section}: {case.variant}, {case.batch} x {case.height}x{case.width}", cases, rows)
+def part_cases(args, variant: str, operation: str) -> list[Case]:
+    side = args.crop
+    plain = Case("parts", "", variant, args.batch, side, side, bf16=has_bf16(args.device), device=args.device)
+    return [replace(plain, name=form, operation=operation) for form in PARTS[operation]]
 
 
-def data_table(args) -> list[dict]:
+def other_cases(args, height: int, width: int) -> list[Case]:
+    there = [name for name, (module, _) in OTHERS.items() if importlib.util.find_spec(module.partition(".")[0])]
+    plain = Case("others", "", height=height, width=width, device=args.device)
+    return [
+        replace(plain, name=f"{name}, {'bfloat16' if bf16 else 'float32'}", variant=name, bf16=bf16)
+        for name in (*args.variants, *there)
+        for bf16 in ((False, True) if has_bf16(args.device) else (False,))
+    ]
+
+
+@contextlib.contextmanager
+def data_cases(args) -> Iterator[list[Case]]:
+    """The cases of the section ``data``, while their images are there."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(args.images or make_images(Path(folder) / "images"))
         packed = Path(folder) / "packed.h5"
@@ -411,13 +506,11 @@ def data_table(args) -> list[dict]:
         done = subprocess.run(pack, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise UserError(f"--images: {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
-        cases = [
+        yield [
             Case("data", "baseline: PNG", baseline=True, images=str(source)),
             Case("data", "PNG", images=str(source)),
             Case("data", "packed", images=str(packed)),
         ]
-        rows = measure(cases, args.runs, args.seconds)
-    return finish("data: deblurring samples of 256x256 from pairs of 1280x720, one core", cases, rows)
 
 
 def make_images(folder: Path) -> Path:
@@ -436,22 +529,54 @@ def make_images(folder: Path) -> Path:
     return folder
 
 
-def finish(title: str, cases: list[Case], rows: list[dict]) -> list[dict]:
-    """Print a table with ratios to its first row; returns the complete rows of the JSON file."""
-    finished, baseline = [], rows[0]
-    print(f"\n{title}\n{'':28} {'time':>10} {'images/s':>9} {'speed':>7} {'memory':>10} {'memory':>7} {'of peak':>8}")
-    for case, row in zip(cases, rows, strict=True):
-        row = {"table": title, **asdict(case), **row}
-        row["images_per_second"] = case.batch / row["seconds"]
-        row["speed_ratio"] = baseline["seconds"] / row["seconds"]
-        line = f"{case.name:28} {row['seconds'] * 1000:7.1f} ms"
-        line += f" {row['images_per_second']:9.2f} {row['speed_ratio']:6.2f}x"
-        if "share_of_peak" in row:
+class Results:
+    """Prints the rows of the tables as they come, with ratios to the first one, and writes them to files."""
+
+    columns = ("table", "name", "seconds", "iqr", "images_per_second", "speed_ratio", "peak_memory", "share_of_peak")
+
+    def __init__(self, out: Path, note: dict):
+        self.out, self.note, self.rows = out, note, []
+
+    def measure(self, title: str, cases: list[Case], args, peaks: dict):
+        heads = f"{'time':>13} {'images/s':>9} {'speed':>8} {'memory':>10} {'of peak':>7}"
+        print(f"\n{title}\n{'':48} {heads}")
+        baseline = None
+        for case, row in measure(cases, args):
+            baseline = baseline or row
+            row = {"table": title, **asdict(case), **row}
+            row["images_per_second"] = case.batch / row["seconds"]
+            row["speed_ratio"] = baseline["seconds"] / row["seconds"]
             row["memory_ratio"] = row["peak_memory"] / (baseline["peak_memory"] or math.nan)
-            line += f" {row['peak_memory'] / 2**20:6.0f} MiB {row['memory_ratio']:6.2f}x {row['share_of_peak']:8.1%}"
-        print(line, flush=True)
-        finished.append(row)
-    return finished
+            row["share_of_peak"] = math.nan
+            if row["times"] and case.section in ("forward", "train", "others"):
+                row["share_of_peak"] = operations(case) / row["seconds"] / peaks[case.bf16]
+            cells = _cells(row)
+            print(f"{case.name:48} {' '.join(map(str.rjust, cells, (13, 9, 8, 10, 7)))}", flush=True)
+            self.rows.append(row)
+            self.write()
+
+    def write(self):
+        """All that is known so far: the next case may be the last that there is time for."""
+        self.out.write_text(json.dumps(self.note | {"rows": self.rows}, indent=1) + "\n")
+        with open(self.out.with_suffix(".csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, ["date", "machine", "torch", *self.columns], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.note | row for row in self.rows)
+        lines, table = ["{date}, {machine}, PyTorch {torch}".format(**self.note)], None
+        for row in self.rows:
+            if row["table"] != table:
+                table = row["table"]
+                lines += ["", f"| {table} | time | images/s | speed | memory | of peak |", "|" + " --- |" * 6]
+            lines.append(f"| {' | '.join([row['name'], *_cells(row)])} |")
+        self.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def _cells(row: dict) -> list[str]:
+    """Time, images per second, speed, memory, share of the peak: empty where they are not known."""
+    peak = row["peak_memory"]
+    memory = f"{peak / 2**30:.1f} GiB" if peak >= 10 * 2**30 else f"{peak / 2**20:.0f} MiB"
+    cells = f"{row['seconds'] * 1000:.1f} ms", f"{row['images_per_second']:.2f}", f"{row['speed_ratio']:.2f}x", memory
+    return ["" if "nan" in cell else cell for cell in (*cells, f"{row['share_of_peak']:.1%}")]
 
 
 def size(text: str) -> tuple[int, int]:
@@ -464,7 +589,7 @@ def size(text: str) -> tuple[int, int]:
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("sections", nargs="*", metavar="SECTION", choices=SECTIONS, help=f"{', '.join(SECTIONS)} (default: all)")
+    add("sections", nargs="*", metavar="SECTION", choices=SECTIONS, help=f"of {', '.join(SECTIONS)}; default: three")
     add("--variants", nargs="+", default=["deraining_dgunet"], help=f"of {', '.join(list_models())}")
     add(
         "--sizes",
@@ -481,42 +606,69 @@ def main():
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, ...")
     add("--runs", type=at_least(1), default=7, help="rounds of measurements (default: %(default)s)")
     add("--seconds", type=float, default=60, help="no new round after so long (default: %(default)s)")
+    add("--minutes", type=float, default=math.inf, help="no new case after so long (default: all are measured)")
+    add("--case_seconds", type=float, default=600, help="a case that takes longer is ended (default: %(default)s)")
     add("--profile", action="store_true", help="also print a profile of this repository's networks")
     add("--out", type=Path, default=Path("benchmark.json"), help="JSON file to write (default: benchmark.json)")
     args = parser.parse_args()
     args.device = str(pick_device(args.device))
-    sections = args.sections or SECTIONS
+    args.deadline = time.monotonic() + 60 * args.minutes
+    sections = args.sections or DEFAULT_SECTIONS
 
-    cuda, threads = args.device.startswith("cuda"), torch.get_num_threads()
-    machine = torch.cuda.get_device_name(args.device) if cuda else cpu_name()
+    threads, machine = torch.get_num_threads(), device_name(args.device)
     note = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "threads": threads, "torch": torch.__version__}
     print("{date}, {machine}, {threads} CPU threads, PyTorch {torch}".format(**note))
     peaks = {}
-    if {"forward", "train"} & set(sections):
+    if {"forward", "train", "others"} & set(sections):
         peaks = matrix_peak(args.device)
         bf16 = f", {peaks[True] / 1e12:.2f} in bfloat16" if peaks[True] else "; no bfloat16 in this hardware"
         print(f"matrix products: {peaks[False] / 1e12:.2f} Tflop/s in float32{bf16}")
-    note["matrix_peak"] = {"bfloat16": peaks.get(True), "float32": peaks.get(False)}
-    rows = []
+    results = Results(args.out, note | {"matrix_peak": {"bfloat16": peaks.get(True), "float32": peaks.get(False)}})
+    if "memory" in sections:
+        print_memory(args)
     for section in sections:
-        for table in tables(args, section, peaks):
-            rows += table
-            args.out.write_text(json.dumps(note | {"rows": rows}, indent=1) + "\n")  # now: the next table may fail
-    print(f"\nwrote {args.out}")
+        for title, cases in tables(args, section):
+            results.measure(f"{section}: {title}", cases, args, peaks)
+    if results.rows:
+        print(f"\nwrote {args.out} and, beside it, .csv and .md")
 
 
-def tables(args, section: str, peaks: dict) -> Iterator[list[dict]]:
-    """The rows of each table of a section."""
-    crop = (args.crop, args.crop)
-    sizes, batch = {"forward": (args.sizes, 1), "train": ([crop], args.batch)}.get(section, ([], 0))
+def print_memory(args):
+    """The most that the tensors of a training step take, by variant and precision, see `cost.step_memory`."""
+    forms = {"float32": {}, "bfloat16": {"bf16": True}, "checkpointing": {"bf16": True, "checkpointing": True}}
+    print(f"\nmemory of a training step, {args.batch} x {args.crop}x{args.crop}, GiB")
+    print(f"{'':32}" + "".join(f"{name:>16}" for name in forms))
     for variant in args.variants:
-        for width, height in sizes:
-            yield network_table(args, network_cases(args, section, variant, height, width, batch), peaks)
+        plain = Case("train", "", variant, args.batch)
+        found = [step_memory(_train_state(replace(plain, **form)), args.crop) / 2**30 for form in forms.values()]
+        print(f"{variant:32}" + "".join(f"{size:16.1f}" for size in found), flush=True)
+
+
+def tables(args, section: str) -> Iterator[tuple[str, list[Case]]]:
+    """The title and the cases of each table of a section."""
+    batch, crop = args.batch, args.crop
     if section == "data":
-        yield data_table(args)
+        with data_cases(args) as cases:
+            yield "deblurring samples of 256x256 from pairs of 1280x720, one core", cases
+    elif section == "others":
+        for width, height in args.sizes:
+            yield f"1 x {height}x{width}", other_cases(args, height, width)
+    for variant in args.variants if section in ("forward", "train", "parts") else ():
+        if section == "forward":
+            for width, height in args.sizes:
+                yield f"{variant}, 1 x {height}x{width}", network_cases(args, section, variant, height, width, 1)
+        elif section == "train":
+            cases = network_cases(args, section, variant, crop, crop, batch)
+            yield f"{variant}, {batch} x {crop}x{crop}", cases
+        else:
+            for operation in PARTS:
+                cases = part_cases(args, variant, operation)
+                yield f"{operation}, {variant}, {batch} x {crop}x{crop}", cases
 
 
-def cpu_name() -> str:
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,12 +1,15 @@
 """The benchmark compares like with like, and says what it found."""
 
 import argparse
+import csv
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import benchmark
@@ -57,7 +60,9 @@ def test_hardware_without_bfloat16_is_not_asked_for_it(monkeypatch):
     """It would emulate a large product for minutes."""
     monkeypatch.setattr(benchmark, "autocast_dtype", lambda choice, device: None)
     randn = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *a, dtype=None, **k: randn(*a, **k) if dtype is None else pytest.fail())
+    monkeypatch.setattr(
+        torch, "randn", lambda *a, dtype, **k: pytest.fail() if dtype == torch.bfloat16 else randn(*a, **k)
+    )
     peaks = benchmark.matrix_peak("cpu", size=64)
     assert peaks[True] is None and peaks[False] > 0
     args = argparse.Namespace(device="cpu", profile=False, compile=True)
@@ -78,6 +83,63 @@ def test_baseline_trains_with_the_originals_settings(monkeypatch):
     assert not {"foreach", "fused"} & options[-1].keys() and torch.backends.cudnn.benchmark
 
 
+def settings(**other) -> argparse.Namespace:
+    """Options of the command that measuring reads."""
+    return argparse.Namespace(**dict(runs=2, seconds=60, case_seconds=60, deadline=math.inf) | other)
+
+
+def test_case_without_end_is_ended(monkeypatch, capfd):
+    """And one for which there is no time any more is not begun; both are named."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: fork)
+    waiting = {"long": 60, "short": 0.25}
+    monkeypatch.setattr(benchmark, "prepare", lambda case: lambda: time.sleep(waiting[case.name]) or torch.ones(1))
+    cases = [Case("train", "long"), Case("train", "short")]
+    (_, ended), (_, done) = benchmark.measure(cases, settings(case_seconds=1))
+    assert ended["times"] == [] and len(done["times"]) == 2
+    assert list(benchmark.measure(cases, settings(deadline=0))) == []
+    messages = capfd.readouterr().err.splitlines()
+    assert messages[0] == "long: not done after 1 s" and "long; short" in messages[1] and len(messages) == 2
+
+
+def test_rows_are_written_as_they_come(monkeypatch, tmp_path, capsys):
+    """What is known is in the files when a later case ends the process, as a time limit does."""
+
+    def measured(cases, args):
+        yield cases[0], {"times": [2.0], "seconds": 2.0, "iqr": 0.0, "peak_memory": 2**31}
+        yield cases[1], {"times": [], "seconds": math.nan, "iqr": math.nan, "peak_memory": math.nan}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "measure", measured)
+    results = benchmark.Results(tmp_path / "out.json", dict(date="2026-01-02", machine="H100", torch="2.11"))
+    case = Case("train", "baseline", "compressive_sensing_dgunet", 4, 32, 32)
+    with pytest.raises(KeyboardInterrupt):
+        results.measure("a table", [case, replace(case, name="fails")], settings(), {False: 1e12})
+    line, failed = (tmp_path / "out.md").read_text().splitlines()[-2:]
+    share = benchmark.operations(case) / 2e12
+    assert line == f"| baseline | 2000.0 ms | 2.00 | 1.00x | 2048 MiB | {share:.1%} |" and 0 < share < 1
+    assert failed == "| fails |  |  |  |  |  |"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2].split() == "baseline 2000.0 ms 2.00 1.00x 2048 MiB".split() + [f"{share:.1%}"]
+    with open(tmp_path / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["baseline", "fails"] and rows[0]["machine"] == "H100"
+    assert float(rows[0]["images_per_second"]) == 2 and rows[0]["table"] == "a table"
+    assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 2
+
+
+@pytest.mark.parametrize("operation", benchmark.PARTS)
+def test_forms_of_an_operation_compute_the_same(operation):
+    """But the one without a bias."""
+    grads = []
+    for form in benchmark.PARTS[operation]:
+        torch.manual_seed(0)
+        case = Case("parts", form, "compressive_sensing_dgunet", 2, 32, 32, operation=operation)
+        grads.append(benchmark.prepare(case)())
+    same = torch.allclose(*grads, rtol=1e-3, atol=1e-3 * grads[0].abs().max())
+    assert same == (operation != "convolution, LeakyReLU") and grads[0].any()
+
+
 def test_process_that_dies_is_reported_in_a_line(monkeypatch, capfd):
     """While it is timed, as by the system where memory is full; the others are measured to the end."""
     calls = []
@@ -96,7 +158,7 @@ def test_process_that_dies_is_reported_in_a_line(monkeypatch, capfd):
     monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: fork)
     monkeypatch.setattr(benchmark, "prepare", prepare)
     cases = [Case("train", "dies"), Case("train", "lives")]
-    dead, alive = benchmark.measure(cases, runs=2, seconds=60)
+    dead, alive = (row for _, row in benchmark.measure(cases, settings()))
     assert dead["times"] == [] and dead["seconds"] != dead["seconds"]
     assert len(alive["times"]) == 2 and alive["seconds"] == pytest.approx(0.25, rel=0.5) and alive["iqr"] < 0.1
     (line,) = capfd.readouterr().err.splitlines()

@@ -1157,12 +1157,12 @@ def test_time_left_is_that_of_the_steps_to_come(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(dgunet.training.loggers, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with caplog.at_level("INFO", "dgunet"):  # step 2 of epoch 6: two steps more, and four epochs
         console.start(tiny_run(tmp_path))
-        values = {"epoch_loss": 1.0, "lr": 1e-4, "grad_norm": 0.25, "data_wait": 0.1}
+        values = {"epoch_loss": 1.0, "lr": 1e-4, "grad_norm": 0.25, "data_wait": 0.1, "peak_memory_mib": 345}
         console.log_step(6, 2, values | {"images_per_second": 0.5, "step_seconds": 60})
         console.close(failed=False)
     (line,) = caplog.messages
     assert line.startswith("epoch 6/10  step 2/4  loss 1.0000, PSNR -, lr 1.0e-04, 0.5 images/s, ")
-    assert line.endswith("gradient 0.25, 10% waiting for data, 18:00 left")
+    assert line.endswith("gradient 0.25, 10% waiting for data, 345 MiB, 18:00 left")
 
 
 def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):

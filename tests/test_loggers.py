@@ -16,6 +16,7 @@ import torch
 from conftest import run_script
 from test_engine import TRAIN, folders, make_trainer, options  # noqa: F401  fixtures
 
+import dgunet.training.loggers
 from dgunet.checkpoints.load import read_checkpoint, save_checkpoint
 from dgunet.data.transforms import unit_range
 from dgunet.runtime.errors import UserError
@@ -101,7 +102,8 @@ def test_ones_own_logger_through_train_py(folders, own_module, curves):  # noqa:
     with open(folder / "history.csv") as file:
         written = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in written] == [row["loss"] for row, _ in rows]
-    assert [*written[0]][9:] == ["grad_norm", "grad_norm_max", "data_wait", "peak_memory_mib", "best_epoch"]
+    newer = ["grad_norm", "grad_norm_max", "data_wait", "peak_memory_mib", "best_epoch", "share_of_peak"]
+    assert [*written[0]][9:] == newer
     assert not (folder / "train.log").exists() and (folder / "curves.png").exists()
     # input | restored | target, of the validation images as they are in their files
     names = [f"epoch_{epoch}_step_4_image_{number}.png" for epoch in (1, 3) for number in (1, 2)]
@@ -114,6 +116,20 @@ def test_ones_own_logger_through_train_py(folders, own_module, curves):  # noqa:
     assert np.array_equal(picture[:, :32], sides[0]) and np.array_equal(picture[:, 64:], sides[1])
     restored = picture[:, 32:64]
     assert 0 < np.abs(restored.astype(int) - sides[0]).mean() < 60
+
+
+def test_share_of_the_peak_is_logged_where_it_is_known(folders, monkeypatch, capsys):  # noqa: F811
+    """On GPUs, of whose rate this is a stand-in; at each step, in each line, in the history."""
+    monkeypatch.setattr(dgunet.training.loggers, "peak_image_rate", lambda train_state, crop: 50 * crop)
+    trainer = make_trainer(folders, TRAINING__LOGGERS="[console]")
+    told = []
+    monkeypatch.setattr(trainer.log.loggers[0], "log_step", lambda epoch, step, values: told.append(values))
+    trainer.fit()
+    (row, *_) = trainer.log.rows
+    assert all(v["share_of_peak"] == v["images_per_second"] / 1600 and v["peak_memory_mib"] > 50 for v in told)
+    assert row["share_of_peak"] == pytest.approx(row["images_per_second"] / 1600, abs=1e-4)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "% of peak, " in line)
+    assert f"waiting for data, {row['share_of_peak']:.0%} of peak, {row['peak_memory_mib']} MiB" in line
 
 
 def test_loggers_change_no_loss_and_a_broken_one_ends_nothing(folders, own_module, capsys):  # noqa: F811

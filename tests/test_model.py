@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +36,7 @@ from dgunet.model.sampling import (
 )
 from dgunet.training.cli import degradation_from_config
 from dgunet.training.config import load_config
+from dgunet.training.step import MeasureThenRestore
 
 SPECS = json.loads((Path(__file__).parent / "parity" / "specs.json").read_text())
 SMALL = dict(width=16, growth=8, final_growth=8)
@@ -979,3 +981,26 @@ def test_compiles_stage_by_stage(name):
         with torch.no_grad():
             torch.testing.assert_close(model(y), plain(y), atol=1e-5, rtol=0)
         assert len(graphs) == total
+
+
+def test_training_and_validation_keep_their_graphs():
+    """Three for training and three for all sizes of validation; no graph is broken."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counter = torch._dynamo.testing.CompileCounter()
+    model = create_model("deraining_dgunet", width=8, growth=4, final_growth=4, stages=3)
+    model.to(memory_format=torch.channels_last).compile(backend=counter)
+    network, counts = MeasureThenRestore(model), []
+
+    def run(side: int, train: bool):
+        model.train(train)
+        with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16):
+            estimates = network(torch.rand(2, model.channels, side, side))
+        if train:
+            sum(x.float().mean() for x in estimates).backward()
+        counts.append(counter.frame_count)
+
+    for side, train in ((32, True), (64, False), (32, True), (96, False), (128, False), (64, False), (32, True)):
+        run(side, train)
+    assert counts == [3, 6, 6, 6, 6, 6, 6]
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -87,6 +87,55 @@ if [ "$1 $2" = "-m venv" ]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; e
 """
 
 
+@pytest.fixture
+def gpu_report(tmp_path):
+    """The script in a folder of its own, with a Python that writes what a benchmark leaves."""
+    stand_in(tmp_path / "scripts/gpu_report.sh", (ROOT / "scripts/gpu_report.sh").read_text())
+    python = """#!/usr/bin/env bash
+    echo "$*" >> calls
+    case "$*" in
+        *device_name*) echo "NVIDIA H100 80GB" ;;
+        *others*) exit 3 ;;
+        *parts*) echo "left out, for the time is over: x" ;;
+        *--out*) while [ "$1" != --out ]; do shift; done
+            printf 'name,seconds\\n%s,1\\n' "$(basename "$2")" > "${2%.json}.csv"; echo "| a row |" > "${2%.json}.md" ;;
+    esac"""
+    stand_in(tmp_path / ".venv/bin/python", python)
+
+    def run(*words) -> tuple[list[str], list[str]]:
+        (tmp_path / "calls").write_text("")
+        command = ["bash", tmp_path / "scripts/gpu_report.sh", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "calls").read_text().splitlines(), done.stdout.splitlines()
+
+    return run
+
+
+def test_gpu_report_goes_on_where_it_ended(gpu_report, tmp_path):
+    """What failed, or had no time, is done again by the next call, and only that."""
+    calls, planned = gpu_report("--dry_run")
+    assert not calls and len(planned) > 10 and not (tmp_path / "results").exists()
+    calls, _ = gpu_report()
+    measured = [call for call in calls if "benchmark.py" in call or "pytest" in call]
+    assert len(measured) == len(planned)
+    for line, call in zip(planned, measured, strict=True):
+        assert call.split(" --minutes")[0] in line
+    report = (tmp_path / "results/gpu_report/report.md").read_text()
+    assert report.count("| a row |") == len(planned) - 3 and "## train_paper" in report
+    table = (tmp_path / "results/gpu_report/benchmark-NVIDIA-H100-80GB.csv").read_text().splitlines()
+    assert table[0] == "name,seconds" and len(table) == len(planned) - 2
+    calls, said = gpu_report()
+    assert [call.split()[1] for call in calls if "benchmark.py" in call] == ["parts", "others"]
+    assert sum("not complete" in line for line in said) == 2
+
+
+def test_gpu_report_without_time(gpu_report):
+    calls, said = gpu_report("0")
+    assert not any("benchmark.py" in call for call in calls)
+    assert sum("left to the next call" in line for line in said) > 10
+
+
 def test_setting_up_is_done_once_and_again_where_it_failed(tmp_path):
     stand_in(tmp_path / "scripts/setup_venv.sh", (ROOT / "scripts/setup_venv.sh").read_text())
     (tmp_path / "requirements.txt").write_text("torch\n")

@@ -22,6 +22,7 @@ from dgunet.runtime.hardware import peak_memory
 from dgunet.runtime.imports import import_object, is_object_name
 from dgunet.runtime.progress import progress_bar
 from dgunet.training.config import flat_config, format_config
+from dgunet.training.cost import peak_image_rate, step_memory
 from dgunet.training.step import StepCounts
 
 log = logging.getLogger("dgunet")
@@ -70,8 +71,9 @@ class Logger:
         """Some steps were done: on the CPU each one, on a GPU those of up to three seconds.
 
         ``values``: ``loss`` and ``grad_norm`` (before clipping), means over these steps; ``epoch_loss``, the mean over
-        the epoch so far; ``lr``; over the epoch so far ``images_per_second``, ``step_seconds`` and ``data_wait``, the
-        share of the time in which the training waited for data.
+        the epoch so far; ``lr``; ``peak_memory_mib``, of the tensors on a GPU, or of the process; over the epoch so far
+        ``images_per_second``, ``step_seconds``, ``data_wait``, the share of the time in which the training waited for
+        data, and on GPUs ``share_of_peak``, of what they compute in plain matrix products (MFU).
         """
 
     def log_row(self, row: dict, images: list[np.ndarray]):
@@ -139,7 +141,7 @@ class ConsoleLogger(Logger):
         if self.bar.disable and now - self.last_line > max(20, (now - self.began) / 100):
             steps = self.run.global_step(self.run.epochs, self.run.steps) - self.run.global_step(epoch, step)
             left = tqdm.format_interval(min(steps * values["step_seconds"], values.get("seconds_left", math.inf)))
-            status = f"{status}, gradient {values['grad_norm']:.3g}, {values['data_wait']:.0%} waiting for data"
+            status = f"{status}, gradient {values['grad_norm']:.3g}, {_format_speed(values)}"
             log.info("epoch %d/%d  step %d/%d  %s, %s left", epoch, self.run.epochs, step, self.run.steps, status, left)
             self.last_line = now
 
@@ -151,11 +153,10 @@ class ConsoleLogger(Logger):
             score = f"PSNR {row['psnr']:.3f} (best {best:.3f} in epoch {row['best_epoch'] or 0})  "
         if row["skipped_steps"]:
             skipped = f"  {row['skipped_steps']} steps skipped"
-        speed = f"{row['images_per_second']:.1f} images/s  {row['data_wait']:.0%} waiting for data"
         log.info(
-            "epoch %d/%d  step %d/%d  loss %.5f  lr %.2e  %sgradient %.3g  %s  %d MiB%s",
+            "epoch %d/%d  step %d/%d  loss %.5f  lr %.2e  %sgradient %.3g  %.1f images/s, %s%s",
             row["epoch"], self.run.epochs, row["step"], self.run.steps, row["loss"], row["lr"], score,
-            row["grad_norm"], speed, row["peak_memory_mib"], skipped,
+            row["grad_norm"], row["images_per_second"], _format_speed(row), skipped,
         )  # fmt: skip
 
     def close(self, failed):
@@ -163,6 +164,12 @@ class ConsoleLogger(Logger):
         for handler in self.handlers:
             log.removeHandler(handler)
             handler.close()
+
+
+def _format_speed(values: dict[str, float]) -> str:
+    """``3% waiting for data, 21% of peak, 19886 MiB``: the share of a GPU's peak, where there is one."""
+    peak = f"{values['share_of_peak']:.0%} of peak, " if values.get("share_of_peak") else ""
+    return f"{values['data_wait']:.0%} waiting for data, {peak}{values['peak_memory_mib']:.0f} MiB"
 
 
 class _ConsoleHandler(logging.Handler):
@@ -393,6 +400,8 @@ class RunLogger:
         try:
             for logger in self.loggers:
                 self._start(logger, run)
+            if self.loggers:
+                trainer.timer.peak_rate = peak_image_rate(trainer.train_state, trainer.cfg.TRAINING.TRAIN_PS)
             yield
             failed = False
         finally:
@@ -455,11 +464,12 @@ class Timer:
     """How fast an epoch is trained since it began, or was resumed, without validations and saves.
 
     ``speed``, after `read`: ``images_per_second``, ``step_seconds``, and ``data_wait``, the share of the time in which
-    the training waited for data.
+    the training waited for data; ``peak_memory_mib``, see `hardware.peak_memory`; with a ``peak_rate``, see
+    `cost.peak_image_rate`, also ``share_of_peak``.
     """
 
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
+    def __init__(self, batch_size: int, device: torch.device):
+        self.batch_size, self.device, self.peak_rate = batch_size, device, None
         self.restart()
 
     def restart(self):
@@ -493,7 +503,10 @@ class Timer:
             "images_per_second": self.steps * self.batch_size / seconds,
             "step_seconds": seconds / self.steps,
             "data_wait": self.waited / seconds,
+            "peak_memory_mib": round(peak_memory(self.device) / 2**20),
         }
+        if self.peak_rate:
+            self.speed["share_of_peak"] = self.speed["images_per_second"] / self.peak_rate
         return self.speed
 
 
@@ -507,6 +520,7 @@ def history_row(trainer, counts: StepCounts, validated: bool) -> dict:
         "skipped_steps": counts.skipped, "rollbacks": trainer.rollbacks,
         "grad_norm": counts.mean_norm, "grad_norm_max": counts.norm_max, "data_wait": round(speed["data_wait"], 4),
         "peak_memory_mib": round(peak_memory(trainer.device) / 2**20), "best_epoch": best["epoch"] or None,
+        "share_of_peak": round(speed["share_of_peak"], 4) if "share_of_peak" in speed else None,
     }  # fmt: skip
 
 
@@ -538,6 +552,7 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
         + (f" of {trainer.batches.steps} steps{epochs}" if len(trainer.train_set) else "")
         + (f", or {tqdm.format_interval(cfg.TRAINING.SECONDS)} in all" if cfg.TRAINING.SECONDS else ""),
         f"device      {trainer.world} x {hardware}, {how}",
+        *([f"memory      {_format_memory(trainer)}"] if config else []),
         f"writes to   {trainer.folder.absolute()} (the whole config as well; --dry_run shows it)",
     ]
     notes = list(trainer.notes)
@@ -546,6 +561,15 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
     if trainer.validation_changed:
         notes.append("validation is different than before: the best score begins anew")
     print(*lines, *(f"note        {note}" for note in notes), sep="\n", flush=True)
+
+
+def _format_memory(trainer) -> str:
+    try:
+        gibibytes = step_memory(trainer.train_state, trainer.cfg.TRAINING.TRAIN_PS) / 2**30
+    except Exception as error:  # a module of the user's own that tensors without values do not go through
+        return f"not known beforehand ({' '.join(str(error).split()):.100})"
+    less = "" if trainer.cfg.SPEED.CHECKPOINTING else "; SPEED.CHECKPOINTING True needs less"
+    return f"{gibibytes:.1f} GiB for the tensors of a step, in each process{less}"
 
 
 def plot_history(history: list[dict], steps: int, path: Path, title: str):

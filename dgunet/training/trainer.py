@@ -78,7 +78,7 @@ class Trainer:
         self.validation_changed = False  # its images, or what it does with them
         self.notes: list[str] = []  # what the user should know about how the run begins
         self.stop = distributed.StopSignal()
-        self.timer = Timer(cfg.OPTIM.BATCH_SIZE)
+        self.timer = Timer(cfg.OPTIM.BATCH_SIZE, self.device)
         self.sync_interval = 1  # steps between two reads of the counters, which make the CPU wait for the device
         self.last_save = time.monotonic()
 
