@@ -62,7 +62,7 @@ part() {  # part NAME MINUTES COMMAND...: run it in that time or in what is left
 
 large=deblurring_dgunet small=compressive_sensing_dgunet compile=--compile
 if [ -n "$tiny" ]; then compile=; fi
-part tests 4 $python -m pytest tests/test_gpu.py -m gpu -n 8 --dist worksteal -q --durations 10
+part tests 6 $python -m pytest tests/test_gpu.py -m gpu -n 8 --dist worksteal -q --durations 10
 part train_small 6 benchmark train --variants $small --batch 64 --crop 96 $compile
 part train_large 6 benchmark train --variants $large --batch 8 --crop 256 $compile
 part restore 5 benchmark forward --variants $large deraining_dgunet --sizes 1280x720 $compile

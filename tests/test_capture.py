@@ -22,6 +22,13 @@ class StandIn:
     def warm_up(self, step):
         step()
 
+    def watch(self, step) -> str:
+        step()
+        return ""
+
+    def share_of_memory(self) -> float:
+        return 0.5
+
     def _tensors(self) -> list[torch.Tensor]:
         state = self.state
         moments = [moment for moments in state.optimizer.state.values() for moment in moments.values()]
@@ -139,9 +146,9 @@ def test_the_first_good_step_comes_before_recording(folders, graphs):  # noqa: F
     for _ in range(5):
         trainer.train_state.train_step(input * np.nan, target)
     assert graphs[0].replays == 0
-    for _ in range(2):
+    for _ in range(3):  # averaging begins; it is looked whether the step can be recorded; it is
         trainer.train_state.train_step(input, target)
-    assert graphs[0].replays == 1 and trainer.train_state.averaged == 2
+    assert graphs[0].replays == 1 and trainer.train_state.averaged == 3
 
 
 def test_another_size_is_computed_as_it_is(folders, graphs):  # noqa: F811
@@ -154,18 +161,53 @@ def test_another_size_is_computed_as_it_is(folders, graphs):  # noqa: F811
     assert graphs[0].replays == 3 and trainer.train_state.counters.read().counted == 7
 
 
-def test_a_step_that_cannot_be_recorded_is_computed(folders, graphs, monkeypatch, caplog):  # noqa: F811
+def test_a_batch_of_another_size_begins_anew(folders, graphs):  # noqa: F811
+    """cuDNN has chosen nothing for it yet."""
+    trainer = make_trainer(folders)
+    input, target = batch(trainer, 4)
+    for _ in range(3):
+        trainer.train_state.train_step(input, target)
+    for _ in range(4):
+        trainer.train_state.train_step(input[:2], target[:2])
+    assert graphs[0].replays == 1 and trainer.train_state.captured_step.batch[0].shape[0] == 2
+
+
+def test_a_state_that_is_loaded_is_recorded_again(folders, graphs):  # noqa: F811
+    """The recorded step would change the moments that were there before."""
+    run(folders, "run", "auto")
+    trainer = make_trainer(folders, session="run", OPTIM__NUM_EPOCHS=3, TRAINING__RESUME=True)
+    input, target = batch(trainer, 4)
+    for _ in range(4):
+        trainer.train_state.train_step(input, target)
+    state, before = trainer.train_state.state_dict(), trainer.train_state.captured_step
+    weights = trainer.weights()["state_dict"]
+    trainer.train_state.load_state_dict(state | {"state_dict": weights, "optimizer": state["optimizer"]}, "somewhere")
+    assert trainer.train_state.captured_step is not before and trainer.train_state.captured_step.batch is None
+    for _ in range(4):
+        trainer.train_state.train_step(input, target)
+    assert [graph.replays for graph in graphs] == [9, 1, 1]
+
+
+def cannot_record(self, step):
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+
+@pytest.mark.parametrize(
+    "method, does, reason",
+    [
+        ("record", cannot_record, "operation not permitted"),
+        ("watch", lambda self, step: step() or "loss.py:7 waits for the GPU", "loss.py:7"),
+        ("share_of_memory", lambda self: 0.7, "70%"),
+    ],
+)
+def test_a_step_that_cannot_be_recorded_is_computed(folders, graphs, monkeypatch, caplog, method, does, reason):  # noqa: F811
     """Told once, and the training is the same."""
     eager = run(folders, "eager", False)
-
-    def record(self, step):
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
-
-    monkeypatch.setattr(StandIn, "record", record)
+    monkeypatch.setattr(StandIn, method, does)
     captured = run(folders, "captured", "auto")
     assert graphs[0].replays == 0
     told = [line.message for line in caplog.records if "SPEED.CAPTURE" in line.message]
-    assert len(told) == 1 and "operation not permitted" in told[0] and "\n" not in told[0]
+    assert len(told) == 1 and reason in told[0] and "\n" not in told[0]
     assert_same_weights(weights(folders, "eager"), weights(folders, "captured"))
     assert [row["loss"] for row in eager.log.rows] == [row["loss"] for row in captured.log.rows]
 

@@ -74,7 +74,7 @@ def test_share_of_the_peak_is_of_all_gpus(monkeypatch):
     state = make_state()
     assert cost.peak_image_rate(state, 32) is None  # on a CPU
     gpu = SimpleNamespace(device=torch.device("cuda:1"), model=state.model, world=4, amp=torch.bfloat16)
-    monkeypatch.setattr(cost, "matrix_rate", lambda device, dtype: 1e12 if dtype == torch.bfloat16 else 1e11)
+    monkeypatch.setattr(cost, "_rate_of_gpu", lambda device, dtype: 1e12 if dtype == torch.bfloat16 else 1e11)
     assert cost.peak_image_rate(gpu, 32) == 4e12 / cost.count_operations(state.model, 1, 32, 32)
     monkeypatch.setattr(state.model, "forward", lambda y: [torch.from_numpy(y.numpy())])
     assert cost.peak_image_rate(gpu, 32) is None

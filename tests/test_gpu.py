@@ -9,26 +9,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_engine import TRAIN, assert_same_weights, batch, history, make_trainer, options, train
+from test_engine import TRAIN, batch, history, make_trainer, options, train
 from test_model import assert_fusion_survives, random_maps, split_and_concatenated
 from test_parity import OURS, SPECS, write_original
 
+import dgunet.training.cost
 from dgunet import load_model, restore
 from dgunet.model.instance_norm import HalfInstanceNorm
 from dgunet.model.projection import project
+from dgunet.training.config import load_config
+from dgunet.training.cost import peak_image_rate, step_memory
+from dgunet.training.step import TrainState
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
-CASES = Path(__file__).parent / "parity" / "cases"
+ROOT = Path(__file__).resolve().parents[1]
+CASES = ROOT / "tests/parity/cases"
 DEVICE = "cuda"
 
 
 @pytest.fixture(autouse=True)
-def full_float32():
-    """Without TF32, which keeps 10 bits of a factor."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+def full_float32(monkeypatch):
+    """Without TF32, which keeps 10 bits of a factor; compiling that gives up is an error; peaks are not measured."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    monkeypatch.setattr(dgunet.training.cost, "matrix_rate", lambda *_: 1e15)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
 
 
 @pytest.mark.parametrize("variant", OURS)
@@ -118,7 +126,7 @@ def test_training_step_under_bf16_is_finite(tiny_model):
 
 
 def test_compiled_model_agrees_with_eager(tiny_model):
-    model = tiny_model(stages=3).to(DEVICE)
+    model = tiny_model(stages=2).to(DEVICE)
     compiled = torch.compile(copy.deepcopy(model))
     y = torch.rand(2, 3, 64, 64, device=DEVICE)
     for a, b in zip(model(y), compiled(y), strict=True):
@@ -132,13 +140,14 @@ def test_compiled_model_agrees_with_eager(tiny_model):
 def test_stages_compiled_one_by_one_agree_with_eager(tiny_model):
     """The networks of shared and of own stages, in training and in inference, at a second size as well."""
     for shared in (True, False):
-        model = tiny_model(stages=5, shared=shared).to(DEVICE, memory_format=torch.channels_last).train()
+        model = tiny_model(stages=4, shared=shared).to(DEVICE, memory_format=torch.channels_last).train()
         compiled = copy.deepcopy(model)
         compiled.compile()
         for size in (64, 96):
             y = torch.rand(2, 3, size, size, device=DEVICE)
-            for a, b in zip(model(y), compiled(y), strict=True):
-                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+            if size == 64:  # training has one size
+                for a, b in zip(model(y), compiled(y), strict=True):
+                    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
             with torch.inference_mode():
                 for a, b in zip(model(y), compiled(y), strict=True):
                     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -205,19 +214,27 @@ def folders(tmp_path, image_pairs):
 def test_training_and_resuming(folders, extra):
     """Through the command line, on every GPU there is: NCCL where there are several."""
     settings = dict(DEVICE="cuda", OPTIM__BATCH_SIZE=8, OPTIM__EMA_DECAY=0.9, TRAINING__WORKERS=1, **extra)
+    settings |= dict(TRAINING__REPEAT=4)  # 4 steps an epoch: the step is recorded beside the thread that pins batches
     train(folders, OPTIM__NUM_EPOCHS=2, **settings)
     train(folders, OPTIM__NUM_EPOCHS=4, TRAINING__RESUME=True, **settings)
     rows = history(folders)
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
     assert all(float(row["loss"]) < 10 and row["skipped_steps"] == "0" for row in rows)
+    assert all(0 < float(row["share_of_peak"]) < 1 for row in rows)
+    assert "cannot be recorded" not in (folders / "runs/run/train.log").read_text()
 
 
 def losses(folders, steps: int = 8, **extra) -> list[float]:
-    """Of so many steps, each on a batch of its own; the validations between them are those of training."""
+    """Of so many steps, each on a batch and with a rate of its own; then how far the average is from the weights.
+
+    The validation between them is that of training.
+    """
     settings = dict(DEVICE="cuda", OPTIM__BATCH_SIZE=4, OPTIM__EMA_DECAY=0.9, SPEED__CAPTURE=False) | extra
+    settings |= dict(OPTIM__NUM_EPOCHS=steps, OPTIM__WARMUP_EPOCHS=0, OPTIM__COSINE_EXTRA_EPOCHS=0)
     trainer = make_trainer(folders, **settings)
     found, before = [], 0.0
     for step in range(steps):
+        trainer.schedule.go_to(step + 1)
         samples = [trainer.train_set[step + 1, i] for i in range(4)]
         trainer.train_state.train_step(
             *(trainer.train_state.to_device(torch.stack(side)) for side in zip(*samples, strict=True))
@@ -227,7 +244,10 @@ def losses(folders, steps: int = 8, **extra) -> list[float]:
         before = total
         if step == 3:
             assert 5 < trainer.validate() < 60
-    assert trainer.train_state.counters.read()[1:4] == (steps, 0, 0)
+    assert trainer.train_state.counters.read()[1:4] == (steps, 0, 0) and trainer.train_state.lr < 5e-4
+    if trainer.train_state.ema is not None:
+        pairs = zip(trainer.train_state.ema.parameters(), trainer.train_state.parameters, strict=True)
+        found.append(sum((a - b).square().sum() for a, b in pairs).sqrt().item())
     captured = trainer.train_state.captured_step
     assert (captured is not None and captured.batch is not None) == settings["SPEED__CAPTURE"], "it is recorded"
     return found
@@ -237,7 +257,6 @@ def losses(folders, steps: int = 8, **extra) -> list[float]:
     "extra",
     [
         {"SPEED__COMPILE": True},
-        {"SPEED__COMPILE": True, "SPEED__COMPILE_MODE": "reduce-overhead"},
         {"SPEED__COMPILE": True, "SPEED__COMPILE_MODE": "reduce-overhead", "OPTIM__EMA_DECAY": 0.0},
         {"SPEED__COMPILE": True, "SPEED__CHECKPOINTING": True},
         {"SPEED__CHECKPOINTING": True},
@@ -254,7 +273,61 @@ def test_losses_are_those_of_eager(folders, extra):
     """Step by step, in float32. With CUDA graphs: some steps warm up, one is recorded, five at least are replayed."""
     same = ("OPTIM__EMA_DECAY", "OPTIM__CLIP_NORM", "OPTIM__NAME")
     plain = {"SPEED__CAPTURE": False} | {key: value for key, value in extra.items() if key in same}
-    np.testing.assert_allclose(losses(folders, 10, **extra), losses(folders, 10, **plain), rtol=2e-3)
+    found, expected = (losses(folders, 10, **options) for options in (extra, plain))
+    rtol = 2e-3 if extra.get("SPEED__COMPILE") else 5e-4
+    np.testing.assert_allclose(found[:10], expected[:10], rtol=rtol)
+    np.testing.assert_allclose(found[10:], expected[10:], rtol=2e-2)
+
+
+def wait_for_the_gpu(restored, target):
+    """A loss that reads a number."""
+    return (restored - target).abs().mean() * (1 if target.mean().item() > 0 else 2)
+
+
+def test_a_step_that_waits_is_not_recorded(folders, caplog):
+    """It says where that is, and leaves the stream and the random generator as they were."""
+    waiting = {"LOSS__TERMS": "{test_gpu:wait_for_the_gpu: 1}"}
+    trainer = make_trainer(folders, DEVICE="cuda", OPTIM__BATCH_SIZE=4, **waiting)
+    input, target = (trainer.train_state.to_device(side) for side in batch(trainer, 4))
+    with caplog.at_level("INFO", "dgunet"):
+        for _ in range(6):
+            trainer.train_state.train_step(input, target)
+    (told,) = [line for line in caplog.messages if "SPEED.CAPTURE" in line]
+    assert "test_gpu.py" in told and "waits for the GPU" in told
+    assert trainer.train_state.captured_step.failed and trainer.train_state.counters.read().counted == 6
+    assert torch.cuda.current_stream() == torch.cuda.default_stream() and torch.rand(1, device=DEVICE).item() < 1
+
+
+def test_a_step_of_compressive_sensing_is_recorded(tiny_model):
+    """Its learned matrix measures within the step."""
+    states = []
+    for capture in (False, True):
+        words = ["DEVICE", "cuda", "GPU", "[0]", "OPTIM.BATCH_SIZE", "4", "SPEED.CAPTURE", str(capture)]
+        cfg = load_config(ROOT / "configs/compressive_sensing/dgunet.yaml", words)
+        states.append(TrainState(cfg, tiny_model("compressive_sensing_dgunet", stages=3)))
+    for seed in range(8):
+        x = torch.rand(4, 1, 64, 64, generator=torch.Generator().manual_seed(seed))
+        for state in states:
+            state.train_step(state.to_device(x), state.to_device(x))
+    assert states[1].captured_step.batch is not None
+    eager, captured = (state.counters.read() for state in states)
+    assert captured.counted == 8 and captured.loss == pytest.approx(eager.loss, rel=5e-4)
+
+
+def test_memory_known_beforehand(tiny_model):
+    """Of a step that is computed, with what the libraries take besides."""
+    cfg = load_config(ROOT / "configs/denoising/dgunet.yaml", ["DEVICE", "cuda", "GPU", "[0]", "OPTIM.BATCH_SIZE", "8"])
+    state = TrainState(cfg, tiny_model(width=32, growth=16, final_growth=16))
+    expected = step_memory(state, 128)
+    x = state.to_device(torch.rand(8, 3, 128, 128))
+    state.compute_step(x, x)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    state.compute_step(x, x)
+    held = sum(p.numel() * p.element_size() for p in state.parameters) * 4
+    assert torch.cuda.max_memory_allocated() - before + held == pytest.approx(expected, rel=0.2)
+    rate = peak_image_rate(state, 128)
+    assert 1 < rate < 1e9 and all(p.device.type == DEVICE for p in state.parameters)
 
 
 def test_losses_are_those_of_the_cpu(folders):
@@ -266,12 +339,15 @@ def test_losses_are_those_of_the_cpu(folders):
     assert gpu.train_state.counters.loss.item() == pytest.approx(cpu.train_state.counters.loss.item(), rel=2e-3)
 
 
+@pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("amp", ["fp32", "bf16"])
-def test_training_step_never_waits(folders, amp):
-    trainer = make_trainer(folders, DEVICE="cuda", OPTIM__EMA_DECAY=0.9, OPTIM__CLIP_NORM=1.0, SPEED__AMP=amp)
+def test_training_step_never_waits(folders, amp, capture):
+    settings = dict(OPTIM__EMA_DECAY=0.9, OPTIM__CLIP_NORM=1.0, SPEED__AMP=amp, SPEED__CAPTURE=capture)
+    trainer = make_trainer(folders, DEVICE="cuda", **settings)
     input, target = (trainer.train_state.to_device(side) for side in batch(trainer))
-    for _ in range(3):
+    for _ in range(6):
         trainer.train_state.train_step(input, target)
+    assert not capture or trainer.train_state.captured_step.batch is not None
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
@@ -287,18 +363,31 @@ def test_a_group_trains_as_a_lone_process(folders, extra):
     train(folders, "alone", DEVICE="cuda", GPU=[0], OPTIM__NUM_EPOCHS=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", TRAIN]
     done = subprocess.run(
-        [*command, *options(folders, "group", **settings)], capture_output=True, text=True, timeout=400, env=os.environ
-    )
+        [*command, *options(folders, "group", **settings)], capture_output=True, text=True, timeout=400,
+        env=os.environ | {"NVIDIA_TF32_OVERRIDE": "0"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     alone, group = ([float(row["loss"]) for row in history(folders, run)] for run in ("alone", "group"))
     np.testing.assert_allclose(group, alone, rtol=5e-3)
 
 
-def test_non_finite_step_leaves_the_weights_alone(folders):
-    trainer = make_trainer(folders, DEVICE="cuda")
-    input, target = (side.to("cuda") for side in batch(trainer))
-    trainer.train_state.train_step(input, target)
-    before = {key: value.clone() for key, value in trainer.train_state.model.state_dict().items()}
-    trainer.train_state.train_step(torch.full_like(input, torch.nan), target)
-    assert_same_weights(trainer.train_state.model.state_dict(), before)
-    assert trainer.train_state.counters.read()[1:4] == (1, 1, 1)
+@pytest.mark.parametrize("steps", [1, 6])
+def test_non_finite_step_leaves_the_weights_alone(folders, steps):
+    """Computed, and replayed; and from good weights the recorded step goes on."""
+    trainer = make_trainer(folders, DEVICE="cuda", OPTIM__EMA_DECAY=0.9)
+    state = trainer.train_state
+    input, target = (state.to_device(side) for side in batch(trainer))
+    for _ in range(steps):
+        state.train_step(input, target)
+    assert (state.captured_step.batch is not None) == (steps > 4)
+    moments = [moment for moments in state.optimizer.state.values() for moment in moments.values()]
+    kept = [*state.model.parameters(), *state.ema.parameters(), *moments]
+    before = [x.clone() for x in kept]
+    state.train_step(torch.full_like(input, torch.nan), target)
+    assert all(map(torch.equal, kept, before))
+    assert state.counters.read()[1:4] == (steps, 1, 1)
+    assert state.roll_back()
+    state.train_step(input, target)
+    averaged = before[len(state.parameters) : 2 * len(state.parameters)]
+    moved = max((p - good).abs().max().item() for p, good in zip(state.parameters, averaged, strict=True))
+    assert state.counters.read()[1:4] == (steps + 1, 1, 0) and 0 < moved < 0.1

@@ -102,22 +102,39 @@ class LiveBytes(TorchDispatchMode):
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype | None, size: int = 0) -> float:
-    """Floating-point operations per second of a product of large matrices (size, size), measured in a second."""
+    """Floating-point operations per second of a product of large matrices (size, size), measured in a second.
+
+    In float32 as cuDNN computes convolutions, on most GPUs with TF32.
+    """
     size = size or (8192 if device.type == "cuda" else 3072)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    return 2 * size**3 / min(timer.blocked_autorange(min_run_time=1).times)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        return 2 * size**3 / min(timer.blocked_autorange(min_run_time=1).times)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def peak_image_rate(train_state, crop: int) -> float | None:
     """Images per second at which training would reach the rate of plain matrix products on all GPUs; None on a CPU.
 
-    None, too, where a user's own module has operations that tensors without values do not go through.
+    None, too, where that cannot be known: a user's own module has operations that tensors without values do not go
+    through, or the card is full.
     """
-    if train_state.device.type != "cuda":
+    device = train_state.device
+    if device.type != "cuda":
         return None
     try:
         operations = count_operations(train_state.model, 1, crop, crop)
+        return train_state.world * _rate_of_gpu(device, train_state.amp) / operations
     except Exception:
         return None
-    return train_state.world * matrix_rate(train_state.device, train_state.amp) / operations
+
+
+def _rate_of_gpu(device: torch.device, amp: torch.dtype | None) -> float:
+    rate = matrix_rate(device, amp)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)  # the matrices are not the training's
+    return rate

@@ -1,5 +1,6 @@
 """The optimizer that OPTIM.NAME names: Adam, AdamW, Muon, or one of a user's own; its state, cleared and resumed."""
 
+import contextlib
 import inspect
 import math
 from collections.abc import Iterator
@@ -123,8 +124,19 @@ def use_tensor_rates(optimizer: Optimizer):
     for group in optimizer.param_groups:
         device = group["params"][0].device
         dtype = torch.float32 if device.type == "cuda" else torch.float64  # CUDA's fused kernels read a float
-        group["lr"] = torch.tensor(float(group["lr"]), dtype=dtype, device=device)
+        group["lr"] = torch.full((), float(group["lr"]), dtype=dtype, device=device)  # without a wait for the device
+
+
+@contextlib.contextmanager
+def capturable(optimizer: Optimizer):
+    """Within it Adam and AdamW may be recorded; outside PyTorch warns of the flag."""
+    for group in optimizer.param_groups:
         group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in optimizer.param_groups:
+            group["capturable"] = False
 
 
 def clear_state(optimizer: Optimizer, optim):

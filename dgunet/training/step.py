@@ -202,9 +202,10 @@ class TrainState:
             draws = () if time is None else self.random_draws(time, [(*time, first + k) for k in range(len(part))])
             with self.autocast():
                 estimates = self.network(part, *draws)
-            y = getattr(self.network, "module", self.network).y
-            part_loss = self.loss(estimates, center_crop(part_target, *estimates[0].shape[-2:]), y) / passes
+            network = getattr(self.network, "module", self.network)
+            part_loss = self.loss(estimates, center_crop(part_target, *estimates[0].shape[-2:]), network.y) / passes
             part_loss.backward()
+            network.y = None  # it would keep the graph of a learned measurement until the next step
             loss += part_loss.detach()
         loss = distributed.sum_over_processes(loss) / self.world
 
@@ -312,6 +313,8 @@ class TrainState:
             self.averaged = state["averaged"]
         optimizers.load_state(self.optimizer, self.cfg.OPTIM, state["optimizer"], path)
         self.counters.load(state["totals"])
+        if self.captured_step is not None and self.captured_step.batch is not None:
+            self.captured_step = make_captured_step(self)  # what was recorded changes the former moments
         self.save_rollback_weights()
         if self.good is not None and "good_weights" in state:
             check_tensors(self.good, state["good_weights"], path, "the good weights of this run")
