@@ -30,6 +30,7 @@ def restore(
     self_ensemble: bool = False,
     bf16: bool = False,
     local: Mapping[str, int] | bool | None = None,
+    strength: float = 1.0,
 ):
     """Restore an image, or a batch of them, of any size; or of a known degradation the image of a measurement.
 
@@ -58,6 +59,8 @@ def restore(
         local: windows in pixels for local statistics, as in ``{"norm": 64, "attention": 64, "projection": 64}``, see
             `with_local_statistics`, or ``{"tile": 128}``; False for the statistics of the whole image, as in the paper;
             None for what the weights' record says (``model.local``). docs/local.md compares them.
+        strength: share of the change that is made, from 0 (the image as it is) to 1: ``y + strength (x_K - y)``. Not of
+            a measurement, which is no image.
 
     Returns:
         The restored image(s), of the same type, shape and dtype as ``image`` (of a measurement see above), tensors on
@@ -74,9 +77,11 @@ def restore(
     """
     if isinstance(image, list | tuple):
         options = dict(tile=tile, tile_overlap=tile_overlap, self_ensemble=self_ensemble, bf16=bf16, local=local)
-        restored = [restore(model, one, **options) for one in image]
+        restored = [restore(model, one, strength=strength, **options) for one in image]
         return restored if isinstance(image, list) else tuple(restored)
     check_tiles(tile, tile_overlap)
+    if not 0 <= strength <= 1:
+        raise UserError(f"strength is from 0 to 1, not {strength}")
     device = _check_network(model)
     if self_ensemble and model.degradation is not None:
         raise UserError("self_ensemble rotates the image, but not the network's known degradation; leave it out")
@@ -86,6 +91,8 @@ def restore(
     if not (model.degradation is None or getattr(model.degradation, "image_to_image", False)):
         if tile not in (None, "auto") or "tile" in windows:
             raise UserError("a measurement cannot be cut into tiles; leave tile out, or pass local=False")
+        if strength != 1:
+            raise UserError("a measurement is no image that the restored one could be mixed with; leave strength out")
         with temporarily_set(model.modules(), "training", False), torch.no_grad():
             return _restore_measurement(model, image, device, bf16)
     x, back = _as_batch(image, model.channels)
@@ -101,6 +108,8 @@ def restore(
             undo_dihedral(_restore_tiles(model, dihedral(x, k), tile, tile_overlap, bf16, step), k) for k in turns
         )
         restored = (total / len(turns)).clamp(0, 1)
+        if strength != 1:
+            restored = torch.lerp(x.to(restored.dtype), restored, strength)
     return back(restored)
 
 

@@ -8,15 +8,18 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from urllib.parse import unquote, urlparse
 
 import cv2
 import numpy as np
 import psutil
 import pytest
 import tifffile
+import torch
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import IFDRational
 
@@ -594,7 +597,7 @@ def test_folders_and_files_of_every_kind(dgunet, weights):
     for name in ("photos/day 2/b.jpeg", "photos/.hidden/c.jpg", "photos/.d.jpg"):
         save(name)
     Path("photos/notes.txt").write_text("none")
-    done = dgunet("denoise", "photos", "--out", "restored/here")
+    done = dgunet("denoise", "photos", "--out", "restored/here", "--no-bf16")
     count = len(kinds()) + 1
     assert done.status == 0, done.err
     assert done.out.splitlines()[-1] == f"{count} restored, in restored/here"
@@ -613,7 +616,7 @@ def test_folders_and_files_of_every_kind(dgunet, weights):
     for told in ("CMYK, now RGB: photos/cmyk", "16 bits per channel", "written as PNG: photos/cmyk_tif.tif, "):
         assert sum(line.startswith("note: ") and told in line for line in done.out.splitlines()) == 1
     stamps = [os.stat(Path("restored/here", name)).st_mtime_ns for name in files("restored/here")]
-    again = dgunet("denoise", "photos", "--out", "restored/here")
+    again = dgunet("denoise", "photos", "--out", "restored/here", "--no-bf16")
     assert again.status == 0 and again.out.splitlines()[-1] == f"0 restored, {count} done before, in restored/here"
     assert stamps == [os.stat(Path("restored/here", name)).st_mtime_ns for name in files("restored/here")]
 
@@ -627,7 +630,7 @@ def test_names_and_places(dgunet):
     assert files("out") == ["a/x.jpg", "a/x.png", "a/z.png", "b/x.png", "y.png"]
     refused = [line for line in done.err.splitlines() if line.startswith("not restored")]
     assert len(refused) == 2 and "c/y.png: would be written to out/y.png, as y.png is" in refused[1]
-    assert done.err.splitlines()[-1] == "error: 5 restored, in out; 2 not restored, for the reasons above"
+    assert done.out.splitlines()[-1] == "5 restored, in out; 2 not, see above: a/z.tif, c/y.png"
     again = dgunet("denoise", ".", "--out", "out", "--tile", "auto")
     assert "3 done before" in again.out or again.status == 2
     assert files("out") == ["a/x.jpg", "a/x.png", "a/z.png", "b/x.png", "c/y.png", "y.png"]
@@ -678,7 +681,7 @@ def test_one_bad_image_costs_no_other(dgunet):
     done = dgunet("denoise", "a", "missing.png", "none", "--out", "out")
     assert done.status == 2 and files("out") == ["a/1.png", "a/4.png"]
     told = done.err.splitlines()
-    assert len(told) == 5 and told[-1] == "error: 2 restored, in out; 4 not restored, for the reasons above"
+    assert len(told) == 4 and done.out.splitlines()[-1].startswith("2 restored, in out; 4 not, see above: a/2.jpg, ")
     for name, reason in ("a/2.jpg", "damaged"), ("3.heic", "HEIC"), ("missing.png", "no such"), ("none", "no images"):
         assert any(name in line and reason in line for line in told)
     assert dgunet("denoise", "none", "--out", "new").status == 2 and not Path("new").exists()
@@ -713,7 +716,72 @@ def test_places_that_cannot_be_used_cost_no_other(dgunet, monkeypatch):
         for name, reason in reasons.items():
             assert any(name in line and reason in line for line in refused), name
         assert "note: a link to a folder, not followed; restore it by its own name: a/linked" in done.out.splitlines()
-        assert done.err.splitlines()[-1] == f"error: {told}; 3 not restored, for the reasons above"
+        assert done.out.splitlines()[-1].startswith(f"{told}; 3 not, see above: ")
+
+
+def test_strength(dgunet, weights):
+    """A share of the change; another one is another setting."""
+    save("x.png", colours(24, 32))
+    for strength in ("0", "0.5", "1"):
+        assert dgunet("denoise", "x.png", "--out", strength, "--strength", strength, "--no-bf16").status == 0
+    y, none, half, whole = (read_photo(f"{folder}/x.png").pixels.astype(float) for folder in (".", "0", "0.5", "1"))
+    assert np.array_equal(none, y) and np.abs(half - (y + whole) / 2).max() <= 1 and np.abs(whole - y).max() > 3
+    assert "other weights or settings" in dgunet("denoise", "x.png", "--out", "1", "--strength", "0.9", "--no-bf16").err
+    wrong = dgunet("denoise", "x.png", "--strength", "50")
+    assert wrong.status == 2 and "--strength" in wrong.err and not Path("restored").exists()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_where_it_is_faster(dgunet, monkeypatch, fast):
+    """But not for 16 bits, unless it is asked for."""
+    write_photo("deep.png", Photo(colours().astype(np.uint16) * 257), "a photograph")
+    save("plain.png")
+    monkeypatch.setattr(restoring, "autocast_dtype", lambda choice, device: torch.bfloat16 if fast else None)
+    used = []
+    monkeypatch.setattr(restoring, "restore", lambda *a, bf16, **k: used.append(bf16) or restore(*a, bf16=bf16, **k))
+    for words, expected in (([], [False, fast]), (["--bf16"], [True, True]), (["--no-bf16"], [False, False])):
+        used.clear()
+        done = dgunet("denoise", "deep.png", "plain.png", "--overwrite", *words)
+        assert used == expected and ("in bfloat16," in done.out) == (fast and not words)
+        assert done.out.splitlines()[-1] == "2 restored, in restored"
+
+
+class Page(HTMLParser):
+    """The images of a page, and the labels of its sliders."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.images, self.labels = [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        if tag == "img":
+            self.images.append(attributes["src"])
+        if tag == "input":
+            self.labels.append(attributes["aria-label"])
+
+
+def test_page_of_before_and_after(dgunet):
+    """Of all that are in --out now; what browsers cannot show is there as a copy."""
+    save("a/x & <b>.png")
+    save("a/sub/100%.jpg")
+    tifffile.imwrite("a/scan.tif", colours().astype(np.uint16) * 257, photometric="rgb")
+    assert dgunet("denoise", "a/x & <b>.png", "--out", "out").status == 0
+    done = dgunet("denoise", "a", "--out", "out", "--compare")
+    assert done.status == 0 and f"before and after: {Path('out/compare.html')}" in done.out
+    page = Page(Path("out/compare.html"))
+    assert len(page.labels) == 3 and any(label.startswith("x & <b>.png:") for label in page.labels)
+    shown = [Path(unquote(urlparse(image).path)) for image in page.images]
+    after, before = ([Path("out") / path for path in shown[k::2]] for k in (0, 1))
+    assert {path.relative_to("out").as_posix() for path in after} == {"scan.png", "sub/100%.jpg", "x & <b>.png"}
+    pairs = dict(zip((path.name for path in after), before, strict=True))
+    assert pairs["100%.jpg"] == Path("a/sub/100%.jpg").absolute() and pairs["scan.png"] == Path("out/before/scan.png")
+    copy = read_photo(pairs["scan.png"]).pixels
+    assert copy.dtype == np.uint8 and np.array_equal(copy, colours())
+    again = dgunet("denoise", "a", "--out", "out", "--compare")
+    assert again.out.splitlines()[-1] == "0 restored, 3 done before, in out"
+    assert len(Page(Path("out/compare.html")).labels) == 3
 
 
 def test_figure_of_stages(dgunet):

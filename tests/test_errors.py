@@ -191,7 +191,9 @@ def imported(path: Path) -> set[str]:
 
 
 def requirements(section: str) -> list[str]:
-    text = re.search(rf"^{section} = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[1]
+    text = re.search(
+        rf"^{section} = \[(.*?)\](?:  #.*?)?$", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
+    )[1]
     return re.findall(r'"([\w-]+)[>=]', text)
 
 

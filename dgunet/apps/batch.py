@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dgunet import __version__
+from dgunet.apps.compare import COMPARISON, write_comparison
 from dgunet.apps.figures import draw_stages, label_stages, restore_stages
 from dgunet.checkpoints.load import load_model, read_checkpoint
 from dgunet.checkpoints.registry import locate
@@ -34,7 +35,7 @@ from dgunet.inference import automatic_tile, restore, tile_grid
 from dgunet.introspect import after_each_stage
 from dgunet.runtime.errors import UserError, describe_error, is_out_of_memory, one_line, shorten_list
 from dgunet.runtime.files import IMAGE_SUFFIXES, open_file
-from dgunet.runtime.hardware import pick_device
+from dgunet.runtime.hardware import autocast_dtype, pick_device
 from dgunet.runtime.progress import progress_bar
 
 OURS = "restored by dgunet"  # start of the comment in a restored image
@@ -53,6 +54,20 @@ class Job:
     height: int
     width: int
     figure: Path | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are restored, see `restore`; ``deep_bf16``: also those of 16 bits, which are finer than bfloat16."""
+
+    tile: int | str | None
+    local: bool
+    bf16: bool
+    deep_bf16: bool
+    strength: float
+
+    def __str__(self):  # in the digest of `Provenance`: that of the defaults is what it was in earlier versions
+        return f"{self.tile} {self.bf16}" + " whole" * (not self.local) + f" {self.strength}" * (self.strength != 1)
 
 
 @dataclass
@@ -83,7 +98,7 @@ class RunReport:
 
     def summary(self, out: Path) -> str:
         before = f", {self.skipped} done before" if self.skipped else ""
-        refused = f"; {len(self.refused)} not restored" if self.refused else ""
+        refused = f"; {len(self.refused)} not, see above: {shorten_list(self.refused)}" if self.refused else ""
         return f"{self.done} restored{before}, in {out}{refused}"
 
 
@@ -98,8 +113,10 @@ def restore_photographs(
     tile: int | str | None = "auto",
     local: bool = True,
     device: str = "auto",
-    bf16: bool = False,
-):
+    bf16: bool | None = None,
+    strength: float = 1.0,
+    compare: bool = False,
+) -> int:
     """Restore images and folders of images into a folder, with a report on stdout.
 
     Args:
@@ -110,35 +127,46 @@ def restore_photographs(
         task: the task that the weights must be for.
         overwrite: restore existing results again; files that are not from dgunet are never replaced.
         stages: also draw each image after each stage.
-        tile, bf16: see `restore`.
+        tile, strength: see `restore`.
+        bf16: see `restore`; None where the hardware computes it, for images of 8 bits.
+        compare: also write ``compare.html`` into ``out``, see `compare.write_comparison`.
         local: use the windows or tiles of the weights' record; False: statistics of whole images.
         device: see `hardware.pick_device`.
 
+    Returns:
+        How many could not be restored; the report has named them. All others are.
+
     Raises:
-        UserError: no image at all, unsuitable weights, a folder that cannot be written to; or at the end, if some
-            images could not be restored. All others are restored then.
+        UserError: not one could be restored, unsuitable weights, a folder that cannot be written to.
     """
     if stages:
         import matplotlib  # noqa: F401, fail before the first image
     report = RunReport()
     path = locate(weights)
     content = read_checkpoint(path)
-    provenance = Provenance(path, tile, bf16, local)
-    jobs = _skip_done(_jobs(_gather(photos, out, report), out, stages, report), provenance, overwrite, report)
+    target = pick_device(device)
+    fast = autocast_dtype("auto", target) is not None if bf16 is None else bf16
+    settings = Settings(tile, local, fast, bf16 is not None, strength)
+    provenance = Provenance(path, settings)
+    found = _jobs(_gather(photos, out, report), out, stages, report)
+    jobs = _skip_done(found, provenance, overwrite, report)
     if report.skipped:
         report.say(f"{report.skipped} of {report.skipped + len(jobs)} done before; --overwrite does them again")
     if jobs:
-        target = pick_device(device)
         model = load_model(path, task=task, device=target, content=content)
         if not local:
             model.local = {}
         if tile == "auto":
-            tile = model.local.get("tile", tile)
+            settings = replace(settings, tile=model.local.get("tile", tile))
         record = content.get("record") or {}
         report.say(f"network: {weights}")
         for key, words in ("trained_for", "for"), ("not_for", "not for"):
             if key in record:
                 report.say(f"  {words}: {record[key]}")
+        if fast and bf16 is None:
+            report.say(
+                "  computed in bfloat16, which is faster here, but for images of 16 bits (--no-bf16: in float32)"
+            )
         out.mkdir(parents=True, exist_ok=True)
         noise = trained_sigma_range(content)
         try:
@@ -147,17 +175,20 @@ def restore_photographs(
                 for job in jobs:
                     before = bar.n
                     with _attempt(job, report):
-                        _restore_one(model, job, report, noise, tile, target, bf16, provenance, bar.update)
+                        _restore_one(model, job, report, noise, settings, target, provenance, bar.update)
                     bar.update(before + job.height * job.width - bar.n)
         except BaseException:  # Ctrl-C, a full disk
             report.say(f"stopped: {report.summary(out)}; the same command goes on with the others")
             raise
+    if compare and (pairs := [(job.source, job.target) for job in found if job.target.exists()]):
+        report.say(f"before and after: {write_comparison(out / COMPARISON, pairs)}")
     for text, names in report.notes.items():
         if len(names) > 1 or text not in report.printed:
             report.say(f"note: {text}: {one_line(shorten_list(names))}")
-    if report.refused:
-        raise UserError(f"{report.summary(out)}, for the reasons above")
-    report.say(report.summary(out))
+    if report.refused and not report.done + report.skipped:
+        raise UserError(f"nothing restored; {len(report.refused)} not, see above: {shorten_list(report.refused)}")
+    report.say(one_line(report.summary(out)))
+    return len(report.refused)
 
 
 def _gather(photos: list[Path], out: Path, report: RunReport) -> Iterator[tuple[Path, Path]]:
@@ -240,10 +271,9 @@ def _identity(path: Path) -> tuple[int, int]:
 class Provenance:
     """Makes the comment of a restored image, with a digest of its source file, weights and settings."""
 
-    def __init__(self, weights: Path, tile: int | str | None, bf16: bool, local: bool):
+    def __init__(self, weights: Path, settings: Settings):
         self.weights = f"{weights.parent.name}/{weights.name}"
-        settings = f"{tile} {bf16}" + ("" if local else " whole")
-        self.settings = hashlib.sha256(weights.read_bytes() + settings.encode()).digest()
+        self.settings = hashlib.sha256(weights.read_bytes() + str(settings).encode()).digest()
 
     def of(self, source: Path) -> str:
         with open_file(source) as file:
@@ -293,7 +323,7 @@ def _attempt(job: Job, report: RunReport):
 
 
 def _restore_one(
-    model, job: Job, report: RunReport, noise, tile, device: torch.device, bf16: bool, provenance: Provenance, count
+    model, job: Job, report: RunReport, noise, settings: Settings, device: torch.device, provenance: Provenance, count
 ):
     comment = provenance.of(job.source)
     image = read_photo(job.source)
@@ -305,7 +335,7 @@ def _restore_one(
         report.note(job.source, text, now=f"about sigma {level:.0f}, {text}")
     if y.shape[2] == 1:
         y = np.repeat(y, model.channels, axis=2)
-    height, width = y.shape[:2]
+    (height, width), tile = y.shape[:2], settings.tile
     if tile == "auto":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # reported below
@@ -315,7 +345,8 @@ def _restore_one(
             report.note(job.source, text, now=f"{text}, of {tile} pixels")
     work = model.stages * _work(height, width, tile)
     with _counting(model, lambda pixels: count(height * width * pixels / work)):
-        x = restore(model, y, tile=tile, bf16=bf16)
+        bf16 = settings.bf16 and (settings.deep_bf16 or image.pixels.dtype == np.uint8)
+        x = restore(model, y, tile=tile, bf16=bf16, strength=settings.strength)
     if job.figure is not None:
         _draw(model, job, y, x)
     if image.pixels.ndim == 2:

@@ -95,9 +95,17 @@ def run_task(command: str, name: str, argv: list[str], prog: str | None = None):
 def _add_restoring(parser: argparse.ArgumentParser, default: str):
     add = parser.add_argument
     add("photos", nargs="+", type=Path, metavar="PHOTOS", help="images, and folders of images")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where the restored ones are written")
+    add(
+        "--out",
+        type=Path,
+        default=Path("restored"),
+        metavar="FOLDER",
+        help="where they are written (default: restored)",
+    )
     add("--weights", metavar="W", help=f"network: a name that `dgunet list` shows, or a file (default: {default})")
+    add("--strength", type=float, default=1.0, metavar="S", help="0 leaves a photograph as it is, 1 restores it wholly")
     add("--overwrite", action="store_true", help="restore again what is already in --out")
+    add("--compare", action="store_true", help="also write compare.html: before and after, with a slider")
     add("--stages", action="store_true", help="also draw the centre of each after each stage (needs matplotlib)")
     add(
         "--tile",
@@ -107,7 +115,8 @@ def _add_restoring(parser: argparse.ArgumentParser, default: str):
     windows = "windows or tiles as the weights' record says (docs/local.md), or whole images"
     add("--local", action=argparse.BooleanOptionalAction, default=True, help=windows)
     add("--device", default="auto", help="auto (a CUDA GPU where there is one), cpu, cuda, cuda:1, mps, ...")
-    add("--bf16", action="store_true", help="compute in bfloat16: faster where the hardware has it, nearly the same")
+    bf16 = "compute in bfloat16: nearly the same (default: where that is faster, but for images of 16 bits)"
+    add("--bf16", action=argparse.BooleanOptionalAction, default=None, help=bf16)
 
 
 def _restore(args: argparse.Namespace):
@@ -119,7 +128,9 @@ def _restore(args: argparse.Namespace):
         check_tiles(tile, None)
     except ValueError:
         raise UserError(f"--tile is whole, auto, or a side of at least 16 pixels, not {args.tile!r}") from None
-    restore_photographs(
+    if not 0 <= args.strength <= 1:
+        raise UserError(f"--strength is from 0 to 1, not {args.strength:g}")
+    refused = restore_photographs(
         args.photos,
         args.out,
         args.weights or RESTORING[args.command][1],
@@ -130,7 +141,10 @@ def _restore(args: argparse.Namespace):
         local=args.local,
         device=args.device,
         bf16=args.bf16,
+        strength=args.strength,
+        compare=args.compare,
     )
+    return 2 if refused else 0
 
 
 def _list(args: argparse.Namespace):
