@@ -19,17 +19,14 @@ def make_state(task: str = "denoising", **options) -> TrainState:
     options = {"DEVICE": "cpu", "OPTIM.BATCH_SIZE": 2, "SPEED.AMP": "fp32"} | options
     words = [str(word) for option in options.items() for word in option]
     cfg = load_config(ROOT / "configs" / task / "dgunet.yaml", words)
-    size = dict(width=8, growth=4, final_growth=4, stages=4)
+    size = dict(width=8, growth=4, final_growth=4, stages=3)
     return TrainState(cfg, create_model(f"{task}_dgunet", checkpointing=cfg.SPEED.CHECKPOINTING, **size))
 
 
 CASES = [
-    {},
     {"OPTIM.EMA_DECAY": 0.9, "OPTIM.BATCH_SIZE": 4, "OPTIM.ACCUMULATE": 2},
-    {"SPEED.CHECKPOINTING": True, "OPTIM.NAME": "muon"},
-    {"SPEED.AMP": "bf16", "SPEED.CHANNELS_LAST": True},
-    {"task": "deraining"},
-    {"task": "compressive_sensing"},
+    {"task": "deraining", "SPEED.CHECKPOINTING": True, "OPTIM.NAME": "muon"},
+    {"task": "compressive_sensing", "SPEED.AMP": "bf16", "SPEED.CHANNELS_LAST": True},
 ]
 
 

@@ -1157,7 +1157,7 @@ def test_progress_without_a_terminal(folders, monkeypatch):
     lines = [line for line in (folders / "runs/run/train.log").read_text().splitlines() if line.endswith(" left")]
     assert 1 < len(lines) <= next(clock) / 20
     assert all(
-        part in line for line in lines for part in ("loss 0.", "images/s, gradient ", "% waiting for data, 0")
+        part in line for line in lines for part in ("loss 0.", "images/s, gradient ", "% waiting for data, ", " MiB, 0")
     ), lines
 
 

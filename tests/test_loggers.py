@@ -120,7 +120,7 @@ def test_ones_own_logger_through_train_py(folders, own_module, curves):  # noqa:
 
 def test_share_of_the_peak_is_logged_where_it_is_known(folders, monkeypatch, capsys):  # noqa: F811
     """On GPUs, of whose rate this is a stand-in; at each step, in each line, in the history."""
-    monkeypatch.setattr(dgunet.training.loggers, "peak_image_rate", lambda train_state, crop: 50 * crop)
+    monkeypatch.setattr(dgunet.training.loggers, "_peak_image_rate", lambda trainer: 1600)
     trainer = make_trainer(folders, TRAINING__LOGGERS="[console]")
     told = []
     monkeypatch.setattr(trainer.log.loggers[0], "log_step", lambda epoch, step, values: told.append(values))

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgunet.data.transforms import center_crop
@@ -106,6 +105,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype | None, size: int = 0) 
 
     In float32 as cuDNN computes convolutions, on most GPUs with TF32.
     """
+    from torch.utils.benchmark import Timer  # which warns where CUDA's compiler is and a GPU is not
+
     size = size or (8192 if device.type == "cuda" else 3072)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())

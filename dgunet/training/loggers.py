@@ -22,7 +22,6 @@ from dgunet.runtime.hardware import peak_memory
 from dgunet.runtime.imports import import_object, is_object_name
 from dgunet.runtime.progress import progress_bar
 from dgunet.training.config import flat_config, format_config
-from dgunet.training.cost import peak_image_rate, step_memory
 from dgunet.training.step import StepCounts
 
 log = logging.getLogger("dgunet")
@@ -401,7 +400,7 @@ class RunLogger:
             for logger in self.loggers:
                 self._start(logger, run)
             if self.loggers:
-                trainer.timer.peak_rate = peak_image_rate(trainer.train_state, trainer.cfg.TRAINING.TRAIN_PS)
+                trainer.timer.peak_rate = _peak_image_rate(trainer)
             yield
             failed = False
         finally:
@@ -563,7 +562,17 @@ def describe(trainer, config: bool = False, missing: list[str] = ()):
     print(*lines, *(f"note        {note}" for note in notes), sep="\n", flush=True)
 
 
+def _peak_image_rate(trainer) -> float | None:
+    if trainer.device.type != "cuda":
+        return None
+    from dgunet.training.cost import peak_image_rate  # which takes half a second to import
+
+    return peak_image_rate(trainer.train_state, trainer.cfg.TRAINING.TRAIN_PS)
+
+
 def _format_memory(trainer) -> str:
+    from dgunet.training.cost import step_memory
+
     try:
         gibibytes = step_memory(trainer.train_state, trainer.cfg.TRAINING.TRAIN_PS) / 2**30
     except Exception as error:  # a module of the user's own that tensors without values do not go through
