@@ -38,6 +38,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as NotDone  # Python 3.10 has one of its own
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -346,7 +347,7 @@ def _measure_in_turn(cases: list[Case], args) -> list[dict]:
             try:
                 process = pools[case].submit(os.getpid).result()
                 return pools[case].submit(_call, function, case).result(args.case_seconds)
-            except TimeoutError:
+            except NotDone:
                 reason = f"not done after {args.case_seconds:g} s"
                 os.kill(process, signal.SIGKILL)
             except Exception as error:
