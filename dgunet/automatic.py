@@ -110,13 +110,14 @@ def diagnose(image: np.ndarray) -> Diagnosis:
 def cut_crops(image: np.ndarray) -> Tensor:
     """Up to `MOST_CROPS` crops (B, 3, 160, 160) of an image, on a grid over all of it; float32 in [0, 1]."""
     height, width = image.shape[:2]
-    rows, columns = (max(1, round(side / CROP)) for side in (height, width))
+    image = image[..., 0] if image.shape[2:] == (1,) else image
+    rows, columns = (-(-side // CROP) for side in (height, width))
     while rows * columns > MOST_CROPS:
         rows, columns = (rows - 1, columns) if rows > columns else (rows, columns - 1)
     crops = []
     for top in np.linspace(0, max(height - CROP, 0), rows).astype(int):
         for left in np.linspace(0, max(width - CROP, 0), columns).astype(int):
-            crop = as_colour(image[top : top + CROP, left : left + CROP].squeeze())
+            crop = as_colour(image[top : top + CROP, left : left + CROP])
             if crop.dtype.kind == "u":
                 crop = crop.astype(np.float32) / np.float32(np.iinfo(crop.dtype).max)
             crops.append(torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1), np.float32)))
