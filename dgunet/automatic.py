@@ -129,8 +129,8 @@ def choose(
 ) -> list[Candidate]:
     """The best answers to a diagnosis, the best first.
 
-    An answer's probability is that of all that its network is for. So is its strength: the mean of what the image may
-    have been, weighed by probability, is ``p x_K + (1 - p) y``. From 0.9 it is 1.
+    An answer's probability is that of all that its network is for. So is the strength of the best: the mean of what the
+    image may have been, weighed by probability, is ``p x_K + (1 - p) y``. From 0.9 it is 1, as it is for the others.
 
     Args:
         diagnosis: what is wrong with the image.
@@ -145,8 +145,8 @@ def choose(
     usable = lambda answer: answer[1] >= LEAST.get(answer[0], 0)  # noqa: E731
     ranked = sorted(answers.items(), key=lambda item: (not usable(item[1]) and item[0] is not None, -item[1][1]))
     candidates = [
-        Candidate(degradation, network, 1.0 if network is None or p >= SURE else max(round(p, 1), 0.1))
-        for network, (degradation, p) in ranked
+        Candidate(degradation, network, round(p, 1) if k == 0 and network and p < SURE else 1.0)
+        for k, (network, (degradation, p)) in enumerate(ranked)
     ]
     unchanged = [candidate for candidate in candidates if candidate.network is None]
     if count > 1 and unchanged and unchanged[0] not in candidates[:count]:
