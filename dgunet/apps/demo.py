@@ -1,7 +1,9 @@
-"""A demo in the browser: choose an image, degrade it, restore it, compare the stages (``dgunet demo``)."""
+"""A demo in the browser: drop a photograph, and noise, rain or blur are removed from it (``dgunet demo``)."""
 
 import argparse
 import contextlib
+import html
+import importlib.util
 import os
 import re
 import signal
@@ -10,22 +12,35 @@ import tempfile
 import threading
 import time
 import webbrowser
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dgunet.apps.figures import restore_stages
-from dgunet.checkpoints.load import load_model, read_checkpoint
+from dgunet import __version__
+from dgunet.apps.batch import OURS
+from dgunet.apps.demo_html import CARDS_JS, CSS, DOWNLOAD_JS, STRENGTH_JS, VIEW_JS, cache_folder, draw_cards, draw_view
+from dgunet.apps.figures import estimate_stages
+from dgunet.automatic import choose, diagnose
+from dgunet.checkpoints.load import load_model
 from dgunet.checkpoints.registry import list_pretrained
 from dgunet.data import photos
 from dgunet.data.images import to_tensor
-from dgunet.data.photos import estimate_sigma, noise_warning, trained_sigma_range
+from dgunet.data.photos import Photo
 from dgunet.data.samples import MIN_SIDE, sample_photos
-from dgunet.data.synthesis import Degrade, added_rain, degrade_image, gaussian_noise, motion_blur, sensor_noise
+from dgunet.data.synthesis import (
+    Degrade,
+    added_rain,
+    degrade_image,
+    gaussian_noise,
+    jpeg_compress,
+    motion_blur,
+    sensor_noise,
+)
 from dgunet.data.transforms import as_colour, pad_to_blocks, to_uint8, unit_range
 from dgunet.evaluation.metrics import evaluate_pair
 from dgunet.model.network import DGUNet
@@ -34,67 +49,59 @@ from dgunet.runtime.errors import UserError, describe_error
 from dgunet.runtime.hardware import autocast_dtype, pick_device
 
 PORTS = range(7860, 7960)  # the first free one, where none is asked for
-MAX_FILE_SIZE = "50mb"
+MAX_FILE_SIZE = "300mb"
 MAX_READ = 80_000_000  # pixels; an image with more is not even decoded
 TILE, OVERLAP = 512, 64  # pixels
+CROP_SIDE = 192  # pixels of the centre, which the candidates are compared on
 EXAMPLE_SIDE = 400  # pixels: restored in some seconds on a CPU
 EXAMPLES = {"test": ("astronaut", "cat", "coffee"), "train": ("rocket", "motorcycle_left"), "val": ("camera_face",)}
-UNCHANGED = "nothing: restore it as it is"
+SENSING = "compressive_sensing"
+TASKS = ("denoising", "deraining", "deblurring", SENSING)
+# What the networks that come with dgunet remove, in a visitor's words.
+REMOVES = {
+    "denoising_gaussian": "noise",
+    "denoising_photo": "camera noise, JPEG blocks",
+    "deraining_mixture": "rain",
+    "deblurring_motion": "blur",
+}
 
 
 @dataclass(frozen=True)
-class Task:
-    """A tab: title, first example, and degradations by name, each a function of a strength."""
+class Way:
+    """To degrade an example: a function of a strength, and its slider: label, minimum, maximum, default."""
 
-    title: str
-    example: str
-    ways: dict[str, Callable[[float], Degrade]]
-    strength: tuple[str, float, float, float] | None = None  # label, minimum, maximum, default
+    make: Callable[[float], Degrade]
+    slider: tuple[str, float, float, float] | None = None
 
 
-TASKS = {
-    "denoising": Task(
-        "Denoising",
-        "astronaut",
-        {
-            "Gaussian noise": lambda sigma: partial(gaussian_noise, sigma=sigma),
-            "camera noise at high ISO": lambda _: sensor_noise,
-        },
-        ("sigma of the Gaussian noise, in 8-bit levels", 0, 75, 25),
+WAYS = {
+    "rain": Way(lambda drops: partial(added_rain, density=(drops, drops)), ("drops per 10,000 pixels", 10, 100, 40)),
+    "Gaussian noise": Way(
+        lambda sigma: partial(gaussian_noise, sigma=sigma), ("sigma of the noise, in 8-bit levels", 1, 75, 25)
     ),
-    "deraining": Task(
-        "Deraining",
-        "motorcycle_left",
-        {"rain": lambda drops: partial(added_rain, density=(drops, drops))},
-        ("drops per 10,000 pixels", 10, 100, 40),
+    "camera noise": Way(lambda _: sensor_noise),
+    "blur": Way(
+        lambda extent: partial(motion_blur, extent=(extent, extent)), ("extent of the shake in pixels", 3, 25, 10)
     ),
-    "deblurring": Task(
-        "Deblurring",
-        "coffee",
-        {"camera shake": lambda extent: partial(motion_blur, extent=(extent, extent))},
-        ("extent of the shake in pixels", 3, 25, 10),
-    ),
-    "compressive_sensing": Task("Compressive sensing", "camera_face", {}),
+    "JPEG": Way(lambda quality: lambda image, rng: jpeg_compress(image, int(quality)), ("quality", 5, 95, 15)),
+    "nothing": Way(lambda _: lambda image, rng: image),
 }
 
 
 @dataclass(frozen=True)
 class Network:
-    """Weights to choose from, and their description."""
+    """Weights to choose from, and their description; none of a network of the user's own."""
 
     name: str
     task: str
     path: Path
     description: str = ""
-    noise_sigma: tuple[float, float] | None = None
 
 
 def list_networks() -> list[Network]:
     """The networks that come with dgunet, those of one task from the fewest measurements to the most."""
     return [
-        Network(
-            r.name, r.task, r.path, f"{r.trained_for} Not for {r.not_for[:1].lower()}{r.not_for[1:]}", r.noise_sigma
-        )
+        Network(r.name, r.task, r.path, f"{r.trained_for} Not for {r.not_for[:1].lower()}{r.not_for[1:]}")
         for r in list_pretrained()
     ]
 
@@ -170,10 +177,10 @@ def _load_own_network(text: str, device: torch.device) -> Network:
     task, separator, path = text.partition("=")
     if not separator or task not in TASKS:
         raise UserError(f"--weights takes TASK=FILE, the task one of {', '.join(TASKS)}; got {text!r:.100}")
-    network = Network(Path(path).stem, task, Path(path), noise_sigma=trained_sigma_range(read_checkpoint(path)))
+    network = Network(Path(path).stem, task, Path(path))
     known = load(network, device).degradation
-    if not (isinstance(known, BlockSampling) if task == "compressive_sensing" else known is None):
-        raise UserError(f"{path}: the tab for {task} cannot show a network of the degradation {type(known).__name__}")
+    if not (isinstance(known, BlockSampling) if task == SENSING else known is None):
+        raise UserError(f"{path}: the demo of {task} cannot show a network of the degradation {type(known).__name__}")
     return network
 
 
@@ -182,14 +189,58 @@ def load(network: Network, device: torch.device) -> DGUNet:
     return load_model(network.path, task=network.task, device=device)
 
 
-def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
-    """A user's image as (H, W, 3) uint8, upright, of at most ``pixels`` pixels, and a sentence on changes.
+@dataclass(frozen=True)
+class Estimates:
+    """x_0 ... x_K as they are shown, x_K in full precision, (H, W, 3) in [0, 1], and what it took."""
+
+    stages: list[np.ndarray]
+    last: np.ndarray
+    took: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An answer to what is wrong with a photograph; without a network it stays as it is."""
+
+    title: str
+    network: Network | None = None
+    strength: float = 1.0
+
+    def __str__(self):
+        return self.title + (f", strength {self.strength:g}" if 0 < self.strength < 1 else "")
+
+
+UNCHANGED = Choice("Leave it as it is")
+
+
+@dataclass
+class Visit:
+    """A photograph and what was computed for it.
+
+    photo: of no more pixels than the demo computes; name: of the download; notes: what was changed in reading it;
+    truth: the example that was degraded; turn: counts requests, so that a former one gives way.
+    """
+
+    photo: Photo
+    name: str
+    notes: list[str] = field(default_factory=list)
+    truth: np.ndarray | None = None
+    choices: list[Choice] = field(default_factory=list)
+    best: Choice | None = None
+    crops: list[np.ndarray] = field(default_factory=list)  # the centre of the photograph by each choice
+    estimates: dict[Network, Estimates] = field(default_factory=dict)
+    chosen: Choice | None = None
+    turn: int = 0
+
+
+def read_photo(path: str | Path, pixels: int) -> Visit:
+    """A visitor's photograph, scaled down to at most ``pixels`` pixels.
 
     Raises:
         UserError: it cannot be read, is too small or too large.
     """
     try:
-        height, width, _ = photos.probe(path)
+        height, width, kind = photos.probe(path)
         if height * width > MAX_READ:
             most = f"more than the {MAX_READ / 1e6:.0f} million that the demo reads"
             raise UserError(f"{path} has {width}x{height} pixels, {most}; make it smaller")
@@ -198,25 +249,38 @@ def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
         photo = photos.read_photo(path)
     except UserError as error:
         raise UserError(str(error).replace(str(path), "This file")) from error
-    image, changed = unit_range(photo.pixels), []
-    if photo.pixels.dtype == np.uint16:
-        image = (photo.pixels / 65535).astype(np.float32)
-        changed.append("rounded to 8 bits")
-    image = as_colour(image)
-    if photo.alpha is not None:
-        alpha = photo.alpha[..., None] / np.float32(np.iinfo(photo.alpha.dtype).max)
-        image = alpha * image + (1 - alpha)
-        changed.append("laid on white")
+    notes = []
     if (scale := (pixels / (height * width)) ** 0.5) < 1:
-        before, after = image.shape[:2], [max(int(scale * side), 1) for side in image.shape[:2]]
         import cv2
 
-        image = cv2.resize(image, after[::-1], interpolation=cv2.INTER_AREA)
-        changed.append(
-            f"scaled from {before[1]}x{before[0]} to {after[1]}x{after[0]} pixels, so that it does not take long "
-            "(the command line restores images of any size)"
-        )
-    return to_uint8(image), f"Your image was {', and '.join(changed)}." if changed else ""
+        before = photo.pixels.shape[:2]
+        after = [max(int(scale * side), 1) for side in before]
+        small = [
+            None if image is None else cv2.resize(image, after[::-1], interpolation=cv2.INTER_AREA)
+            for image in (photo.pixels, photo.alpha)
+        ]
+        photo = replace(photo, pixels=small[0], alpha=small[1])
+        notes = [
+            f"scaled down from {before[1]}x{before[0]} to {after[1]}x{after[0]} pixels, so that it does not take long "
+            "(`dgunet denoise` restores any size)"
+        ]
+    return Visit(photo, str(photos.restored_name(Path(Path(path).name), kind)), notes)
+
+
+def shown(photo: Photo) -> np.ndarray:
+    """A photograph as a browser shows it: (H, W, 3) uint8, on white where it is transparent."""
+    image, alpha = (x if x is None else x / np.float32(np.iinfo(x.dtype).max) for x in (photo.pixels, photo.alpha))
+    image = as_colour(image)
+    return to_uint8(image if alpha is None else alpha[..., None] * image + 1 - alpha[..., None])
+
+
+def blend(photo: Photo, restored: np.ndarray, strength: float) -> Photo:
+    """The photograph y with pixels y + strength (x_K - y), of its own type and channels; x_K is (H, W, 3) in [0, 1]."""
+    scale = np.float32(np.iinfo(photo.pixels.dtype).max)
+    y = as_colour(photo.pixels) / scale
+    x = np.clip(y + np.float32(strength) * (restored - y), 0, 1)
+    x = x.mean(axis=2) if photo.pixels.ndim == 2 else x
+    return replace(photo, pixels=(x * scale).round().astype(photo.pixels.dtype))
 
 
 @cache
@@ -234,126 +298,382 @@ def examples() -> dict[str, np.ndarray]:
     return found
 
 
-def degrade(task: str, image: np.ndarray, way: str | None, strength: float, seed: int) -> np.ndarray:
-    """The network's input for an image (H, W, 3) uint8: of its shape, or its luminance (H, W) for sensing."""
-    if task == "compressive_sensing":
-        from PIL import Image
+def degrade_example(name: str, way: str, strength: float, seed: int) -> Visit:
+    image = examples()[name]
+    degraded = degrade_image(image, WAYS[way].make(strength), int(seed), "demo")
+    return Visit(Photo(degraded), f"{name}_{way.replace(' ', '_')}.png", truth=image)
 
-        return np.asarray(Image.fromarray(image).convert("L"))
-    if way == UNCHANGED:
-        return image
-    return degrade_image(image, TASKS[task].ways[way](strength), int(seed), "demo")
+
+def centre(photo: Photo, side: int = CROP_SIDE) -> Photo:
+    top, left = (max(size - side, 0) // 2 for size in photo.pixels.shape[:2])
+    return Photo(*(x if x is None else x[top : top + side, left : left + side] for x in (photo.pixels, photo.alpha)))
+
+
+def luminance(visit: Visit | None) -> np.ndarray:
+    """What compressive sensing measures of a photograph, or of an example: (H, W) uint8."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(examples()["camera_face"] if visit is None else shown(visit.photo)).convert("L"))
 
 
 def psnr(image: np.ndarray, truth: np.ndarray) -> float:
     return evaluate_pair(image, truth, "train_rgb")[0]
 
 
-CSS = """
-.gradio-container {max-width: 1240px !important}
-.gallery .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)) !important}
-.gallery .gallery-item, .gallery .thumbnail-item {width: 100% !important; height: auto; min-width: 0}
-"""
+_COMPUTING = ThreadPoolExecutor(1, "restore")  # one restoration at a time, of all visitors
 
-ABOUT = """## DGUNet restores images by proximal gradient descent, unrolled into learned stages
+
+class _GaveWay(Exception):
+    """Raised in a restoration that nobody waits for any more."""
+
+
+def follow(compute: Callable, doing: str, status, wanted: Callable[[], bool] = lambda: True) -> Iterator[dict]:
+    """Run ``compute(report)`` in another thread; yields its progress as updates of ``status``, returns its result.
+
+    ``report(fraction, description)`` is called before each step. Once not ``wanted()``, it ends: None.
+    """
+    progress, begin, given_up = None, 0.0, threading.Event()
+
+    def report(fraction: float, step: str):
+        nonlocal progress, begin
+        if given_up.is_set():
+            raise _GaveWay
+        now = time.monotonic()
+        begin = begin or now
+        progress = fraction, step, now + (now - begin) * (1 - fraction) / fraction if fraction else None
+
+    future = _COMPUTING.submit(compute, report)
+    try:
+        while not wait([future], timeout=0.25).done:
+            if not wanted():
+                return None
+            fraction, step, end = progress or (0, "waiting for another restoration to end", None)
+            left = f", about {max(round(end - time.monotonic()), 1)} s left" if end else ""
+            bar = f'<progress value="{fraction:.3f}" aria-label="progress"></progress>'
+            text = f"{html.escape(doing)}: {100 * fraction:.0f} %{left} <small>({html.escape(step)})</small>"
+            yield {status: f"{bar}<p>{text}</p>"}
+        return future.result() if wanted() else None
+    finally:
+        given_up.set()
+
+
+def compute_estimates(
+    network: Network, image: np.ndarray, device: torch.device, report: Callable, ratio: float | None = None
+) -> Estimates:
+    """Of an image (H, W, 3) or (H, W), uint8 or uint16; ``report`` is of `follow`, ``ratio`` see `estimate_stages`."""
+    begin = time.perf_counter()
+    bf16 = image.dtype == np.uint8 and autocast_dtype("auto", device) is not None  # where it is faster, and fine enough
+    y = image / np.float32(np.iinfo(image.dtype).max)
+    y = y if network.task == SENSING else as_colour(y)
+    options = dict(bf16=bf16, tile=TILE, overlap=OVERLAP, ratio=ratio, progress=report)
+    estimates = estimate_stages(load(network, device), y, **options)
+    place = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    took = f"{image.shape[1]}x{image.shape[0]} pixels, {time.perf_counter() - begin:.1f} s on the {place}"
+    return Estimates([to_uint8(stage) for stage in estimates], estimates[-1], took)
+
+
+TITLE = """# Remove noise, rain and blur from your photographs
+On your own computer: nothing is sent to the internet, and your file stays as it is.
+"""
+PAPER = """---
+The networks are DGUNets: proximal gradient descent, unrolled into stages that are learned, each a gradient step and a
+U-Net as proximal mapping (*Deep Generalized Unfolding Networks for Image Restoration*, Mou, Wang, Zhang; CVPR 2022).
 """
 
 
 def build(networks: list[Network], device: torch.device, pixels: int):
-    """The page, a `gradio.Blocks`, with networks for each task; images of more than ``pixels`` are scaled down."""
+    """The page, a `gradio.Blocks`, with these networks; photographs of more than ``pixels`` are scaled down."""
     import gradio as gr
 
     with gr.Blocks(title="DGUNet", analytics_enabled=False, delete_cache=(600, 3600)) as app:
-        gr.Markdown(ABOUT)
-        for name, task in TASKS.items():
-            with gr.Tab(task.title, id=name):
-                _Tab(name, [network for network in networks if network.task == name], device, pixels).build()
+        gr.Markdown(TITLE)
+        heic = [".heic", ".heif", ".hif"] if importlib.util.find_spec("pillow_heif") else []
+        own = gr.File(
+            label="your photograph", show_label=False, file_types=["image", *heic], height=90, elem_id="own",
+        )  # fmt: skip
+        visit = gr.State(None, time_to_live=3600)
+        with gr.Tab("Restore"):
+            others = sorted((n for n in networks if n.task != SENSING), key=lambda network: TASKS.index(network.task))
+            page = Restoring(others, device, pixels)
+            opened = page.build(own, visit)
+        with gr.Tab("Compressive sensing") as tab:
+            sensing = Sensing([n for n in networks if n.task == SENSING], device)
+            sensing.build(visit, [tab.select, *opened])
+        gr.Markdown(PAPER)
+    app.restoring, app.sensing = page, sensing
     return app
 
 
-class _Tab:
-    """One task's tab. A session's state is kept in the page, none of it here."""
+_QUIETLY = dict(api_visibility="private", show_progress="hidden", trigger_mode="multiple")
+_EXPIRED = "⚠️ This photograph is no longer kept; drop it again."
 
-    def __init__(self, name: str, networks: list[Network], device: torch.device, pixels: int):
-        self.name, self.task, self.device, self.pixels = name, TASKS[name], device, pixels
-        self.networks = _by_label(networks)
-        self.sensing = name == "compressive_sensing"
 
-    def build(self):
+def guarded(updates: Iterator[dict], status) -> Iterator[dict]:
+    """The updates, and where they fail a sentence."""
+    try:
+        yield from updates
+    except Exception as error:
+        if (message := describe_error(error)) is None:
+            raise
+        yield {status: f"⚠️ {message}"}
+
+
+class Restoring:
+    """The tab for photographs. What a visitor does is kept in a `Visit`, in the page's state, none of it here.
+
+    Its methods return or yield updates, by component.
+    """
+
+    def __init__(self, networks: list[Network], device: torch.device, pixels: int):
+        self.networks, self.device, self.pixels = _by_label(networks), device, pixels
+
+    def build(self, own, visit) -> list:
+        """Returns the events after which there may be another photograph."""
         import gradio as gr
 
-        task, sensing, photos = self.task, self.sensing, examples()
-        ways = [*task.ways, UNCHANGED]
-        network = "25 %" if "25 %" in self.networks else next(iter(self.networks))
-        measured = self.ratios(network)
-        with gr.Row():
+        self.own, self.visit = own, visit
+        self.told = gr.Markdown(elem_id="told")
+        self.status = gr.HTML(elem_id="status", elem_classes="status", visible=False)
+        with gr.Row(visible=False) as self.row:
+            with gr.Column(scale=3, min_width=340):
+                self.view = gr.HTML(js_on_load=VIEW_JS, elem_id="photo_view", elem_classes="view")
             with gr.Column(scale=2, min_width=320):
-                image = gr.State(photos[task.example])
-                gallery = gr.Gallery(
-                    list(photos.values()), label="Examples", show_label=False, columns=6, height=90,
-                    allow_preview=False, object_fit="cover", buttons=[], interactive=False, elem_classes="gallery",
-                    selected_index=list(photos).index(task.example),
-                )  # fmt: skip
-                own = gr.File(
-                    label="or an image of your own",
-                    file_types=["image"],
-                    height=120,
-                    elem_id=f"{self.name}_own",
-                )
-                note = gr.Markdown(elem_id=f"{self.name}_note")
-                way = gr.Radio(ways, value=ways[0], label="Degrade it by", visible=not sensing)
-                what, low, high, usual = task.strength or ("", 0, 1, 0)
-                if sigma := self.networks[network].noise_sigma:
-                    usual = min(max(usual, sigma[0]), sigma[1])
-                strength = gr.Slider(low, high, usual, step=1, label=what, visible=not sensing)
-                seed = gr.Slider(0, 20, 0, step=1, label="random seed", visible=not sensing)
-                chosen = gr.Radio(
-                    list(self.networks), value=network, visible=len(self.networks) > 1,
-                    label="Measurements, as a part of the pixels" if sensing else "Network",
-                )  # fmt: skip
-                ratio = gr.Slider(step=1, label="percent of the pixels that are measured", **measured)
-                button = gr.Button("Restore", variant="primary")
-            with gr.Column(scale=3, min_width=400):
-                pair, text, _, _, _ = self.preview(photos[task.example], ways[0], usual, 0, network, measured["value"])
-                caption = gr.Markdown(text, elem_id=f"{self.name}_caption")
-                viewer = gr.ImageSlider(
-                    pair, format="png", label="before and after", show_label=False, interactive=False, max_height=445,
-                    elem_id=f"{self.name}_viewer",
-                )  # fmt: skip
-                stage = gr.Slider(0, 7, 7, step=1, label="On the right: the estimate after stage", visible=False)
-                table = gr.Markdown()
-                found = gr.State(None, time_to_live=3600)
-        about = gr.Markdown(self.describe(network))
+                self.cards = gr.HTML(js_on_load=CARDS_JS, elem_id="cards", elem_classes="cards")
+                self.strength = gr.Slider(0, 1, 1, step=0.01, label="Strength", visible=False, elem_id="strength")
+                self.download = gr.Button("Download", variant="primary", visible=False, elem_id="download")
+                self.file = gr.File(visible=False)  # that `download` has written
+                labels = [(REMOVES.get(label, label), label) for label in self.networks]
+                self.other = gr.Radio(labels, label="Or remove", elem_id="other")
+                self.about = gr.Markdown(elem_id="about")
+                with gr.Accordion("How it gets there, stage by stage", open=False, visible=False) as self.steps:
+                    self.stage = gr.Slider(0, 7, 7, step=1, label="Show the estimate after stage", elem_id="stage")
+                    self.table = gr.Markdown()
+        with gr.Accordion("Try it on an example: add noise, rain or blur", open=False):
+            images = examples()
+            name = gr.State("motorcycle_left")
+            gallery = gr.Gallery(
+                list(images.values()), label="Examples", show_label=False, columns=6, height=90,
+                allow_preview=False, object_fit="cover", buttons=[], interactive=False, elem_classes="gallery",
+                selected_index=list(images).index(name.value),
+            )  # fmt: skip
+            way = gr.Radio(list(WAYS), value=next(iter(WAYS)), label="Degrade it by", elem_id="way")
+            amount = gr.Slider(**self.amount(way.value), elem_id="amount")
+            seed = gr.Slider(0, 20, 0, step=1, label="random seed")
+            button = gr.Button("Degrade and restore the example")
 
-        def choose(event: gr.SelectData):  # Gradio reads the signatures of these two
-            return list(photos.values())[event.index], "", None
+        def example(event: gr.SelectData):  # Gradio reads the signatures of these two
+            return list(images)[event.index]
 
-        def restore(image, way, strength, seed, label, percent, progress=gr.Progress()):  # noqa: B008
-            return self.restore(image, way, strength, seed, label, percent, progress)
+        def pick(visit, event: gr.EventData):
+            yield from self.pick(visit, event.index)
 
-        inputs, outputs = [image, way, strength, seed, chosen, ratio], [viewer, caption, stage, table, found]
-        quietly = dict(api_visibility="private", show_progress="hidden", trigger_mode="multiple")
-        # One at a time, so that the last request is also the last to be shown.
-        preview = dict(
-            fn=self.preview, inputs=inputs, outputs=outputs, concurrency_id="preview", concurrency_limit=1, **quietly
+        outputs = [own, visit, self.told, self.status, self.row, self.view, self.cards, self.strength, self.download]
+        outputs += [self.file, self.other, self.about, self.steps, self.stage, self.table]
+        gallery.select(example, None, name, **_QUIETLY)
+        way.input(lambda way: gr.update(**self.amount(way)), way, amount, **_QUIETLY)
+        opened = [
+            own.upload(self.open, [own, visit], outputs, **_QUIETLY),
+            button.click(self.open_example, [name, way, amount, seed, visit], outputs, **_QUIETLY),
+        ]
+        for event in opened:
+            event.then(self.examine, visit, outputs, **_QUIETLY)
+        self.cards.click(pick, visit, outputs, **_QUIETLY)
+        self.other.input(self.remove, [visit, self.other], outputs, **_QUIETLY)
+        self.stage.input(self.show_stage, [visit, self.stage], self.view, **_QUIETLY | dict(trigger_mode="always_last"))
+        self.strength.change(None, self.strength, None, js=STRENGTH_JS, api_visibility="private")
+        saved = self.download.click(self.save, [visit, self.strength], [self.file, self.status], **_QUIETLY)
+        saved.success(None, self.file, None, js=DOWNLOAD_JS, api_visibility="private")
+        return [event.then for event in opened]
+
+    def amount(self, way: str) -> dict:
+        """The slider of a way to degrade."""
+        label, low, high, usual = WAYS[way].slider or ("", 0, 1, 0)
+        return dict(label=label, minimum=low, maximum=high, value=usual, step=1, visible=WAYS[way].slider is not None)
+
+    def open(self, path: str, former: Visit | None) -> dict:
+        """Show an uploaded photograph, or the reason why it cannot be read."""
+        try:
+            return self.start(read_photo(path, self.pixels), former)
+        except Exception as error:
+            if (message := describe_error(error)) is None:
+                raise
+            return {self.own: None, self.told: f"⚠️ {message}"}
+
+    def open_example(self, name: str, way: str, amount: float, seed: int, former: Visit | None) -> dict:
+        return self.start(degrade_example(name, way, amount, seed), former)
+
+    def start(self, visit: Visit, former: Visit | None) -> dict:
+        from gradio import update
+
+        if former is not None:
+            former.turn += 1
+        hidden = dict.fromkeys((self.strength, self.download, self.steps), update(visible=False))
+        return (
+            hidden
+            | dict.fromkeys((self.cards, self.about), "")
+            | {
+                self.own: None,  # so that another can be dropped
+                self.visit: visit,
+                self.told: "Looking at it …",
+                self.status: update(value="", visible=True),
+                self.row: update(visible=True),
+                self.view: draw_view(shown(visit.photo)),
+                self.other: None,
+            }
         )
-        gallery.select(choose, None, [image, note, own], **quietly).then(**preview)
-        own.upload(self.upload, [own, image], [image, note, gallery], **quietly).then(**preview)
-        way.input(self.update_controls, [way, chosen], [strength, seed, chosen, about], **quietly).then(**preview)
-        for event in (strength.release, seed.release, ratio.release):
-            event(**preview)
+
+    def examine(self, visit: Visit | None) -> Iterator[dict]:
+        """Say what is wrong with the photograph, show the choices on its centre, restore it by the first of them."""
+        if visit is not None and not visit.choices:  # else the upload could not be read
+            yield from guarded(self._examine(visit), self.status)
+
+    def _examine(self, visit: Visit) -> Iterator[dict]:
+        diagnosis = diagnose(visit.photo.pixels)
+        known = {network.name: network for network in self.networks.values() if network.description}
+        visit.choices = [
+            Choice(f"Remove {_words(c.degradation)}", known[c.network], c.strength) if c.network else UNCHANGED
+            for c in choose(diagnosis)
+        ]
+        visit.best = visit.choices[0]
+        own = [Choice(f"Your {label}", network) for label, network in self.networks.items() if not network.description]
+        visit.choices = own + visit.choices
+        told = "Nothing seems to be wrong with it" if visit.best == UNCHANGED else "This looks like"
+        yield {self.told: " ".join([f"{told}: **{_words(str(diagnosis))}**.", *visit.notes])}
+        turn, crop, estimates = visit.turn, centre(visit.photo), {}
+        for choice in visit.choices:
+            if choice != UNCHANGED and choice.network not in estimates:
+                compute = partial(compute_estimates, choice.network, crop.pixels, self.device)
+                estimates[choice.network] = yield from follow(
+                    compute, "Comparing what may help", self.status, lambda: visit.turn == turn
+                )
+                if visit.turn != turn:
+                    return
+            restored = crop if choice == UNCHANGED else blend(crop, estimates[choice.network].last, choice.strength)
+            visit.crops.append(shown(restored))
+        yield from self._show(visit, visit.choices[0])
+
+    def pick(self, visit: Visit | None, index: int) -> Iterator[dict]:
+        """Show the choice of a card."""
+        if visit is None or index >= len(visit.choices):
+            yield {self.status: _EXPIRED}
+        else:
+            yield from guarded(self._show(visit, visit.choices[index]), self.status)
+
+    def remove(self, visit: Visit | None, label: str) -> Iterator[dict]:
+        """Restore by the network of this label."""
+        if visit is None:
+            yield {self.status: _EXPIRED}
+        else:
+            yield from guarded(self._show(visit, Choice("", self.networks[label])), self.status)
+
+    def _show(self, visit: Visit, choice: Choice) -> Iterator[dict]:
+        """Show a choice, which is computed if it has not been."""
+        from gradio import update
+
+        visit.turn += 1
+        turn, visit.chosen, network = visit.turn, choice, choice.network
+        label = next((label for label, one in self.networks.items() if one is network), None)
+        cards = [(str(one), crop, one == visit.best) for one, crop in zip(visit.choices, visit.crops, strict=False)]
+        pressed = visit.choices.index(choice) if choice in visit.choices else -1
+        yield {
+            self.cards: draw_cards(cards, pressed),
+            self.other: label,
+            self.about: f"<small>{network.name}: {network.description}</small>" if network else "",
+        }
+        if choice == UNCHANGED:
+            hidden = dict.fromkeys((self.strength, self.download, self.steps), update(visible=False))
+            view = draw_view(shown(visit.photo))
+            yield hidden | {self.view: view, self.status: "As it is: there is nothing to download."}
+            return
+        if network not in visit.estimates:
+            compute = partial(compute_estimates, network, visit.photo.pixels, self.device)
+            doing = choice.title or f"Removing {REMOVES.get(label, label)}"
+            found = yield from follow(compute, doing, self.status, lambda: visit.turn == turn)
+            if visit.turn != turn:
+                return
+            visit.estimates[network] = found
+        found = visit.estimates[network]
+        last = len(found.stages) - 1
+        height, width = found.last.shape[:2]
+        scores = [] if visit.truth is None else [psnr(stage, visit.truth) for stage in found.stages]
+        gain = f"; PSNR {scores[0]:.2f} dB before, {scores[-1]:.2f} dB restored at full strength" if scores else ""
+        size = f", scaled down to {width}x{height} pixels" if visit.notes else ""
+        yield {
+            self.view: self.show_stage(visit, last),
+            self.status: f"{found.took}{gain}",
+            self.strength: update(value=choice.strength, visible=True),
+            self.download: update(value=f"Download {visit.name}{size}", visible=True),
+            self.steps: update(visible=True),
+            self.stage: update(value=last, maximum=last),
+            self.table: _table(scores),
+        }
+
+    def show_stage(self, visit: Visit | None, k: int) -> str:
+        """The photograph, and its estimate after stage k."""
+        if visit is None or visit.chosen is None or visit.chosen.network not in visit.estimates:
+            from gradio import skip
+
+            return skip()
+        stage = visit.estimates[visit.chosen.network].stages[int(k)]
+        return draw_view(shown(visit.photo), shown(blend(visit.photo, unit_range(stage), 1.0)))
+
+    def save(self, visit: Visit | None, strength: float) -> tuple[str | None, str]:
+        """The file to download, and what to say of it."""
+        if visit is None or visit.chosen is None or visit.chosen.network not in visit.estimates:
+            return None, _EXPIRED
+        network = visit.chosen.network
+        path = Path(tempfile.mkdtemp(dir=cache_folder()), visit.name)
+        try:
+            restored = blend(visit.photo, visit.estimates[network].last, strength)
+            photos.write_photo(path, restored, f"{OURS} {__version__}, {network.name}, strength {strength:g}")
+        except Exception as error:
+            if (message := describe_error(error)) is None:
+                raise
+            return None, f"⚠️ {message}"
+        return str(path), visit.estimates[network].took
+
+
+class Sensing:
+    """The tab of compressive sensing: the luminance of the visitor's photograph, or of an example, is measured."""
+
+    def __init__(self, networks: list[Network], device: torch.device):
+        self.networks, self.device = _by_label(networks), device
+
+    def build(self, visit, events: list):
+        """``events`` bind a function to what may change the photograph."""
+        import gradio as gr
+
+        label = "25 %" if "25 %" in self.networks else next(iter(self.networks))
+        gr.Markdown(
+            "As a camera would that takes few measurements, each a weighted sum of a block of pixels, not all pixels."
+        )
+        with gr.Row():
+            with gr.Column(scale=3, min_width=340):
+                self.status = gr.HTML(elem_id="sensing_status", elem_classes="status")
+                view = gr.HTML(js_on_load=VIEW_JS, elem_id="sensing_view", elem_classes="view")
+            with gr.Column(scale=2, min_width=320):
+                chosen = gr.Radio(
+                    list(self.networks), value=label, visible=len(self.networks) > 1,
+                    label="Measurements, as a part of the pixels",
+                )  # fmt: skip
+                ratio = gr.Slider(step=1, label="percent of the pixels that are measured", **self.ratios(label))
+                button = gr.Button("Reconstruct", variant="primary")
+                stage = gr.Slider(0, 7, 7, step=1, label="Show the estimate after stage", visible=False)
+                table = gr.Markdown()
+        self.view, self.stage, self.table = view, stage, table
+        found = self.found = gr.State(None, time_to_live=3600)
+        outputs = [view, self.status, stage, table, found]
+        for event in [*events, ratio.release]:
+            event(self.preview, [visit, chosen, ratio], outputs, **_QUIETLY)
         # After the slider is within the network's ratios.
-        chosen.input(lambda label: gr.update(**self.ratios(label)), chosen, ratio, **quietly).then(**preview)
-        chosen.input(self.describe, chosen, about, **quietly)
-        button.click(
-            restore, inputs, outputs, concurrency_id="restore", concurrency_limit=1, show_progress_on=viewer,
-            api_visibility="private",
-        )  # fmt: skip
-        stage.input(self.show, [found, stage], [viewer, caption], **quietly | dict(trigger_mode="always_last"))
+        changed = chosen.input(lambda label: gr.update(**self.ratios(label)), chosen, ratio, **_QUIETLY)
+        changed.then(self.preview, [visit, chosen, ratio], outputs, **_QUIETLY)
+        button.click(self.reconstruct, [visit, chosen, ratio], outputs, **_QUIETLY | dict(trigger_mode="once"))
+        stage.input(self.show_stage, [found, stage], view, **_QUIETLY | dict(trigger_mode="always_last"))
 
     def ratios(self, label) -> dict:
         """The slider of a network for a range of ratios, in percent; hidden for others."""
-        known = load(self.networks[label], self.device).degradation if self.sensing else None
+        known = load(self.networks[label], self.device).degradation
         if not isinstance(known, ScalableSampling):
             return dict(minimum=0, maximum=100, value=0, visible=False)
         least, most = (float(percentage(rows, known.block)) for rows in (known.lowest, len(known.matrix)))
@@ -363,99 +683,44 @@ class _Tab:
         """What `BlockSampling.at` takes, of a network for a range of ratios."""
         return percent / 100 if self.ratios(label)["visible"] else None
 
-    def describe(self, label):
-        network = self.networks[label]
-        return f"**{network.name}**: {network.description}" if network.description else f"**{network.name}**"
-
-    def upload(self, path, image):
-        """The uploaded image, or the former one with the reason why it cannot be used."""
-        import gradio as gr
-
-        try:
-            return *read_photo(path, self.pixels), gr.update(selected_index=None)
-        except UserError as error:
-            return image, f"⚠️ {error}", gr.skip()
-
-    def update_controls(self, way, label):
-        """Which sliders to show, and the network for the kind of noise, unless a user's network is chosen."""
+    def preview(self, visit: Visit | None, label: str, percent: float = 0) -> dict:
+        """The luminance beside what its measurements show without a network."""
         from gradio import update
 
-        gaussian = way == "Gaussian noise"
-        if self.name == "denoising" and way != UNCHANGED and self.networks[label].description:
-            suits = {
-                name: (n.noise_sigma is not None) == gaussian for name, n in self.networks.items() if n.description
-            }
-            label = label if suits[label] else next((name for name in suits if suits[name]), label)
-        sliders = update(visible=way == next(iter(self.task.ways))), update(visible=way != UNCHANGED)
-        return *sliders, update(value=label), self.describe(label)
+        luma = luminance(visit)
+        operator = load(self.networks[label], self.device).degradation.at(self.ratio(label, percent))
+        start = initial_estimate(operator, luma)
+        whose = "An example (drop a photograph above to measure yours)" if visit is None else "Your photograph"
+        text = (
+            f"{whose}: before the luminance, after Aᵀy of {len(operator.matrix)} measurements a block of "
+            f"{operator.block}x{operator.block}, {psnr(start, luma):.2f} dB."
+        )
+        view = draw_view(luma, start, ("luminance", "Aᵀy"))
+        return {self.view: view, self.status: text, self.stage: update(visible=False), self.table: "", self.found: None}
 
-    def preview(self, image, way, strength, seed, label, percent=0):
-        """The degraded image beside the original."""
-        given = degrade(self.name, image, way, strength, seed)
-        network = self.networks[label]
-        if self.sensing:
-            operator, ratio = load(network, self.device).degradation, self.ratio(label, percent)
-            operator = operator.at(ratio)
-            pair = given, initial_estimate(operator, given)
-            text = (
-                f"Left the luminance, right Aᵀy of {len(operator.matrix)} measurements a block of "
-                f"{operator.block}x{operator.block}: **{psnr(*pair):.2f} dB**."
-            )
-        elif way == UNCHANGED:
-            pair, text = (given, given), "The image as it is. " + _noise_warning(network, given)
-        else:
-            pair = image, given
-            text = f"Left the original, right with {way}: **{psnr(*pair):.2f} dB**. "
-            text += _noise_warning(network, given, strength if way == "Gaussian noise" else None)
+    def reconstruct(self, visit: Visit | None, label: str, percent: float) -> Iterator[dict]:
+        yield from guarded(self._reconstruct(luminance(visit), label, percent), self.status)
+
+    def _reconstruct(self, luma: np.ndarray, label: str, percent: float) -> Iterator[dict]:
         from gradio import update
 
-        return pair, f"{text} Press **Restore**.", update(visible=False), "", None
+        compute = partial(compute_estimates, self.networks[label], luma, self.device, ratio=self.ratio(label, percent))
+        found = yield from follow(compute, "Reconstructing", self.status)
+        scores, last = [psnr(stage, luma) for stage in found.stages], len(found.stages) - 1
+        yield {
+            self.found: found,
+            self.view: self.show_stage(found, last),
+            self.status: f"{found.took}; before Aᵀy, {scores[0]:.2f} dB, after {scores[-1]:.2f} dB",
+            self.stage: update(visible=True, value=last, maximum=last),
+            self.table: _table(scores),
+        }
 
-    def restore(self, image, way, strength, seed, label, percent, progress):
-        import gradio as gr
-
-        try:
-            given = degrade(self.name, image, way, strength, seed)
-            model = load(self.networks[label], self.device)
-            begin = time.perf_counter()
-            report = lambda done, doing: progress(done, desc=doing)  # noqa: E731
-            bf16 = autocast_dtype("auto", self.device) is not None  # where it is faster
-            ratio = self.ratio(label, percent)
-            stages = restore_stages(model, given, bf16=bf16, tile=TILE, overlap=OVERLAP, ratio=ratio, progress=report)
-            seconds = time.perf_counter() - begin
-        except Exception as error:
-            if (message := describe_error(error)) is None:
-                raise
-            return gr.skip(), f"⚠️ {message}", gr.skip(), gr.skip(), gr.skip()
-        truth = given if self.sensing else None if way == UNCHANGED else image
-        scores = [] if truth is None else [psnr(stage, truth) for stage in stages]
-        place = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        size = f"{given.shape[1]}x{given.shape[0]} pixels"
-        found = Found(stages, scores, f"{size}, restored in {seconds:.1f} s on the {place}.")
-        last = len(stages) - 1
-        return *self.show(found, last), gr.update(visible=True, maximum=last, value=last), _table(scores), found
-
-    def show(self, found, k):
-        """The estimate after stage k beside x_0."""
+    def show_stage(self, found: Estimates | None, k: int) -> str:
         if found is None:
-            import gradio
+            from gradio import skip
 
-            return gradio.skip()
-        k, last = int(k), len(found.stages) - 1
-        before = "Aᵀy" if self.sensing else "degraded" if found.scores else "the image"
-        score = [f", **{score:.2f} dB**" for score in found.scores] or [""] * (last + 1)
-        name = "x₀" if k == 0 else "restored" if k == last else f"after stage {k} of {last}"
-        text = f"Left {before}{score[0]}; right {name}{score[k]}. {found.took}"
-        return (found.stages[0], found.stages[k]), text
-
-
-@dataclass(frozen=True)
-class Found:
-    """A restored image: x_0 ... x_K, their PSNR if the ground truth is known, and the time taken."""
-
-    stages: list[np.ndarray]
-    scores: list[float]
-    took: str
+            return skip()
+        return draw_view(found.stages[0], found.stages[int(k)], ("Aᵀy", "reconstructed"))
 
 
 def initial_estimate(operator: BlockSampling | FirstRows, luma: np.ndarray) -> np.ndarray:
@@ -469,7 +734,7 @@ def initial_estimate(operator: BlockSampling | FirstRows, luma: np.ndarray) -> n
 
 def _label(network: Network) -> str:
     ratio = network.name.rpartition("_")[2].replace("to", " to ")  # 25, or 1to50
-    known = network.task == "compressive_sensing" and re.fullmatch(r"\d+( to \d+)?", ratio)
+    known = network.task == SENSING and re.fullmatch(r"\d+( to \d+)?", ratio)
     return f"{ratio} %" if known else network.name
 
 
@@ -483,18 +748,13 @@ def _by_label(networks: list[Network]) -> dict[str, Network]:
     return found
 
 
-def _noise_warning(network: Network, given: np.ndarray, sigma: float | None = None) -> str:
-    """A sentence if the noise of an image is outside the network's training range, or nothing."""
-    if network.noise_sigma is None:
-        return ""
-    level = 255 * estimate_sigma(unit_range(given)) if sigma is None else sigma
-    text = noise_warning(level, network.noise_sigma)
-    return f"About sigma {level:.0f}, {text}. " if text else ""
+def _words(diagnosis: str) -> str:
+    return diagnosis.replace("gaussian noise", "Gaussian noise").replace("jpeg", "JPEG blocks")
 
 
 def _table(scores: list[float]) -> str:
+    """A row for each stage; nothing without scores."""
     if not scores:
         return ""
-    rows = [["", *(f"x{chr(0x2080 + k) if k < 10 else k}" for k in range(len(scores)))]]
-    rows += [["---"] * len(rows[0]), ["PSNR in dB", *(f"{score:.2f}" for score in scores)]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = ["| stage | PSNR |", "| --- | --- |", *(f"| {k} | {score:.2f} dB |" for k, score in enumerate(scores))]
+    return "\n".join(rows)
