@@ -66,7 +66,9 @@ CSS = """
 .cards button[aria-pressed=true] {border-color: var(--color-accent)}
 .cards img {width: 100%; aspect-ratio: 1; object-fit: cover; margin: 0; border-radius: 4px}
 .cards mark {background: var(--color-accent); color: #fff; border-radius: 4px; padding: 0 .4em; align-self: start}
-.status {min-height: 2.6em; font-size: .9em} .status progress {width: 100%; display: block; accent-color: var(--color-accent)} .status p {margin: 0}
+.status {min-height: 2.6em; font-size: .9em} .status p {margin: 0}
+#download {overflow-wrap: anywhere}
+.status progress {width: 100%; display: block; accent-color: var(--color-accent)}
 @media (max-width: 640px) {.app {padding: 12px !important} h1 {font-size: 1.35em !important}}
 """
 
@@ -108,7 +110,7 @@ def draw_view(before: np.ndarray, after: np.ndarray | None = None, words: tuple[
     return f'<div class="frame"><div class="pair{" two" if after is not None else ""}">{pair}</div></div>{below}'
 
 
-def draw_cards(cards: list[tuple[str, np.ndarray, bool]], chosen: int) -> str:
+def draw_cards(cards: list[tuple[str, np.ndarray, bool]], chosen: int | None) -> str:
     """HTML of buttons: title, image (uint8), and whether it is the best guess."""
     return "".join(
         f'<button type="button" data-index="{k}" aria-pressed="{str(k == chosen).lower()}">'
