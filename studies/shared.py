@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from common import ROOT, Parser, UserError, command_imports, run_cli
+from common import ROOT, Parser, UserError, at_least, command_imports, run_cli
 
-__all__ = ["ROOT", "Parser", "UserError", "command_imports", "markdown_table", "matching", "run_cli"]
+__all__ = ["ROOT", "Parser", "UserError", "at_least", "command_imports", "markdown_table", "matching", "run_cli"]
 
 
 def matching(names: list[str], only: list[str] | None) -> list[str]:

@@ -33,17 +33,25 @@ def test_baseline_computes_the_same(variant):
         torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-6)
 
 
-def test_tables(run_command, tmp_path):
+@pytest.fixture
+def forked(monkeypatch):
+    """Cases are measured in forked processes, which need not import PyTorch again."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: fork)
+
+
+def test_tables(forked, monkeypatch, capfd, tmp_path):
     """A size that does not fit fails alone; the rest is measured, and compared with the baseline."""
-    options = ["--variants", "compressive_sensing_dgunet", "--sizes", "40x40", "64x32"]
-    command = [ROOT / "scripts/benchmark.py", "forward", *options, "--runs", "1", "--device", "cpu"]
-    done = run_command([*command, "--out", tmp_path / "out.json"])
-    assert done.returncode == 0, done.stderr
+    options = ["--variants", "compressive_sensing_dgunet", "--sizes", "40x40", "64x32", "--runs", "1"]
+    command = ["benchmark.py", "forward", *options, "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark.main()
+    out, err = capfd.readouterr()
     content = json.loads((tmp_path / "out.json").read_text())
     bf16 = benchmark.has_bf16("cpu")
     assert content["matrix_peak"]["float32"] > 1e9 and bool(content["matrix_peak"]["bfloat16"]) == bf16
-    assert sum("ValueError: block sampling" in line for line in done.stderr.splitlines()) == 2 + bf16
-    assert "Traceback" not in done.stderr
+    assert sum("ValueError: block sampling" in line for line in err.splitlines()) == 2 + bf16
+    assert "Traceback" not in err
     rows = {(row["width"], row["name"]): row for row in content["rows"]}
     assert len(rows) == 2 * (2 + bf16)
     for (width, name), row in rows.items():
@@ -53,7 +61,7 @@ def test_tables(run_command, tmp_path):
         baseline = rows[width, "baseline"]
         assert row["iqr"] >= 0 and row["times"]
         assert row["speed_ratio"] == pytest.approx(baseline["seconds"] / row["seconds"])
-        assert 0 < row["share_of_peak"] and name in done.stdout
+        assert 0 < row["share_of_peak"] and name in out
 
 
 def test_hardware_without_bfloat16_is_not_asked_for_it(monkeypatch):
@@ -88,10 +96,8 @@ def settings(**other) -> argparse.Namespace:
     return argparse.Namespace(**dict(runs=2, seconds=60, case_seconds=60, deadline=math.inf) | other)
 
 
-def test_case_without_end_is_ended(monkeypatch, capfd):
+def test_case_without_end_is_ended(forked, monkeypatch, capfd):
     """And one for which there is no time any more is not begun; both are named."""
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: fork)
     waiting = {"long": 60, "short": 0.25}
     monkeypatch.setattr(benchmark, "prepare", lambda case: lambda: time.sleep(waiting[case.name]) or torch.ones(1))
     cases = [Case("train", "long"), Case("train", "short")]
@@ -140,7 +146,7 @@ def test_forms_of_an_operation_compute_the_same(operation):
     assert same == (operation != "convolution, LeakyReLU") and grads[0].any()
 
 
-def test_process_that_dies_is_reported_in_a_line(monkeypatch, capfd):
+def test_process_that_dies_is_reported_in_a_line(forked, monkeypatch, capfd):
     """While it is timed, as by the system where memory is full; the others are measured to the end."""
     calls = []
 
@@ -154,8 +160,6 @@ def test_process_that_dies_is_reported_in_a_line(monkeypatch, capfd):
 
         return run
 
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: fork)
     monkeypatch.setattr(benchmark, "prepare", prepare)
     cases = [Case("train", "dies"), Case("train", "lives")]
     dead, alive = (row for _, row in benchmark.measure(cases, settings()))

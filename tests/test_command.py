@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import IFDRational
 
-from dgunet import load_model, restore
+from dgunet import automatic, load_model, restore
 from dgunet.apps import batch as restoring
 from dgunet.apps import cli as command
 from dgunet.checkpoints import registry as pretrained
@@ -794,7 +794,7 @@ def test_figure_of_stages(dgunet):
     assert "1 restored" in dgunet("denoise", "grey.png", "--out", "out", "--stages", "--overwrite").out
     again = dgunet("denoise", "out", "--out", "again")
     assert "1 restored, in again" in again.out and files("again") == ["grey.png"]
-    assert "note: a figure of stages, left out: out/grey.png.stages.png" in again.out
+    assert "left out: out/grey.png.stages.png" in again.out
 
 
 def test_figures_replace_nothing_else(dgunet):
@@ -932,7 +932,9 @@ def test_mistakes_are_one_line(dgunet):
 
 def test_default_networks_are_shipped_and_of_the_task():
     shipped = {record.name: record.task for record in pretrained.list_pretrained()}
-    assert all(shipped[default] == task for task, default, _ in command.RESTORING.values())
+    assert all(shipped[default] == task for task, default, _ in command.RESTORING.values() if default)
+    assert all(shipped[name] == "denoising" for name in automatic.DENOISERS.values())
+    assert set(automatic.NETWORKS.values()) - {None} <= shipped.keys()
 
 
 def test_list(dgunet):
@@ -941,7 +943,7 @@ def test_list(dgunet):
     assert {"denoising_gaussian", "deraining_mixture"} <= {record["name"] for record in records}
     for record in records:
         assert record["name"] in told and record["trained_for"] in told and record["bytes"] > 2**20
-    assert "dgunet denoise uses denoising_gaussian" in told
+    assert "dgunet derain uses deraining_mixture" in told
 
 
 def test_modules_of_their_own_are_imported_when_used(dgunet, monkeypatch):

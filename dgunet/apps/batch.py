@@ -1,10 +1,12 @@
-"""Batch restoration of photographs, for `dgunet denoise | derain | deblur`."""
+"""Batch restoration of photographs, for `dgunet restore | denoise | derain | deblur`."""
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import math
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,12 +17,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dgunet import __version__
+from dgunet import __version__, automatic
 from dgunet.apps.compare import COMPARISON, write_comparison
 from dgunet.apps.figures import draw_stages, label_stages, restore_stages
+from dgunet.automatic import Candidate, choose, diagnose
 from dgunet.checkpoints.load import load_model, read_checkpoint
 from dgunet.checkpoints.registry import locate
 from dgunet.data.photos import (
+    Photo,
     estimate_sigma,
     noise_warning,
     probe,
@@ -34,12 +38,12 @@ from dgunet.data.transforms import to_uint8
 from dgunet.inference import automatic_tile, restore, tile_grid
 from dgunet.introspect import after_each_stage
 from dgunet.runtime.errors import UserError, describe_error, is_out_of_memory, one_line, shorten_list
-from dgunet.runtime.files import IMAGE_SUFFIXES, open_file
+from dgunet.runtime.files import IMAGE_SUFFIXES, atomic_write, open_file
 from dgunet.runtime.hardware import autocast_dtype, pick_device
 from dgunet.runtime.progress import progress_bar
 
 OURS = "restored by dgunet"  # start of the comment in a restored image
-FIGURE = ".stages.png"  # suffix of a figure of stages
+FIGURES = {"stages": ".stages.png", "candidates": ".candidates.png"}  # suffixes of figures, by their content
 # Errors after which the next image would fail, too.
 FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE}
 FIGURE_FROM, FIGURE_SIDE = 512, 160  # side of the centre crop that a figure of stages computes, and of that it shows
@@ -47,7 +51,7 @@ FIGURE_FROM, FIGURE_SIDE = 512, 160  # side of the centre crop that a figure of 
 
 @dataclass(frozen=True)
 class Job:
-    """An image to be restored: source, target, size, and the path of its figure of stages if wanted."""
+    """An image to be restored: source, target, size, and the path of its figure if wanted."""
 
     source: Path
     target: Path
@@ -75,6 +79,7 @@ class RunReport:
     """The outcome for each image, reported as it happens and at the end."""
 
     done: int = 0
+    unchanged: int = 0  # of those, left as they are
     skipped: int = 0
     refused: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
@@ -97,19 +102,72 @@ class RunReport:
         self.notes.setdefault(text, []).append(str(name))
 
     def summary(self, out: Path) -> str:
-        before = f", {self.skipped} done before" if self.skipped else ""
+        before = f", {self.unchanged} left as they are" if self.unchanged else ""
+        before += f", {self.skipped} done before" if self.skipped else ""
         refused = f"; {len(self.refused)} not, see above: {shorten_list(self.refused)}" if self.refused else ""
-        return f"{self.done} restored{before}, in {out}{refused}"
+        return f"{self.done - self.unchanged} restored{before}, in {out}{refused}"
+
+
+class Networks:
+    """The networks of a run, loaded when first needed: one for all images, or the best one for each.
+
+    Args:
+        weights: a name or a file; None: what `automatic.choose` finds best for each image.
+        task: that the weights must be for; None: the best network of any task, or none for an image that looks clean.
+        device: that they run on.
+        local: see `restore_photographs`.
+        say: prints a line.
+    """
+
+    def __init__(self, weights: str | Path | None, task: str | None, device: torch.device, local: bool, say: Callable):
+        self.weights, self.task, self.device, self.local, self.say = weights, task, device, local, say
+        self.choices = automatic.NETWORKS if task is None else automatic.DENOISERS
+        chosen = sorted({name for name in self.choices.values() if name})
+        self.files = [locate(weights)] if weights is not None else [*map(locate, chosen), automatic.WEIGHTS]
+        self.may_copy = weights is None and None in self.choices.values()  # an image that is left as it is
+        self.loaded: dict[str | Path, tuple[torch.nn.Module, tuple[float, float] | None]] = {}
+
+    def load(self, name: str | Path) -> tuple[torch.nn.Module, tuple[float, float] | None]:
+        """The network of this name or file, and the range of sigma of its training if it has one."""
+        if name not in self.loaded:
+            content = read_checkpoint(locate(name))
+            model = load_model(locate(name), task=self.task, device=self.device, content=content)
+            if not self.local:
+                model.local = {}
+            self.loaded[name] = model, trained_sigma_range(content)
+            self.say(f"network: {name}")
+            record = content.get("record") or {}
+            for key, words in ("trained_for", "for"), ("not_for", "not for"):
+                if key in record:
+                    self.say(f"  {words}: {record[key]}")
+        return self.loaded[name]
+
+    def choose(self, pixels: np.ndarray) -> tuple[list[Candidate], str]:
+        """What may suit an image, (H, W, 3) or (H, W), the best first, and what is found to be wrong with it."""
+        if self.weights is not None and self.weights not in automatic.NETWORKS.values():
+            return [Candidate("", self.weights, 1.0)], ""  # a user's own, for what it may be
+        diagnosis = diagnose(pixels)
+        if self.weights is not None:
+            other = automatic.NETWORKS[diagnosis.degradation]
+            doubt = other != self.weights and diagnosis.confidence >= automatic.SURE
+            instead = f"{other} is for it" if other else "`dgunet restore` would leave it as it is"
+            found = f"recognised as {diagnosis.degradation}; {instead}" if doubt else ""
+            return [Candidate("", self.weights, 1.0)], found
+        candidates = choose(diagnosis, networks=self.choices)
+        if self.task is not None:  # it is to be restored, only by which network is open
+            candidates = [replace(candidate, strength=1.0) for candidate in candidates]
+        return candidates, str(diagnosis)
 
 
 def restore_photographs(
     photos: list[Path],
     out: Path,
-    weights: str | Path,
-    task: str,
+    weights: str | Path | None,
+    task: str | None,
     *,
     overwrite: bool = False,
     stages: bool = False,
+    explain: bool = False,
     tile: int | str | None = "auto",
     local: bool = True,
     device: str = "auto",
@@ -123,10 +181,10 @@ def restore_photographs(
         photos: files, and folders with their subfolders. They are never written to.
         out: created if needed. The images of a single folder go directly into it, those of several into subfolders of
             their names. An image restored before from the same file, weights and settings is skipped.
-        weights: the name of weights that come with dgunet, or a file.
-        task: the task that the weights must be for.
+        weights, task: see `Networks`. Without both, an image that needs nothing is copied.
         overwrite: restore existing results again; files that are not from dgunet are never replaced.
         stages: also draw each image after each stage.
+        explain: also draw what each of the candidates makes of an image, where the network is chosen for it.
         tile, strength: see `restore`.
         bf16: see `restore`; None where the hardware computes it, for images of 8 bits.
         compare: also write ``compare.html`` into ``out``, see `compare.write_comparison`.
@@ -139,43 +197,32 @@ def restore_photographs(
     Raises:
         UserError: not one could be restored, unsuitable weights, a folder that cannot be written to.
     """
-    if stages:
+    if stages or explain:
         import matplotlib  # noqa: F401, fail before the first image
     report = RunReport()
-    path = locate(weights)
-    content = read_checkpoint(path)
     target = pick_device(device)
+    networks = Networks(weights, task, target, local, report.say)
     fast = autocast_dtype("auto", target) is not None if bf16 is None else bf16
     settings = Settings(tile, local, fast, bf16 is not None, strength)
-    provenance = Provenance(path, settings)
-    found = _jobs(_gather(photos, out, report), out, stages, report)
-    jobs = _skip_done(found, provenance, overwrite, report)
+    provenance = Provenance(networks.files, settings)
+    figure = "candidates" if explain else "stages" if stages else None
+    found = _jobs(_gather(photos, out, report), out, figure, report)
+    jobs = _skip_done(found, provenance, overwrite, networks.may_copy, report)
     if report.skipped:
         report.say(f"{report.skipped} of {report.skipped + len(jobs)} done before; --overwrite does them again")
     if jobs:
-        model = load_model(path, task=task, device=target, content=content)
-        if not local:
-            model.local = {}
-        if tile == "auto":
-            settings = replace(settings, tile=model.local.get("tile", tile))
-        record = content.get("record") or {}
-        report.say(f"network: {weights}")
-        for key, words in ("trained_for", "for"), ("not_for", "not for"):
-            if key in record:
-                report.say(f"  {words}: {record[key]}")
+        if weights is not None:
+            networks.load(weights)
         if fast and bf16 is None:
-            report.say(
-                "  computed in bfloat16, which is faster here, but for images of 16 bits (--no-bf16: in float32)"
-            )
+            report.say("computing in bfloat16, which is faster here, but for images of 16 bits (--no-bf16: in float32)")
         out.mkdir(parents=True, exist_ok=True)
-        noise = trained_sigma_range(content)
         try:
             total = sum(job.height * job.width for job in jobs)
             with progress_bar(total=total, unit="pixel", unit_scale=True, smoothing=0.1, leave=False) as bar:
                 for job in jobs:
                     before = bar.n
                     with _attempt(job, report):
-                        _restore_one(model, job, report, noise, settings, target, provenance, bar.update)
+                        _restore_one(networks, job, report, settings, provenance, bar.update)
                     bar.update(before + job.height * job.width - bar.n)
         except BaseException:  # Ctrl-C, a full disk
             report.say(f"stopped: {report.summary(out)}; the same command goes on with the others")
@@ -219,8 +266,8 @@ def _gather(photos: list[Path], out: Path, report: RunReport) -> Iterator[tuple[
             for name in sorted(names):
                 if Path(name).suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
                     continue
-                if name.lower().endswith(FIGURE):
-                    report.note(here / name, "a figure of stages, left out")
+                if name.lower().endswith(tuple(FIGURES.values())):
+                    report.note(here / name, "a figure of dgunet, left out")
                     continue
                 found = True
                 yield here / name, below / (here / name).relative_to(given)
@@ -228,7 +275,7 @@ def _gather(photos: list[Path], out: Path, report: RunReport) -> Iterator[tuple[
             report.refuse(given, "there are no images in this folder")
 
 
-def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, report: RunReport) -> list[Job]:
+def _jobs(found: Iterator[tuple[Path, Path]], out: Path, figure: str | None, report: RunReport) -> list[Job]:
     """A job for each image that can be read and written."""
     jobs: dict[Path, Job] = {}
     photographs = set()
@@ -245,8 +292,8 @@ def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, report: R
             if not os.path.samefile(source, other):
                 report.refuse(source, f"would be written to {target}, as {other} is; restore it to another --out")
             continue
-        figure = target.with_name(f"{target.name}{FIGURE}") if stages else None
-        jobs[target] = Job(source, target, height, width, figure)
+        drawn = target.with_name(f"{target.name}{FIGURES[figure]}") if figure else None
+        jobs[target] = Job(source, target, height, width, drawn)
     left = []
     for target, job in jobs.items():
         written = [target] if job.figure is None else [target, job.figure]
@@ -255,7 +302,7 @@ def _jobs(found: Iterator[tuple[Path, Path]], out: Path, stages: bool, report: R
             report.refuse(job.source, f"{photograph} is a photograph to be restored itself; choose another --out")
         elif job.figure in jobs:
             other = jobs[job.figure].source
-            report.refuse(job.source, f"its stages would be drawn to {job.figure}, as {other} is; choose another --out")
+            report.refuse(job.source, f"its figure would be drawn to {job.figure}, as {other} is; choose another --out")
         else:
             left.append(job)
     return left
@@ -269,25 +316,30 @@ def _identity(path: Path) -> tuple[int, int]:
 class Provenance:
     """Makes the comment of a restored image, with a digest of its source file, weights and settings."""
 
-    def __init__(self, weights: Path, settings: Settings):
-        self.weights = f"{weights.parent.name}/{weights.name}"
-        self.settings = hashlib.sha256(weights.read_bytes() + str(settings).encode()).digest()
+    def __init__(self, weights: list[Path], settings: Settings):
+        content = b"".join(path.read_bytes() for path in weights)
+        self.settings = hashlib.sha256(content + str(settings).encode()).digest()
 
-    def of(self, source: Path) -> str:
+    def digest(self, source: Path) -> str:
         with open_file(source) as file:
-            digest = hashlib.sha256(self.settings + file.read()).hexdigest()[:20]
-        return f"{OURS} {__version__}, {self.weights}; {digest}"
+            return hashlib.sha256(self.settings + file.read()).hexdigest()[:20]
+
+    def comment(self, source: Path, done: str) -> str:
+        return f"{OURS} {__version__}, {done}; {self.digest(source)}"
 
 
-def _skip_done(jobs: list[Job], provenance: Provenance, overwrite: bool, report: RunReport) -> list[Job]:
+def _skip_done(
+    jobs: list[Job], provenance: Provenance, overwrite: bool, may_copy: bool, report: RunReport
+) -> list[Job]:
     left = []
     for job in jobs:
         there = os.path.exists(job.target)  # unlike Path's, of any name
         stays = there and not overwrite
         drawn = job.figure is not None and os.path.exists(job.figure)
-        if there and not (comment := read_comment(job.target) or "").startswith(OURS):
+        copied = there and may_copy and filecmp.cmp(job.source, job.target, shallow=False)
+        if there and not copied and not (comment := read_comment(job.target) or "").startswith(OURS):
             report.refuse(job.source, f"{job.target} is there already, and not from dgunet; choose another --out")
-        elif stays and comment.split()[-1] != provenance.of(job.source).split()[-1]:  # versions may differ
+        elif stays and not copied and comment.split()[-1] != provenance.digest(job.source):
             other = "is there already, of another image or with other weights or settings"
             report.refuse(job.source, f"{job.target} {other}; --overwrite replaces it, or choose another --out")
         elif stays and (drawn or job.figure is None):
@@ -321,39 +373,72 @@ def _attempt(job: Job, report: RunReport):
 
 
 def _restore_one(
-    model, job: Job, report: RunReport, noise, settings: Settings, device: torch.device, provenance: Provenance, count
+    networks: Networks, job: Job, report: RunReport, settings: Settings, provenance: Provenance, count: Callable
 ):
-    comment = provenance.of(job.source)
     image = read_photo(job.source)
-    scale = np.iinfo(image.pixels.dtype).max
-    y = image.pixels.astype(np.float32) / np.float32(scale)
+    candidates, found = networks.choose(image.pixels)
+    best = candidates[0]
+    if networks.weights is None:
+        how = f" at strength {best.strength:g}" if 0 < best.strength < 1 else ""
+        report.say(one_line(f"{job.source}: {found}; {best.network + how if best.network else 'left as it is'}"))
+    elif found:
+        report.note(job.source, found)
+    if job.figure is not None and networks.weights is None:
+        _explain(networks, candidates, job, image, settings)
+    if best.network is None and job.target.name == job.source.name:
+        report.unchanged += 1
+        with atomic_write(job.target) as temporary:
+            shutil.copyfile(job.source, temporary)
+        return
+    notes = image.notes + ([] if job.target.name == job.source.name else ["written as PNG"])
+    if best.network is None:
+        report.unchanged += 1
+        done = "unchanged"
+    else:
+        model, noise = networks.load(best.network)
+        y = _as_input(image, model)
+        level = 255 * estimate_sigma(y)
+        if noise is not None and (text := noise_warning(level, noise)):
+            report.note(job.source, text, now=f"about sigma {level:.0f}, {text}")
+        tile = _tile(model, y, job, settings, report)
+        work = model.stages * _work(*y.shape[:2], tile)
+        with _counting(model, lambda pixels: count(y.shape[0] * y.shape[1] * pixels / work)):
+            x = _apply(model, y, image, settings, tile, best.strength)
+        if job.figure is not None and networks.weights is not None:
+            _draw(model, job, y, x)
+        if image.pixels.ndim == 2:
+            x = x.mean(axis=2)
+        scale = np.iinfo(image.pixels.dtype).max
+        image = replace(image, pixels=(x * np.float32(scale)).round().astype(image.pixels.dtype))
+        path = locate(best.network)
+        done = f"{path.parent.name}/{path.name}"
+    write_photo(job.target, image, provenance.comment(job.source, done))
+    for text in notes:
+        report.note(job.source, text)
+
+
+def _as_input(image: Photo, model: torch.nn.Module) -> np.ndarray:
+    """(H, W, C) float32 in [0, 1], a grey image with as many equal channels as the network has."""
+    y = image.pixels.astype(np.float32) / np.float32(np.iinfo(image.pixels.dtype).max)
     y = y if y.ndim == 3 else y[..., None]
-    level = 255 * estimate_sigma(y)
-    if noise is not None and (text := noise_warning(level, noise)):
-        report.note(job.source, text, now=f"about sigma {level:.0f}, {text}")
-    if y.shape[2] == 1:
-        y = np.repeat(y, model.channels, axis=2)
-    (height, width), tile = y.shape[:2], settings.tile
+    return np.repeat(y, model.channels, axis=2) if y.shape[2] == 1 else y
+
+
+def _tile(model: torch.nn.Module, y: np.ndarray, job: Job, settings: Settings, report: RunReport) -> int | None:
+    tile = model.local.get("tile", "auto") if settings.tile == "auto" else settings.tile
     if tile == "auto":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # reported below
-            tile = automatic_tile(model, (1, model.channels, height, width), device)
+            tile = automatic_tile(model, (1, model.channels, *y.shape[:2]), next(model.parameters()).device)
         if tile is not None:
             text = "larger than memory allows at once, restored in tiles (--tile whole forces it)"
             report.note(job.source, text, now=f"{text}, of {tile} pixels")
-    work = model.stages * _work(height, width, tile)
-    with _counting(model, lambda pixels: count(height * width * pixels / work)):
-        bf16 = settings.bf16 and (settings.deep_bf16 or image.pixels.dtype == np.uint8)
-        x = restore(model, y, tile=tile, bf16=bf16, strength=settings.strength)
-    if job.figure is not None:
-        _draw(model, job, y, x)
-    if image.pixels.ndim == 2:
-        x = x.mean(axis=2)
-    restored = replace(image, pixels=(x * np.float32(scale)).round().astype(image.pixels.dtype))
-    write_photo(job.target, restored, comment)
-    notes = image.notes + ([] if job.target.name == job.source.name else ["written as PNG"])
-    for text in notes:
-        report.note(job.source, text)
+    return tile
+
+
+def _apply(model, y: np.ndarray, image: Photo, settings: Settings, tile: int | None, strength: float) -> np.ndarray:
+    bf16 = settings.bf16 and (settings.deep_bf16 or image.pixels.dtype == np.uint8)
+    return restore(model, y, tile=tile, bf16=bf16, strength=settings.strength * strength)
 
 
 def _counting(model, count: Callable[[int], None]) -> contextlib.AbstractContextManager[None]:
@@ -363,17 +448,39 @@ def _counting(model, count: Callable[[int], None]) -> contextlib.AbstractContext
 
 def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
     """Draw the stages of the image's centre, computed with some context around it."""
-    top, left, height, width = _middle(y.shape, FIGURE_FROM)
-    around = y[top : top + height, left : left + width]
+    around = _crop(y, FIGURE_FROM)
     estimates = restore_stages(model, around)[1:]
-    inner_top, inner_left, height, width = _middle(around.shape, FIGURE_SIDE)
-    window = (slice(inner_top, inner_top + height), slice(inner_left, inner_left + width))
-    tiles = [("input", to_uint8(around)), *label_stages(estimates)]
-    tiles = [(label, image[window].squeeze(), math.inf) for label, image in tiles]
-    step = max(1, max(y.shape) // 1000)
-    frame = tuple(value // step for value in (top + inner_top, left + inner_left, height, width))
-    whole, comment = to_uint8(x[::step, ::step]).squeeze(), f"{OURS} {__version__}"
-    draw_stages(whole, frame, tiles, job.figure, job.source.name, comment)
+    _draw_crops(job, to_uint8(x), [("input", to_uint8(around)), *label_stages(estimates)])
+
+
+def _explain(networks: Networks, candidates: list[Candidate], job: Job, image: Photo, settings: Settings):
+    """Draw what each candidate makes of the image's centre, the best first."""
+    shown = to_uint8(image.pixels / np.float32(np.iinfo(image.pixels.dtype).max))
+    crops = [("input", _crop(shown, FIGURE_FROM))]
+    for k, candidate in enumerate(candidates):
+        label, x = "left as it is", crops[0][1]
+        if candidate.network is not None:
+            model, _ = networks.load(candidate.network)
+            y = _crop(_as_input(image, model), FIGURE_FROM)
+            x = to_uint8(_apply(model, y, image, settings, model.local.get("tile"), candidate.strength))
+            label = f"{candidate.network}\nstrength {settings.strength * candidate.strength:g}"
+        crops.append((f"{label}\n(chosen)" if k == 0 else label, x))
+    _draw_crops(job, shown, crops)
+
+
+def _draw_crops(job: Job, whole: np.ndarray, crops: list[tuple[str, np.ndarray]]):
+    """The figure: the image (H, W, C) uint8 with a frame, and what is in the frame, of crops with their labels."""
+    top, left, height, width = _middle(whole.shape, FIGURE_SIDE)
+    step = max(1, max(whole.shape) // 1000)
+    frame = tuple(value // step for value in (top, left, height, width))
+    tiles = [(label, _crop(crop, FIGURE_SIDE).squeeze(), math.inf) for label, crop in crops]
+    comment = f"{OURS} {__version__}"
+    draw_stages(whole[::step, ::step].squeeze(), frame, tiles, job.figure, job.source.name, comment)
+
+
+def _crop(image: np.ndarray, side: int) -> np.ndarray:
+    top, left, height, width = _middle(image.shape, side)
+    return image[top : top + height, left : left + width]
 
 
 def _middle(shape: tuple, side: int) -> tuple[int, int, int, int]:

@@ -1,6 +1,7 @@
 """The command `dgunet`, also `python -m dgunet`: restore photographs, train and test networks.
 
-    dgunet denoise photo.jpg holiday/ --out restored
+    dgunet restore photo.jpg holiday/
+    dgunet denoise photo.jpg --strength 0.7 --compare
     dgunet derain street.png --out restored --stages
     dgunet list
     dgunet train deraining --config cpu TRAINING.TRAIN_DIR path/to/pairs
@@ -19,9 +20,10 @@ from pathlib import Path
 from dgunet import __version__
 from dgunet.runtime.errors import UserError, run_cli  # PyTorch is imported where needed, so that --help is quick
 
-# Command: (task, default network, summary).
+# Command: (task, default network or None to choose one for each image, summary).
 RESTORING = {
-    "denoise": ("denoising", "denoising_gaussian", "remove noise from photographs"),
+    "restore": (None, None, "recognise noise, JPEG blocks, rain or blur in photographs, and remove it"),
+    "denoise": ("denoising", None, "remove noise and JPEG blocks from photographs"),
     "derain": ("deraining", "deraining_mixture", "remove rain streaks from photographs"),
     "deblur": ("deblurring", "deblurring_motion", "remove motion blur from photographs"),
 }
@@ -92,7 +94,7 @@ def run_task(command: str, name: str, argv: list[str], prog: str | None = None):
     (task.train if command == "train" else task.test)(argv, prog or f"dgunet {command} {name}")
 
 
-def _add_restoring(parser: argparse.ArgumentParser, default: str):
+def _add_restoring(parser: argparse.ArgumentParser, default: str | None):
     add = parser.add_argument
     add("photos", nargs="+", type=Path, metavar="PHOTOS", help="images, and folders of images")
     add(
@@ -102,11 +104,16 @@ def _add_restoring(parser: argparse.ArgumentParser, default: str):
         metavar="FOLDER",
         help="where they are written (default: restored)",
     )
-    add("--weights", metavar="W", help=f"network: a name that `dgunet list` shows, or a file (default: {default})")
+    usual = default or "the one that suits each photograph"
+    add("--weights", metavar="W", help=f"network: a name that `dgunet list` shows, or a file (default: {usual})")
     add("--strength", type=float, default=1.0, metavar="S", help="0 leaves a photograph as it is, 1 restores it wholly")
     add("--overwrite", action="store_true", help="restore again what is already in --out")
     add("--compare", action="store_true", help="also write compare.html: before and after, with a slider")
-    add("--stages", action="store_true", help="also draw the centre of each after each stage (needs matplotlib)")
+    figures = parser.add_mutually_exclusive_group()
+    draw = dict(action="store_true", default=False)
+    figures.add_argument("--stages", **draw, help="also draw the centre of each after each stage (needs matplotlib)")
+    if default is None:
+        figures.add_argument("--explain", **draw, help="also draw what each network that may suit makes of the centre")
     add(
         "--tile",
         default="auto",
@@ -128,6 +135,8 @@ def _restore(args: argparse.Namespace):
         check_tiles(tile, None)
     except ValueError:
         raise UserError(f"--tile is whole, auto, or a side of at least 16 pixels, not {args.tile!r}") from None
+    if args.weights and getattr(args, "explain", False):
+        raise UserError("--explain shows between which networks is chosen; leave out --weights")
     if not 0 <= args.strength <= 1:
         raise UserError(f"--strength is from 0 to 1, not {args.strength:g}")
     refused = restore_photographs(
@@ -137,6 +146,7 @@ def _restore(args: argparse.Namespace):
         args.task,
         overwrite=args.overwrite,
         stages=args.stages,
+        explain=getattr(args, "explain", False),
         tile=tile,
         local=args.local,
         device=args.device,
@@ -165,7 +175,5 @@ def _list(args: argparse.Namespace):
         print(*(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)), sep="  ")
         if record is not None:
             print(f"    for: {record.trained_for}\n    not for: {record.not_for}")
-    defaults = {default: command for command, (_, default, _) in RESTORING.items()}
-    for record in records:
-        if record.name in defaults:
-            print(f"dgunet {defaults[record.name]} uses {record.name}")
+    for command, (_, default, _) in RESTORING.items():
+        print(f"dgunet {command} uses {default or 'what suits each photograph'}")

@@ -42,6 +42,7 @@ KNOWN = (
     Layout("*_input", "*_target"),
     Layout("*_lq", "*_gt"),
     Layout("*_noisy", "*_clean"),
+    Layout("*_real", "*_mean"),  # PolyU and CC15, of several exposures
 )  # fmt: skip
 LISTS = (".txt", ".csv", ".tsv")  # suffixes of files with two paths to a line
 
