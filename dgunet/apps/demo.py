@@ -43,7 +43,7 @@ from dgunet.apps.demo_visit import (
     read_photo,
     shown,
 )
-from dgunet.automatic import choose, diagnose
+from dgunet.automatic import Diagnosis, choose, diagnose
 from dgunet.data import photos
 from dgunet.data.transforms import unit_range
 from dgunet.model.sampling import BlockSampling, ScalableSampling, percentage
@@ -156,7 +156,7 @@ def build(networks: list[Network], device: torch.device, pixels: int):
         gr.Markdown(TITLE)
         heic = [".heic", ".heif", ".hif"] if importlib.util.find_spec("pillow_heif") else []
         own = gr.File(
-            label="your photograph", show_label=False, file_types=["image", *heic], height=90, elem_id="own",
+            label="your photograph", show_label=False, file_types=["image", *heic], height=80, elem_id="own",
         )  # fmt: skip
         visit = gr.State(None, time_to_live=3600)
         with gr.Tab("Restore"):
@@ -291,6 +291,7 @@ class Restoring:
 
     def examine(self, visit: Visit | None) -> Iterator[dict]:
         """Say what is wrong with the photograph, show the choices on its centre, restore it by the first of them."""
+        yield {self.own: None}  # a generator without any update would empty the page
         if visit is not None and not visit.choices:  # else the upload could not be read
             yield from guarded(self._examine(visit), self.status)
 
@@ -299,14 +300,13 @@ class Restoring:
         known = {network.name: network for network in self.networks.values() if network.description}
         own = [Choice(f"Your {label}", network) for label, network in self.networks.items() if not network.description]
         found = [
-            Choice(f"Remove {_words(candidate.degradation)}", known[candidate.network], candidate.strength)
+            Choice(f"Remove {_word(candidate.degradation)}", known[candidate.network], candidate.strength)
             if candidate.network
             else UNCHANGED
             for candidate in choose(diagnosis)
         ]
         visit.choices, visit.best = own + found, found[0]
-        told = "Nothing seems to be wrong with it" if visit.best == UNCHANGED else "This looks like"
-        yield {self.told: " ".join([f"{told}: **{_words(str(diagnosis))}**.", *visit.notes])}
+        yield {self.told: " ".join([_sentence(diagnosis, visit.best), *visit.notes])}
         turn, crop, estimates = visit.turn, centre(visit.photo), {}
         for choice in visit.choices:
             network = choice.network
@@ -334,10 +334,11 @@ class Restoring:
 
         _check_kept(visit)
         visit.turn += 1
-        turn, visit.chosen, network = visit.turn, choice, choice.network
+        turn, network = visit.turn, choice.network
         cards = [(str(one), crop, one == visit.best) for one, crop in zip(visit.choices, visit.crops, strict=False)]
         yield {self.cards: draw_cards(cards, visit.choices.index(choice) if choice in visit.choices else None)}
         if network is None:
+            visit.chosen = choice
             yield {**self._unchanged(visit), self.status: "As it is: there is nothing to download."}
             return
         label = next(label for label, one in self.networks.items() if one is network)
@@ -349,7 +350,7 @@ class Restoring:
             if found is None:
                 return
             visit.estimates[network] = found
-        found = visit.estimates[network]
+        visit.chosen, found = choice, visit.estimates[network]
         last, (height, width) = len(found.stages) - 1, visit.photo.pixels.shape[:2]
         scores = [] if visit.truth is None else [psnr(stage, visit.truth) for stage in found.stages]
         gain = f"; PSNR {scores[0]:.2f} dB before, {scores[-1]:.2f} dB at full strength" if scores else ""
@@ -379,7 +380,8 @@ class Restoring:
 
     def _save(self, visit: Visit | None, strength: float) -> Iterator[dict]:
         _check_kept(visit)
-        network = visit.chosen.network
+        if visit.chosen is None or (network := visit.chosen.network) is None:
+            raise UserError("nothing is restored yet; choose what to remove")
         path = Path(tempfile.mkdtemp(dir=cache_folder()), visit.name)
         restored = blend(visit.photo, visit.estimates[network].last, strength)
         photos.write_photo(path, restored, f"{OURS} {__version__}, {network.name}, strength {strength:g}")
@@ -398,7 +400,8 @@ class Sensing:
 
         label = "25 %" if "25 %" in self.networks else next(iter(self.networks))
         gr.Markdown(
-            "As a camera would that takes few measurements, each a weighted sum of a block of pixels, not all pixels."
+            "A camera could take few measurements, each a weighted sum of the pixels of a block. A network "
+            "reconstructs the image from them."
         )
         with gr.Row():
             with gr.Column(scale=3, min_width=340):
@@ -445,8 +448,8 @@ class Sensing:
         start = initial_estimate(operator, luma)
         whose = "An example (drop a photograph above to measure yours)" if visit is None else "Your photograph"
         text = (
-            f"{whose}: before the luminance, after Aᵀy of {len(operator.matrix)} measurements a block of "
-            f"{operator.block}x{operator.block}, {psnr(start, luma):.2f} dB."
+            f"{whose}: left its luminance, right what {len(operator.matrix)} measurements of each block of "
+            f"{operator.block}x{operator.block} pixels show without a network (Aᵀy), {psnr(start, luma):.2f} dB."
         )
         view = draw_view(luma, start, ("luminance", "Aᵀy"))
         return {self.view: view, self.status: text, self.stage: update(visible=False), self.table: "", self.found: None}
@@ -463,7 +466,7 @@ class Sensing:
         yield {
             self.found: found,
             self.view: self.show_stage(found, last),
-            self.status: f"{found.took}; before Aᵀy, {scores[0]:.2f} dB, after {scores[-1]:.2f} dB",
+            self.status: f"{found.took}; left Aᵀy, {scores[0]:.2f} dB, right reconstructed, {scores[-1]:.2f} dB",
             self.stage: update(visible=True, value=last, maximum=last),
             self.table: _table(scores),
         }
@@ -474,6 +477,19 @@ class Sensing:
 
             return skip()
         return draw_view(found.stages[0], found.stages[int(k)], ("Aᵀy", "reconstructed"))
+
+
+def _word(degradation: str) -> str:
+    return degradation.replace("gaussian", "Gaussian")
+
+
+def _sentence(diagnosis: Diagnosis, best: Choice) -> str:
+    """What is wrong with a photograph, and how sure that is."""
+    sure = f"({100 * diagnosis.confidence:.0f} % sure)"
+    if diagnosis.degradation == "clean":
+        return f"**Nothing seems to be wrong** with this photograph {sure}."
+    unsure = " That is too unsure to change it." if best == UNCHANGED else ""
+    return f"This photograph seems to have **{_word(diagnosis.degradation)}** {sure}.{unsure}"
 
 
 def _table(scores: list[float]) -> str:

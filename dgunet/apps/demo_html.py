@@ -42,15 +42,16 @@ CSS = """
 .gradio-container {max-width: 1240px !important; overflow-x: hidden}
 #own .wrap[data-upload-density] {font-size: 0}
 #own .wrap[data-upload-density]::after {content: "Drop a photograph here, or click"; font-size: 1rem}
+.gallery {max-width: 600px}
 .gallery .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)) !important}
 .gallery .gallery-item, .gallery .thumbnail-item {width: 100% !important; height: auto; min-width: 0}
 .html-container {padding: 0 !important}
-.view .frame {max-height: 62vh; overflow: auto; display: grid; justify-content: center}
-.view .pair {position: relative; line-height: 0; width: fit-content}
-.view .pair img {max-width: 100%; max-height: 62vh; width: auto; height: auto; margin: 0}
-.view .pair .after {position: absolute; inset: 0; width: 100%; height: 100%; max-height: none;
+.view .frame {max-height: 60vh; overflow: auto}
+.view .pair {position: relative; line-height: 0; width: var(--width); margin: 0 auto}
+.view .pair img {width: 100%; height: auto; max-width: none; margin: 0}
+.view.actual .pair {width: fit-content; margin: 0} .view.actual .pair img {width: auto}
+.view .pair .after {position: absolute; inset: 0; height: 100%;
     opacity: var(--strength, 1); clip-path: inset(0 0 0 var(--at, 50%))}
-.view.actual .frame {display: block} .view.actual .pair img {max-width: none; max-height: none}
 .view .pair.two::after {content: "◂▸"; position: absolute; inset: 0 auto 0 var(--at, 50%); width: 2px; background: #fff;
     box-shadow: 0 0 3px #000; display: grid; place-content: center; color: #fff; text-shadow: 0 0 4px #000;
     font-size: 28px; pointer-events: none}
@@ -59,7 +60,7 @@ CSS = """
     cursor: ew-resize; appearance: none; touch-action: pan-y}
 .view input[type=range]::-webkit-slider-thumb {appearance: none; width: 2px}
 .view input[type=range]::-moz-range-thumb {width: 2px; border: 0}
-.view .below {display: flex; justify-content: space-between; font-size: .85em; margin-top: .3em}
+.view .below {display: flex; justify-content: space-between; font-size: .85em; width: var(--width); margin: .3em auto}
 .cards {display: grid; grid-template-columns: repeat(auto-fit, minmax(90px, 1fr)); gap: 8px}
 .cards button {border: 2px solid var(--border-color-primary); border-radius: 8px; padding: 4px; text-align: left;
     font-size: .85em; line-height: 1.25; display: flex; flex-direction: column; gap: 4px; cursor: pointer; margin: 0}
@@ -107,7 +108,9 @@ def draw_view(before: np.ndarray, after: np.ndarray | None = None, words: tuple[
         pair += f'<input type="range" min="0" max="100" value="50" aria-label="how much of the image is {words[0]}">'
         actual = '<label><input type="checkbox"> actual size</label>'
         below = f'<div class="below"><span>◂ {words[0]}</span>{actual}<span>{words[1]} ▸</span></div>'
-    return f'<div class="frame"><div class="pair{" two" if after is not None else ""}">{pair}</div></div>{below}'
+    width = f"min(100%, {52 * width / height:.0f}vh, {3 * width}px)"  # all of it visible, small ones enlarged
+    pair = f'<div class="pair{" two" if after is not None else ""}">{pair}</div>'
+    return f'<div style="--width: {width}"><div class="frame">{pair}</div>{below}</div>'
 
 
 def draw_cards(cards: list[tuple[str, np.ndarray, bool]], chosen: int | None) -> str:

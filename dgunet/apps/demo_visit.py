@@ -130,7 +130,7 @@ class Visit:
     best: Choice | None = None
     crops: list[np.ndarray] = field(default_factory=list)  # the centre of the photograph by each choice
     estimates: dict[Network, Estimates] = field(default_factory=dict)
-    chosen: Choice | None = None
+    chosen: Choice | None = None  # that is shown
     turn: int = 0
 
 
@@ -161,10 +161,8 @@ def read_photo(path: str | Path, pixels: int) -> Visit:
             for image in (photo.pixels, photo.alpha)
         ]
         photo = replace(photo, pixels=small[0], alpha=small[1])
-        notes = [
-            f"scaled down from {before[1]}x{before[0]} to {after[1]}x{after[0]} pixels, so that it does not take long "
-            "(`dgunet denoise` restores any size)"
-        ]
+        sizes = f"from {before[1]}x{before[0]} to {after[1]}x{after[0]} pixels"
+        notes = [f"It was scaled down {sizes}, so that it does not take long (`dgunet restore` takes any size)."]
     return Visit(photo, str(photos.restored_name(Path(Path(path).name), kind)), notes)
 
 
