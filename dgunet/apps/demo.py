@@ -299,11 +299,12 @@ class Restoring:
         diagnosis = diagnose(visit.photo.pixels)
         known = {network.name: network for network in self.networks.values() if network.description}
         own = [Choice(f"Your {label}", network) for label, network in self.networks.items() if not network.description]
+        # Strength allows for doubt; who picks another answer than the best has none.
         found = [
-            Choice(f"Remove {_word(candidate.degradation)}", known[candidate.network], candidate.strength)
-            if candidate.network
+            Choice(f"Remove {_word(one.degradation)}", known[one.network], 1.0 if k else one.strength)
+            if one.network
             else UNCHANGED
-            for candidate in choose(diagnosis)
+            for k, one in enumerate(choose(diagnosis))
         ]
         visit.choices, visit.best = own + found, found[0]
         yield {self.told: " ".join([_sentence(diagnosis, visit.best), *visit.notes])}
