@@ -105,7 +105,8 @@ def draw_view(before: np.ndarray, after: np.ndarray | None = None, words: tuple[
     pair, below = image % (image_url(before), words[0], ""), ""
     if after is not None:
         pair += image % (image_url(after), words[1], 'class="after"')
-        pair += f'<input type="range" min="0" max="100" value="50" aria-label="position of the handle between {words[0]} and {words[1]}">'
+        label = f"position of the handle between {words[0]} and {words[1]}"
+        pair += f'<input type="range" min="0" max="100" value="50" aria-label="{label}">'
         actual = '<label><input type="checkbox"> actual size</label>'
         below = f'<div class="below"><span>◂ {words[0]}</span>{actual}<span>{words[1]} ▸</span></div>'
     width = f"min(100%, {52 * width / height:.0f}vh, {3 * width}px)"  # all of it visible, small ones enlarged
