@@ -110,13 +110,14 @@ def diagnose(image: np.ndarray) -> Diagnosis:
 def cut_crops(image: np.ndarray) -> Tensor:
     """Up to `MOST_CROPS` crops (B, 3, 160, 160) of an image, on a grid over all of it; float32 in [0, 1]."""
     height, width = image.shape[:2]
-    rows, columns = (max(1, round(side / CROP)) for side in (height, width))
+    image = image[..., 0] if image.shape[2:] == (1,) else image
+    rows, columns = (-(-side // CROP) for side in (height, width))
     while rows * columns > MOST_CROPS:
         rows, columns = (rows - 1, columns) if rows > columns else (rows, columns - 1)
     crops = []
     for top in np.linspace(0, max(height - CROP, 0), rows).astype(int):
         for left in np.linspace(0, max(width - CROP, 0), columns).astype(int):
-            crop = as_colour(image[top : top + CROP, left : left + CROP].squeeze())
+            crop = as_colour(image[top : top + CROP, left : left + CROP])
             if crop.dtype.kind == "u":
                 crop = crop.astype(np.float32) / np.float32(np.iinfo(crop.dtype).max)
             crops.append(torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1), np.float32)))
@@ -128,8 +129,8 @@ def choose(
 ) -> list[Candidate]:
     """The best answers to a diagnosis, the best first.
 
-    An answer's probability is that of all that its network is for. So is its strength: the mean of what the image may
-    have been, weighed by probability, is ``p x_K + (1 - p) y``. From 0.9 it is 1.
+    An answer's probability is that of all that its network is for. So is the strength of the best: the mean of what the
+    image may have been, weighed by probability, is ``p x_K + (1 - p) y``. From 0.9 it is 1, as it is for the others.
 
     Args:
         diagnosis: what is wrong with the image.
@@ -144,8 +145,8 @@ def choose(
     usable = lambda answer: answer[1] >= LEAST.get(answer[0], 0)  # noqa: E731
     ranked = sorted(answers.items(), key=lambda item: (not usable(item[1]) and item[0] is not None, -item[1][1]))
     candidates = [
-        Candidate(degradation, network, 1.0 if network is None or p >= SURE else max(round(p, 1), 0.1))
-        for network, (degradation, p) in ranked
+        Candidate(degradation, network, round(p, 1) if k == 0 and network and p < SURE else 1.0)
+        for k, (network, (degradation, p)) in enumerate(ranked)
     ]
     unchanged = [candidate for candidate in candidates if candidate.network is None]
     if count > 1 and unchanged and unchanged[0] not in candidates[:count]:

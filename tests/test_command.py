@@ -29,7 +29,7 @@ from dgunet.apps import cli as command
 from dgunet.checkpoints import registry as pretrained
 from dgunet.checkpoints.load import describe_model, save_checkpoint
 from dgunet.data import photos
-from dgunet.data.photos import Photo, noise_mismatch, probe, read_comment, read_photo, write_photo
+from dgunet.data.photos import Photo, noise_warning, probe, read_comment, read_photo, write_photo
 from dgunet.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -582,8 +582,9 @@ def test_reads_that_overlap_leave_the_limit_of_pillow(tmp_path, monkeypatch):
 
 
 def test_noise_unlike_the_training():
-    assert [noise_mismatch(level, (25, 25)) for level in (1, 16, 25, 50)] == ["weaker", None, None, "stronger"]
-    assert [noise_mismatch(level, (0, 50)) for level in (0, 50, 80)] == [None, None, "stronger"]
+    warned = lambda level, trained: (noise_warning(level, trained) or "fits").split()[0]  # noqa: E731
+    assert [warned(level, (25, 25)) for level in (1, 16, 25, 50)] == ["less", "fits", "fits", "more"]
+    assert [warned(level, (0, 50)) for level in (0, 50, 80)] == ["fits", "fits", "more"]
 
 
 # ----------------------------------------------------------------------------------------------------------- restoring

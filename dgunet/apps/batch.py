@@ -384,7 +384,7 @@ def _restore_one(
     elif found:
         report.note(job.source, found)
     if job.figure is not None and networks.weights is None:
-        _explain(networks, candidates, job, image, settings)
+        _explain(networks, candidates, found, job, image, settings)
     if best.network is None and job.target.name == job.source.name:
         report.unchanged += 1
         with atomic_write(job.target) as temporary:
@@ -450,32 +450,32 @@ def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
     """Draw the stages of the image's centre, computed with some context around it."""
     around = _crop(y, FIGURE_FROM)
     estimates = restore_stages(model, around)[1:]
-    _draw_crops(job, to_uint8(x), [("input", to_uint8(around)), *label_stages(estimates)])
+    _draw_crops(job, job.source.name, to_uint8(x), [("input", to_uint8(around)), *label_stages(estimates)])
 
 
-def _explain(networks: Networks, candidates: list[Candidate], job: Job, image: Photo, settings: Settings):
-    """Draw what each candidate makes of the image's centre, the best first."""
+def _explain(networks: Networks, candidates: list[Candidate], found: str, job: Job, image: Photo, settings: Settings):
+    """Draw the image's centre as it is, and what each candidate makes of it, the best first."""
     shown = to_uint8(image.pixels / np.float32(np.iinfo(image.pixels.dtype).max))
-    crops = [("input", _crop(shown, FIGURE_FROM))]
-    for k, candidate in enumerate(candidates):
-        label, x = "left as it is", crops[0][1]
+    chosen = "\n(chosen)"
+    crops = [("as it is" + chosen * (candidates[0].network is None), _crop(shown, FIGURE_FROM))]
+    for candidate in candidates:
         if candidate.network is not None:
             model, _ = networks.load(candidate.network)
             y = _crop(_as_input(image, model), FIGURE_FROM)
             x = to_uint8(_apply(model, y, image, settings, model.local.get("tile"), candidate.strength))
             label = f"{candidate.network}\nstrength {settings.strength * candidate.strength:g}"
-        crops.append((f"{label}\n(chosen)" if k == 0 else label, x))
-    _draw_crops(job, shown, crops)
+            crops.append((label + chosen * (candidate is candidates[0]), x))
+    _draw_crops(job, f"{job.source.name}: {found}", shown, crops)
 
 
-def _draw_crops(job: Job, whole: np.ndarray, crops: list[tuple[str, np.ndarray]]):
+def _draw_crops(job: Job, title: str, whole: np.ndarray, crops: list[tuple[str, np.ndarray]]):
     """The figure: the image (H, W, C) uint8 with a frame, and what is in the frame, of crops with their labels."""
     top, left, height, width = _middle(whole.shape, FIGURE_SIDE)
     step = max(1, max(whole.shape) // 1000)
     frame = tuple(value // step for value in (top, left, height, width))
     tiles = [(label, _crop(crop, FIGURE_SIDE).squeeze(), math.inf) for label, crop in crops]
     comment = f"{OURS} {__version__}"
-    draw_stages(whole[::step, ::step].squeeze(), frame, tiles, job.figure, job.source.name, comment)
+    draw_stages(whole[::step, ::step].squeeze(), frame, tiles, job.figure, title, comment)
 
 
 def _crop(image: np.ndarray, side: int) -> np.ndarray:

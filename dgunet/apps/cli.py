@@ -80,7 +80,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     for command, summary in MODULES.items():
         sub = commands.add_parser(command, help=summary, description=f"{summary.capitalize()}.")
         if command == chosen:
-            module = importlib.import_module(f"dgunet.{command}")
+            module = importlib.import_module(f"dgunet.apps.{command}")
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     return parser

@@ -481,21 +481,15 @@ def format_sigma(trained: tuple[float, float]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def noise_mismatch(level: float, trained: tuple[float, float]) -> str | None:
-    """``"weaker"`` or ``"stronger"`` if the `estimate_sigma` of an image is outside a network's training range."""
+def noise_warning(level: float, trained: tuple[float, float]) -> str | None:
+    """A sentence on what to expect, if the `estimate_sigma` of an image is outside a network's training range."""
     low, high = trained
     # Estimates are 0.7 to 1.1 of the true sigma for visible noise, more where texture is stronger than the noise, and
     # two thirds of it after JPEG's chroma subsampling.
-    return "weaker" if level < low / 2 else "stronger" if level > 4 / 3 * high else None
-
-
-def noise_warning(level: float, trained: tuple[float, float]) -> str | None:
-    """A sentence on what to expect, if the `estimate_sigma` of an image is outside a network's training range."""
-    effects = {
-        "weaker": ("less", "may blur fine detail; keep the original where that looks better"),
-        "stronger": ("more", "may leave some; restore the image at half its size, or with another network"),
-    }
-    if (mismatch := noise_mismatch(level, trained)) is None:
+    if level < low / 2:
+        amount, effect = "less", "may blur fine detail; keep the original where that looks better"
+    elif level > 4 / 3 * high:
+        amount, effect = "more", "may leave some; restore the image at half its size, or with another network"
+    else:
         return None
-    amount, effect = effects[mismatch]
     return f"{amount} noise than this network is for (sigma {format_sigma(trained)}), so that it {effect}"

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from dgunet.checkpoints.load import load_model, read_checkpoint
 from dgunet.checkpoints.registry import locate
 from dgunet.data.pairs import images_by_name
-from dgunet.data.photos import estimate_sigma, format_sigma, noise_mismatch, trained_sigma_range
-from dgunet.data.transforms import unit_range
+from dgunet.data.photos import trained_sigma_range
 from dgunet.evaluation.metrics import find_metrics
 from dgunet.evaluation.runner import digest_of, evaluate, restore_images, restore_measurement
 from dgunet.evaluation.scoresheet import TEXT, Result
@@ -170,12 +168,9 @@ def test_command(task: str, how: Evaluation, description: str, argv: list[str] |
             result = evaluate(restored, data, save_images=False, **common)
             result.seconds_per_image = math.nan
             return result
-        levels: list[float] = []
         settings = dict(compile=args.compile) | ({"degradation": operator} if operator else {})
         common |= dict(settings=settings, save_images=args.save_images or None, bf16=args.bf16)
-        restoring = method if noise is None else _record_sigmas(method, levels)
-        result = evaluate(network.model, data, method=restoring, **common, **how.options(args, benchmark), **further)
-        _warn_about_noise(name, noise, levels)
+        result = evaluate(network.model, data, method=method, **common, **how.options(args, benchmark), **further)
         if not result.missing:
             variant = network.name.removeprefix(f"{task}_")
             result.paper = benchmark.paper.get(how.paper_key(variant, network.model, args, **further))
@@ -371,29 +366,6 @@ def _read_restored(root: Path, names: tuple[str, ...], data: ImageSet) -> Callab
         return restored if sample.parts else restored[0], degraded
 
     return read
-
-
-def _record_sigmas(method: Callable, levels: list[float]) -> Callable:
-    """The same method; the estimated noise of the images, in 8-bit levels, is appended to ``levels``."""
-
-    @functools.wraps(method)
-    def restore(model: torch.nn.Module, degraded: Images, **options) -> tuple[Images, Images]:
-        for images in degraded if isinstance(degraded, list) else [degraded]:
-            if np.isfinite(level := estimate_sigma(np.atleast_3d(unit_range(images)))):
-                levels.append(255 * level)
-        return method(model, degraded, **options)
-
-    return restore
-
-
-def _warn_about_noise(name: str, trained: tuple[float, float] | None, levels: list[float]):
-    unlike = [level for level in levels if noise_mismatch(level, trained)]
-    if unlike:
-        found = format_sigma((round(min(unlike)), round(max(unlike))))
-        print(
-            f"note: {len(unlike)} of {len(levels)} in {name}: noise of about sigma {found}, but these weights were "
-            f"trained for sigma {format_sigma(trained)}: they blur weaker noise and leave some of stronger noise"
-        )
 
 
 def _report(result: Result):
