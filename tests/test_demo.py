@@ -230,7 +230,7 @@ def page(tmp_path, tiny_model, monkeypatch):
     networks.append(demo.Network("cs_25", demo.SENSING, saved_network(tmp_path / "cs_25.pth", sensing)))
     found = Diagnosis({"camera noise": 0.7, "clean": 0.2, "rain": 0.1})
     monkeypatch.setattr(demo, "diagnose", lambda image: found)
-    answers = [("camera noise", "denoising_photo", 0.8), ("clean", None, 1.0), ("rain", "deraining_mixture", 0.1)]
+    answers = [("camera noise", "denoising_photo", 0.8), ("clean", None, 1.0), ("rain", "deraining_mixture", 1.0)]
     monkeypatch.setattr(demo, "choose", lambda diagnosis: [Candidate(*answer) for answer in answers])
     return demo.build(networks, torch.device("cpu"), PIXELS).restoring
 

@@ -299,12 +299,9 @@ class Restoring:
         diagnosis = diagnose(visit.photo.pixels)
         known = {network.name: network for network in self.networks.values() if network.description}
         own = [Choice(f"Your {label}", network) for label, network in self.networks.items() if not network.description]
-        # Strength allows for doubt; who picks another answer than the best has none.
         found = [
-            Choice(f"Remove {_word(one.degradation)}", known[one.network], 1.0 if k else one.strength)
-            if one.network
-            else UNCHANGED
-            for k, one in enumerate(choose(diagnosis))
+            Choice(f"Remove {_word(one.degradation)}", known[one.network], one.strength) if one.network else UNCHANGED
+            for one in choose(diagnosis)
         ]
         visit.choices, visit.best = own + found, found[0]
         yield {self.told: " ".join([_sentence(diagnosis, visit.best), *visit.notes])}
