@@ -26,11 +26,11 @@ from dgunet.checkpoints.registry import locate
 from dgunet.data.photos import (
     Photo,
     estimate_sigma,
-    is_jpeg,
     noise_warning,
     probe,
     read_comment,
     read_photo,
+    restored_name,
     trained_sigma_range,
     write_photo,
 )
@@ -286,9 +286,7 @@ def _jobs(found: Iterator[tuple[Path, Path]], out: Path, figure: str | None, rep
         except (UserError, OSError) as error:
             report.refuse(source, describe_error(error) or str(error))
             continue
-        target = out / relative
-        if not (target.suffix.lower() == ".png" or (is_jpeg(target) and kind == "JPEG")):
-            target = target.with_suffix(".png")
+        target = out / restored_name(relative, kind)
         if target in jobs:
             other = jobs[target].source
             if not os.path.samefile(source, other):

@@ -1,102 +1,64 @@
-"""A demo in the browser: choose an image, degrade it, restore it, compare the stages (``dgunet demo``)."""
+"""A demo in the browser: drop a photograph, and noise, rain or blur are removed from it (``dgunet demo``)."""
 
 import argparse
 import contextlib
+import importlib.util
 import os
-import re
 import signal
 import socket
 import tempfile
 import threading
-import time
 import webbrowser
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dgunet.apps.figures import restore_stages
-from dgunet.checkpoints.load import load_model, read_checkpoint
-from dgunet.checkpoints.registry import list_pretrained
+from dgunet import __version__
+from dgunet.apps.batch import OURS
+from dgunet.apps.demo_html import CARDS_JS, CSS, DOWNLOAD_JS, STRENGTH_JS, VIEW_JS, cache_folder, draw_cards, draw_view
+from dgunet.apps.demo_visit import (
+    SENSING,
+    TASKS,
+    UNCHANGED,
+    WAYS,
+    Choice,
+    Estimates,
+    Network,
+    Visit,
+    blend,
+    by_label,
+    centre,
+    compute_estimates,
+    degrade_example,
+    examples,
+    follow,
+    initial_estimate,
+    list_networks,
+    load,
+    luminance,
+    psnr,
+    read_photo,
+    shown,
+)
+from dgunet.automatic import Diagnosis, choose, diagnose
 from dgunet.data import photos
-from dgunet.data.images import to_tensor
-from dgunet.data.photos import estimate_sigma, noise_warning, trained_sigma_range
-from dgunet.data.samples import MIN_SIDE, sample_photos
-from dgunet.data.synthesis import Degrade, added_rain, degrade_image, gaussian_noise, motion_blur, sensor_noise
-from dgunet.data.transforms import as_colour, pad_to_blocks, to_uint8, unit_range
-from dgunet.evaluation.metrics import evaluate_pair
-from dgunet.model.network import DGUNet
-from dgunet.model.sampling import BlockSampling, FirstRows, ScalableSampling, percentage
+from dgunet.data.transforms import unit_range
+from dgunet.model.sampling import BlockSampling, ScalableSampling, percentage
 from dgunet.runtime.errors import UserError, describe_error
-from dgunet.runtime.hardware import autocast_dtype, pick_device
+from dgunet.runtime.hardware import pick_device
 
 PORTS = range(7860, 7960)  # the first free one, where none is asked for
-MAX_FILE_SIZE = "50mb"
-MAX_READ = 80_000_000  # pixels; an image with more is not even decoded
-TILE, OVERLAP = 512, 64  # pixels
-EXAMPLE_SIDE = 400  # pixels: restored in some seconds on a CPU
-EXAMPLES = {"test": ("astronaut", "cat", "coffee"), "train": ("rocket", "motorcycle_left"), "val": ("camera_face",)}
-UNCHANGED = "nothing: restore it as it is"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A tab: title, first example, and degradations by name, each a function of a strength."""
-
-    title: str
-    example: str
-    ways: dict[str, Callable[[float], Degrade]]
-    strength: tuple[str, float, float, float] | None = None  # label, minimum, maximum, default
-
-
-TASKS = {
-    "denoising": Task(
-        "Denoising",
-        "astronaut",
-        {
-            "Gaussian noise": lambda sigma: partial(gaussian_noise, sigma=sigma),
-            "camera noise at high ISO": lambda _: sensor_noise,
-        },
-        ("sigma of the Gaussian noise, in 8-bit levels", 0, 75, 25),
-    ),
-    "deraining": Task(
-        "Deraining",
-        "motorcycle_left",
-        {"rain": lambda drops: partial(added_rain, density=(drops, drops))},
-        ("drops per 10,000 pixels", 10, 100, 40),
-    ),
-    "deblurring": Task(
-        "Deblurring",
-        "coffee",
-        {"camera shake": lambda extent: partial(motion_blur, extent=(extent, extent))},
-        ("extent of the shake in pixels", 3, 25, 10),
-    ),
-    "compressive_sensing": Task("Compressive sensing", "camera_face", {}),
+MAX_FILE_SIZE = "300mb"
+# What the networks that come with dgunet remove, in a visitor's words.
+REMOVES = {
+    "denoising_gaussian": "noise",
+    "denoising_photo": "camera noise, JPEG blocks",
+    "deraining_mixture": "rain",
+    "deblurring_motion": "blur",
 }
-
-
-@dataclass(frozen=True)
-class Network:
-    """Weights to choose from, and their description."""
-
-    name: str
-    task: str
-    path: Path
-    description: str = ""
-    noise_sigma: tuple[float, float] | None = None
-
-
-def list_networks() -> list[Network]:
-    """The networks that come with dgunet, those of one task from the fewest measurements to the most."""
-    return [
-        Network(
-            r.name, r.task, r.path, f"{r.trained_for} Not for {r.not_for[:1].lower()}{r.not_for[1:]}", r.noise_sigma
-        )
-        for r in list_pretrained()
-    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -170,190 +132,302 @@ def _load_own_network(text: str, device: torch.device) -> Network:
     task, separator, path = text.partition("=")
     if not separator or task not in TASKS:
         raise UserError(f"--weights takes TASK=FILE, the task one of {', '.join(TASKS)}; got {text!r:.100}")
-    network = Network(Path(path).stem, task, Path(path), noise_sigma=trained_sigma_range(read_checkpoint(path)))
+    network = Network(Path(path).stem, task, Path(path))
     known = load(network, device).degradation
-    if not (isinstance(known, BlockSampling) if task == "compressive_sensing" else known is None):
-        raise UserError(f"{path}: the tab for {task} cannot show a network of the degradation {type(known).__name__}")
+    if not (isinstance(known, BlockSampling) if task == SENSING else known is None):
+        raise UserError(f"{path}: the demo of {task} cannot show a network of the degradation {type(known).__name__}")
     return network
 
 
-@cache
-def load(network: Network, device: torch.device) -> DGUNet:
-    return load_model(network.path, task=network.task, device=device)
-
-
-def read_photo(path: str | Path, pixels: int) -> tuple[np.ndarray, str]:
-    """A user's image as (H, W, 3) uint8, upright, of at most ``pixels`` pixels, and a sentence on changes.
-
-    Raises:
-        UserError: it cannot be read, is too small or too large.
-    """
-    try:
-        height, width, _ = photos.probe(path)
-        if height * width > MAX_READ:
-            most = f"more than the {MAX_READ / 1e6:.0f} million that the demo reads"
-            raise UserError(f"{path} has {width}x{height} pixels, {most}; make it smaller")
-        if min(height, width) < MIN_SIDE:
-            raise UserError(f"{path} has {width}x{height} pixels; the demo needs at least {MIN_SIDE}x{MIN_SIDE}")
-        photo = photos.read_photo(path)
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), "This file")) from error
-    image, changed = unit_range(photo.pixels), []
-    if photo.pixels.dtype == np.uint16:
-        image = (photo.pixels / 65535).astype(np.float32)
-        changed.append("rounded to 8 bits")
-    image = as_colour(image)
-    if photo.alpha is not None:
-        alpha = photo.alpha[..., None] / np.float32(np.iinfo(photo.alpha.dtype).max)
-        image = alpha * image + (1 - alpha)
-        changed.append("laid on white")
-    if (scale := (pixels / (height * width)) ** 0.5) < 1:
-        before, after = image.shape[:2], [max(int(scale * side), 1) for side in image.shape[:2]]
-        import cv2
-
-        image = cv2.resize(image, after[::-1], interpolation=cv2.INTER_AREA)
-        changed.append(
-            f"scaled from {before[1]}x{before[0]} to {after[1]}x{after[0]} pixels, so that it does not take long "
-            "(the command line restores images of any size)"
-        )
-    return to_uint8(image), f"Your image was {', and '.join(changed)}." if changed else ""
-
-
-@cache
-def examples() -> dict[str, np.ndarray]:
-    """Photographs that come with scikit-image, none of which a shipped network has seen: (H, W, 3) uint8 by name."""
-    import cv2
-
-    found = {}
-    for split, names in EXAMPLES.items():
-        for photo in sample_photos(split):
-            if photo.name in names:
-                image = photo.load()
-                scale = min(EXAMPLE_SIDE / max(image.shape), 1)
-                found[photo.name] = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    return found
-
-
-def degrade(task: str, image: np.ndarray, way: str | None, strength: float, seed: int) -> np.ndarray:
-    """The network's input for an image (H, W, 3) uint8: of its shape, or its luminance (H, W) for sensing."""
-    if task == "compressive_sensing":
-        from PIL import Image
-
-        return np.asarray(Image.fromarray(image).convert("L"))
-    if way == UNCHANGED:
-        return image
-    return degrade_image(image, TASKS[task].ways[way](strength), int(seed), "demo")
-
-
-def psnr(image: np.ndarray, truth: np.ndarray) -> float:
-    return evaluate_pair(image, truth, "train_rgb")[0]
-
-
-CSS = """
-.gradio-container {max-width: 1240px !important}
-.gallery .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)) !important}
-.gallery .gallery-item, .gallery .thumbnail-item {width: 100% !important; height: auto; min-width: 0}
+TITLE = """# Remove noise, rain and blur from your photographs
+On your own computer: nothing is sent to the internet, and your file stays as it is.
 """
-
-ABOUT = """## DGUNet restores images by proximal gradient descent, unrolled into learned stages
+PAPER = """---
+The networks are DGUNets: proximal gradient descent, unrolled into stages that are learned, each a gradient step and a
+U-Net as proximal mapping (*Deep Generalized Unfolding Networks for Image Restoration*, Mou, Wang, Zhang; CVPR 2022).
 """
 
 
 def build(networks: list[Network], device: torch.device, pixels: int):
-    """The page, a `gradio.Blocks`, with networks for each task; images of more than ``pixels`` are scaled down."""
+    """The page, a `gradio.Blocks`, with these networks; photographs of more than ``pixels`` are scaled down."""
     import gradio as gr
 
     with gr.Blocks(title="DGUNet", analytics_enabled=False, delete_cache=(600, 3600)) as app:
-        gr.Markdown(ABOUT)
-        for name, task in TASKS.items():
-            with gr.Tab(task.title, id=name):
-                _Tab(name, [network for network in networks if network.task == name], device, pixels).build()
+        gr.Markdown(TITLE)
+        heic = [".heic", ".heif", ".hif"] if importlib.util.find_spec("pillow_heif") else []
+        own = gr.File(
+            label="your photograph", show_label=False, file_types=["image", *heic], height=80, elem_id="own",
+        )  # fmt: skip
+        visit = gr.State(None, time_to_live=3600)
+        with gr.Tab("Restore"):
+            others = sorted((n for n in networks if n.task != SENSING), key=lambda network: TASKS.index(network.task))
+            page = Restoring(others, device, pixels)
+            opened = page.build(own, visit)
+        with gr.Tab("Compressive sensing") as tab:
+            sensing = Sensing([n for n in networks if n.task == SENSING], device)
+            sensing.build(visit, [tab.select, *opened])
+        gr.Markdown(PAPER)
+    app.restoring, app.sensing = page, sensing
     return app
 
 
-class _Tab:
-    """One task's tab. A session's state is kept in the page, none of it here."""
+_QUIETLY = dict(api_visibility="private", show_progress="hidden", trigger_mode="multiple")
 
-    def __init__(self, name: str, networks: list[Network], device: torch.device, pixels: int):
-        self.name, self.task, self.device, self.pixels = name, TASKS[name], device, pixels
-        self.networks = _by_label(networks)
-        self.sensing = name == "compressive_sensing"
 
-    def build(self):
+def guarded(updates: Iterator[dict], status) -> Iterator[dict]:
+    """The updates, and where they fail a sentence."""
+    try:
+        yield from updates
+    except Exception as error:
+        if (message := describe_error(error)) is None:
+            raise
+        yield {status: f"⚠️ {message}"}
+
+
+def _check_kept(visit: Visit | None):
+    if visit is None:
+        raise UserError("this photograph is no longer kept; drop it again")
+
+
+class Restoring:
+    """The tab for photographs. What a visitor does is kept in a `Visit`, in the page's state, none of it here.
+
+    Its methods return or yield updates, by component.
+    """
+
+    def __init__(self, networks: list[Network], device: torch.device, pixels: int):
+        self.networks, self.device, self.pixels = by_label(networks), device, pixels
+
+    def build(self, own, visit) -> list:
+        """Returns the events after which there may be another photograph."""
         import gradio as gr
 
-        task, sensing, photos = self.task, self.sensing, examples()
-        ways = [*task.ways, UNCHANGED]
-        network = "25 %" if "25 %" in self.networks else next(iter(self.networks))
-        measured = self.ratios(network)
-        with gr.Row():
+        self.own, self.visit = own, visit
+        self.told = gr.Markdown(elem_id="told")
+        self.status = gr.HTML(elem_id="status", elem_classes="status", visible=False)
+        with gr.Row(visible=False) as self.row:
+            with gr.Column(scale=3, min_width=340):
+                self.view = gr.HTML(js_on_load=VIEW_JS, elem_id="photo_view", elem_classes="view")
             with gr.Column(scale=2, min_width=320):
-                image = gr.State(photos[task.example])
-                gallery = gr.Gallery(
-                    list(photos.values()), label="Examples", show_label=False, columns=6, height=90,
-                    allow_preview=False, object_fit="cover", buttons=[], interactive=False, elem_classes="gallery",
-                    selected_index=list(photos).index(task.example),
-                )  # fmt: skip
-                own = gr.File(
-                    label="or an image of your own",
-                    file_types=["image"],
-                    height=120,
-                    elem_id=f"{self.name}_own",
-                )
-                note = gr.Markdown(elem_id=f"{self.name}_note")
-                way = gr.Radio(ways, value=ways[0], label="Degrade it by", visible=not sensing)
-                what, low, high, usual = task.strength or ("", 0, 1, 0)
-                if sigma := self.networks[network].noise_sigma:
-                    usual = min(max(usual, sigma[0]), sigma[1])
-                strength = gr.Slider(low, high, usual, step=1, label=what, visible=not sensing)
-                seed = gr.Slider(0, 20, 0, step=1, label="random seed", visible=not sensing)
-                chosen = gr.Radio(
-                    list(self.networks), value=network, visible=len(self.networks) > 1,
-                    label="Measurements, as a part of the pixels" if sensing else "Network",
-                )  # fmt: skip
-                ratio = gr.Slider(step=1, label="percent of the pixels that are measured", **measured)
-                button = gr.Button("Restore", variant="primary")
-            with gr.Column(scale=3, min_width=400):
-                pair, text, _, _, _ = self.preview(photos[task.example], ways[0], usual, 0, network, measured["value"])
-                caption = gr.Markdown(text, elem_id=f"{self.name}_caption")
-                viewer = gr.ImageSlider(
-                    pair, format="png", label="before and after", show_label=False, interactive=False, max_height=445,
-                    elem_id=f"{self.name}_viewer",
-                )  # fmt: skip
-                stage = gr.Slider(0, 7, 7, step=1, label="On the right: the estimate after stage", visible=False)
-                table = gr.Markdown()
-                found = gr.State(None, time_to_live=3600)
-        about = gr.Markdown(self.describe(network))
+                self.cards = gr.HTML(js_on_load=CARDS_JS, elem_id="cards", elem_classes="cards")
+                self.strength = gr.Slider(0, 1, 1, step=0.01, label="Strength", visible=False, elem_id="strength")
+                self.download = gr.Button("Download", variant="primary", visible=False, elem_id="download")
+                self.file = gr.File(visible=False)  # that `download` has written
+                labels = [(REMOVES.get(label, label), label) for label in self.networks]
+                self.other = gr.Radio(labels, label="Or remove", elem_id="other")
+                self.about = gr.Markdown(elem_id="about")
+                with gr.Accordion("How it gets there, stage by stage", open=False, visible=False) as self.steps:
+                    self.stage = gr.Slider(0, 7, 7, step=1, label="Show the estimate after stage", elem_id="stage")
+                    self.table = gr.Markdown()
+        with gr.Accordion("Try an example: add noise, rain, blur", open=False):
+            images = examples()
+            name = gr.State("motorcycle_left")
+            gallery = gr.Gallery(
+                list(images.values()), label="Examples", show_label=False, columns=6, height=90,
+                allow_preview=False, object_fit="cover", buttons=[], interactive=False, elem_classes="gallery",
+                selected_index=list(images).index(name.value),
+            )  # fmt: skip
+            way = gr.Radio(list(WAYS), value=next(iter(WAYS)), label="Degrade it by", elem_id="way")
+            amount = gr.Slider(**self.amount(way.value), elem_id="amount")
+            button = gr.Button("Degrade and restore the example")
 
-        def choose(event: gr.SelectData):  # Gradio reads the signatures of these two
-            return list(photos.values())[event.index], "", None
+        def example(event: gr.SelectData):  # Gradio reads the signatures of these two
+            return list(images)[event.index]
 
-        def restore(image, way, strength, seed, label, percent, progress=gr.Progress()):  # noqa: B008
-            return self.restore(image, way, strength, seed, label, percent, progress)
+        def pick(visit, event: gr.EventData):
+            yield from self.pick(visit, event.index)
 
-        inputs, outputs = [image, way, strength, seed, chosen, ratio], [viewer, caption, stage, table, found]
-        quietly = dict(api_visibility="private", show_progress="hidden", trigger_mode="multiple")
-        # One at a time, so that the last request is also the last to be shown.
-        preview = dict(
-            fn=self.preview, inputs=inputs, outputs=outputs, concurrency_id="preview", concurrency_limit=1, **quietly
+        outputs = [own, visit, self.told, self.status, self.row, self.view, self.cards, self.strength, self.download]
+        outputs += [self.file, self.other, self.about, self.steps, self.stage, self.table]
+        gallery.select(example, None, name, **_QUIETLY)
+        way.input(lambda way: gr.update(**self.amount(way)), way, amount, **_QUIETLY)
+        opened = [
+            own.upload(self.open, [own, visit], outputs, **_QUIETLY),
+            button.click(self.open_example, [name, way, amount, visit], outputs, **_QUIETLY),
+        ]
+        for event in opened:
+            event.then(self.examine, visit, outputs, **_QUIETLY)
+        self.cards.click(pick, visit, outputs, **_QUIETLY)
+        self.other.input(self.remove, [visit, self.other], outputs, **_QUIETLY)
+        self.stage.input(self.show_stage, [visit, self.stage], self.view, **_QUIETLY | dict(trigger_mode="always_last"))
+        self.strength.change(None, self.strength, None, js=STRENGTH_JS, api_visibility="private")
+        saved = self.download.click(self.save, [visit, self.strength], [self.file, self.status], **_QUIETLY)
+        saved.success(None, self.file, None, js=DOWNLOAD_JS, api_visibility="private")
+        return [event.then for event in opened]
+
+    def amount(self, way: str) -> dict:
+        """The slider of a way to degrade."""
+        label, low, high, usual = WAYS[way].slider or ("", 0, 1, 0)
+        return dict(label=label, minimum=low, maximum=high, value=usual, step=1, visible=WAYS[way].slider is not None)
+
+    def open(self, path: str, former: Visit | None) -> Iterator[dict]:
+        """Show an uploaded photograph, or the reason why it cannot be read."""
+        yield {self.own: None}  # so that another can be dropped
+        yield from guarded(self._start(lambda: read_photo(path, self.pixels), former), self.told)
+
+    def open_example(self, name: str, way: str, amount: float, former: Visit | None) -> Iterator[dict]:
+        yield from self._start(lambda: degrade_example(name, way, amount), former)
+
+    def _start(self, make: Callable[[], Visit], former: Visit | None) -> Iterator[dict]:
+        from gradio import update
+
+        visit = make()
+        if former is not None:
+            former.turn += 1  # what is computed for it ends
+        yield {
+            self.visit: visit,
+            self.told: "Looking at it …",
+            self.status: update(value="", visible=True),
+            self.row: update(visible=True),
+            self.cards: "",
+            **self._unchanged(visit),
+        }
+
+    def _unchanged(self, visit: Visit) -> dict:
+        from gradio import update
+
+        hidden = dict.fromkeys((self.strength, self.download, self.steps), update(visible=False))
+        return hidden | {self.view: draw_view(shown(visit.photo)), self.other: None, self.about: ""}
+
+    def examine(self, visit: Visit | None) -> Iterator[dict]:
+        """Say what is wrong with the photograph, show the choices on its centre, restore it by the first of them."""
+        yield {self.own: None}  # a generator without any update would empty the page
+        if visit is not None and not visit.choices:  # else the upload could not be read
+            yield from guarded(self._examine(visit), self.status)
+
+    def _examine(self, visit: Visit) -> Iterator[dict]:
+        diagnosis = diagnose(visit.photo.pixels)
+        known = {network.name: network for network in self.networks.values() if network.description}
+        own = [Choice(f"Your {label}", network) for label, network in self.networks.items() if not network.description]
+        found = [
+            Choice(f"Remove {_word(one.degradation)}", known[one.network], one.strength) if one.network else UNCHANGED
+            for one in choose(diagnosis)
+        ]
+        visit.choices, visit.best = own + found, found[0]
+        yield {self.told: " ".join([_sentence(diagnosis, visit.best), *visit.notes])}
+        turn, crop, estimates = visit.turn, centre(visit.photo), {}
+        for choice in visit.choices:
+            network = choice.network
+            if network is not None and network not in estimates:
+                compute = partial(compute_estimates, network, crop.pixels, self.device)
+                wanted = lambda: visit.turn == turn  # noqa: E731
+                estimates[network] = yield from follow(compute, "Comparing what may help", self.status, wanted)
+                if estimates[network] is None:
+                    return
+            restored = crop if network is None else blend(crop, estimates[network].last, choice.strength)
+            visit.crops.append(shown(restored))
+        yield from self._show(visit, visit.choices[0])
+
+    def pick(self, visit: Visit | None, index: int) -> Iterator[dict]:
+        """Show the choice of a card."""
+        yield from guarded(self._show(visit, visit and visit.choices[index]), self.status)
+
+    def remove(self, visit: Visit | None, label: str) -> Iterator[dict]:
+        """Restore by the network of this label."""
+        yield from guarded(self._show(visit, Choice("", self.networks[label])), self.status)
+
+    def _show(self, visit: Visit | None, choice: Choice) -> Iterator[dict]:
+        """Show a choice, which is computed if it has not been."""
+        from gradio import update
+
+        _check_kept(visit)
+        visit.turn += 1
+        turn, network = visit.turn, choice.network
+        cards = [(str(one), crop, one == visit.best) for one, crop in zip(visit.choices, visit.crops, strict=False)]
+        yield {self.cards: draw_cards(cards, visit.choices.index(choice) if choice in visit.choices else None)}
+        if network is None:
+            visit.chosen = choice
+            yield {**self._unchanged(visit), self.status: "As it is: there is nothing to download."}
+            return
+        label = next(label for label, one in self.networks.items() if one is network)
+        yield {self.other: label, self.about: f"<small>{network.name}: {network.description}</small>"}
+        if network not in visit.estimates:
+            compute = partial(compute_estimates, network, visit.photo.pixels, self.device)
+            doing = f"Removing {REMOVES[label]}" if label in REMOVES else f"Restoring by {label}"
+            found = yield from follow(compute, doing, self.status, lambda: visit.turn == turn)
+            if found is None:
+                return
+            visit.estimates[network] = found
+        visit.chosen, found = choice, visit.estimates[network]
+        last, (height, width) = len(found.stages) - 1, visit.photo.pixels.shape[:2]
+        scores = [] if visit.truth is None else [psnr(stage, visit.truth) for stage in found.stages]
+        gain = f"; PSNR {scores[0]:.2f} dB before, {scores[-1]:.2f} dB at full strength" if scores else ""
+        size = f", scaled down to {width}x{height} pixels" if visit.notes else ""
+        yield {
+            self.view: self.show_stage(visit, last),
+            self.status: f"{found.took}{gain}",
+            self.strength: update(value=choice.strength, visible=True),
+            self.download: update(value=f"Download {visit.name}{size}", visible=True),
+            self.steps: update(visible=True),
+            self.stage: update(value=last, maximum=last),
+            self.table: _table(scores),
+        }
+
+    def show_stage(self, visit: Visit | None, k: int) -> str:
+        """The photograph, and its estimate after stage k."""
+        from gradio import skip
+
+        found = visit and visit.chosen and visit.estimates.get(visit.chosen.network)
+        if not found:
+            return skip()
+        return draw_view(shown(visit.photo), shown(blend(visit.photo, unit_range(found.stages[int(k)]), 1.0)))
+
+    def save(self, visit: Visit | None, strength: float) -> Iterator[dict]:
+        """Write the file to download."""
+        yield from guarded(self._save(visit, strength), self.status)
+
+    def _save(self, visit: Visit | None, strength: float) -> Iterator[dict]:
+        _check_kept(visit)
+        if visit.chosen is None or (network := visit.chosen.network) is None:
+            raise UserError("nothing is restored yet; choose what to remove")
+        path = Path(tempfile.mkdtemp(dir=cache_folder()), visit.name)
+        restored = blend(visit.photo, visit.estimates[network].last, strength)
+        photos.write_photo(path, restored, f"{OURS} {__version__}, {network.name}, strength {strength:g}")
+        yield {self.file: str(path)}
+
+
+class Sensing:
+    """The tab of compressive sensing: the luminance of the visitor's photograph, or of an example, is measured."""
+
+    def __init__(self, networks: list[Network], device: torch.device):
+        self.networks, self.device = by_label(networks), device
+
+    def build(self, visit, events: list):
+        """``events`` bind a function to what may change the photograph."""
+        import gradio as gr
+
+        label = "25 %" if "25 %" in self.networks else next(iter(self.networks))
+        gr.Markdown(
+            "A camera could take few measurements, each a weighted sum of the pixels of a block. A network "
+            "reconstructs the image from them."
         )
-        gallery.select(choose, None, [image, note, own], **quietly).then(**preview)
-        own.upload(self.upload, [own, image], [image, note, gallery], **quietly).then(**preview)
-        way.input(self.update_controls, [way, chosen], [strength, seed, chosen, about], **quietly).then(**preview)
-        for event in (strength.release, seed.release, ratio.release):
-            event(**preview)
+        with gr.Row():
+            with gr.Column(scale=3, min_width=340):
+                self.status = gr.HTML(elem_id="sensing_status", elem_classes="status")
+                view = gr.HTML(js_on_load=VIEW_JS, elem_id="sensing_view", elem_classes="view")
+            with gr.Column(scale=2, min_width=320):
+                chosen = gr.Radio(
+                    list(self.networks), value=label, visible=len(self.networks) > 1,
+                    label="Measurements, as a part of the pixels",
+                )  # fmt: skip
+                ratio = gr.Slider(step=1, label="percent of the pixels that are measured", **self.ratios(label))
+                button = gr.Button("Reconstruct", variant="primary")
+                stage = gr.Slider(0, 7, 7, step=1, label="Show the estimate after stage", visible=False)
+                table = gr.Markdown()
+        self.view, self.stage, self.table = view, stage, table
+        found = self.found = gr.State(None, time_to_live=3600)
+        outputs = [view, self.status, stage, table, found]
+        for event in [*events, ratio.release]:
+            event(self.preview, [visit, chosen, ratio], outputs, **_QUIETLY)
         # After the slider is within the network's ratios.
-        chosen.input(lambda label: gr.update(**self.ratios(label)), chosen, ratio, **quietly).then(**preview)
-        chosen.input(self.describe, chosen, about, **quietly)
-        button.click(
-            restore, inputs, outputs, concurrency_id="restore", concurrency_limit=1, show_progress_on=viewer,
-            api_visibility="private",
-        )  # fmt: skip
-        stage.input(self.show, [found, stage], [viewer, caption], **quietly | dict(trigger_mode="always_last"))
+        changed = chosen.input(lambda label: gr.update(**self.ratios(label)), chosen, ratio, **_QUIETLY)
+        changed.then(self.preview, [visit, chosen, ratio], outputs, **_QUIETLY)
+        button.click(self.reconstruct, [visit, chosen, ratio], outputs, **_QUIETLY | dict(trigger_mode="once"))
+        stage.input(self.show_stage, [found, stage], view, **_QUIETLY | dict(trigger_mode="always_last"))
 
     def ratios(self, label) -> dict:
         """The slider of a network for a range of ratios, in percent; hidden for others."""
-        known = load(self.networks[label], self.device).degradation if self.sensing else None
+        known = load(self.networks[label], self.device).degradation
         if not isinstance(known, ScalableSampling):
             return dict(minimum=0, maximum=100, value=0, visible=False)
         least, most = (float(percentage(rows, known.block)) for rows in (known.lowest, len(known.matrix)))
@@ -363,138 +437,62 @@ class _Tab:
         """What `BlockSampling.at` takes, of a network for a range of ratios."""
         return percent / 100 if self.ratios(label)["visible"] else None
 
-    def describe(self, label):
-        network = self.networks[label]
-        return f"**{network.name}**: {network.description}" if network.description else f"**{network.name}**"
-
-    def upload(self, path, image):
-        """The uploaded image, or the former one with the reason why it cannot be used."""
-        import gradio as gr
-
-        try:
-            return *read_photo(path, self.pixels), gr.update(selected_index=None)
-        except UserError as error:
-            return image, f"⚠️ {error}", gr.skip()
-
-    def update_controls(self, way, label):
-        """Which sliders to show, and the network for the kind of noise, unless a user's network is chosen."""
+    def preview(self, visit: Visit | None, label: str, percent: float = 0) -> dict:
+        """The luminance beside what its measurements show without a network."""
         from gradio import update
 
-        gaussian = way == "Gaussian noise"
-        if self.name == "denoising" and way != UNCHANGED and self.networks[label].description:
-            suits = {
-                name: (n.noise_sigma is not None) == gaussian for name, n in self.networks.items() if n.description
-            }
-            label = label if suits[label] else next((name for name in suits if suits[name]), label)
-        sliders = update(visible=way == next(iter(self.task.ways))), update(visible=way != UNCHANGED)
-        return *sliders, update(value=label), self.describe(label)
+        luma = luminance(visit)
+        operator = load(self.networks[label], self.device).degradation.at(self.ratio(label, percent))
+        start = initial_estimate(operator, luma)
+        whose = "An example (drop a photograph above to measure yours)" if visit is None else "Your photograph"
+        text = (
+            f"{whose}: left its luminance, right what {len(operator.matrix)} measurements of each block of "
+            f"{operator.block}x{operator.block} pixels show without a network (Aᵀy), {psnr(start, luma):.2f} dB."
+        )
+        view = draw_view(luma, start, ("luminance", "Aᵀy"))
+        return {self.view: view, self.status: text, self.stage: update(visible=False), self.table: "", self.found: None}
 
-    def preview(self, image, way, strength, seed, label, percent=0):
-        """The degraded image beside the original."""
-        given = degrade(self.name, image, way, strength, seed)
-        network = self.networks[label]
-        if self.sensing:
-            operator, ratio = load(network, self.device).degradation, self.ratio(label, percent)
-            operator = operator.at(ratio)
-            pair = given, initial_estimate(operator, given)
-            text = (
-                f"Left the luminance, right Aᵀy of {len(operator.matrix)} measurements a block of "
-                f"{operator.block}x{operator.block}: **{psnr(*pair):.2f} dB**."
-            )
-        elif way == UNCHANGED:
-            pair, text = (given, given), "The image as it is. " + _noise_warning(network, given)
-        else:
-            pair = image, given
-            text = f"Left the original, right with {way}: **{psnr(*pair):.2f} dB**. "
-            text += _noise_warning(network, given, strength if way == "Gaussian noise" else None)
+    def reconstruct(self, visit: Visit | None, label: str, percent: float) -> Iterator[dict]:
+        yield from guarded(self._reconstruct(luminance(visit), label, percent), self.status)
+
+    def _reconstruct(self, luma: np.ndarray, label: str, percent: float) -> Iterator[dict]:
         from gradio import update
 
-        return pair, f"{text} Press **Restore**.", update(visible=False), "", None
+        compute = partial(compute_estimates, self.networks[label], luma, self.device, ratio=self.ratio(label, percent))
+        found = yield from follow(compute, "Reconstructing", self.status)
+        scores, last = [psnr(stage, luma) for stage in found.stages], len(found.stages) - 1
+        yield {
+            self.found: found,
+            self.view: self.show_stage(found, last),
+            self.status: f"{found.took}; left Aᵀy, {scores[0]:.2f} dB, right reconstructed, {scores[-1]:.2f} dB",
+            self.stage: update(visible=True, value=last, maximum=last),
+            self.table: _table(scores),
+        }
 
-    def restore(self, image, way, strength, seed, label, percent, progress):
-        import gradio as gr
-
-        try:
-            given = degrade(self.name, image, way, strength, seed)
-            model = load(self.networks[label], self.device)
-            begin = time.perf_counter()
-            report = lambda done, doing: progress(done, desc=doing)  # noqa: E731
-            bf16 = autocast_dtype("auto", self.device) is not None  # where it is faster
-            ratio = self.ratio(label, percent)
-            stages = restore_stages(model, given, bf16=bf16, tile=TILE, overlap=OVERLAP, ratio=ratio, progress=report)
-            seconds = time.perf_counter() - begin
-        except Exception as error:
-            if (message := describe_error(error)) is None:
-                raise
-            return gr.skip(), f"⚠️ {message}", gr.skip(), gr.skip(), gr.skip()
-        truth = given if self.sensing else None if way == UNCHANGED else image
-        scores = [] if truth is None else [psnr(stage, truth) for stage in stages]
-        place = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        size = f"{given.shape[1]}x{given.shape[0]} pixels"
-        found = Found(stages, scores, f"{size}, restored in {seconds:.1f} s on the {place}.")
-        last = len(stages) - 1
-        return *self.show(found, last), gr.update(visible=True, maximum=last, value=last), _table(scores), found
-
-    def show(self, found, k):
-        """The estimate after stage k beside x_0."""
+    def show_stage(self, found: Estimates | None, k: int) -> str:
         if found is None:
-            import gradio
+            from gradio import skip
 
-            return gradio.skip()
-        k, last = int(k), len(found.stages) - 1
-        before = "Aᵀy" if self.sensing else "degraded" if found.scores else "the image"
-        score = [f", **{score:.2f} dB**" for score in found.scores] or [""] * (last + 1)
-        name = "x₀" if k == 0 else "restored" if k == last else f"after stage {k} of {last}"
-        text = f"Left {before}{score[0]}; right {name}{score[k]}. {found.took}"
-        return (found.stages[0], found.stages[k]), text
+            return skip()
+        return draw_view(found.stages[0], found.stages[int(k)], ("Aᵀy", "reconstructed"))
 
 
-@dataclass(frozen=True)
-class Found:
-    """A restored image: x_0 ... x_K, their PSNR if the ground truth is known, and the time taken."""
-
-    stages: list[np.ndarray]
-    scores: list[float]
-    took: str
+def _word(degradation: str) -> str:
+    return degradation.replace("gaussian", "Gaussian")
 
 
-def initial_estimate(operator: BlockSampling | FirstRows, luma: np.ndarray) -> np.ndarray:
-    """A_adjoint(A(x)) of a luminance (H, W), as uint8."""
-    height, width = luma.shape
-    with torch.inference_mode():
-        x = pad_to_blocks(unit_range(to_tensor(luma)[None]), operator.block)
-        start = operator.A_adjoint(operator.A(x.to(operator.matrix.device)))
-    return to_uint8(start[0, 0, :height, :width].cpu().numpy())
-
-
-def _label(network: Network) -> str:
-    ratio = network.name.rpartition("_")[2].replace("to", " to ")  # 25, or 1to50
-    known = network.task == "compressive_sensing" and re.fullmatch(r"\d+( to \d+)?", ratio)
-    return f"{ratio} %" if known else network.name
-
-
-def _by_label(networks: list[Network]) -> dict[str, Network]:
-    """Networks by unique labels: a name, if needed with the folder's name and a number."""
-    found = {}
-    for network in networks:
-        label, folder = _label(network), network.path.resolve().parent.name
-        candidates = (label, f"{label} ({folder})", *(f"{label} ({folder}, {k})" for k in range(2, len(networks) + 1)))
-        found[next(candidate for candidate in candidates if candidate not in found)] = network
-    return found
-
-
-def _noise_warning(network: Network, given: np.ndarray, sigma: float | None = None) -> str:
-    """A sentence if the noise of an image is outside the network's training range, or nothing."""
-    if network.noise_sigma is None:
-        return ""
-    level = 255 * estimate_sigma(unit_range(given)) if sigma is None else sigma
-    text = noise_warning(level, network.noise_sigma)
-    return f"About sigma {level:.0f}, {text}. " if text else ""
+def _sentence(diagnosis: Diagnosis, best: Choice) -> str:
+    """What is wrong with a photograph, and how sure that is."""
+    sure = f"({100 * diagnosis.confidence:.0f} % sure)"
+    if diagnosis.degradation == "clean":
+        return f"**Nothing seems to be wrong** with this photograph {sure}."
+    unsure = " That is too unsure to change it." if best == UNCHANGED else ""
+    return f"This photograph seems to have **{_word(diagnosis.degradation)}** {sure}.{unsure}"
 
 
 def _table(scores: list[float]) -> str:
+    """A row for each stage; nothing without scores."""
     if not scores:
         return ""
-    rows = [["", *(f"x{chr(0x2080 + k) if k < 10 else k}" for k in range(len(scores)))]]
-    rows += [["---"] * len(rows[0]), ["PSNR in dB", *(f"{score:.2f}" for score in scores)]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = ["| stage | PSNR |", "| --- | --- |", *(f"| {k} | {score:.2f} dB |" for k, score in enumerate(scores))]
+    return "\n".join(rows)

@@ -18,7 +18,7 @@ from dgunet.runtime.files import atomic_write
 from dgunet.runtime.fonts import set_title
 
 
-def restore_stages(
+def estimate_stages(
     model: DGUNet,
     image: np.ndarray,
     *,
@@ -28,7 +28,7 @@ def restore_stages(
     ratio: float | None = None,
     progress: Callable[[float, str], None] = lambda fraction, description: None,
 ) -> list[np.ndarray]:
-    """The estimates x_0, x_1, ..., x_K of an image, all of its shape, uint8.
+    """The estimates x_0, x_1, ..., x_K of an image, all of its shape, float32, clamped to [0, 1].
 
     Args:
         model: a network for images, or for compressive sensing, which is given the image's measurements. Statistics
@@ -77,8 +77,13 @@ def restore_stages(
     report()
     with torch.inference_mode(), after_each_stage(model, count):
         estimates = blend_tiles(areas, overlap, x.shape[2:], stages)
-    estimates = estimates[..., :height, :width].permute(0, 2, 3, 1).cpu().numpy()
-    return [to_uint8(stage).reshape(image.shape) for stage in estimates]
+    estimates = estimates[..., :height, :width].clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    return [stage.reshape(image.shape) for stage in estimates]
+
+
+def restore_stages(model: DGUNet, image: np.ndarray, **options) -> list[np.ndarray]:
+    """As `estimate_stages`, uint8."""
+    return [to_uint8(stage) for stage in estimate_stages(model, image, **options)]
 
 
 def label_stages(estimates: list[np.ndarray]) -> list[tuple[str, np.ndarray]]:

@@ -415,6 +415,11 @@ def is_jpeg(path: Path) -> bool:
     return path.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif")
 
 
+def restored_name(name: Path, kind: str) -> Path:
+    """The name under which a photograph of a format (see `probe`) is written: its own, with .png unless PNG or JPEG."""
+    return name if name.suffix.lower() == ".png" or (is_jpeg(name) and kind == "JPEG") else name.with_suffix(".png")
+
+
 def _encode(pixels: np.ndarray, kind: str, **options) -> bytes:
     from PIL import Image
 
