@@ -79,13 +79,15 @@ def draw_screen(rng: Generator, side: int = 2 * CROP) -> np.ndarray:
 
 
 def soften(image: np.ndarray, rng: Generator) -> np.ndarray:
-    """Blur that stays: of a lens or an enlargement, or out of focus in a part of the image."""
+    """Blur that stays: of a lens or an enlargement, or out of focus, often in a part of the image."""
     if rng.random() < 0.5:
-        return cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9))
+        return cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1.2))
     radius = rng.uniform(1.5, 8)
     y, x = np.mgrid[-10:11, -10:11]
     disc = np.clip(radius + 0.5 - np.hypot(x, y), 0, 1)
     defocused = cv2.filter2D(image, -1, (disc / disc.sum()).astype(np.float32), borderType=cv2.BORDER_REFLECT_101)
+    if rng.random() < 0.5:
+        return defocused
     centre = rng.uniform(0, image.shape[0], 2)
     y, x = np.ogrid[: image.shape[0], : image.shape[1]]
     mask = (np.hypot(y - centre[0], x - centre[1]) / image.shape[0] > rng.uniform(0.2, 0.7)).astype(np.float32)
@@ -95,7 +97,7 @@ def soften(image: np.ndarray, rng: Generator) -> np.ndarray:
 
 def degrade(x: np.ndarray, kind: str, rng: Generator) -> np.ndarray:
     """A clean image (H, W, 3) in [0, 1] with a degradation of this kind, or changed in a way that is none."""
-    if kind != "gaussian noise" and kind != "camera noise" and rng.random() < 0.2:
+    if kind in ("clean", "JPEG blocks", "rain") and rng.random() < 0.3:
         x = soften(x, rng)
     if kind == "gaussian noise":
         sigma = np.exp(rng.uniform(np.log(4), np.log(60)))

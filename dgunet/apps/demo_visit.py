@@ -23,11 +23,11 @@ from dgunet.data.samples import MIN_SIDE, sample_photos
 from dgunet.data.synthesis import (
     Degrade,
     added_rain,
+    bayer_noise,
     degrade_image,
     gaussian_noise,
     jpeg_compress,
     motion_blur,
-    sensor_noise,
 )
 from dgunet.data.transforms import as_colour, pad_to_blocks, to_uint8, unit_range
 from dgunet.evaluation.metrics import evaluate_pair
@@ -58,7 +58,7 @@ WAYS = {
     "Gaussian noise": Way(
         lambda sigma: partial(gaussian_noise, sigma=sigma), ("sigma of the noise, in 8-bit levels", 1, 75, 25)
     ),
-    "camera noise": Way(lambda _: sensor_noise),
+    "camera noise": Way(lambda _: bayer_noise),
     "blur": Way(
         lambda extent: partial(motion_blur, extent=(extent, extent)), ("extent of the shake in pixels", 3, 25, 10)
     ),
