@@ -21,7 +21,7 @@ TILE = 512  # of networks whose record recommends none
 
 
 class Network:
-    """An exported network: ``network(y)`` maps (B, C, H, W), float32, to the restored images.
+    """An exported network: ``network(y)`` maps (B, C, H, W), float32, to the restored images, not clamped.
 
     ``about`` are the file's metadata, ``channels`` C, ``multiple`` what H and W must be multiples of, ``tile`` the
     side of the tiles that the record of the weights recommends, or None.
@@ -47,7 +47,7 @@ class Network:
         self.tile = int(self.about["tile"]) if "tile" in self.about else None
 
     def __call__(self, y: np.ndarray) -> np.ndarray:
-        return self.session.run(["restored"], {"y": y})[0]
+        return self.session.run(["unclamped"], {"y": y})[0]
 
 
 load = Network
@@ -126,7 +126,7 @@ def _check(image: np.ndarray, channels: int) -> tuple[np.ndarray, int]:
     return x, scale
 
 
-# The tiles and their seams are those of dgunet/inference.py, which tests/test_onnx_runner.py compares.
+# The tiles and their seams are those of dgunet/inference.py, which tests/test_without_pytorch.py compares.
 
 
 def tile_grid(

@@ -61,8 +61,9 @@ def test_files_give_what_the_network_gives(exported, rows, columns, batch):
     y = export.example(model, rows, columns, batch)
     session = onnxruntime.InferenceSession(folder / "network.onnx")
     names = [output.name for output in session.get_outputs()]
-    assert names == ["restored", *(f"stage{k}" for k in range(model.stages - 1, 0, -1))]
-    estimates = session.run(None, {"y": y.numpy()})
+    assert names == ["restored", *(f"stage{k}" for k in range(model.stages - 1, 0, -1)), "unclamped"]
+    *estimates, unclamped = session.run(None, {"y": y.numpy()})
+    np.testing.assert_array_equal(unclamped.clip(0, 1), estimates[0])
     assert estimates[0].std() > 0.01
     np.testing.assert_allclose(estimates[0], expected(model, y), atol=1e-4, rtol=0)
     program = torch.export.load(folder / "network.pt2").module()

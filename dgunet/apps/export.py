@@ -39,6 +39,7 @@ from dgunet.runtime.files import atomic_write
 from dgunet.runtime.progress import progress_bar
 
 FORMATS = ("onnx", "pt2")
+UNCLAMPED = "unclamped"  # the output of ONNX files for tiles: `restore` clamps after blending them
 LARGEST_DIFFERENCE = 1e-3  # between the file's estimates and the network's own
 LARGEST_DIFFERENCE_HALF = 1 / 255  # the same of weights in float16: one step of 8 bits
 
@@ -86,7 +87,8 @@ def export_model(
 
     The input ``y`` is (B, C, H, W), in [0, 1], sides multiples of 8 and at least 16; in compressive sensing it is the
     measurements (B, M, h, w) of at least 2x2 blocks. The output ``restored`` is the restored image, clamped to [0, 1]
-    as `restore` does. The file's metadata describe the network (.pt2: as ``metadata.json``).
+    as `restore` does; of an ONNX file ``unclamped`` is the same before clamping, the last output. The file's metadata
+    describe the network (.pt2: as ``metadata.json``).
 
     Args:
         model: a DGUNet whose degradation is learned or one of `dgunet.degradations`.
@@ -383,7 +385,7 @@ def _write_onnx(network: _Estimates, path: Path, metadata: dict[str, str], half:
     progress.step("writing the file")
     sensing = isinstance(model.degradation, BlockSampling)
     sides = ["rows", "columns"] if sensing else ["height", "width"]
-    outputs = dict(zip(network.names, estimates, strict=False))
+    outputs = dict(zip(network.names, estimates, strict=False)) | {UNCLAMPED: estimates[0]}
     file = joined.finish(["batch", channels, *sides], outputs, ["batch", model.channels, "height", "width"])
     onnx.helper.set_model_props(file, metadata | {"opset": str(joined.opset)})
     path.write_bytes(file.SerializeToString())
@@ -443,10 +445,10 @@ class _JoinedGraph:
         if self.half:
             nodes = [helper.make_node("Cast", ["y"], [self.y], to=TensorProto.FLOAT16), *nodes]
         for name, value in outputs.items():
-            if self.half:
-                nodes.append(helper.make_node("Cast", [value], [f"{name}/float32"], to=TensorProto.FLOAT))
-                value = f"{name}/float32"
-            nodes.append(helper.make_node("Clip", [value, "zero", "one"], [name]))
+            unclamped = name if name == UNCLAMPED else f"{name}/unclamped"
+            nodes.append(helper.make_node("Cast", [value], [unclamped], to=TensorProto.FLOAT))
+            if name != UNCLAMPED:
+                nodes.append(helper.make_node("Clip", [unclamped, "zero", "one"], [name]))
         bounds = [numpy_helper.from_array(np.float32(value), name) for name, value in (("zero", 0), ("one", 1))]
         for part in (*nodes, *self.weights.values()):
             del part.metadata_props[:]  # the exporter's notes, larger than the node itself
@@ -465,7 +467,8 @@ def _read_onnx(path: Path):
     from onnxruntime import InferenceSession
 
     session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda y: [torch.from_numpy(x) for x in session.run(None, {"y": y.numpy()})]
+    names = [output.name for output in session.get_outputs() if output.name != UNCLAMPED]
+    return lambda y: [torch.from_numpy(x) for x in session.run(names, {"y": y.numpy()})]
 
 
 def _read_pt2(path: Path):
