@@ -29,7 +29,7 @@ from dgunet.checkpoints.load import load_model
 from dgunet.checkpoints.registry import list_pretrained, locate
 from dgunet.model.degradations import KINDS, for_measurements
 from dgunet.model.fusion import SubspaceFusion
-from dgunet.model.network import CustomStage, DGUNet
+from dgunet.model.network import DGUNet
 from dgunet.model.projection import project
 from dgunet.model.proximal import MULTIPLE, StageFeatures
 from dgunet.model.sampling import BlockSampling, ScalableSampling
@@ -124,7 +124,7 @@ def export_model(
     ):
         warnings.simplefilter("ignore")  # of the exporters, about themselves
         expected = network(y) if stages else [network(y)]
-        make_exportable(network.model)
+        _make_exportable(network.model)
         if format == "onnx":
             _write_onnx(network, temporary, metadata, half, progress)
         else:
@@ -144,7 +144,7 @@ class _Progress:
         self.log, self.count, self.done = log or (lambda step: None), 0, 0
 
     def __enter__(self) -> "_Progress":
-        self.bar = progress_bar(total=1, leave=False, bar_format="{desc}: {n_fmt} of {total_fmt} |{bar}| {elapsed}")
+        self.bar = progress_bar(total=1, leave=False)
         return self
 
     def __exit__(self, *error):
@@ -286,7 +286,7 @@ class _ExportedSampling(BlockSampling):
         return F.pixel_shuffle((y.permute(0, 2, 3, 1) @ self.matrix).permute(0, 3, 1, 2), self.block)
 
 
-def make_exportable(model: DGUNet):
+def _make_exportable(model: DGUNet):
     """Replace what cannot be exported, in the model itself."""
     known = model.degradation
     if isinstance(known, BlockSampling):
@@ -366,17 +366,23 @@ def _write_onnx(network: _Estimates, path: Path, metadata: dict[str, str], half:
     channels = y.shape[1]
     if half:
         model, y = model.half(), y.half()
-    if any(isinstance(stage, CustomStage) for stage in model.iter_stages()):
-        # What a stage of the user's own hands to the next may be anything.
+    if model.factories:  # parts of the user's own: what a stage hands to the next may be anything
         progress.expect(4)
-        estimates = joined.add(_convert(_Estimates(model, True), (y,), "the network", progress), "network", [])
+        progress.step("tracing the network")
+        program = _trace(_Estimates(model, True), (y,), rows=4)
+        progress.step("converting the network")
+        estimates = joined.add(_to_onnx(program), "network", [])
     else:
         progress.expect(2 * len(dict.fromkeys(model.iter_stages())) + 2)
         parts, tensors, names, features, estimates = {}, [], [], None, []
         for k, stage in enumerate(model.iter_stages(), 1):
             part = _StageOfTensors(stage, model.degradation, features)
             if stage not in parts:
-                parts[stage] = f"stage{k}", _convert(part, (y, *tensors), f"stage {k}", progress)
+                progress.step(f"tracing stage {k}")
+                program = _trace(part, (y, *tensors), rows=4)
+                progress.step(f"converting stage {k}")
+                _replace_in_place(program)
+                parts[stage] = f"stage{k}", _to_onnx(program)
             name, converted = parts[stage]
             names = joined.add(converted, name, names, f"{k}/")
             estimates.insert(0, names[0])
@@ -392,18 +398,20 @@ def _write_onnx(network: _Estimates, path: Path, metadata: dict[str, str], half:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def _convert(module: nn.Module, tensors: tuple[Tensor, ...], what: str, progress: _Progress):
-    """The ONNX model of a function of tensors."""
-    progress.step(f"tracing {what}")
-    program = _trace(module, tensors, rows=4)
-    progress.step(f"converting {what}")
+def _to_onnx(program: torch.export.ExportedProgram):
+    return torch.onnx.export(program, dynamo=True, verbose=False).model_proto
+
+
+def _replace_in_place(program: torch.export.ExportedProgram):
+    """Replace in-place operations, which take longest to convert, by those that return a new tensor.
+
+    That is right for a network that uses their results alone, and no longer their inputs, as dgunet's own do.
+    """
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
-            # In-place operations, whose results the network uses, not their inputs, take longest to convert.
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.endswith("_"):
                 namespace, name = node.target._schema.name.removesuffix("_").split("::")
                 node.target = getattr(getattr(getattr(torch.ops, namespace), name), node.target._overloadname)
-    return torch.onnx.export(program, dynamo=True, verbose=False).model_proto
 
 
 class _JoinedGraph:
