@@ -209,6 +209,7 @@ def _restore_file(network: Network, path: Path, out: Path, tile, overlap: int | 
 
     if out.exists():
         raise ValueError(f"{out} exists; remove it, or choose another --out")
+    Image.MAX_IMAGE_PIXELS = None  # tiles bound the memory
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, grey
