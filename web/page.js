@@ -2,7 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
-let network, file, began;
+let network, modelName, file, began;
 
 $("served").hidden = true;
 $("app").hidden = false;
@@ -21,7 +21,7 @@ async function loadModel(blob, name) {
   say(`Loading ${name} ...`);
   busy(true);
   $("bar").removeAttribute("value");
-  worker.name = name;
+  modelName = name;
   const buffer = await blob.arrayBuffer();
   worker.postMessage({ model: buffer }, [buffer]);
 }
@@ -86,9 +86,9 @@ worker.onmessage = ({ data: { kind, result, error, done, count } }) => {
   busy(false);
   if (kind === "model") {
     network = error ? null : result;
-    if (error) return say(`${worker.name} cannot be used: ${error}.`, true);
+    if (error) return say(`${modelName} cannot be used: ${error}.`, true);
     const { name, weights, trained_for, not_for } = network.about;
-    $("about").textContent = `${worker.name}: ${weights ?? name}, on ${network.device === "webgpu" ? "the GPU (WebGPU)" : "the CPU"}.`
+    $("about").textContent = `${modelName}: ${weights ?? name}, on ${network.device === "webgpu" ? "the GPU (WebGPU)" : "the CPU"}.`
       + (trained_for ? ` For: ${trained_for} Not for: ${not_for}` : "");
     say("Ready: choose an image.");
     return loadImage();
