@@ -21,9 +21,13 @@ import torch
 from torch import nn
 
 from dgunet import DGUNet, UserError, create_model, list_models, load_model
+from dgunet.apps.compare import write_comparison
 from dgunet.checkpoints import load as checkpoint_module
 from dgunet.checkpoints.load import describe_model, read_checkpoint, save_checkpoint
 from dgunet.checkpoints.safetensors import save_weights
+from dgunet.data.images import write_image
+from dgunet.data.photos import Photo, write_photo
+from dgunet.evaluation.scoresheet import ScoreSheet
 from dgunet.model.degradations import Blur, MotionBlur
 from dgunet.model.sampling import BlockSampling, block_sampling
 from dgunet.runtime.files import atomic_write
@@ -207,20 +211,36 @@ def test_errors_name_the_file_that_was_to_be_written(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no such modes")
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_files_have_the_mode_that_umask_says(tmp_path, tiny_model, umask):
     model, before = tiny_model(stages=1), os.umask(umask)
     try:
         save_checkpoint({"state_dict": model.state_dict()}, tmp_path / "a.pth")
         save_weights(tmp_path / "a.safetensors", model.state_dict(), describe_model(model))
+        write_image(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+        write_photo(tmp_path / "a.jpg", Photo(np.zeros((4, 4, 3), np.uint8)), "")
+        write_comparison(tmp_path / "a.html", [(tmp_path / "a.jpg", tmp_path / "a.png")])
+        ScoreSheet(tmp_path / "scores", "psnr_rgb", {}, {})._write()
         with atomic_write(tmp_path / "a.txt") as temporary:
             temporary.write_text("x")
     finally:
         os.umask(before)
-    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
-        ("a.pth", "a.safetensors", "a.txt"), 0o666 & ~umask
-    )
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"a.pth", "a.safetensors", "a.png", "a.jpg", "a.html", "a.txt", "scores.csv"} <= modes.keys()
+    assert set(modes.values()) == {0o666 & ~umask}
     assert_same_weights(load_model(tmp_path / "a.safetensors"), model)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such modes")
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path, mode):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    path.chmod(mode)
+    with atomic_write(path) as temporary:
+        assert temporary.stat().st_mode & 0o077 == mode & 0o077, "never readable for more than the file"
+        temporary.write_text("after")
+    assert path.read_text() == "after" and path.stat().st_mode & 0o777 == mode
 
 
 # ------------------------------------------------------------------------------------------------------------- loading

@@ -14,16 +14,9 @@ from dgunet.model.degradations import Blur
 from dgunet.model.projection import inverse_cholesky, project
 from dgunet.runtime.errors import ROOT
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-
-def shipped() -> torch.nn.Module:
-    """The weights that are shipped, without the stages between the first and the last: an export takes its time."""
-    model = load_model(ROOT / "Denoising" / "pretrained_models" / "gaussian" / "weights.safetensors")
-    model.stages = 2
-    return model
 
 
 def tiny(name: str, **overrides) -> torch.nn.Module:
@@ -32,7 +25,8 @@ def tiny(name: str, **overrides) -> torch.nn.Module:
 
 
 NETWORKS = {
-    "subspace": shipped,
+    # A shared middle stage is applied twice: once in the graph is not enough.
+    "subspace": lambda: tiny("denoising_dgunet", stages=4, isff="none"),
     "concat": lambda: tiny("compressive_sensing_dgunet", stages=2, ratio=0.04),
     "blur": lambda: tiny("deblurring_dgunet", stages=1, degradation=Blur(torch.rand(3, 5) / 8)),
 }
@@ -40,15 +34,11 @@ NETWORKS = {
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def exported(request, tmp_path_factory):
-    """A network and its two files; one tracing is enough for both."""
-    model, folder, traced = NETWORKS[request.param](), tmp_path_factory.mktemp(request.param), []
-    trace = export._trace
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            export, "_trace", lambda network: traced[0] if traced else traced.append(trace(network)) or traced[0]
-        )
-        for format in export.FORMATS:
-            assert export.export_model(model, folder / f"network.{format}", about={"licence": "MIT"}) < 1e-4
+    """A network and its two files, which have the estimates of all stages."""
+    model, folder = NETWORKS[request.param](), tmp_path_factory.mktemp(request.param)
+    for format in export.FORMATS:
+        path = folder / f"network.{format}"
+        assert export.export_model(model, path, stages=True, about={"licence": "MIT"}) < 1e-4
     return model, folder
 
 
@@ -64,11 +54,26 @@ def test_files_give_what_the_network_gives(exported, rows, columns, batch):
     model, folder = exported
     y = export.example(model, rows, columns, batch)
     session = onnxruntime.InferenceSession(folder / "network.onnx")
-    restored = session.run(["restored"], {"y": y.numpy()})[0]
-    assert restored.std() > 0.01
-    np.testing.assert_allclose(restored, expected(model, y), atol=1e-4, rtol=0)
+    names = [output.name for output in session.get_outputs()]
+    assert names == ["restored", *(f"stage{k}" for k in range(model.stages - 1, 0, -1)), "unclamped"]
+    *estimates, unclamped = session.run(None, {"y": y.numpy()})
+    np.testing.assert_array_equal(unclamped.clip(0, 1), estimates[0])
+    assert estimates[0].std() > 0.01
+    np.testing.assert_allclose(estimates[0], expected(model, y), atol=1e-4, rtol=0)
     program = torch.export.load(folder / "network.pt2").module()
-    torch.testing.assert_close(program(y), expected(model, y), atol=1e-4, rtol=0)
+    torch.testing.assert_close(program(y)[0], expected(model, y), atol=1e-4, rtol=0)
+    with torch.no_grad():
+        for onnx_s, pt2_s, own in zip(estimates, program(y), model(y), strict=True):
+            np.testing.assert_allclose(onnx_s, own.clamp(0, 1), atol=1e-4, rtol=0)
+            torch.testing.assert_close(pt2_s, own.clamp(0, 1), atol=1e-4, rtol=0)
+
+
+def test_shared_stages_share_their_weights(exported):
+    model, folder = exported
+    stored = sum(np.prod(weight.dims) for weight in onnx.load(folder / "network.onnx").graph.initializer)
+    parameters = sum(tensor.numel() for tensor in model.state_dict().values())
+    if model.degradation is None:  # a known one's matrix is stored transposed, too
+        assert parameters * 0.9 < stored < parameters * 1.1
 
 
 def test_files_say_what_they_hold(exported):
@@ -76,6 +81,7 @@ def test_files_say_what_they_hold(exported):
     session = onnxruntime.InferenceSession(folder / "network.onnx")
     about = session.get_modelmeta().custom_metadata_map
     assert about["name"] == model.name and about["licence"] == "MIT" and about["value_range"] == "0 1"
+    assert int(about.pop("opset")) == onnx.load(folder / "network.onnx").opset_import[0].version
     assert about["multiple"] == ("32" if about["task"] == "compressive_sensing" else "8")
     taken, given = session.get_inputs()[0], session.get_outputs()[0]
     assert given.shape == ["batch", model.channels, "height", "width"]
@@ -87,15 +93,29 @@ def test_files_say_what_they_hold(exported):
         assert str(ROOT).encode() not in path.read_bytes()
 
 
-def test_estimates_of_all_stages(tmp_path):
-    model = tiny("deraining_dgunet", stages=2)
-    export.export_model(model, tmp_path / "network.pt2", stages=True)
-    y = export.example(model, 3, 4)
-    with torch.no_grad():
-        estimates = model(y)
-    found = torch.export.load(tmp_path / "network.pt2").module()(y)
-    for a, b in zip(found, estimates, strict=True):
-        torch.testing.assert_close(a, b.clamp(0, 1), atol=1e-5, rtol=0)
+def test_half(tmp_path):
+    model, steps = tiny("denoising_dgunet", stages=1), []
+    difference = export.export_model(model, tmp_path / "network.onnx", half=True, log=steps.append)
+    assert 0 < difference < 1e-3
+    weights = onnx.load(tmp_path / "network.onnx").graph.initializer
+    stored = sum(np.prod(weight.dims) for weight in weights if weight.data_type == onnx.TensorProto.FLOAT16)
+    assert stored > 0.99 * sum(tensor.numel() for tensor in model.state_dict().values())
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+    assert session.get_modelmeta().custom_metadata_map["precision"] == "float16"
+    y = torch.rand(1, 3, 24, 40)
+    np.testing.assert_allclose(session.run(None, {"y": y.numpy()})[0], expected(model, y), atol=1e-3, rtol=0)
+    assert steps[0] == "1 of 4: tracing stage 1" and steps[-1] == "4 of 4: running the file"
+    with pytest.raises(UserError, match="--half is for .onnx"):
+        export.export_model(model, tmp_path / "network.pt2", half=True)
+
+
+def test_weights_that_come_with_dgunet_are_described():
+    about = export._about("denoising_gaussian")
+    assert about["licence"] == "MIT" and "BSDS500" in about["trained_on"]
+    assert "CBSD68_25 31.32 / 0.8838" in about["scores"]
+    source = export._provenance("denoising_gaussian")
+    assert source["weights_sha256"] in (ROOT / "docs" / "models.md").read_text()
+    assert export.describe(load_model("denoising_gaussian"))["tile"] == "192"
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -109,7 +129,12 @@ def test_command(tmp_path, capsys):
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "weights.pth")
     out = tmp_path / "new" / "network.pt2"
     export.run(parse(str(tmp_path / "weights.pth"), "--out", str(out)))
-    assert str(out) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert str(out) in printed and "3 of 3: running the file" in printed
+    files = {"metadata.json": ""}
+    torch.export.load(out, extra_files=files)
+    about = json.loads(files["metadata.json"])
+    assert about["weights"] == "weights.pth" and len(about["weights_sha256"]) == 64
     assert [path.name for path in out.parent.iterdir()] == ["network.pt2"]
     with pytest.raises(UserError, match="network.pt2 exists"):
         export.run(parse(str(tmp_path / "weights.pth"), "--out", str(out)))

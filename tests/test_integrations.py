@@ -1,5 +1,6 @@
 """DGUNet in other libraries, each against the real one, where it is installed."""
 
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,12 @@ import pytest
 import torch
 
 from dgunet import DGUNet, UserError, load_model, restore
+from dgunet.checkpoints.registry import find_pretrained
 from dgunet.model.degradations import Blur
 from dgunet.model.sampling import BlockSampling, block_sampling
+from dgunet.runtime.errors import ROOT
 
+DENOISERS = ("denoising_gaussian", "denoising_photo")
 SMALL = dict(width=8, growth=4, final_growth=4, stages=2)
 
 
@@ -170,9 +174,24 @@ def test_spandrel_restores_with_the_shipped_weights_as_restore_does(loader, fold
     descriptor = loader.load_from_file(path)
     assert (descriptor.architecture.id, descriptor.scale, descriptor.input_channels) == ("DGUNet", 1, 3)
     assert descriptor.model.stages == load_model(path).stages
-    assert descriptor.size_requirements.multiple_of == 8 and descriptor.tiling.name == "DISCOURAGED"
+    assert descriptor.size_requirements.multiple_of == 8
+    assert descriptor.tiling.name == ("SUPPORTED" if load_model(path).local else "DISCOURAGED")
     y = torch.rand(1, 3, 13, 16)
     torch.testing.assert_close(descriptor(y), restore(load_model(path), y), rtol=0, atol=1e-5)
+
+
+def test_spandrel_supports_tiles_where_the_record_recommends_them(loader):
+    tiling = {name: loader.load_from_file(find_pretrained(name).path).tiling.name for name in DENOISERS}
+    assert tiling == {"denoising_gaussian": "SUPPORTED", "denoising_photo": "DISCOURAGED"}
+
+
+def test_comfyui_folder(monkeypatch):
+    spandrel = pytest.importorskip("spandrel")
+    monkeypatch.setattr(spandrel, "MAIN_REGISTRY", spandrel.ArchRegistry())
+    found = runpy.run_path(str(ROOT / "integrations" / "comfyui" / "__init__.py"))
+    assert found["NODE_CLASS_MAPPINGS"] == {}
+    (support,) = spandrel.MAIN_REGISTRY.architectures("detection")
+    assert support.architecture.id == "DGUNet"
 
 
 def test_spandrel_takes_other_weights_for_those_of_the_papers_stages(loader):

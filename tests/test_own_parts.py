@@ -266,8 +266,12 @@ def test_safetensors_and_the_hub_carry_the_name(own, tmp_path, y):
         hub.from_pretrained(tmp_path / "hub")
 
 
-def test_exported(own, tmp_path):
-    assert export_model(network(own, stages=2), tmp_path / "network.pt2") < 1e-4
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_exported(own, tmp_path, ending):
+    if ending == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    assert export_model(network(own, stages=2), tmp_path / f"network.{ending}") < 1e-4
 
 
 def test_compiled(own, y):

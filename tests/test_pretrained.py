@@ -26,7 +26,7 @@ from dgunet import DGUNet, UserError, create_model, list_models, load_model
 from dgunet.checkpoints.load import describe_model, read_checkpoint
 from dgunet.checkpoints.registry import find_pretrained, list_pretrained
 from dgunet.checkpoints.safetensors import save_weights
-from dgunet.model.degradations import Blur
+from dgunet.model.degradations import Blur, MotionBlur
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = find_pretrained("denoising_gaussian").path
@@ -450,6 +450,34 @@ def test_hugging_face_folder(tmp_path, offline, name, degradation, overrides):
     assert {"image-restoration", name.removesuffix("_dgunet").replace("_", "-")} <= set(about["tags"])
     for part in (name, "For a test.", "arxiv.org/abs/2204.13348", 'pip install ".[hub]"'):
         assert part in card.text
+
+
+@pytest.mark.parametrize(
+    "name, degradation, overrides",
+    [
+        ("denoising_dgunet", None, {}),
+        ("denoising_dgunet", None, dict(channels=1)),
+        ("compressive_sensing_dgunet", None, dict(ratio=0.01)),
+        ("compressive_sensing_dgunet", None, dict(ratio=(0.01, 0.1))),
+        ("deblurring_dgunet", Blur(torch.rand(3, 5) / 8), {}),
+        ("deblurring_dgunet", MotionBlur(), {}),
+        ("deraining_dgunet", Darken(), {}),
+    ],
+)
+def test_the_code_of_a_card_runs(tmp_path, offline, monkeypatch, name, degradation, overrides):
+    model = create_model(name, degradation, **TINY | overrides)
+    if isinstance(degradation, Darken):
+        (tmp_path / "card_operator.py").write_text(
+            "class Darken:\n    def A(self, x):\n        return x / 2\n\n    A_adjoint = A\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        model.degradation_name = "card_operator:Darken"
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("a", about="For a test.")
+    code = (tmp_path / "a" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    values = {}
+    exec(code, values)
+    assert values["restored"].shape[-3] == model.channels
 
 
 def test_hugging_face_folder_whose_weights_lost_their_description(tmp_path, offline, tiny_model):

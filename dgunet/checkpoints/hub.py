@@ -6,13 +6,16 @@ that `load_model` reads it, too; ``config.json``, the same description; and a mo
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import huggingface_hub as huggingface
 
 from dgunet.checkpoints.load import describe_model, load_model, read_checkpoint
 from dgunet.checkpoints.safetensors import save_weights
+from dgunet.model.degradations import Blur, MotionBlur
 from dgunet.model.network import DGUNet
+from dgunet.model.sampling import ScalableSampling
 from dgunet.model.variants import find_variant
 from dgunet.runtime.errors import UserError
 
@@ -30,10 +33,10 @@ A deep generalized unfolding network for image restoration ([paper]({{ paper_url
 
 ```python
 # from a clone of dgunet: pip install ".[hub]"
-from dgunet import DGUNet, restore
+{{ imports }}
 
 model = DGUNet.from_pretrained("{{ repo_id }}"{{ own_parts }})
-restored = restore(model, image)  # (H, W, C), or a tensor (C, H, W): any size; same type out as in
+{{ example }}
 ```
 """
 
@@ -117,4 +120,39 @@ def _options(model: DGUNet, repo_id: str, about: str) -> dict:
     description = describe_model(model)
     made_by = {name: description[name].replace(":", ".") or "..." for name in model.factories}
     card["own_parts"] = "".join(f", {name}={text}" for name, text in made_by.items())
+    imports, card["example"] = _example(model)
+    if description.get("degradation", {}).get("kind") == "own":
+        made = (model.degradation_name or "...").replace(":", ".")
+        card["own_parts"] += f", degradation={made}()"
+        made_by["degradation"] = made
+    modules = {text.partition(".")[0] for text in made_by.values()} - {""}
+    card["imports"] = "\n".join(
+        [*(f"import {name}" for name in sorted({"torch", *modules})), "from dgunet import DGUNet, restore", *imports]
+    )
     return {"config": description, "model_card_kwargs": card}
+
+
+def _example(model: DGUNet) -> tuple[list[str], str]:
+    """Further imports, and lines that restore with ``model``."""
+    known, c = model.degradation, model.channels
+    if known is None:
+        return [], (
+            f"image = torch.rand({c}, 97, 131)  # yours, in [0, 1]; or a NumPy array (H, W, {c})\n"
+            "restored = restore(model, image)  # any size; same type out as in"
+        )
+    measure = f"model.degradation.A(torch.rand(1, {c}, 96, 128))"
+    if isinstance(known, MotionBlur):
+        return ["from dgunet.degradations import Blur"], (
+            "model.degradation = Blur(torch.ones(9, 9) / 81)  # of your kernel (h, w), both odd, which sums to 1\n"
+            f"y = {measure}  # or your blurred image, in [0, 1]\n"
+            "restored = restore(model, y)  # any size; same type out as in"
+        )
+    if isinstance(known, Blur):
+        return [], (
+            f"y = {measure}  # blurred by the network's own kernel; or your image, in [0, 1]\n"
+            "restored = restore(model, y)  # any size; same type out as in"
+        )
+    if isinstance(known, ScalableSampling):
+        ratio = math.floor(1e4 * len(known.matrix) / known.block**2) / 1e4  # the highest
+        measure = measure.replace(".A(", f".at({ratio:g}).A(")
+    return [], f"y = {measure}  # the measurement of an image in [0, 1]\nrestored = restore(model, y)"

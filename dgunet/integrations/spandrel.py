@@ -44,18 +44,19 @@ class DGUNetArch(spandrel.Architecture[DGUNet]):
             input_channels=model.channels,
             output_channels=model.channels,
             size_requirements=spandrel.SizeRequirements(multiple_of=MULTIPLE),
-            tiling=spandrel.ModelTiling.DISCOURAGED,  # instance norm is over the whole image
+            # Statistics are over the whole image: tiles cost, but where a record says otherwise (docs/local.md).
+            tiling=spandrel.ModelTiling.SUPPORTED if "tile" in model.local else spandrel.ModelTiling.DISCOURAGED,
             call_fn=lambda model, image: model(image)[0],
         )
 
 
 def _shipped(weights: dict) -> dict:
-    """The ``model`` entry of the file, if these are weights that come with dgunet."""
+    """What else the file holds, if these are weights that come with dgunet."""
     for record in list_pretrained():
         content = read_weights(record.path)
         shipped = content["state_dict"]
         if shipped.keys() == weights.keys() and all(torch.equal(shipped[name], weights[name]) for name in shipped):
-            return {"model": content["model"]}
+            return content
     return {}
 
 

@@ -49,7 +49,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     ``path`` is always complete: the new file or the old one. Its folder is created if needed. The temporary name is
     unique to the call, for concurrent writers; it is hidden and ends in ``.tmp``. Files left by killed writers of
-    ``path`` are removed. An OSError names ``path``.
+    ``path`` are removed. A new file has the mode that the umask gives, one that replaces another has the other's. An
+    OSError names ``path``.
     """
     path = Path(path)
     prefix = f".{_label(path.name)}.{platform.node()}."
@@ -59,7 +60,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         try:
             temporary.touch(exist_ok=False)
             _remove_leftovers(path, temporary)  # before writing: the disk may be full of them
+            replaced = _mode(path)
+            if replaced is not None:  # already now: what was private stays so
+                _chmod(temporary, replaced | stat.S_IWUSR)
             yield temporary
+            if replaced is not None:
+                _chmod(temporary, replaced)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -67,6 +73,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if error.filename in (None, str(temporary)) or error.filename2 is not None:
             raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
         raise
+
+
+def _mode(path: Path) -> int | None:
+    """The permissions of a file, None where there is none."""
+    with contextlib.suppress(OSError):
+        return stat.S_IMODE(path.stat().st_mode)
+    return None
+
+
+def _chmod(path: Path, mode: int):
+    with contextlib.suppress(OSError):  # not every file system has modes
+        path.chmod(mode)
 
 
 def _label(name: str) -> str:
