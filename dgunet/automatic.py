@@ -39,8 +39,8 @@ DENOISERS = {**dict.fromkeys(NETWORKS, "denoising_photo"), "gaussian noise": "de
 WEIGHTS = Path(__file__).with_name("automatic.safetensors")
 CROP, MOST_CROPS = 160, 24  # pixels, and crops of an image that are looked at
 SURE = 0.9  # probability from which a network is used at full strength
-# Networks that see what is not there in a sharp, dry image do harm: below this probability they are not used.
-LEAST = {"rain": 0.6, "blur": 0.6}
+# Below this probability these are not used: deblurring costs a soft image more decibels than a blurred one gains.
+LEAST = {"rain": 0.6, "blur": 0.8}
 
 
 class Classifier(nn.Module):
@@ -75,7 +75,9 @@ class Diagnosis:
         return self.probabilities[self.degradation]
 
     def __str__(self):
-        return f"{self.degradation} ({100 * self.confidence:.0f} % sure)"
+        if self.confidence >= 0.6:
+            return f"{self.degradation} ({100 * self.confidence:.0f} % sure)"
+        return " or ".join(f"{name} ({100 * p:.0f} %)" for name, p in self.probabilities.items() if p >= 0.15)
 
 
 @dataclass(frozen=True)

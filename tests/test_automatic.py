@@ -72,6 +72,7 @@ def test_crops_are_of_the_whole_image(size):
 def test_what_is_chosen():
     """The network for most of the probability, at its strength; rain and blur only where they are sure."""
     assert choose(found(clean=0.8))[0] == Candidate("clean", None, 1.0)
+    assert str(found(rain=0.5, clean=0.3)).startswith("rain (50 %) or clean (30 %)")
     assert choose(found(rain=0.95))[0] == Candidate("rain", "deraining_mixture", 1.0)
     # Together 0.6 for one network, which either alone has not.
     both = choose(found(clean=0.35, camera_noise=0.3, **{"JPEG blocks": 0.3}))

@@ -379,8 +379,10 @@ def _restore_one(
     candidates, found = networks.choose(image.pixels)
     best = candidates[0]
     if networks.weights is None:
-        how = f" at strength {best.strength:g}" if 0 < best.strength < 1 else ""
-        report.say(one_line(f"{job.source}: {found}; {best.network + how if best.network else 'left as it is'}"))
+        how = f" at strength {best.strength:g}" if best.strength < 1 else ""
+        doubt = "" if found.startswith("clean") else ", for it is not sure enough"
+        done = f"{best.network}{how}" if best.network else f"left as it is{doubt}"
+        report.say(one_line(f"{job.source}: {found}; {done}"))
     elif found:
         report.note(job.source, found)
     if job.figure is not None and networks.weights is None:
