@@ -7,6 +7,7 @@ defocused background is as sure of it as of the real thing, each takes seconds, 
 ``studies/measure_restore.py`` measures what it is worth.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -131,25 +132,33 @@ def choose(
 ) -> list[Candidate]:
     """The best answers to a diagnosis, the best first.
 
-    An answer's probability is that of all that its network is for. So is the strength of the best: the mean of what the
-    image may have been, weighed by probability, is ``p x_K + (1 - p) y``. From 0.9 it is 1, as it is for the others.
+    Tasks are ranked by the probability of all that their networks are for, and so are the networks of a task. With p the
+    task's, the strength of the best is p, from 0.9 on 1: the mean of what the image may have been is
+    ``p x_K + (1 - p) y``. That of the others is 1.
 
     Args:
         diagnosis: what is wrong with the image.
         count: most candidates to return; of at least 2 one leaves the image as it is, if ``networks`` allows it.
         networks: for each of `DEGRADATIONS` the network, or None.
     """
-    answers: dict[str | None, list] = {}
+    answers: dict[str | None, list] = {}  # the network's most probable degradation, and the probability of all of them
+    tasks: Counter[str] = Counter()
+    task_of = lambda network: (network or "").partition("_")[0]  # noqa: E731, of names such as denoising_photo
     for degradation, probability in diagnosis.probabilities.items():
         network = networks[degradation]
-        answer = answers.setdefault(network, [degradation, 0.0])
-        answer[1] += probability
-    usable = lambda answer: answer[1] >= LEAST.get(answer[0], 0)  # noqa: E731
-    ranked = sorted(answers.items(), key=lambda item: (not usable(item[1]) and item[0] is not None, -item[1][1]))
-    candidates = [
-        Candidate(degradation, network, round(p, 1) if k == 0 and network and p < SURE else 1.0)
-        for k, (network, (degradation, p)) in enumerate(ranked)
-    ]
+        answers.setdefault(network, [degradation, 0.0])[1] += probability
+        tasks[task_of(network)] += probability
+
+    def rank(network: str | None) -> tuple:
+        degradation, probability = answers[network]
+        doubtful = probability < LEAST.get(degradation, 0)
+        return doubtful, -tasks[task_of(network)], -probability
+
+    candidates = []
+    for network in sorted(answers, key=rank):
+        p = tasks[task_of(network)]
+        strength = 1.0 if candidates or network is None or p >= SURE else round(p, 1)
+        candidates.append(Candidate(answers[network][0], network, strength))
     unchanged = [candidate for candidate in candidates if candidate.network is None]
     if count > 1 and unchanged and unchanged[0] not in candidates[:count]:
         return candidates[: count - 1] + unchanged

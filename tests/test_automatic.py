@@ -74,7 +74,7 @@ def test_what_is_chosen():
     assert choose(found(clean=0.8))[0] == Candidate("clean", None, 1.0)
     assert str(found(rain=0.5, clean=0.3)).startswith("rain (50 %) or clean (30 %)")
     assert choose(found(rain=0.95))[0] == Candidate("rain", "deraining_mixture", 1.0)
-    # Together 0.6 for one network, which either alone has not.
+    # Noise of both kinds and JPEG blocks are one task.
     both = choose(found(clean=0.35, camera_noise=0.3, **{"JPEG blocks": 0.3}))
     assert both[0] == Candidate("camera noise", "denoising_photo", 0.6) and both[1].network is None
     doubtful = choose(found(rain=0.5, clean=0.3))

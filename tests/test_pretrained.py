@@ -362,7 +362,8 @@ def test_wheel(tmp_path, run_command, image_pairs, monkeypatch):
     weights = {name for name in names if name.endswith("weights.safetensors")}
     modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("dgunet/**/*.py")}
     configs = {f"dgunet/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("configs/*/*.*")}
-    assert names == weights | modules | configs
+    classifier = {"dgunet/automatic.safetensors", "dgunet/automatic.yaml"}
+    assert names == weights | modules | configs | classifier
     monkeypatch.setattr(
         dgunet.checkpoints.registry, "__file__", str(tmp_path / "installed/dgunet/checkpoints/registry.py")
     )
