@@ -132,8 +132,8 @@ def choose(
 ) -> list[Candidate]:
     """The best answers to a diagnosis, the best first.
 
-    Tasks are ranked by the probability of all that their networks are for, and so are the networks of a task. With p the
-    task's, the strength of the best is p, from 0.9 on 1: the mean of what the image may have been is
+    Tasks are ranked by the probability of all that their networks are for, and so are the networks of a task. With p
+    the task's, the strength of the best is p, from 0.9 on 1: the mean of what the image may have been is
     ``p x_K + (1 - p) y``. That of the others is 1.
 
     Args:
