@@ -40,9 +40,9 @@ MODULES = {
 KINDS = (
     "PHOTOS are files and folders (with their subfolders): JPEG, PNG, TIFF, WebP and more; grey, 16 bits, transparent, "
     "with a palette, CMYK, turned by EXIF. Names are kept. A JPEG is written as JPEG of quality 95 with its EXIF data, "
-    "everything else as PNG, with 16 bits if a PNG or TIFF has them. Finished images are skipped, so that the same "
-    "command resumes an interrupted one; the photographs themselves are never written to. The exit status is 2 if "
-    "some could not be restored."
+    "everything else as PNG, with 16 bits if a PNG or TIFF has them. What looks clean is copied by `restore`, and "
+    "restored by the other commands. Finished images are skipped, so that the same command resumes an interrupted one; "
+    "the photographs themselves are never written to. The exit status is 2 if some could not be restored."
 )
 
 
