@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None):
     add = parser.add_argument
     add("--data", required=True, type=Path, metavar="DATA", help="folder of the test sets")
     add("--images", type=at_least(1), default=6, help="of CBSD68; of published sets three times as many (default: 6)")
+    add("--only", nargs="+", metavar="WORD", help="only sets with one of these in their names")
     add("--recognise", action="store_true", help="only what is recognised, without restoring")
     add("--device", default="auto")
     args = parser.parse_args(argv)
@@ -125,6 +126,8 @@ def main(argv: list[str] | None = None):
     total = Counter()
     means, harmed = [], []
     for name, degradation, pairs in sets(args.data, args.images):
+        if args.only and not any(word in name for word in args.only):
+            continue
         found, scores = Counter(), []
         for image, clean in pairs:
             diagnosis = diagnose(image)
