@@ -183,10 +183,11 @@ def restore_automatic(image: np.ndarray, device: str = "cpu", **options) -> tupl
         return image, diagnosis, candidate
     model = _network(candidate.network, str(device))
     strength = candidate.strength * options.pop("strength", 1.0)
-    grey = image.ndim == 2
-    restored = restore(model, as_colour(image) if grey else image, strength=strength, **options)
+    grey = image.ndim == 2 or image.shape[2] == 1
+    given = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2) if grey else image
+    restored = restore(model, given, strength=strength, **options)
     if grey:
-        restored = restored.mean(axis=2)
+        restored = restored.mean(axis=2).reshape(image.shape)
         restored = restored.round().astype(image.dtype) if image.dtype.kind == "u" else restored
     return restored, diagnosis, candidate
 

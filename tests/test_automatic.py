@@ -129,6 +129,7 @@ def test_function(tiny, judged):
     noisy = grey(120, channels=1)
     restored, _, _ = automatic.restore_automatic(noisy)
     assert restored.shape == noisy.shape and restored.dtype == np.uint8 and not np.array_equal(restored, noisy)
+    assert np.array_equal(automatic.restore_automatic(noisy[..., None])[0], restored[..., None])
 
 
 @pytest.fixture
