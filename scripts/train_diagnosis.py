@@ -129,9 +129,8 @@ def degrade(x: np.ndarray, kind: str, rng: Generator) -> np.ndarray:
 
 
 def jpeg(x: np.ndarray, rng: Generator, least: int, most: int) -> np.ndarray:
-    full = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444] if rng.random() < 0.3 else []
-    options = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(least, most + 1)), *full]
-    return cv2.imdecode(cv2.imencode(".jpg", to_uint8(x)[..., ::-1], options)[1], cv2.IMREAD_COLOR)[..., ::-1] / 255
+    subsample = rng.random() >= 0.3
+    return synthesis.jpeg_compress(x, int(rng.integers(least, most + 1)), subsample)
 
 
 def to_file(x: np.ndarray, rng: Generator, share: float, least: int) -> np.ndarray:

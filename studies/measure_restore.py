@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from shared import Parser, at_least, command_imports, run_cli
+from shared import Parser, at_least, command_imports, markdown_table, run_cli
 
 with command_imports(__name__):
     import numpy as np
@@ -57,7 +57,7 @@ LEVELS = (
     ("rain and haze", "rain", synthesis.rain_streaks),
     *((f"blur, {n} pixels", "blur", partial(synthesis.motion_blur, extent=(n, n))) for n in (6, 10, 15)),
 )
-# Name of the set, what it has, its folder, and whether its targets are tested as clean images.
+# Name of the set, what it has, and its folder; its targets are a set of clean images.
 PUBLISHED = (
     ("CC15", "camera noise", "cc15"),
     ("Nam25", "camera noise", "nam25"),
@@ -153,9 +153,8 @@ def main(argv: list[str] | None = None):
             means.append(mean)
             values = [f"{score:.2f}" for score in mean]
         print(f"| {name} | {degradation} | {' | '.join(cells)} | {' | '.join(values)} |", flush=True)
-    print(f"\n| is \\ recognised as | {' | '.join(DEGRADATIONS)} |\n" + "| --- " * (len(DEGRADATIONS) + 1) + "|")
-    for true in DEGRADATIONS:
-        print(f"| {true} | {' | '.join(str(total[true, kind]) for kind in DEGRADATIONS)} |")
+    rows = [[true, *(str(total[true, kind]) for kind in DEGRADATIONS)] for true in DEGRADATIONS]
+    print("\n" + markdown_table(["is \\ recognised as", *DEGRADATIONS], rows))
     if means:
         before, automatic, always = np.mean(means, axis=0)
         print(f"\nmean of the degraded sets: {before:.2f}, restored {automatic:.2f}, by the right network {always:.2f}")

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from dgunet import __version__, automatic
 from dgunet.apps.compare import COMPARISON, write_comparison
-from dgunet.apps.figures import draw_stages, label_stages, restore_stages
-from dgunet.automatic import Candidate, choose, diagnose
+from dgunet.apps.figures import centre_crop, draw_stages, label_stages, middle, restore_stages
+from dgunet.automatic import Candidate, Diagnosis, choose, diagnose
 from dgunet.checkpoints.load import load_model, read_checkpoint
 from dgunet.checkpoints.registry import locate
 from dgunet.data.photos import (
@@ -142,21 +142,20 @@ class Networks:
                     self.say(f"  {words}: {record[key]}")
         return self.loaded[name]
 
-    def choose(self, pixels: np.ndarray) -> tuple[list[Candidate], str]:
-        """What may suit an image, (H, W, 3) or (H, W), the best first, and what is found to be wrong with it."""
+    def choose(self, pixels: np.ndarray) -> tuple[list[Candidate], Diagnosis | None]:
+        """What may suit an image, (H, W, 3) or (H, W), the best first, and what is found to be wrong with it.
+
+        A user's own network is for what it may be: nothing is looked for then.
+        """
         if self.weights is not None and self.weights not in automatic.NETWORKS.values():
-            return [Candidate("", self.weights, 1.0)], ""  # a user's own, for what it may be
+            return [Candidate("", self.weights, 1.0)], None
         diagnosis = diagnose(pixels)
         if self.weights is not None:
-            other = automatic.NETWORKS[diagnosis.degradation]
-            doubt = other != self.weights and diagnosis.confidence >= automatic.SURE
-            instead = f"{other} is for it" if other else "`dgunet restore` would leave it as it is"
-            found = f"recognised as {diagnosis.degradation}; {instead}" if doubt else ""
-            return [Candidate("", self.weights, 1.0)], found
+            return [Candidate("", self.weights, 1.0)], diagnosis
         candidates = choose(diagnosis, networks=self.choices)
         if self.task is not None:  # it is to be restored, only by which network is open
             candidates = [replace(candidate, strength=1.0) for candidate in candidates]
-        return candidates, str(diagnosis)
+        return candidates, diagnosis
 
 
 def restore_photographs(
@@ -376,17 +375,14 @@ def _restore_one(
     networks: Networks, job: Job, report: RunReport, settings: Settings, provenance: Provenance, count: Callable
 ):
     image = read_photo(job.source)
-    candidates, found = networks.choose(image.pixels)
+    candidates, diagnosis = networks.choose(image.pixels)
     best = candidates[0]
     if networks.weights is None:
-        how = f" at strength {best.strength:g}" if best.strength < 1 else ""
-        doubt = "" if found.startswith("clean") else ", for it is not sure enough"
-        done = f"{best.network}{how}" if best.network else f"left as it is{doubt}"
-        report.say(one_line(f"{job.source}: {found}; {done}"))
-    elif found:
-        report.note(job.source, found)
+        report.say(one_line(f"{job.source}: {diagnosis}; {_describe_choice(best, diagnosis)}"))
+    elif diagnosis is not None and (text := _objection(networks.weights, diagnosis)):
+        report.note(job.source, text)
     if job.figure is not None and networks.weights is None:
-        _explain(networks, candidates, found, job, image, settings)
+        _explain(networks, candidates, diagnosis, job, image, settings)
     if best.network is None and job.target.name == job.source.name:
         report.unchanged += 1
         with atomic_write(job.target) as temporary:
@@ -417,6 +413,21 @@ def _restore_one(
     write_photo(job.target, image, provenance.comment(job.source, done))
     for text in notes:
         report.note(job.source, text)
+
+
+def _describe_choice(best: Candidate, diagnosis: Diagnosis) -> str:
+    if best.network is not None:
+        return best.network + (f" at strength {best.strength:g}" if best.strength < 1 else "")
+    return "left as it is" + (", for it is not sure enough" if diagnosis.degradation != "clean" else "")
+
+
+def _objection(weights: str, diagnosis: Diagnosis) -> str | None:
+    """A sentence if an image surely is not what a shipped network is for."""
+    other = automatic.NETWORKS[diagnosis.degradation]
+    if other == weights or diagnosis.confidence < automatic.SURE:
+        return None
+    instead = f"{other} is for it" if other else "`dgunet restore` would leave it as it is"
+    return f"recognised as {diagnosis.degradation}; {instead}"
 
 
 def _as_input(image: Photo, model: torch.nn.Module) -> np.ndarray:
@@ -450,42 +461,33 @@ def _counting(model, count: Callable[[int], None]) -> contextlib.AbstractContext
 
 def _draw(model, job: Job, y: np.ndarray, x: np.ndarray):
     """Draw the stages of the image's centre, computed with some context around it."""
-    around = _crop(y, FIGURE_FROM)
+    around = centre_crop(y, FIGURE_FROM)
     estimates = restore_stages(model, around)[1:]
     _draw_crops(job, job.source.name, to_uint8(x), [("input", to_uint8(around)), *label_stages(estimates)])
 
 
-def _explain(networks: Networks, candidates: list[Candidate], found: str, job: Job, image: Photo, settings: Settings):
+def _explain(
+    networks: Networks, candidates: list[Candidate], diagnosis: Diagnosis, job: Job, image: Photo, settings: Settings
+):
     """Draw the image's centre as it is, and what each candidate makes of it, the best first."""
     shown = to_uint8(image.pixels / np.float32(np.iinfo(image.pixels.dtype).max))
     chosen = "\n(chosen)"
-    crops = [("as it is" + chosen * (candidates[0].network is None), _crop(shown, FIGURE_FROM))]
+    crops = [("as it is" + chosen * (candidates[0].network is None), centre_crop(shown, FIGURE_FROM))]
     for candidate in candidates:
         if candidate.network is not None:
             model, _ = networks.load(candidate.network)
-            y = _crop(_as_input(image, model), FIGURE_FROM)
+            y = centre_crop(_as_input(image, model), FIGURE_FROM)
             x = to_uint8(_apply(model, y, image, settings, model.local.get("tile"), candidate.strength))
             label = f"{candidate.network}\nstrength {settings.strength * candidate.strength:g}"
             crops.append((label + chosen * (candidate is candidates[0]), x))
-    _draw_crops(job, f"{job.source.name}: {found}", shown, crops)
+    _draw_crops(job, f"{job.source.name}: {diagnosis}", shown, crops)
 
 
 def _draw_crops(job: Job, title: str, whole: np.ndarray, crops: list[tuple[str, np.ndarray]]):
     """The figure: the image (H, W, C) uint8 with a frame, and what is in the frame, of crops with their labels."""
-    top, left, height, width = _middle(whole.shape, FIGURE_SIDE)
+    top, left, height, width = middle(whole.shape, FIGURE_SIDE)
     step = max(1, max(whole.shape) // 1000)
     frame = tuple(value // step for value in (top, left, height, width))
-    tiles = [(label, _crop(crop, FIGURE_SIDE).squeeze(), math.inf) for label, crop in crops]
+    tiles = [(label, centre_crop(crop, FIGURE_SIDE).squeeze(), math.inf) for label, crop in crops]
     comment = f"{OURS} {__version__}"
     draw_stages(whole[::step, ::step].squeeze(), frame, tiles, job.figure, title, comment)
-
-
-def _crop(image: np.ndarray, side: int) -> np.ndarray:
-    top, left, height, width = _middle(image.shape, side)
-    return image[top : top + height, left : left + width]
-
-
-def _middle(shape: tuple, side: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a centre crop."""
-    height, width = (min(side, whole) for whole in shape[:2])
-    return (shape[0] - height) // 2, (shape[1] - width) // 2, height, width

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgunet.apps.figures import estimate_stages
+from dgunet.apps.figures import centre_crop, estimate_stages
 from dgunet.checkpoints.load import load_model
 from dgunet.checkpoints.registry import list_pretrained
 from dgunet.data import photos
@@ -203,8 +203,7 @@ def degrade_example(name: str, way: str, strength: float) -> Visit:
 
 
 def centre(photo: Photo, side: int = CROP_SIDE) -> Photo:
-    top, left = (max(size - side, 0) // 2 for size in photo.pixels.shape[:2])
-    return Photo(*(x if x is None else x[top : top + side, left : left + side] for x in (photo.pixels, photo.alpha)))
+    return Photo(*(x if x is None else centre_crop(x, side) for x in (photo.pixels, photo.alpha)))
 
 
 def luminance(visit: Visit | None) -> np.ndarray:

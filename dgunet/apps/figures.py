@@ -130,3 +130,15 @@ def draw_stages(
         axis.set_axis_off()
     with atomic_write(out) as temporary:
         figure.savefig(temporary, format="png", metadata={"Comment": comment} if comment else None)
+
+
+def centre_crop(image: np.ndarray, side: int) -> np.ndarray:
+    """The centre of an image (H, W, ...), of at most ``side`` pixels a side."""
+    top, left, height, width = middle(image.shape, side)
+    return image[top : top + height, left : left + width]
+
+
+def middle(shape: tuple, side: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of `centre_crop`."""
+    height, width = (min(side, whole) for whole in shape[:2])
+    return (shape[0] - height) // 2, (shape[1] - width) // 2, height, width

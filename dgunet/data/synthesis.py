@@ -60,11 +60,13 @@ def found_noise(image: np.ndarray, rng: Generator, sigma: float | tuple[float, f
     return jpeg_compress(noisy, int(rng.integers(75, 100))) if file else noisy
 
 
-def jpeg_compress(image: np.ndarray, quality: int) -> np.ndarray:
-    """An image (H, W, 3) in [0, 1] after JPEG compression of this quality, with 4:2:0 chroma subsampling."""
+def jpeg_compress(image: np.ndarray, quality: int, subsample: bool = True) -> np.ndarray:
+    """An image (H, W, 3) in [0, 1] after JPEG compression of this quality; ``subsample``: the chroma, as 4:2:0."""
     import cv2
 
-    _, file = cv2.imencode(".jpg", to_uint8(image)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    full = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality, *([] if subsample else full)]
+    _, file = cv2.imencode(".jpg", to_uint8(image)[..., ::-1], options)
     return cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1] / np.float32(255)
 
 
