@@ -6,5 +6,7 @@ if ! cmp -s requirements-extras.txt .venv/requirements-extras.installed; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt
     cp requirements-extras.txt .venv/requirements-extras.installed
 fi
+# Compiled modules are kept, which containers often forbid: the tests start dozens of processes.
+unset PYTHONDONTWRITEBYTECODE
 # Three at a time on two cores: tests often wait for processes that they have started.
 exec .venv/bin/python -m pytest -n 3 --dist worksteal "$@"

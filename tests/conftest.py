@@ -1,12 +1,9 @@
 """Fixtures that several test modules share."""
 
-import io
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 # One thread for each process: the networks here are tiny, and the runs beside each other share the cores.
@@ -90,14 +87,3 @@ def run_command(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment)
 
     return run
-
-
-def run_script(script: Path, *words, cwd: Path) -> subprocess.CompletedProcess:
-    """Run a script of the repository as from its command line, but in this process: PyTorch starts in seconds."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", [str(word) for word in (script, *words)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(script), run_name="__main__")
-    return subprocess.CompletedProcess(sys.argv, end.value.code or 0, out.getvalue(), err.getvalue())

@@ -428,7 +428,7 @@ def test_fuzz(tmp_path, image_pairs, fuzz, capsys, monkeypatch):
         "MODEL.WEIGHTS": "",
         "GPU": [],
     }
-    small = {"MODEL.OVERRIDES.width": 8, "MODEL.OVERRIDES.growth": 4, "MODEL.OVERRIDES.stages": 3}
+    small = {"MODEL.OVERRIDES.width": 8, "MODEL.OVERRIDES.growth": 4, "MODEL.OVERRIDES.stages": 2}
     small |= {"OPTIM.BATCH_SIZE": 4, "TRAINING.VAL_HOLD_BACK": 1, "MODEL.OVERRIDES.final_growth": 4}
     keys, counts = [*DECLARED, "MODEL.OVERRIDES", "SYNTHESIS.OPTIONS", "OPTIM", "NAME", ""], collections.Counter()
     rng = random.Random(0)

@@ -19,6 +19,7 @@ import pack_dataset
 import pytest
 import torch
 from PIL import Image, features
+from processes import run_forked
 
 import dgunet.data.pairs
 from dgunet import UserError
@@ -718,7 +719,7 @@ def test_streams_are_independent(shifted):
 
 def pack(*arguments) -> subprocess.CompletedProcess:
     script = Path(__file__).parents[1] / "scripts" / "pack_dataset.py"
-    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+    return run_forked([sys.executable, script, *arguments])
 
 
 @pytest.fixture

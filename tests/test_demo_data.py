@@ -1,7 +1,6 @@
 """scripts/make_demo_data.py: what it writes, what it refuses, and that its degradations do what they say."""
 
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ import cv2
 import make_demo_data as demo
 import numpy as np
 import pytest
+from processes import run_forked
 
 from dgunet.data import synthesis
 from dgunet.data.images import read_image
@@ -443,7 +443,7 @@ def test_too_few_images(own, tmp_path):
 
 def test_command_line_exits_with_2(tmp_path):
     command = [sys.executable, SCRIPTS / "make_demo_data.py", "--task", "denoising", "--source", "nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run_forked(command, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and str(tmp_path / "nowhere") in done.stderr
     assert done.stderr.count("\n") == 1

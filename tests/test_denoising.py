@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import run_script
+from processes import run_script
 
 from dgunet import UserError, create_model, load_model, restore
 from dgunet.checkpoints.load import describe_model, save_checkpoint

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
+from processes import run_forked
 
 from dgunet.runtime import distributed
 from dgunet.runtime.errors import UserError
@@ -36,22 +38,24 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("torchrun", "failing", "error", "waiting"),
+    ("started", "failing", "error", "waiting"),
     [
-        (False, 0, "mistake", "all_reduce"),
-        (False, 1, "mistake", "deaf"),
-        (False, 0, "bug", "deaf"),
-        (True, 1, "mistake", "deaf"),
+        ("forked", 0, "mistake", "all_reduce"),
+        ("by python", 1, "mistake", "deaf"),
+        ("forked", 0, "bug", "deaf"),
+        ("by torchrun", 1, "mistake", "deaf"),
     ],
 )
-def test_a_failure_ends_all_processes(tmp_path, torchrun, failing, error, waiting):
+def test_a_failure_ends_all_processes(tmp_path, started, failing, error, waiting):
     """At once, with one message, though the others wait for the one that failed and hear no signal."""
     script, stamp = tmp_path / "script.py", tmp_path / "stamp"
     script.write_text(CODE)
+    torchrun = started == "by torchrun"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if torchrun else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *command, script, str(failing), error, waiting, stamp]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    run = run_forked if started == "forked" else partial(subprocess.run, capture_output=True, text=True)
+    done = run(command, timeout=240, env=environment)
     assert time.time() - float(stamp.read_text()) < 20  # a deaf process would be killed after 30 seconds, or never
     lines = done.stderr.strip().splitlines()
     if torchrun:  # which has a report of its own to make, and its own status

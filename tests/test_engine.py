@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import run_script
 from matplotlib.figure import Figure
+from processes import Forked, run_forked, run_script
 from test_model import Operations
 
 import dgunet.training.loggers
@@ -72,8 +73,7 @@ def train(folders, session="run", check=0, timeout=None, **changed) -> subproces
     if timeout is None and "PROCESSES" not in changed:
         done = run_script(TRAIN, *words, cwd=folders)
     else:
-        command = [sys.executable, TRAIN, *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout or 240)
+        done = run_forked([sys.executable, TRAIN, *words], timeout or 240)
     assert done.returncode == check, done.stdout + done.stderr
     return done
 
@@ -155,11 +155,7 @@ def test_killed_run_resumes_to_the_same_bits(folders):
     """SIGKILL in the middle of an epoch; the continued run ends with the weights of one that was never killed."""
     settings = dict(OPTIM__NUM_EPOCHS=5, OPTIM__EMA_DECAY=0.9, TRAINING__SAVE_MINUTES=0, SPEED__AMP="bf16")
     train(folders, "whole", **settings)
-    process = subprocess.Popen(
-        [sys.executable, TRAIN, *options(folders, "killed", **settings)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = Forked([sys.executable, TRAIN, *options(folders, "killed", **settings)])
     latest = folders / "runs" / "killed" / "model_latest.pth"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -252,8 +248,9 @@ def test_two_processes_give_the_losses_of_one(folders):
     """Two gloo processes with half the batch each, mix-up included; every epoch is one step, so losses are per step."""
     settings = dict(OPTIM__BATCH_SIZE=8, OPTIM__NUM_EPOCHS=6)
     train(folders, "one", **settings)
-    done = train(folders, "two", PROCESSES=2, **settings)
-    assert "8 = 2 processes x 1 passes x 4" in done.stdout
+    command = [sys.executable, TRAIN, *options(folders, "two", PROCESSES=2, **settings)]  # started as a user does
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "8 = 2 processes x 1 passes x 4" in done.stdout, done.stderr
     one, two = history(folders, "one"), history(folders, "two")
     assert len(one) == len(two) == 6
     np.testing.assert_allclose([float(r["loss"]) for r in one], [float(r["loss"]) for r in two], rtol=0, atol=1e-5)
@@ -317,15 +314,13 @@ def test_two_processes_that_are_resumed_give_the_losses_of_one(folders):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    places = [*sys.path, str(Path(__file__).parent)]
-    common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=os.pathsep.join(places))
+    common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    (folders / "two.py").write_text(TWO_HALVES)
     processes = []
     for rank in ("0", "1"):
         environment = os.environ | common | dict(RANK=rank, LOCAL_RANK=rank)
-        command = [sys.executable, "-c", TWO_HALVES, folders]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        processes.append(Forked([sys.executable, folders / "two.py", folders], env=environment, **streams))
     diverging_trainer(folders, 3, 4, session="one").fit()
     for process in processes:
         out, _ = process.communicate(timeout=240)
@@ -770,7 +765,7 @@ def test_one_training_writes_to_a_folder(folders):
     settings = dict(OPTIM__NUM_EPOCHS=100000, TRAINING__SAVE_MINUTES=0, TRAINING__WORKERS=1)
     started_beside = make_trainer(folders, **settings)
     words = options(folders, **settings)
-    first = subprocess.Popen([sys.executable, TRAIN, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = Forked([sys.executable, TRAIN, *words])
     latest = folders / "runs" / "run" / "model_latest.pth"
     deadline = time.monotonic() + 120
     while not latest.exists() and time.monotonic() < deadline:
@@ -782,12 +777,14 @@ def test_one_training_writes_to_a_folder(folders):
     seen = latest.stat().st_mtime_ns
     while latest.stat().st_mtime_ns == seen and time.monotonic() < deadline:
         time.sleep(0.01)
+    loading = psutil.Process(first.pid).children(recursive=True)
     first.kill()  # but not its loading process, which lives some seconds longer
     first.wait()
     state = read_checkpoint(latest)
     second.fit()  # from what was written last, not from what it saw first
     assert second.resumed == latest and second.epoch >= state["epoch"]
     assert "continuing" in (latest.parent / "train.log").read_text()
+    assert len(loading) == 1 and psutil.wait_procs(loading, timeout=30) == (loading, [])
 
 
 @pytest.fixture
@@ -1043,8 +1040,7 @@ def test_start_from_given_weights(folders):
 
 
 def test_dry_run_writes_nothing(folders):
-    command = [sys.executable, TRAIN, "--dry_run", *options(folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_forked([sys.executable, TRAIN, "--dry_run", *options(folders)])
     assert done.returncode == 0 and "epochs of 4 steps" in done.stdout
     assert "WEIGHT_DECAY: 1.0e-08  # *" in done.stdout
     assert not (folders / "runs").exists()

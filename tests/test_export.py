@@ -34,15 +34,6 @@ NETWORKS = {
 CASES = [("sensing", "onnx", 4), ("sensing", "pt2", 3), ("blur", "onnx", 1), ("blur", "pt2", 1)]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
-def exported(request, tmp_path_factory):
-    """A network and its file, which has the estimates of all stages."""
-    name, format, stages = request.param
-    model, path = NETWORKS[name](stages), tmp_path_factory.mktemp(name) / f"network.{format}"
-    assert export.export_model(model, path, stages=True, about={"licence": "MIT"}) < 1e-4
-    return model, path
-
-
 def expected(model, y: torch.Tensor) -> torch.Tensor:
     if model.degradation is None:
         return restore(model, y)
@@ -50,10 +41,22 @@ def expected(model, y: torch.Tensor) -> torch.Tensor:
         return model(y)[0].clamp(0, 1)
 
 
-@pytest.mark.parametrize("rows, columns, batch", [(2, 7, 1), (6, 3, 2)])
-def test_files_give_what_the_network_gives(exported, rows, columns, batch):
-    model, path = exported
-    y = export.example(model, rows, columns, batch)
+@pytest.mark.parametrize(("name", "format", "stages"), CASES)
+def test_file_gives_what_the_network_gives_and_says_what_it_holds(tmp_path, name, format, stages):
+    """Of all stages, for other sizes; weights that stages share are stored once."""
+    model, path = NETWORKS[name](stages), tmp_path / f"network.{format}"
+    assert export.export_model(model, path, stages=True, about={"licence": "MIT"}) < 1e-4
+    for size in ((2, 7, 1), (6, 3, 2)):
+        check_estimates(model, path, export.example(model, *size))
+    check_metadata(model, path)
+    if format == "onnx":
+        stored = sum(np.prod(weight.dims) for weight in onnx.load(path).graph.initializer)
+        parameters = sum(tensor.numel() for tensor in model.state_dict().values())
+        known = sum(tensor.numel() for tensor in model.degradation.state_dict().values())  # stored transposed, too
+        assert parameters * 0.9 < stored < parameters * 1.1 + 2 * known
+
+
+def check_estimates(model, path, y: torch.Tensor):
     if path.suffix == ".onnx":
         session = onnxruntime.InferenceSession(path)
         names = [output.name for output in session.get_outputs()]
@@ -69,17 +72,7 @@ def test_files_give_what_the_network_gives(exported, rows, columns, batch):
             torch.testing.assert_close(found, own.clamp(0, 1), atol=1e-4, rtol=0)
 
 
-def test_shared_stages_share_their_weights(exported):
-    model, path = exported
-    if path.suffix == ".onnx":
-        stored = sum(np.prod(weight.dims) for weight in onnx.load(path).graph.initializer)
-        parameters = sum(tensor.numel() for tensor in model.state_dict().values())
-        known = sum(tensor.numel() for tensor in model.degradation.state_dict().values())  # stored transposed, too
-        assert parameters * 0.9 < stored < parameters * 1.1 + 2 * known
-
-
-def test_files_say_what_they_hold(exported):
-    model, path = exported
+def check_metadata(model, path):
     sensing = isinstance(model.degradation, BlockSampling)
     if path.suffix == ".onnx":
         session = onnxruntime.InferenceSession(path)

@@ -1,16 +1,20 @@
 """What `inside` says of a forward pass and of degradations."""
 
+import subprocess
+import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import ablation
 import analyse_sensing
 import cv2
 import numpy as np
 import pytest
+import runs
 import torch
-from conftest import run_script
+from processes import Forked, run_forked, run_script
 
 from dgunet import DGUNet, create_model, load_model
 from dgunet.checkpoints.load import describe_model, save_checkpoint
@@ -204,7 +208,7 @@ def test_analyse(tiny_model, image_pairs, tmp_path, network):
         assert done.returncode == 2 and "Blur(kernel)" in done.stderr
 
 
-def test_analyse_sensing(tiny_model, run_command, tmp_path):
+def test_analyse_sensing(tiny_model, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for k, size in enumerate(((192, 288), (96, 100))):
@@ -215,14 +219,14 @@ def test_analyse_sensing(tiny_model, run_command, tmp_path):
         model = tiny_model("compressive_sensing_dgunet", stages=1, degradation=BlockSampling(0.1, matrix=start))
         (tmp_path / name).mkdir()
         weights.append(save(model, tmp_path / name / "model_best.pth"))
-    words = [ROOT / "studies/analyse_sensing.py", "--images", images, "--out", tmp_path / "out", "--weights"]
-    done = run_command([*words, *weights])
+    words = [sys.executable, ROOT / "studies/analyse_sensing.py", "--images", images, "--out", tmp_path / "out"]
+    done = run_forked([*words, "--weights", *weights])
     assert (done.returncode, done.stderr) == (0, "")  # no warnings of Matplotlib's on names either
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert rows[2][:3] == ["dct/model_best.pth", "103", "100.0 %"] and float(rows[3][2].removesuffix(" %")) < 30
     assert all(float(cell) > 0 for row in rows[6:] for cell in row[1:]) and len(rows) == 8
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"matrix.png", "seams.png"}
-    done = run_command([*words, weights[0], weights[0]])
+    done = run_forked([*words, "--weights", weights[0], weights[0]])
     assert done.returncode == 2 and "--weights" in done.stderr
 
 
@@ -252,7 +256,14 @@ def test_distances_to_seams():
     assert within[64, 64] and analyse_sensing.to_border((256, 288), 32)[within].max() == 15
 
 
-def test_study_of_sensing(image_pairs, tmp_path):
+@pytest.fixture
+def forked(monkeypatch):
+    """The trainings of a study are forked."""
+    stand_in = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(runs, "subprocess", stand_in)
+
+
+def test_study_of_sensing(forked, image_pairs, tmp_path):
     image_pairs(tmp_path / "pairs", count=4, size=(32, 32))
     words = [ROOT / "studies/study_sensing.py", "--train_dir", tmp_path / "pairs/target", "--out", tmp_path / "out"]
     words += ["--only", "recipe", "then seven", "--", "OPTIM.NUM_EPOCHS", "1", "TRAINING.VAL_HOLD_BACK", "2"]
@@ -265,7 +276,7 @@ def test_study_of_sensing(image_pairs, tmp_path):
     assert "| three stages, then seven | " in done.stdout
 
 
-def test_ablation(image_pairs, tmp_path):
+def test_ablation(forked, image_pairs, tmp_path):
     """Every run trains and is tested; a second call finds them all done."""
     run = partial(run_script, cwd=tmp_path)
     image_pairs(tmp_path / "pairs", count=6, size=(32, 32))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from processes import Forked, run_forked
 
 from dgunet.checkpoints.load import describe_model, read_checkpoint, save_checkpoint
 
@@ -21,7 +22,7 @@ def kill_until_done(command: list, first_file: Path, kills: int, seconds: float)
     """
     rng, killed = np.random.default_rng(kills), 0
     while True:
-        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = Forked(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         before = first_file.stat().st_mtime_ns if first_file.exists() else 0
         while killed < kills and process.poll() is None:
             if first_file.exists() and first_file.stat().st_mtime_ns > before:  # it has begun to write
@@ -52,7 +53,7 @@ def test_training_killed_at_random(tmp_path, image_pairs, fuzz):
         "MODEL.OVERRIDES": "{width: 8, growth: 4, final_growth: 4, stages: 2}",
     }  # fmt: skip
     command += [word for pair in settings.items() for word in pair]
-    subprocess.run([str(word) for word in [*command, "MODEL.SESSION", "whole"]], check=True, capture_output=True)
+    run_forked([*command, "MODEL.SESSION", "whole"], check=True)
     latest = tmp_path / "killed" / "model_latest.pth"
     assert kill_until_done([*command, "MODEL.SESSION", "killed"], latest, kills, seconds=0.4) >= kills / 2
 
@@ -78,7 +79,7 @@ def test_testing_killed_at_random(tmp_path, image_pairs, tiny_model, fuzz):
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "model.pth")
     command = [sys.executable, ROOT / "Denoising" / "test.py", "--weights", tmp_path / "model.pth", "--dataset", pairs]
     command += ["--save_images", "--device", "cpu", "--results"]
-    subprocess.run([str(word) for word in [*command, tmp_path / "whole"]], check=True, capture_output=True)
+    run_forked([*command, tmp_path / "whole"], check=True)
     (scores,) = (tmp_path / "whole").rglob("scores.csv")
     place = scores.relative_to(tmp_path / "whole")
     assert kill_until_done([*command, tmp_path / "killed"], tmp_path / "killed" / place, kills, seconds=0.1) >= 1

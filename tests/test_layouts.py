@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_script
+from processes import run_script
 
 from dgunet import UserError
 from dgunet.checkpoints.load import describe_model, save_checkpoint

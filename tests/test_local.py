@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_script
+from processes import run_script
 from torch import Tensor
 
 from dgunet import UserError, create_model, load_model

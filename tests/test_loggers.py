@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from processes import run_script
 from test_engine import TRAIN, folders, make_trainer, options  # noqa: F401  fixtures
 
 import dgunet.training.loggers

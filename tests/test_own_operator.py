@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_script
+from processes import run_script
 from yacs.config import CfgNode
 
 from dgunet import UserError, load_model, restore

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from processes import run_script
 from torch import nn
 
 from dgunet import DGUNet, UserError, create_model, load_model, restore

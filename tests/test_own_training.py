@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from processes import run_script
 from test_engine import TRAIN, assert_same_weights, batch, diverging_trainer, folders, make_trainer, options  # noqa: F401
 
 from dgunet import UserError

@@ -1,12 +1,12 @@
 """scripts/prepare_patches.py: which patches it writes, and what it refuses."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import prepare_patches as prepare
 import pytest
+from processes import run_forked
 
 from dgunet.data.images import read_image, write_image
 from dgunet.data.pairs import find_pairs
@@ -263,7 +263,7 @@ def test_command_line(sidd, tmp_path):
 
     def command(*arguments):
         call = [sys.executable, SCRIPTS / "prepare_patches.py", *arguments]
-        return subprocess.run(list(map(str, call)), capture_output=True, text=True, cwd=tmp_path)
+        return run_forked(call, cwd=tmp_path)
 
     done = command(*good)
     assert done.returncode == 0 and done.stderr == "", done.stderr

@@ -12,6 +12,7 @@ import torch
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from processes import run_forked
 
 from dgunet.checkpoints.load import describe_model, save_checkpoint
 from dgunet.model.degradations import Blur
@@ -160,12 +161,13 @@ def test_setting_up_is_done_once_and_again_where_it_failed(tmp_path):
 
 
 @pytest.mark.parametrize("degradation", [None, Blur(torch.full((3, 5), 1 / 15))], ids=["learned", "known blur"])
-def test_stages_of_an_image(tiny_model, image_pairs, run_command, tmp_path, degradation):
+def test_stages_of_an_image(tiny_model, image_pairs, tmp_path, degradation):
     model = tiny_model(stages=3, degradation=degradation)
     save_checkpoint({"state_dict": model.state_dict(), "model": describe_model(model)}, tmp_path / "weights.pth")
     image_pairs(tmp_path / "pairs")
     options = ["--weights", tmp_path / "weights.pth", "--pair", tmp_path / "pairs", "img2", "--title", "Noise"]
-    done = run_command([ROOT / "scripts/plot_stages.py", *options, "--out", tmp_path / "new/stages.png"])
+    plot = [sys.executable, ROOT / "scripts/plot_stages.py", *options, "--out", tmp_path / "new/stages.png"]
+    done = run_forked(plot)
     assert done.returncode == 0, done.stderr
     printed, path = done.stdout.strip().split(", drawn in ")
     before, after = (float(number) for number in printed.removeprefix("img2: ").replace(" dB", "").split(" -> "))

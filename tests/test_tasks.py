@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from conftest import run_script
 from export_weights import read_record
 from parity.weights import fill
 from PIL import Image
+from processes import Forked, run_forked, run_script
 
 from dgunet import create_model, load_model, restore
 from dgunet.checkpoints.load import describe_model, read_checkpoint, save_checkpoint
@@ -78,7 +78,7 @@ def test_demo_data_training_and_test(tmp_path, task, curves):
     """The README's commands, at a size that takes seconds: the trained network is better than the first weights."""
     data = tmp_path / "demo"
     make = [sys.executable, ROOT / "scripts" / "make_demo_data.py", "--task", task, "--out", data]
-    subprocess.run(make + ([] if task == "compressive_sensing" else ["--copies", "1"]), check=True, capture_output=True)
+    run_forked(make + ([] if task == "compressive_sensing" else ["--copies", "1"]), check=True)
     words = [
         "--config", ROOT / "configs" / task / "quickstart.yaml", "TRAINING.TRAIN_DIR", data / "train",
         "TRAINING.VAL_DIR", data / "val", "TRAINING.SAVE_DIR", tmp_path / "runs", "TRAINING.VAL_PS", 64,
@@ -109,7 +109,7 @@ def test_demo_data_training_and_test(tmp_path, task, curves):
     (tmp_path / "r.yaml").write_text(record.read_text().replace("noise_sigma: [0, 50]", "noise_sigma: [5, 50]"))
     out = tmp_path / "exported"
     export = [sys.executable, ROOT / "scripts/export_weights.py", tmp_path / "runs/quickstart"]
-    subprocess.run([*export, "--record", tmp_path / "r.yaml", "--out", out], check=True, capture_output=True)
+    run_forked([*export, "--record", tmp_path / "r.yaml", "--out", out], check=True)
     run(task, "test.py", "--weights", out / "weights.safetensors", "--dataset", test, "--device", "cpu", cwd=tmp_path)
     assert read_checkpoint(out / "weights.safetensors")["noise_sigma"] == [5, 50]
     assert (out / "record.yaml").read_text() == (tmp_path / "r.yaml").read_text()
@@ -212,7 +212,7 @@ def test_killed_test_goes_on(tmp_path, weights, image_pairs):
     image_pairs(tmp_path / "Datasets/test/Rain100L", count=40, size=(64, 64))
     words = ["--weights", weights["deraining"], "--dataset", "Rain100L", "--device", "cpu"]
     command = [sys.executable, ROOT / "Deraining" / "test.py", *words]
-    process = subprocess.Popen([str(word) for word in command], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = Forked(command, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         sheets = list((tmp_path / "results").rglob("scores.csv"))
@@ -420,7 +420,7 @@ def test_known_blurs_are_those_of_their_step_and_image(tmp_path, monkeypatch):
     words += ["OPTIM.LR_INITIAL", 1e-12, "OPTIM.LR_MIN", 0]
     run("deblurring", "train.py", *words, "MODEL.SESSION", "one", cwd=tmp_path)
     command = [sys.executable, ROOT / "Deblurring/train.py", *map(str, words), "MODEL.SESSION", "two", "PROCESSES", "2"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=240)
+    run_forked(command, cwd=tmp_path, check=True)
     one, two = (read_checkpoint(tmp_path / f"runs/{name}/model_latest.pth")["last_psnr"] for name in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-4)
 

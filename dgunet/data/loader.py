@@ -42,9 +42,10 @@ class ResumableBatchSampler(Sampler):
 @contextlib.contextmanager
 def make_dataloader(data: Dataset, workers: int, **options) -> Iterator[DataLoader]:
     """A DataLoader whose worker processes end with the block, also after an exception."""
-    loader = DataLoader(
-        data, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_init_worker, **options
-    )
+    if workers:
+        # Python 3.14's default has a server start the workers: they would outlive a training that is killed.
+        options |= dict(persistent_workers=True, multiprocessing_context="fork")
+    loader = DataLoader(data, num_workers=workers, worker_init_fn=_init_worker, **options)
     try:
         yield loader
     finally:
