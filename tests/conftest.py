@@ -5,20 +5,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # One thread for each process: the networks here are tiny, and the runs beside each other share the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# It is said before PyTorch is imported, which is left to the tests: the process that deals them out needs none of it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-import cv2
 import numpy as np
 import pytest
-import torch
 
-from dgunet import DGUNet, create_model
+if TYPE_CHECKING:
+    from dgunet import DGUNet
 
 ROOT = Path(__file__).resolve().parents[1]
-
-torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
@@ -49,10 +48,14 @@ def curves():
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> Callable[..., DGUNet]:
+def tiny_model() -> Callable[..., "DGUNet"]:
     """``tiny_model(**overrides)``: a seeded denoising DGUNet of width 8, in evaluation mode."""
 
-    def make(name: str = "denoising_dgunet", seed: int = 0, **overrides) -> DGUNet:
+    import torch
+
+    from dgunet import create_model
+
+    def make(name: str = "denoising_dgunet", seed: int = 0, **overrides) -> "DGUNet":
         torch.manual_seed(seed)
         return create_model(name, **(dict(width=8, growth=4, final_growth=4) | overrides)).eval()
 
@@ -62,6 +65,8 @@ def tiny_model() -> Callable[..., DGUNet]:
 @pytest.fixture(scope="session")
 def image_pairs() -> Callable[..., Path]:
     """``image_pairs(root, count, size)``: noisy and clean PNGs of one name in ``root/input`` and ``root/target``."""
+
+    import cv2
 
     def write(root: Path, count: int = 4, size: tuple[int, int] = (40, 48), seed: int = 0) -> Path:
         rng = np.random.default_rng(seed)
