@@ -8,5 +8,5 @@ if ! cmp -s requirements-extras.txt .venv/requirements-extras.installed; then
 fi
 # Compiled modules are kept, which containers often forbid: the tests start dozens of processes.
 unset PYTHONDONTWRITEBYTECODE
-# Three at a time on two cores: tests often wait for processes that they have started.
-exec .venv/bin/python -m pytest -n 3 --dist worksteal "$@"
+# One process for each core.
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"
