@@ -47,7 +47,7 @@ def test_training_killed_at_random(tmp_path, image_pairs, fuzz):
     settings = {
         "TRAINING.TRAIN_DIR": tmp_path / "train", "TRAINING.VAL_DIR": tmp_path / "val", "TRAINING.SAVE_DIR": tmp_path,
         "TRAINING.TRAIN_PS": 32, "TRAINING.VAL_PS": 32, "TRAINING.WORKERS": 0, "TRAINING.SAVE_MINUTES": 0,
-        "TRAINING.SAVE_EACH_VALIDATION": False, "TRAINING.RESUME": "auto", "TRAINING.REPEAT": 4,
+        "TRAINING.SAVE_EACH_VALIDATION": False, "TRAINING.RESUME": "auto", "TRAINING.REPEAT": 2,
         "OPTIM.BATCH_SIZE": 2, "OPTIM.LR_INITIAL": 1e-3, "OPTIM.NUM_EPOCHS": kills, "OPTIM.WARMUP_EPOCHS": 1,
         "OPTIM.EMA_DECAY": 0.9, "AUGMENT.MIXUP_FROM_EPOCH": 1,
         "MODEL.OVERRIDES": "{width: 8, growth: 4, final_growth: 4, stages: 2}",
