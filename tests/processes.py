@@ -93,6 +93,9 @@ def _run(words: list[str], cwd: Path, environment: dict, paths: list, new_sessio
     """In the forked process: what ``python words...`` does."""
     import torch
 
+    import dgunet.training.loggers
+
+    dgunet.training.loggers.plot_history = lambda *_: None  # as in this process: see conftest.py
     if new_session:
         os.setsid()
     for number, path in zip((1, 2), paths, strict=True):

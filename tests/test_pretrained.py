@@ -375,25 +375,35 @@ def test_wheel(tmp_path, run_command, image_pairs, monkeypatch):
     image_pairs(tmp_path / "pairs", count=3, size=(24, 24))
     shutil.copytree(tmp_path / "pairs/target", tmp_path / "photos")
     shutil.copy(tmp_path / "photos/img1.png", tmp_path / "photos/100075.png")  # which is in Rain100L
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-
-    def dgunet_command(*words) -> str:
-        command = [sys.executable, "-m", "dgunet", *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    told = dgunet_command("train", "deraining", "--config", "cpu", "--dry_run", "TRAINING.TRAIN_DIR", "photos")
-    assert "training    2 images of photos" in told and "validation  1 images" in told
+    plan = ["train", "deraining", "--config", "cpu", "--dry_run", "TRAINING.TRAIN_DIR", "photos"]
     words = ["TRAINING.TRAIN_DIR", "pairs", "TRAINING.VAL_DIR", "pairs", "TRAINING.TRAIN_PS", 16, "TRAINING.VAL_PS", 16]
     words += ["OPTIM.NUM_EPOCHS", 1, "TRAINING.REPEAT", 1, "TRAINING.WORKERS", 0, "DEVICE", "cpu"]
     words += ["MODEL.OVERRIDES", "{width: 8, growth: 4, final_growth: 4, stages: 2}"]
-    trained = dgunet_command("train", "denoising", "--config", "quickstart", *words)
-    assert "done: best PSNR" in trained and str(ROOT) not in trained
     best = "checkpoints/denoising/quickstart/model_best.pth"
-    assert "appended to results/denoising.csv" in dgunet_command(
-        "test", "denoising", "--weights", best, "--dataset", "pairs", "--device", "cpu"
-    )
+    test = ["test", "denoising", "--weights", best, "--dataset", "pairs", "--device", "cpu"]
+    told = dgunet_commands(tmp_path, plan, ["train", "denoising", "--config", "quickstart", *words], test)
+    assert "training    2 images of photos" in told and "validation  1 images" in told
+    assert "done: best PSNR" in told and str(ROOT) not in told
+    assert "appended to results/denoising.csv" in told
+
+
+def dgunet_commands(folder: Path, *commands: list) -> str:
+    """What these commands of the package in ``installed`` print, one after the other in one process."""
+    code = """
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["dgunet", *words]
+    try:
+        runpy.run_module("dgunet", run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, f"{words}: {stop.code}"
+"""
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    environment = os.environ | {"PYTHONPATH": str(folder / "installed")}
+    command = [sys.executable, "-c", code, words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------ two hubs
