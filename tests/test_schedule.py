@@ -140,6 +140,7 @@ def by_the_clock(folders, monkeypatch, seconds: float, **changed):  # noqa: F811
     for module in ("schedule", "trainer"):
         monkeypatch.setattr(f"dgunet.training.{module}.time", SimpleNamespace(monotonic=Clock().monotonic))
     settings = dict(OPTIM__NUM_EPOCHS=1000, OPTIM__WARMUP_EPOCHS=0, TRAINING__VAL_AFTER_EVERY=1000)
+    settings |= dict(MODEL__OVERRIDES__stages=1)
     return make_trainer(folders, TRAINING__SECONDS=seconds, **settings | changed)
 
 
