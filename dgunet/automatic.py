@@ -184,7 +184,7 @@ def restore_automatic(image: np.ndarray, device: str = "cpu", **options) -> tupl
     model = _network(candidate.network, str(device))
     strength = candidate.strength * options.pop("strength", 1.0)
     grey = image.ndim == 2 or image.shape[2] == 1
-    given = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2) if grey else image
+    given = as_colour(image.reshape(image.shape[:2])) if grey else image
     restored = restore(model, given, strength=strength, **options)
     if grey:
         restored = restored.mean(axis=2).reshape(image.shape)

@@ -90,7 +90,7 @@ def image_pairs() -> Callable[..., Path]:
 
 @pytest.fixture
 def run_command(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """``run_command(args)``: run a Python script of the repository, or ``-c code``, in an empty folder."""
+    """``run_command(args)``: run Python with ``-c code`` or ``-m module`` in an empty folder."""
 
     def run(args: list, cwd: Path = tmp_path, timeout: float = 240) -> subprocess.CompletedProcess:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -1,6 +1,7 @@
 """Python scripts of the repository, as tests run them: in this process, or in one that is quickly there."""
 
 import io
+import json
 import multiprocessing
 import os
 import runpy
@@ -112,3 +113,33 @@ def _run(words: list[str], cwd: Path, environment: dict, paths: list, new_sessio
     except Exception:
         traceback.print_exc()
         sys.exit(1)
+
+
+# Runs command lines one after the other, as if each were a process of its own: PyTorch is imported once. Each has a
+# terminal of its own size where there is one, or none of stdin, stdout and stderr.
+DRIVER = """
+import fcntl, json, os, runpy, struct, sys, termios
+for words, columns in json.loads(sys.argv[1]):
+    if columns is None:
+        sys.stdin = sys.stdout = sys.stderr = None
+        os.closerange(0, 3)
+    elif os.isatty(1):
+        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("4H", 24 if columns else 0, columns, 0, 0))
+    sys.argv = words
+    try:
+        if words[0] == "dgunet":
+            runpy.run_module("dgunet", run_name="__main__")
+        else:
+            sys.path.insert(0, os.path.dirname(words[0]))
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        print(f"[exit status {stop.code or 0}]", flush=True)
+        with open("statuses", "a") as file:
+            file.write(f"{stop.code or 0} ")
+"""
+
+
+def driver(commands: list[tuple[list, int | None]]) -> list[str]:
+    """A command that runs others, (words, columns of the terminal or None), and tells the exit status of each."""
+    commands = [([str(word) for word in words], columns) for words, columns in commands]
+    return [sys.executable, "-c", DRIVER, json.dumps(commands)]

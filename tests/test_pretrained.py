@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from natsort import natsorted
+from processes import driver
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_checkpoint_faults import DISK_FAULTS
@@ -381,29 +382,15 @@ def test_wheel(tmp_path, run_command, image_pairs, monkeypatch):
     words += ["MODEL.OVERRIDES", "{width: 8, growth: 4, final_growth: 4, stages: 2}"]
     best = "checkpoints/denoising/quickstart/model_best.pth"
     test = ["test", "denoising", "--weights", best, "--dataset", "pairs", "--device", "cpu"]
-    told = dgunet_commands(tmp_path, plan, ["train", "denoising", "--config", "quickstart", *words], test)
+    train = ["train", "denoising", "--config", "quickstart", *words]
+    commands = driver([(["dgunet", *command], 0) for command in (plan, train, test)])
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(commands, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
+    told = done.stdout
+    assert told.count("[exit status 0]") == 3, told + done.stderr
     assert "training    2 images of photos" in told and "validation  1 images" in told
     assert "done: best PSNR" in told and str(ROOT) not in told
     assert "appended to results/denoising.csv" in told
-
-
-def dgunet_commands(folder: Path, *commands: list) -> str:
-    """What these commands of the package in ``installed`` print, one after the other in one process."""
-    code = """
-import json, runpy, sys
-for words in json.loads(sys.argv[1]):
-    sys.argv = ["dgunet", *words]
-    try:
-        runpy.run_module("dgunet", run_name="__main__")
-    except SystemExit as stop:
-        assert not stop.code, f"{words}: {stop.code}"
-"""
-    words = json.dumps([[str(word) for word in command] for command in commands])
-    environment = os.environ | {"PYTHONPATH": str(folder / "installed")}
-    command = [sys.executable, "-c", code, words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------ two hubs

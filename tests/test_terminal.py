@@ -1,6 +1,5 @@
 """Commands as a person starts them: on a terminal, where progress bars are drawn, in a pipe, or without any stream."""
 
-import json
 import os
 import pty
 import re
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from processes import driver
 
 from dgunet.checkpoints.load import describe_model, save_checkpoint
 
@@ -26,29 +26,6 @@ FOLDERS = {
     "compressive_sensing": "CompressiveSensing",
 }
 
-# Runs command lines one after the other, as if each were a process of its own: PyTorch is imported once. Each has a
-# terminal of its own size, or none of stdin, stdout and stderr.
-DRIVER = """
-import fcntl, json, os, runpy, struct, sys, termios
-for words, columns in json.loads(sys.argv[1]):
-    if columns is None:
-        sys.stdin = sys.stdout = sys.stderr = None
-        os.closerange(0, 3)
-    else:
-        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("4H", 24 if columns else 0, columns, 0, 0))
-    sys.argv = words
-    try:
-        if words[0] == "dgunet":
-            runpy.run_module("dgunet", run_name="__main__")
-        else:
-            sys.path.insert(0, os.path.dirname(words[0]))
-            runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as stop:
-        print(f"[exit status {stop.code or 0}]", flush=True)
-        with open("statuses", "a") as file:
-            file.write(f"{stop.code or 0} ")
-"""
-
 
 class Screen(NamedTuple):
     status: int
@@ -57,11 +34,6 @@ class Screen(NamedTuple):
     @property
     def has_bar(self) -> bool:
         return "%|" in self.text
-
-
-def driver(commands: list[tuple[list, int | None]]) -> list[str]:
-    commands = [([str(word) for word in words], columns) for words, columns in commands]
-    return [sys.executable, "-c", DRIVER, json.dumps(commands)]
 
 
 def on_terminal(
